@@ -1,0 +1,22 @@
+# The project with its environment made, ready for ./run_and_time.sh.
+#   docker build -t detection .                                                     NVIDIA GPUs
+#   docker build -t detection --build-arg FROM_IMAGE_NAME=python:3.12-slim \
+#     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .        CPU
+ARG FROM_IMAGE_NAME=nvcr.io/nvidia/pytorch:26.07-py3
+FROM ${FROM_IMAGE_NAME}
+ARG PIP_EXTRA_INDEX_URL=
+ARG PIP_NO_CACHE_DIR=1
+
+WORKDIR /workspace/detection-training
+
+# The libraries in a layer of their own: a change of the code does not install them again.
+COPY pyproject.toml README.md setup.sh ./
+RUN mkdir ssd detection mlperf && ./setup.sh --system-site-packages
+
+COPY . .
+
+# Any user may run it: run_with_docker.sh passes the caller's, so that the logs are theirs.
+RUN mkdir -p data results && chmod 1777 data results
+ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 1000:1000
+CMD ["./run_and_time.sh"]

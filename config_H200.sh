@@ -1,0 +1,18 @@
+# config_H200.sh: one H200, with the recipe of the 8×A100 submissions: the same global batch, computed in four parts
+# shellcheck shell=bash
+export DGXNNODES=1
+export DGXNGPU=${DGXNGPU:-1}
+export WALLTIME=02:00:00
+export DATADIR=${DATADIR:-data/coco}
+export SSD_BACKBONE=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth
+export SSD_RULESET=1.1.0
+export SSD_EVAL_EPOCHS="every 5"
+export SSD_BATCH_SIZE=912       # images per accelerator: batches up to 1024 are held to the same 50 epochs
+export SSD_ACCUMULATION_STEPS=4 # parts of 228 images, which fit its memory
+export SSD_BASE_LR=3.2e-3       # per 32 images
+export SSD_LR_MULTIPLE=2.5e-3   # makes the peak .09
+export SSD_WARMUP_STEPS=650
+export SSD_WEIGHT_DECAY=1.3e-4
+export SSD_PRECISION=bf16
+export SSD_EVAL_BATCH_SIZE=256 # images per accelerator
+export SSD_NUM_WORKERS=15      # processes per rank, of 16 cores

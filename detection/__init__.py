@@ -1,0 +1,1 @@
+"""The run: how anything is trained here. Read engine.py first."""

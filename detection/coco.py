@@ -1,0 +1,384 @@
+"""One split of a COCO-format data set as flat arrays, checked before anything is trained on it.
+
+Shapes: N images, M boxes, K classes with background (label 0), so K - 1 categories.
+Format: https://cocodataset.org/#format-data (object detection).
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detection.config import InputError
+
+# COCO rounds x and width to 2 decimals each, so their sum is off by up to .01 pixels at the border.
+BORDER_ROUNDING_PX = 0.02
+
+JPEG_MAX_SIDE_PX = 65_535
+
+INTEGER: dict[type, str] = {int: "a whole number", bool: "a whole number"}
+NUMBER: dict[type, str] = {int: "a number", float: "a number"}
+TEXT: dict[type, str] = {str: "text"}
+
+
+@dataclass(frozen=True)
+class Category:
+    """What one label stands for: `id` as in the annotation file, with its name."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a COCO-format data set as flat arrays, which forked data workers share."""
+
+    annotation_file: Path
+    image_folder: Path
+    image_ids: NDArray[np.int64]
+    """(N,) in the order of the annotation file."""
+    file_names: NDArray[np.bytes_]
+    """(N,) relative to image_folder. Bytes, since a list of str would be copied to every worker."""
+    sizes_hw: NDArray[np.int32]
+    """(N, 2) pixels, as the annotation file says."""
+    box_starts: NDArray[np.int64]
+    """(N + 1,): the boxes of image i are rows box_starts[i] to box_starts[i + 1]."""
+    boxes_xyxy: NDArray[np.float32]
+    """(M, 4) pixels, clipped to the image, none of them empty."""
+    labels: NDArray[np.int64]
+    """(M,) 1 to K - 1: categories[label - 1]."""
+    crowd: NDArray[np.bool_]
+    """(M,) whether the box stands for a group of objects."""
+    categories: tuple[Category, ...]
+    """K - 1 of them, in ascending order of their ids (COCO uses 80 of the ids 1 to 90)."""
+    dropped_boxes: int
+    """Boxes of zero width or height: they have no logarithm to learn. COCO itself holds a few."""
+    clipped_boxes: int
+    """Boxes that reached past the border by more than a rounding."""
+    missing_images: int
+    """Images without a file, left out together with their boxes."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        """K: the categories and background."""
+        return 1 + len(self.categories)
+
+    def image_path(self, index: int) -> Path:
+        """The file of image `index` (0 to N - 1)."""
+        return self.image_folder / os.fsdecode(bytes(self.file_names[index]))
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        """The boxes of image `index`: (G, 4) xyxy in pixels, a view."""
+        return self.boxes_xyxy[self.box_starts[index] : self.box_starts[index + 1]]
+
+    def image_labels(self, index: int) -> NDArray[np.int64]:
+        """The labels of the boxes of image `index`: (G,), a view."""
+        return self.labels[self.box_starts[index] : self.box_starts[index + 1]]
+
+    def with_boxes(self) -> "Split":
+        """The images that have a box, a crowd's included: those that are trained on."""
+        counts = np.diff(self.box_starts)
+        keep = counts > 0
+        return replace(
+            self,
+            image_ids=self.image_ids[keep],
+            file_names=self.file_names[keep],
+            sizes_hw=self.sizes_hw[keep],
+            box_starts=_starts(counts[keep]),
+        )
+
+
+def layout(data_dir: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
+    """Find the annotation file and the image folder of a split in COCO 2017's layout.
+
+    The shrunken annotations of prepare-json.py are taken for training where they are there.
+    Raises InputError if the folder, the annotation file or the images are not there.
+    """
+    annotations, image_folder = data_dir / "annotations", data_dir / f"{split}2017"
+    annotation_file = annotations / f"instances_{split}2017.json"
+    shrunken = annotations / f"bbox_only_instances_{split}2017.json"
+    if split == "train" and shrunken.is_file():
+        annotation_file = shrunken
+    what_to_do = (
+        "Run ./init_datasets.sh to fetch COCO 2017, or set DATADIR to a folder that holds "
+        f"annotations/instances_{split}2017.json and {split}2017/."
+    )
+    try:
+        empty = not any(data_dir.iterdir())
+    except OSError as error:
+        raise InputError(f"DATADIR={data_dir}: {error.strerror}. {what_to_do}") from None
+    if empty:
+        raise InputError(f"DATADIR={data_dir}: the folder is empty. {what_to_do}")
+    for path in (annotation_file, image_folder):
+        if not path.exists():
+            raise InputError(f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. {what_to_do}")
+    return annotation_file, image_folder
+
+
+def read(annotation_file: Path, image_folder: Path, *, allow_missing: bool = False) -> Split:
+    """Read and check an annotation file against its folder of images.
+
+    Boxes of zero width or height are dropped, boxes that reach past the border clipped; both are counted.
+    Images without a file are an error, or are left out and counted with `allow_missing`.
+    Raises InputError with all that is wrong. COCO's 860,001 training boxes take 6 s and 0.7 GiB at the peak
+    when shrunken by prepare-json.py, 9 s and 1.1 GiB with their polygons (measured on one core).
+    """
+    columns = _read_columns(annotation_file)
+    present = _present(columns.file_names, image_folder)
+    missing_images = len(present) - int(present.sum())
+
+    problems = _mistakes(columns)
+    if missing_images and not allow_missing:
+        problems.insert(
+            0,
+            f"names {len(present)} images, {missing_images} of them are not in {image_folder.name}/ "
+            f"(first: {columns.file_names[int(present.argmin())]}). Run ./init_datasets.sh, or pass "
+            "--allow-missing to go on without them",
+        )
+    elif missing_images == len(present):
+        problems.insert(0, f"none of its {len(present)} images is in {image_folder}. Run ./init_datasets.sh")
+    _refuse(annotation_file, problems)
+
+    box_image, _ = _find(columns.box_image_ids, columns.image_ids)
+    category_order = np.argsort(columns.category_ids)
+    label_less_one, _ = _find(columns.box_category_ids, columns.category_ids[category_order])
+
+    boxes_xyxy = _to_xyxy(columns.boxes_xywh)
+    inside_xyxy = np.clip(boxes_xyxy, 0, np.tile(columns.sizes_hw[box_image, ::-1], (1, 2)))
+    past_border = np.any(np.abs(inside_xyxy - boxes_xyxy) > BORDER_ROUNDING_PX, axis=1)
+    boxes_f32 = inside_xyxy.astype(np.float32)  # before the test for emptiness, which the rounding may cause
+    empty = np.any(boxes_f32[:, 2:] <= boxes_f32[:, :2], axis=1)
+
+    here = present[box_image]
+    kept = np.flatnonzero(here & ~empty)
+    kept = kept[np.argsort(box_image[kept], kind="stable")]
+    if not len(kept):
+        _refuse(annotation_file, ["no box with a width, a height and an image is left: there is nothing to learn"])
+    box_counts = np.bincount(box_image[kept], minlength=len(present))[present]
+    return Split(
+        annotation_file=annotation_file,
+        image_folder=image_folder,
+        image_ids=columns.image_ids[present],
+        file_names=np.array([os.fsencode(columns.file_names[i]) for i in np.flatnonzero(present)]),
+        sizes_hw=columns.sizes_hw[present].astype(np.int32),
+        box_starts=_starts(box_counts),
+        boxes_xyxy=boxes_f32[kept],
+        labels=1 + label_less_one[kept],
+        crowd=columns.crowd[kept] != 0,
+        categories=tuple(Category(int(columns.category_ids[i]), columns.category_names[i]) for i in category_order),
+        dropped_boxes=int((here & empty).sum()),
+        clipped_boxes=int((here & ~empty & past_border).sum()),
+        missing_images=missing_images,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """An annotation file by columns, of the right types but not yet checked against each other."""
+
+    image_ids: NDArray[np.int64]
+    file_names: list[str]
+    sizes_hw: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    category_names: list[str]
+    annotation_ids: NDArray[np.int64]
+    box_image_ids: NDArray[np.int64]
+    box_category_ids: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    crowd: NDArray[np.int64]
+
+
+def _read_columns(annotation_file: Path) -> _Columns:
+    content = _parse(annotation_file)
+    problems: list[str] = []
+    images = _Table("images", content, problems)
+    categories = _Table("categories", content, problems)
+    annotations = _Table("annotations", content, problems)
+    annotations.values("area", NUMBER)  # unused here, but its lack would end the first evaluation, hours later
+    heights, widths = images.integers("height"), images.integers("width")
+    columns = _Columns(
+        image_ids=images.integers("id"),
+        file_names=images.values("file_name", TEXT),
+        sizes_hw=np.stack([heights, widths], axis=1) if len(heights) == len(widths) else np.empty((0, 2), np.int64),
+        category_ids=categories.integers("id"),
+        category_names=categories.values("name", TEXT),
+        annotation_ids=annotations.integers("id"),
+        box_image_ids=annotations.integers("image_id"),
+        box_category_ids=annotations.integers("category_id"),
+        boxes_xywh=annotations.boxes("bbox"),
+        crowd=annotations.integers("iscrowd"),
+    )
+    _refuse(annotation_file, problems)
+    return columns
+
+
+def _mistakes(columns: _Columns) -> list[str]:
+    """What is wrong between the columns: one line for each kind, with its count and its first row."""
+    problems: list[str] = []
+
+    def report(wrong: NDArray[np.bool_], what: str, example: Callable[[int], object]) -> None:
+        if count := int(wrong.sum()):
+            problems.append(f"{what}: {count} of {len(wrong)} (first: {example(int(wrong.argmax()))})")
+
+    def box(row: int) -> str:
+        return (
+            f"annotation {columns.annotation_ids[row]}, image_id {columns.box_image_ids[row]}, "
+            f"category_id {columns.box_category_ids[row]}, bbox {columns.boxes_xywh[row].tolist()}"
+        )
+
+    report(_repeated(columns.image_ids), "images whose id is taken", lambda i: columns.image_ids[i])
+    report(_repeated(columns.category_ids), "categories whose id is taken", lambda i: columns.category_ids[i])
+    report(
+        _repeated(columns.annotation_ids),
+        "annotations whose id is taken",
+        lambda i: columns.annotation_ids[i],
+    )
+    sizes_hw = columns.sizes_hw
+    report(
+        np.any((sizes_hw < 1) | (sizes_hw > JPEG_MAX_SIDE_PX), axis=1),
+        f"images with a width or height not in 1 to {JPEG_MAX_SIDE_PX}",
+        lambda i: f"image {columns.image_ids[i]}, {sizes_hw[i, 1]}×{sizes_hw[i, 0]}",
+    )
+    box_image, image_known = _find(columns.box_image_ids, columns.image_ids)
+    _, category_known = _find(columns.box_category_ids, columns.category_ids)
+    report(~image_known, "boxes with an unknown image_id", box)
+    report(~category_known, "boxes with an unknown category_id", box)
+
+    extents_wh = columns.boxes_xywh[:, 2:]
+    finite = np.all(np.isfinite(columns.boxes_xywh), axis=1)
+    negative = finite & np.any(extents_wh < 0, axis=1)
+    boxes_xyxy = _to_xyxy(np.where(finite[:, None], columns.boxes_xywh, 0))
+    beyond = (boxes_xyxy[:, 2:] <= 0) | (boxes_xyxy[:, :2] >= sizes_hw[box_image, ::-1])
+    report(~finite, "boxes with NaN or infinity", box)
+    report(negative, "boxes with a negative width or height", box)
+    report(
+        np.any(beyond, axis=1) & np.all(extents_wh > 0, axis=1) & finite & image_known,
+        "boxes wholly outside their image",
+        box,
+    )
+    return problems
+
+
+def _refuse(annotation_file: Path, problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise InputError(f"{annotation_file}: {problems[0]}.")
+    if problems:
+        raise InputError("\n".join([f"{annotation_file}: {len(problems)} mistakes:", *(f"  {p}." for p in problems)]))
+
+
+def _parse(annotation_file: Path) -> dict[str, Any]:
+    def without_polygons(row: dict[str, Any]) -> dict[str, Any]:
+        row.pop("segmentation", None)  # most of the file: kept, COCO's polygons would take gigabytes of memory
+        return row
+
+    again = "Run ./init_datasets.sh, or write the file again"
+    try:
+        content = json.loads(annotation_file.read_text(encoding="utf-8"), object_hook=without_polygons)
+    except OSError as error:
+        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {again}.") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{annotation_file}, {where}: broken JSON: {error.msg}. {again}.") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, lists without end
+        raise InputError(f"{annotation_file}: broken JSON: {error}. {again}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{annotation_file}: no COCO annotation file: a JSON object is expected. {again}.")
+    return content
+
+
+class _Table:
+    """One list of the annotation file, read by columns.
+
+    What is wrong with a column goes to `problems`, and the column comes back empty: look there before use.
+    """
+
+    def __init__(self, name: str, content: dict[str, Any], problems: list[str]) -> None:
+        self.name, self.problems = name, problems
+        self.rows: list[Any] = []
+        rows = content.get(name)
+        if not isinstance(rows, list) or not rows:
+            problems.append(f"'{name}' is {'missing' if rows is None else 'no list' if rows else 'empty'}")
+        elif set(map(type, rows)) != {dict}:
+            self._report("are no JSON objects", [type(row) is not dict for row in rows])
+        else:
+            self.rows = rows
+
+    def values(self, key: str, types: Mapping[type, str]) -> list[Any]:
+        """The value of `key` in each row, every one of these types."""
+        try:
+            values = [row[key] for row in self.rows]
+        except KeyError:
+            return self._report(f"have no '{key}'", [key not in row for row in self.rows])
+        if not set(map(type, values)) <= types.keys():
+            expected = next(iter(types.values()))
+            return self._report(f"have a '{key}' that is not {expected}", [type(v) not in types for v in values])
+        return values
+
+    def integers(self, key: str) -> NDArray[np.int64]:
+        """(rows,)."""
+        values = self.values(key, INTEGER)
+        try:
+            return np.array(values, dtype=np.int64)
+        except OverflowError:
+            self._report(f"have a '{key}' of more than 64 bits", [v.bit_length() > 63 for v in values])
+            return np.empty(0, dtype=np.int64)
+
+    def boxes(self, key: str) -> NDArray[np.float64]:
+        """(rows, 4)."""
+        values = self.values(key, {list: "a list"})
+        numbers = set(map(type, chain.from_iterable(values)))
+        if not (set(map(len, values)) <= {4} and numbers <= NUMBER.keys()):
+            wrong = [len(v) != 4 or any(type(number) not in NUMBER for number in v) for v in values]
+            values = self._report(f"have a '{key}' that is not 4 numbers", wrong)
+        try:
+            return np.fromiter(chain.from_iterable(values), np.float64).reshape(-1, 4)
+        except OverflowError:
+            self._report(f"have a '{key}' of more than 64 bits", [max(map(abs, v)) > 2**63 for v in values])
+            return np.empty((0, 4))
+
+    def _report(self, what: str, wrong: list[bool]) -> list[Any]:
+        first = f"{self.name}[{wrong.index(True)}]"
+        self.problems.append(f"{sum(wrong)} of {len(wrong)} {self.name} {what} (first: {first})")
+        return []
+
+
+def _present(file_names: list[str], image_folder: Path) -> NDArray[np.bool_]:
+    """Which of the names are files: by one listing, since 118,287 calls take minutes on a network disk."""
+    try:
+        with os.scandir(image_folder) as entries:
+            listed = {entry.name for entry in entries}
+    except OSError as error:
+        raise InputError(f"{image_folder}: no folder of images: {error.strerror}. Run ./init_datasets.sh.") from None
+    there = (name in listed or os.path.isfile(image_folder / name) for name in file_names)  # or in a subfolder
+    return np.fromiter(there, dtype=bool, count=len(file_names))
+
+
+def _find(wanted: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Index in `ids` of each wanted id, any index where there is none, and whether there is one."""
+    order = np.argsort(ids)
+    index = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return index, ids[index] == wanted
+
+
+def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which ids an earlier row has already."""
+    repeated = np.ones(len(ids), dtype=bool)
+    repeated[np.unique(ids, return_index=True)[1]] = False
+    return repeated
+
+
+def _to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -1,0 +1,39 @@
+"""The optimiser and its learning rate."""
+
+import torch
+from torch import nn
+
+
+def make_sgd(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD over all trained parameters in one group, with the fused kernel; the loop sets the learning rate."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(
+    step: int,
+    epoch: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    warmup_factor: float,
+    decay_epochs: tuple[int, ...],
+    decay_factor: float,
+) -> float:
+    """Learning rate of a step (from 0) in an epoch (from 1).
+
+    Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `decay_factor` after
+    each of `decay_epochs` (MLPerf reference).
+    """
+    rate = peak * decay_factor ** sum(epoch > boundary for boundary in decay_epochs)
+    if step < warmup_steps:
+        rate -= (warmup_steps - step) * rate / (warmup_steps * 2**warmup_factor)
+    return rate
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Make batch norm use its running statistics, and train neither its weights nor its biases."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.requires_grad_(False)

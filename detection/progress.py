@@ -1,0 +1,132 @@
+"""What a run says while it trains: a bar or plain lines for people, metrics.jsonl for programs."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detection.distributed import Ranks
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number: every rank stops."""
+
+
+class Progress:
+    """Loss and throughput of a run, read from the device only every `log_every` steps.
+
+    Only the first rank prints and writes; on the others the same calls take part in the mean over ranks.
+    On a terminal there is a bar, elsewhere a line each time the loss is read.
+    """
+
+    def __init__(self, ranks: Ranks, metrics_file: Path | None, *, log_every: int):
+        self.ranks, self.log_every = ranks, log_every
+        self.file = metrics_file.open("a", buffering=1) if metrics_file and ranks.is_first else None
+        self.bar: tqdm[None] | None = None
+        self.on_terminal = sys.stderr.isatty()
+        self.start_s = time.monotonic()
+        self.loss_sum = torch.zeros((), device=ranks.device)
+        self.steps = self.images = 0
+        self.mark_s = self.start_s
+
+    def begin(self, num_steps: int, num_epochs: int) -> None:
+        """The clock runs: `num_steps` steps in `num_epochs` epochs lie ahead."""
+        self.num_steps, self.num_epochs = num_steps, num_epochs
+        self.start_s = self.mark_s = time.monotonic()
+        if self.ranks.is_first and self.on_terminal:
+            self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, leave=False)
+
+    def step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float) -> None:
+        """Count a step; `loss` () is this rank's, on the device, and is not waited for."""
+        self.loss_sum += loss
+        self.steps += 1
+        self.images += num_images
+        if self.bar is not None:
+            self.bar.update()
+        if self.steps == self.log_every:
+            self.read(step, epoch, lr=lr)
+
+    def read(self, step: int, epoch: int, *, lr: float) -> None:
+        """Read the mean loss of the steps since the last time; raises Diverged on every rank if it is not finite."""
+        if not self.steps:
+            return
+        loss = float(self.ranks.mean(self.loss_sum)) / self.steps
+        now_s = time.monotonic()
+        rate = self.images / (now_s - self.mark_s)
+        self.loss_sum.zero_()
+        self.steps = self.images = 0
+        self.mark_s = now_s
+        self.write("step", step=step, epoch=epoch, lr=lr, loss=loss, images_per_s=rate)
+        left_s = (now_s - self.start_s) / (step + 1) * (self.num_steps - step - 1)
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch}/{self.num_epochs}")
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2g}, {rate:.1f} img/s")
+        elif not self.on_terminal:
+            self.say(
+                f"epoch {epoch}/{self.num_epochs}  step {step + 1}/{self.num_steps}  loss {loss:.3f}  "
+                f"lr {lr:.3g}  {rate:.1f} img/s  {clock(left_s)} left"
+            )
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"The loss is {loss} at step {step} of epoch {epoch} (learning rate {lr:.3g}). "
+                "Lower --base-lr, lengthen --warmup-steps, or look at the data that was read last."
+            )
+
+    def pause(self) -> None:
+        """Leave what comes now, such as an evaluation, out of the throughput."""
+        self.pause_s = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on counting."""
+        paused_s = time.monotonic() - self.pause_s
+        self.mark_s += paused_s
+        self.start_s += paused_s
+
+    def evaluated(self, epoch: int, metrics: Mapping[str, float], targets: Mapping[str, float]) -> None:
+        """Show the figures of an evaluation, and how far they are from the targets."""
+        self.write("evaluation", epoch=epoch, metrics=dict(metrics))
+        self.say(f"evaluation after epoch {epoch}")
+        for row in range(0, len(metrics), 6):
+            self.say("  " + "  ".join(f"{k:>5} {v:6.4f}" for k, v in list(metrics.items())[row : row + 6]))
+        for name, target in targets.items():
+            gap = metrics[name] - target
+            self.say(
+                f"  {name} {metrics[name]:.4f}, {abs(gap):.4f} {'above' if gap >= 0 else 'below'} the target {target}"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, on the first rank, above the bar if there is one."""
+        if not self.ranks.is_first:
+            return
+        self.clear()
+        print(text, flush=True)
+
+    def clear(self) -> None:
+        """Take the bar off its line, so that another may be printed there; it comes back with the next step."""
+        if self.bar is not None:
+            self.bar.clear()
+
+    def write(self, event: str, **values: object) -> None:
+        """Append an event to metrics.jsonl."""
+        if self.file is not None:
+            line = {"event": event, "time_s": round(time.monotonic() - self.start_s, 3), **values}
+            self.file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Take the bar away and close the file."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""The rules: what a run must say and prove."""

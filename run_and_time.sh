@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Trains one benchmark on one system, from a bare machine on, and times it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'END'
+usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run] [--name value ...]
+
+  --dry-run  only say what would be run, with which settings, and what the rules say of it
+
+environment (paths are relative to the folder of this script):
+  DGXSYSTEM       system, config_${DGXSYSTEM}.sh is its file (toy)
+  DATADIR         data set (what the config file says)
+  LOGDIR          run folders go to LOGDIR/system/benchmark/start (results)
+  RUN_DIR         this run's folder instead
+  PRETRAINED_DIR  folder of the backbone weights (data)
+  DGXNGPU         ranks on each node (what the config file says)
+  CLEAR_CACHES    1 drops the machine's file caches before the run, as MLPerf asks; 0 does not (1)
+  BENCHMARK       what is trained (ssd)
+  VENV            folder of the Python environment (.venv)
+  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: started once on every node (from Slurm, 29500, from Slurm)
+
+A setting of the recipe that the config file names is changed by a flag, not by a variable.
+
+exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target
+END
+}
+
+die() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+dry_run=false help=false flags=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) help=true ;;
+    --dry-run) dry_run=true ;;
+    *) flags+=("$argument") ;;
+  esac
+done
+if $help; then usage; fi
+
+export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy}
+case $BENCHMARK in
+  ssd) result=SINGLE_STAGE_DETECTOR ;;
+  *) die "BENCHMARK=$BENCHMARK: there is no such benchmark. There are: ssd" ;;
+esac
+config=config_$DGXSYSTEM.sh
+[[ -f $config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $(printf '%s ' config_*.sh)"
+
+# The config file is the system's recipe: a variable that contradicts it may be a leftover of another system's.
+declare -A given=()
+for name in $(compgen -e "${BENCHMARK^^}_" || true); do given[$name]=${!name}; done
+# shellcheck source=/dev/null
+source "./$config"
+for name in "${!given[@]}"; do
+  flag=${name#*_}
+  [[ -z ${given[$name]} || ${!name} == "${given[$name]}" ]] ||
+    die "$name=${given[$name]}: $config says ${!name}. Unset it, or pass --$(tr '_[:upper:]' '-[:lower:]' <<<"$flag") ${given[$name]}"
+done
+export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+
+./setup.sh --quiet
+python=${VENV:-.venv}/bin/python
+if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
+
+# Before the clock, in a process of its own: the mistakes of user and data end here, with 2.
+if $dry_run; then
+  "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
+else
+  checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
+  { read -r org && read -r RUN_DIR; } <<<"$checked"
+  export RUN_DIR
+fi
+
+launch=("$python" -m detection.launch --nnodes "${DGXNNODES:=1}" --nproc-per-node "${DGXNGPU:=1}")
+if ((DGXNNODES > 1)); then
+  if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  fi
+  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}"
+  [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR names no node. Set it to the address of node 0"
+  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+launch+=(-m "$BENCHMARK.train" "${flags[@]}")
+if ((DGXNGPU > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  cores=$(nproc)
+  export OMP_NUM_THREADS=$((cores > DGXNGPU ? cores / DGXNGPU : 1))
+fi
+
+if $dry_run; then
+  printf 'launch:' && printf ' %q' "${launch[@]}" && printf '\n'
+  exit
+fi
+
+drop_caches() {
+  if [[ ${CLEAR_CACHES:-1} != 1 ]]; then
+    echo "The machine's file caches are kept: CLEAR_CACHES=$CLEAR_CACHES"
+  elif sync && { echo 3 >/proc/sys/vm/drop_caches; } 2>/dev/null; then
+    CACHES_CLEARED=1
+  else
+    echo "The machine's file caches are kept: dropping them needs root"
+  fi
+}
+# run_with_docker.sh drops them outside the container, which may not, and says so.
+if [[ -z ${CACHES_CLEARED:-} ]]; then
+  CACHES_CLEARED=0
+  drop_caches
+fi
+export CACHES_CLEARED
+
+timestamp() {
+  LC_ALL=C date "+%Y-%m-%d %I:%M:%S %p"
+}
+
+# Passed on once: a second signal would break into the launcher's ending of its ranks.
+signalled=false
+# shellcheck disable=SC2329 # called by the traps
+pass_on() {
+  trap '' INT TERM HUP
+  signalled=true
+  echo "SIG$1: ending the run" >&2
+  kill -s "$1" "$!" || true
+}
+
+start=$(timestamp)
+start_s=$(date +%s)
+echo "STARTING TIMING RUN AT $start"
+set -m # in a process group of its own, so that Ctrl-C comes here alone
+"${launch[@]}" &
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM
+trap 'pass_on HUP' HUP
+wait "$!" && status=0 || status=$?
+# A wait that a signal broke off has the signal's status, not the run's.
+if $signalled; then wait "$!" && status=0 || status=$?; fi
+end_s=$(date +%s)
+echo "ENDING TIMING RUN AT $(timestamp)"
+
+if ((status == 0 && NODE_RANK == 0)); then
+  echo "RESULT,$result,,$((end_s - start_s)),$org,$start"
+fi
+exit "$status"

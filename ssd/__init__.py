@@ -1,0 +1,1 @@
+"""SSD300: what is trained. Read train.py first, then model.py, loss.py and augment.py."""

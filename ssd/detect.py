@@ -1,0 +1,109 @@
+"""Predictions to detections: decode, score threshold, non-maximum suppression per class.
+
+B images, A anchors, K classes with background 0, D detections over all images.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detection.boxes import pairwise_iou
+from ssd.anchors import Anchors
+from ssd.box_coder import decode
+
+# Groups of candidates whose overlaps are computed at once are limited to this many pairs (1 GiB in float32).
+MAX_PAIRS = 2**28
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, ordered by image and then by falling score.
+
+    images: (D,) index in the batch; boxes_xyxy: (D, 4) normalised, not clipped; labels: (D,) in 1..K-1;
+    scores: (D,) in [0, 1].
+    """
+
+    images: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+def detect(
+    deltas: Tensor,
+    logits: Tensor,
+    anchors: Anchors,
+    *,
+    score_threshold: float = 0.05,
+    nms_iou: float = 0.5,
+    max_detections: int = 200,
+) -> Detections:
+    """Detections of deltas (B, A, 4) and logits (B, A, K), as in the MLPerf reference.
+
+    Of each class, the `max_detections` best candidates above the threshold go through suppression, which drops
+    a box that overlaps a better one that stays by `nms_iou` or more; of what stays, each image keeps its best
+    `max_detections`.
+    """
+    num_classes = logits.shape[-1]
+    boxes_xyxy = decode(deltas.float(), anchors)
+    scores = logits.float().softmax(dim=-1)[..., 1:]  # (B, A, K-1)
+    candidates = scores > score_threshold
+    image, anchor, label = candidates.nonzero(as_tuple=True)
+    score = scores[candidates]
+    group = image * (num_classes - 1) + label
+
+    order = sort_by_group(group, score)
+    place = place_in_group(group[order])
+    order = order[place < max_detections]
+    group, score, image, anchor, label = (t[order] for t in (group, score, image, anchor, label))
+    boxes = boxes_xyxy[image, anchor]
+
+    keep = suppress(boxes, group, nms_iou)
+    image, label, score, boxes = (t[keep] for t in (image, label, score, boxes))
+    order = sort_by_group(image, score)
+    order = order[place_in_group(image[order]) < max_detections]
+    return Detections(image[order], boxes[order], label[order] + 1, score[order])
+
+
+def sort_by_group(group: Tensor, score: Tensor) -> Tensor:
+    """Order (N,) that sorts by group and, inside a group, by falling score; ties keep their order."""
+    by_score = score.argsort(descending=True, stable=True)
+    return by_score[group[by_score].argsort(stable=True)]
+
+
+def place_in_group(sorted_group: Tensor) -> Tensor:
+    """Place (N,) of each row inside its run of equal values, from 0."""
+    _, inverse, counts = sorted_group.unique_consecutive(return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(sorted_group), device=sorted_group.device) - starts[inverse]
+
+
+def suppress(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
+    """Which of N boxes stay: (N,) bool. boxes_xyxy: (N, 4) sorted by group, best first; group: (N,).
+
+    The groups are padded to the largest and suppressed side by side: a box stays if no better box that stays
+    overlaps it. Applied until nothing changes, this reaches what the sequential greedy rule gives, since after
+    round r at least the first r boxes of every group are final.
+    """
+    if not len(boxes_xyxy):
+        return torch.zeros(0, dtype=torch.bool, device=boxes_xyxy.device)
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    column = place_in_group(group)
+    width = int(counts.max())
+    padded = boxes_xyxy.new_zeros(len(counts), width, 4)
+    padded[row, column] = boxes_xyxy
+    better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
+    kept = [stay(part, better, nms_iou) for part in padded.split(max(1, MAX_PAIRS // width**2))]
+    return torch.cat(kept)[row, column]
+
+
+def stay(boxes_xyxy: Tensor, better: Tensor, nms_iou: float) -> Tensor:
+    """Which boxes of (groups, W, 4), best first, stay: (groups, W) bool; better[i, j] says i comes before j."""
+    beats = (pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_iou) & better
+    keep = torch.ones(beats.shape[:2], dtype=torch.bool, device=beats.device)
+    while True:
+        # A matrix product over booleans, as float: is any box that stays one that beats me?
+        beaten = torch.matmul(keep.unsqueeze(1).float(), beats.float()).squeeze(1) > 0
+        if torch.equal(keep, ~beaten):
+            return keep
+        keep = ~beaten

@@ -1,0 +1,62 @@
+"""Evaluation: the network over all evaluation images, then COCO's figures.
+
+B images, D detections.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from detection.distributed import Ranks
+from detection.metric import ROW
+from ssd import augment
+from ssd.anchors import make_anchors
+from ssd.config import Config
+from ssd.data import EvalBatch, SSDData
+from ssd.detect import Detections, detect
+
+
+class Evaluation:
+    """Evaluates SSD300; `rows` are the detections of the last time, columns as in `metric.ROW`."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
+
+    def __call__(self, model: nn.Module, data: SSDData) -> dict[str, float]:
+        """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
+        device = self.ranks.device
+        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=device)
+        found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=device)]
+        for batch in data.eval_batches():
+            on_device = EvalBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            deltas, logits = model(augment.normalise(augment.to_unit(on_device.images)))
+            detections = detect(
+                deltas,
+                logits,
+                make_anchors(device),
+                score_threshold=self.config.score_threshold,
+                nms_iou=self.config.nms_iou,
+                max_detections=self.config.max_detections,
+            )
+            found.append(to_rows(detections, on_device, category_ids))
+        self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
+        figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
+        return figures
+
+
+def to_rows(detections: Detections, batch: EvalBatch, category_ids: Tensor) -> Tensor:
+    """Detections as rows (D, 7) float64 of `metric.ROW`, in pixels of the original images."""
+    image = detections.images
+    boxes_xyxy = detections.boxes_xyxy.double() * batch.sizes_wh[image].repeat(1, 2)
+    return torch.cat(
+        [
+            batch.image_ids[image, None],
+            boxes_xyxy[:, :2],
+            boxes_xyxy[:, 2:] - boxes_xyxy[:, :2],
+            detections.scores[:, None],
+            category_ids[detections.labels, None],
+        ],
+        dim=1,
+    )

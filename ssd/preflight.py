@@ -1,0 +1,181 @@
+"""Check a run before its clock starts: settings, rules, data, backbone, run folder.
+
+`python -m ssd.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake found. Its
+report goes to stderr and two lines to stdout, for ./run_and_time.sh: the organisation and the run's folder.
+With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
+all settings.
+
+It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
+one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
+"""
+
+import hashlib
+import re
+import sys
+import zipfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from detection import coco, toy
+from detection.config import InputError, System, describe, read_system
+from mlperf import rules
+from ssd.config import Config, load
+
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run all checks and return the exit status."""
+    dry_run = "--dry-run" in argv
+    try:
+        resolved = load([word for word in argv if word != "--dry-run"])
+        config, system = resolved.config, read_system()
+        report = [describe(resolved), ""] if dry_run else []
+        report += judge(config, system, everything=dry_run)
+        facts, mistakes = check_input(config, system, draw=not dry_run)
+        report += facts
+        run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        report += [f"run folder: {run_folder}"]
+        if dry_run:
+            report += [f"warning: {mistake}" for mistake in mistakes]
+            print("\n".join(report))
+            return 0
+        print("\n".join(report), file=sys.stderr, flush=True)
+        if mistakes:
+            raise InputError("\n".join(mistakes))
+        if system.node_rank == 0:
+            make(run_folder, config.experiment)
+    except InputError as error:
+        print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
+        return 2
+    print(config.org, run_folder, sep="\n")
+    return 0
+
+
+def judge(config: Config, system: System, everything: bool) -> list[str]:
+    """Say what MLPerf's rules say of the recipe; only what they forbid, unless `everything`."""
+    values = config.hyperparameters(system.world_size) | {
+        "target": config.target,
+        "eval_epochs": tuple(block[-1] for block in config.blocks()),
+        "dataset": config.dataset,
+    }
+    findings = rules.judge("ssd", config.ruleset, config.division, values)
+    named = f"MLPerf {config.ruleset} {config.division}"
+    return [
+        f"{named}: {finding.rule}: {finding.text}"
+        if finding.ok
+        else f"warning: {named} forbids {finding.rule}: {finding.text}"
+        for finding in findings
+        if everything or not finding.ok
+    ]
+
+
+def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], list[str]]:
+    """Read all that the run will read; returns facts and mistakes. draw: toy data, where there are none."""
+    facts, mistakes = [], []
+    undrawn = config.dataset == "toy" and not any(config.data_dir.glob("*"))
+    try:
+        if undrawn and draw:
+            toy.draw(config.data_dir, toy.Drawing())
+        if undrawn and not draw:
+            facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
+        else:
+            facts += check_data(config, system)
+    except InputError as error:
+        mistakes += str(error).splitlines()
+    except OSError as error:
+        mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+    if config.backbone:
+        try:
+            facts.append(check_backbone(Path(config.backbone)))
+        except InputError as error:
+            mistakes.append(f"{error}. Run ./get_resnet34_backbone.sh, or start at random with --backbone ''")
+    return facts, mistakes
+
+
+def check_data(config: Config, system: System) -> list[str]:
+    """Read both splits and hold them against the settings; returns their counts, raises InputError."""
+    if not config.data_dir.is_dir():
+        coco.layout(config.data_dir, "train")
+    facts, mistakes = [], []
+    splits: dict[str, coco.Split] = {}
+    for name in SPLITS:
+        try:
+            split = coco.read(*coco.layout(config.data_dir, name), allow_missing=config.allow_missing)
+        except InputError as error:
+            mistakes += str(error).splitlines()
+            continue
+        splits[name] = split
+        without_boxes = len(split) - len(split.with_boxes())
+        facts.append(
+            f"{name}: {len(split)} images ({without_boxes} without boxes, {split.missing_images} missing), "
+            f"{len(split.labels)} boxes ({split.dropped_boxes} more of zero size dropped, "
+            f"{split.clipped_boxes} clipped at the border)"
+        )
+    if train := splits.get("train"):
+        if train.num_classes != config.num_classes:
+            mistakes.append(
+                f"{train.annotation_file} has {len(train.categories)} categories: with the background "
+                f"num_classes is {train.num_classes}, not {config.num_classes}. "
+                f"Pass --num-classes {train.num_classes}"
+            )
+        batch, images = config.global_batch_size(system.world_size), len(train.with_boxes())
+        if batch > images:
+            mistakes.append(
+                f"batch_size {config.batch_size} on {system.world_size} ranks is {batch} images a step, and "
+                f"{train.annotation_file} has {images} with boxes. Pass a smaller --batch-size"
+            )
+        if "val" in splits and splits["val"].categories != train.categories:
+            mistakes.append(
+                f"{splits['val'].annotation_file} has other categories than {train.annotation_file}. Give both the same"
+            )
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+    return facts
+
+
+def check_backbone(path: Path) -> str:
+    """Look for damage: the SHA-256 begins with the digits in a torchvision name, an archive has its sums."""
+    if path.suffix not in (".pth", ".npz"):
+        raise InputError(f"backbone {path} is neither .pth nor .npz")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            start = file.read(2)
+        # The published .pth is older than torch's zip format: a bare pickle, without sums.
+        sound = start == b"\x80\x02" and path.suffix == ".pth"
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                sound = archive.testzip() is None
+    except FileNotFoundError:
+        raise InputError(f"backbone {path} is not there") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"backbone {path} cannot be read: {error}") from error
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if named and not digest.startswith(named[1]):
+        raise InputError(f"backbone {path} is damaged: its SHA-256 begins with {digest[:8]}, not with {named[1]}")
+    if not sound:
+        raise InputError(f"backbone {path} is damaged or cut off")
+    return f"backbone: {path} ({path.stat().st_size:,} bytes, SHA-256 {digest[:8]}...)"
+
+
+def make(run_folder: Path, experiment: int) -> None:
+    """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
+    log = run_folder / f"result_{experiment}.txt"
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        if log.exists():
+            raise InputError(f"{log} is there already: choose another RUN_DIR or EXPERIMENT")
+        log.touch()
+        log.unlink()
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_folder} cannot be written ({error.strerror}): choose another LOGDIR"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

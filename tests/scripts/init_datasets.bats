@@ -1,0 +1,209 @@
+#!/usr/bin/env bats
+
+load scripts
+
+# A data set in COCO's layout, as three zip files: 3 training images, 2 validation images.
+setup_file() {
+  load scripts
+  export mirror=$BATS_FILE_TMPDIR/mirror
+  "$(any_python)" - "$mirror" <<'END'
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+mirror = Path(sys.argv[1])
+(mirror / "zips").mkdir(parents=True)
+(mirror / "annotations").mkdir()
+bytes_of = random.Random(0).randbytes
+counts = {"train": 3, "val": 2}
+for split, count in counts.items():
+    with zipfile.ZipFile(mirror / f"zips/{split}2017.zip", "w") as archive:
+        archive.writestr(f"{split}2017/", b"")
+        for i in range(count):
+            archive.writestr(f"{split}2017/{i:012}.jpg", bytes_of(50_000))
+with zipfile.ZipFile(mirror / "annotations/annotations_trainval2017.zip", "w") as archive:
+    for split, count in counts.items():
+        data = {
+            "images": [{"id": i, "file_name": f"{i:012}.jpg", "width": 9, "height": 9} for i in range(count)],
+            "annotations": [
+                {"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 9.5, "iscrowd": 0,
+                 "segmentation": [[1, 1, 5, 1, 5, 5]]}
+            ],
+            "categories": [{"id": 1, "name": "disc"}],
+        }
+        archive.writestr(f"annotations/instances_{split}2017.json", json.dumps(data))
+END
+  COCO_MD5=$(md5sum "$mirror"/annotations/*.zip "$mirror"/zips/train2017.zip "$mirror"/zips/val2017.zip | cut -c 1-32 | xargs)
+  export COCO_MD5 COCO_TRAIN_IMAGES=3 COCO_VAL_IMAGES=2
+}
+
+setup() {
+  export DATADIR="$BATS_TEST_TMPDIR/data set/coco"
+}
+
+teardown() {
+  stop_serving
+  remove_small_disk
+}
+
+fetch() {
+  COCO_URL=$url run "$repository/init_datasets.sh"
+}
+
+@test "images, annotations and shrunken annotations are there after one run, the archives are not" {
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+  [[ ${lines[-1]} == *"3 training and 2 validation images"* ]]
+  [ "$(find "$DATADIR" -name '*.jpg' | wc -l)" -eq 5 ]
+  [ -f "$DATADIR/annotations/bbox_only_instances_train2017.json" ]
+  [ -f "$DATADIR/annotations/bbox_only_instances_val2017.json" ]
+  [ -z "$(find "$DATADIR" -name '*.zip' -o -name '*.part' -o -name '.partial')" ]
+  [[ $(<"$DATADIR/annotations/bbox_only_instances_train2017.json") == *'"area":9.5'* ]]
+}
+
+@test "a second run asks the server for nothing" {
+  serve "$mirror"
+  fetch
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+  [ ! -s "$requests" ]
+}
+
+@test "KEEP_ARCHIVES=1 keeps the zip files" {
+  serve "$mirror"
+  KEEP_ARCHIVES=1 fetch
+  [ "$status" -eq 0 ]
+  [ "$(find "$DATADIR" -name '*.zip' | wc -l)" -eq 3 ]
+}
+
+@test "a connection that breaks again and again is taken up where it broke" {
+  serve "$mirror" --cut-after 60000
+  fetch
+  [ "$status" -eq 0 ]
+  [ "$(requests_for 'GET /zips/train2017.zip')" -eq 3 ]
+  grep --quiet 'GET /zips/train2017.zip bytes=120000-' "$requests"
+}
+
+@test "a run that was killed goes on from the bytes it has" {
+  mkdir -p "$DATADIR"
+  head -c 70000 "$mirror/zips/train2017.zip" >"$DATADIR/train2017.zip.part"
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+  grep --quiet 'GET /zips/train2017.zip bytes=70000-' "$requests"
+}
+
+@test "a part that is already whole is only checked and renamed" {
+  mkdir -p "$DATADIR"
+  cp "$mirror/zips/train2017.zip" "$DATADIR/train2017.zip.part"
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+  [ "$(find "$DATADIR/train2017" -name '*.jpg' | wc -l)" -eq 3 ]
+}
+
+@test "a server that cannot resume sends the file again from its beginning" {
+  mkdir -p "$DATADIR"
+  head -c 70000 "$mirror/zips/val2017.zip" >"$DATADIR/val2017.zip.part"
+  serve "$mirror" --no-range
+  fetch
+  [ "$status" -eq 0 ]
+}
+
+@test "wrong bytes are refused, removed and fetched anew by the next run" {
+  serve "$mirror" --corrupt
+  fetch
+  [ "$status" -eq 1 ]
+  [[ ${lines[-1]} == "error: "*"annotations_trainval2017.zip: the md5sum of what was downloaded does not begin with"* ]]
+  [ -z "$(ls -A "$DATADIR")" ]
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+}
+
+@test "an unpacking that was killed is done again" {
+  serve "$mirror"
+  KEEP_ARCHIVES=1 fetch
+  mkdir -p "$DATADIR/.partial/train2017"
+  mv "$DATADIR/train2017/000000000000.jpg" "$DATADIR/.partial/train2017/"
+  rm -r "$DATADIR/train2017"
+  serve "$mirror"
+  fetch
+  [ "$status" -eq 0 ]
+  [ "$(find "$DATADIR/train2017" -name '*.jpg' | wc -l)" -eq 3 ]
+  [ ! -e "$DATADIR/.partial" ]
+  [ ! -s "$requests" ]
+}
+
+@test "an image folder with images missing is not taken for done" {
+  serve "$mirror"
+  fetch
+  rm "$DATADIR/train2017/000000000001.jpg"
+  fetch
+  [ "$status" -eq 2 ]
+  [[ ${lines[-1]} == "error: $DATADIR/train2017 holds 2 images, not 3."* ]]
+}
+
+@test "a disk that is too small is said before the download begins" {
+  small_disk 1
+  head -c 600000 /dev/zero >"$disk/other"
+  serve "$mirror"
+  DATADIR=$disk/coco fetch
+  [ "$status" -eq 2 ]
+  [[ ${lines[-1]} == "error: DATADIR=$disk/coco: this needs "*"its disk has "* ]]
+  [ "$(requests_for GET)" -eq 0 ]
+}
+
+@test "a disk that fills up during the download ends it, and the next run finishes it" {
+  small_disk 1
+  DATADIR=$disk/coco
+  mkdir "$DATADIR"
+  serve "$mirror"
+  # The mirror does not say how long its files are, so that the check of the disk cannot know.
+  mkdir "$BATS_TEST_TMPDIR/bin"
+  printf '#!/bin/sh\ncase " $* " in *" --head "*) exit 22 ;; esac\nexec %s "$@"\n' "$(command -v curl)" >"$BATS_TEST_TMPDIR/bin/curl"
+  chmod +x "$BATS_TEST_TMPDIR/bin/curl"
+  head -c 800000 /dev/zero >"$disk/other"
+  PATH=$BATS_TEST_TMPDIR/bin:$PATH fetch
+  [ "$status" -eq 1 ]
+  [[ ${lines[-1]} == "error: cannot "*"$DATADIR/"* ]]
+  [ ! -e "$DATADIR/train2017" ]
+  rm "$disk/other"
+  fetch
+  [ "$status" -eq 0 ]
+}
+
+@test "an address that is not there is said with the server's answer" {
+  serve "$mirror" --status 404
+  fetch
+  [ "$status" -eq 1 ]
+  [[ ${lines[-1]} == "error: $url/annotations/annotations_trainval2017.zip: the server answers 404" ]]
+}
+
+@test "a server that does not answer is given up with what to do" {
+  url=http://127.0.0.1:9
+  fetch
+  [ "$status" -eq 1 ]
+  [[ ${lines[-1]} == "error: "*"gave up, curl's exit status is 7. Run this again"* ]]
+}
+
+@test "two at once: the second is refused" {
+  mkdir -p "$DATADIR"
+  exec 8<"$DATADIR"
+  flock 8
+  url=http://127.0.0.1:9
+  fetch
+  exec 8<&-
+  [ "$status" -eq 2 ]
+  [[ $output == "error: another init_datasets.sh is at work in $DATADIR" ]]
+}
+
+@test "an argument is refused" {
+  run "$repository/init_datasets.sh" --fast
+  [ "$status" -eq 2 ]
+  [[ $output == "error: init_datasets.sh takes no argument '--fast'"* ]]
+}

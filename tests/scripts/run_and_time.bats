@@ -1,0 +1,168 @@
+#!/usr/bin/env bats
+# The script in a folder of its own, with stubs for what it calls: setup.sh and the environment's python.
+
+load scripts
+
+setup() {
+  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
+    OMP_NUM_THREADS BENCHMARK
+  folder="$BATS_TEST_TMPDIR/a clone"
+  mkdir -p "$folder/venv/bin"
+  cp "$repository/run_and_time.sh" "$repository"/config_*.sh "$folder"
+  export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0
+  : >"$calls"
+  cat >"$folder/setup.sh" <<'END'
+#!/usr/bin/env bash
+echo "setup $*" >>"$calls"
+END
+  cat >"$folder/venv/bin/python" <<'END'
+#!/usr/bin/env bash
+echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
+case $2 in
+  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" || exit "$PREFLIGHT" ;;
+  detection.launch)
+    if [[ -n ${WAIT:-} ]]; then
+      trap 'kill %1; echo "ended by $signal"; exit 130' INT
+      sleep 60 3>&- &
+      touch "$WAIT"
+      wait
+    fi
+    exit "${STATUS:-0}"
+    ;;
+esac
+END
+  chmod +x "$folder/setup.sh" "$folder/venv/bin/python"
+}
+
+run_and_time() {
+  run "$folder/run_and_time.sh" "$@"
+}
+
+@test "a run that reaches its target prints one RESULT with organisation and start" {
+  run_and_time --org x
+  [ "$status" -eq 0 ]
+  start=$(sed -n 's/^STARTING TIMING RUN AT //p' <<<"$output")
+  [[ $start =~ ^[0-9]{4}-[0-9]{2}-[0-9]{2}\ [0-9]{2}:[0-9]{2}:[0-9]{2}\ [AP]M$ ]]
+  [ "$(grep --count '^ENDING TIMING RUN AT ' <<<"$output")" -eq 1 ]
+  [ "$(grep --count RESULT <<<"$output")" -eq 1 ]
+  [[ $(grep RESULT <<<"$output") =~ ^RESULT,SINGLE_STAGE_DETECTOR,,[0-9]+,Some\ Lab,"$start"$ ]]
+}
+
+@test "the environment is made, the input checked and the run launched, in this order and with the flags" {
+  run_and_time --name "two words"
+  [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
+  grep -qF -- "-m ssd.preflight --name two words [16, , , data/toy]" "$calls"
+  grep -qF -- "-m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [16, /runs/this one, 0, data/toy]" "$calls"
+}
+
+@test "no RESULT follows a failure, whose status is the script's" {
+  for expected in 1 2 3 137; do
+    STATUS=$expected run_and_time
+    [ "$status" -eq "$expected" ]
+    [[ $output != *RESULT* ]]
+    [[ $output == *ENDING* ]]
+  done
+}
+
+@test "a mistake found before the clock ends the script with 2" {
+  PREFLIGHT=2 run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output != *STARTING* ]]
+  [ "$(grep --count launch "$calls")" -eq 0 ]
+}
+
+@test "an unknown system is refused with the list of those there are" {
+  DGXSYSTEM=DGX9 run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *DGX9*config_DGX1.sh*config_toy.sh* ]]
+}
+
+@test "an unknown benchmark is refused" {
+  BENCHMARK=bert run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *"BENCHMARK=bert"* ]]
+}
+
+@test "DGXSYSTEM picks the config file, and the user's folder and ranks are kept" {
+  DGXSYSTEM=DGX1 DATADIR=/my/coco DGXNGPU=4 run_and_time
+  [ "$status" -eq 0 ]
+  grep -q -- "--nproc-per-node 4 .* \[120, .*, /my/coco\]" "$calls"
+}
+
+@test "a variable that contradicts the config file is refused with the flag to use" {
+  SSD_BATCH_SIZE=8 run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *"SSD_BATCH_SIZE=8: config_toy.sh says 16"*"--batch-size 8"* ]]
+  SSD_BATCH_SIZE=16 SSD_SEED=5 run_and_time
+  [ "$status" -eq 0 ]
+}
+
+@test "a dry run launches nothing and prints the launch line without its own flag" {
+  run_and_time --dry-run --seed 5
+  [ "$status" -eq 0 ]
+  [[ $output == *"launch: venv/bin/python -m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --seed 5" ]]
+  [[ $output != *STARTING* ]]
+  grep -qF -- "-m ssd.preflight --dry-run --seed 5" "$calls"
+  [ "$(grep --count detection.launch "$calls")" -eq 0 ]
+}
+
+@test "--help says how to call it and launches nothing" {
+  run_and_time --help
+  [ "$status" -eq 0 ]
+  [[ $output == "usage: "*DGXSYSTEM*"exit status"* ]]
+  grep -q -- "ssd.preflight --help" "$calls"
+  [ "$(grep --count launch "$calls")" -eq 0 ]
+}
+
+@test "caches that are kept are said to be" {
+  run_and_time
+  [[ $output == *"caches are kept: CLEAR_CACHES=0"* ]]
+}
+
+@test "caches dropped outside a container are passed on as dropped" {
+  CACHES_CLEARED=1 run_and_time
+  [[ $output != *"are kept"* ]]
+  grep -qF "/runs/this one, 1, data/toy" "$calls"
+}
+
+@test "a signal reaches the run, whose status is the script's" {
+  for signal in INT TERM; do
+    rm -f "$BATS_TEST_TMPDIR/waits"
+    sed -i "s/' [A-Z]*\$/' $signal/" "$folder/venv/bin/python"
+    # env gives back the default for SIGINT, which a shell takes from what it starts in the background.
+    signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal=INT "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    script=$!
+    until [[ -e $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+    kill -s "$signal" "$script"
+    status=0
+    wait "$script" || status=$?
+    [ "$status" -eq 130 ]
+    grep -q "ended by $signal" "$BATS_TEST_TMPDIR/out"
+    [ "$(grep --count RESULT "$BATS_TEST_TMPDIR/out")" -eq 0 ]
+  done
+}
+
+@test "several nodes need an address, and only the first prints RESULT" {
+  sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
+  run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *MASTER_ADDR* ]]
+  MASTER_ADDR=node0 run_and_time
+  [ "$status" -eq 0 ]
+  [[ $output == *RESULT* ]]
+  grep -q -- "--nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr node0 --master-port 29500 -m ssd.train" "$calls"
+  MASTER_ADDR=node0 MASTER_PORT=1234 NODE_RANK=1 run_and_time
+  [ "$status" -eq 0 ]
+  [[ $output != *RESULT* ]]
+  grep -q -- "--node-rank 1 --master-addr node0 --master-port 1234" "$calls"
+}
+
+@test "Slurm says which node this is and which is the first" {
+  sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
+  mkdir "$BATS_TEST_TMPDIR/bin"
+  printf '#!/bin/sh\nprintf "%%s\\n" first second\n' >"$BATS_TEST_TMPDIR/bin/scontrol"
+  chmod +x "$BATS_TEST_TMPDIR/bin/scontrol"
+  PATH=$BATS_TEST_TMPDIR/bin:$PATH SLURM_JOB_NODELIST='[a-b]' SLURM_NODEID=1 run_and_time
+  [ "$status" -eq 0 ]
+  grep -q -- "--node-rank 1 --master-addr first " "$calls"
+}

@@ -1,0 +1,260 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detection.config import InputError, Topology, describe, read_system, read_topology, to_json
+from ssd.config import Config, load
+
+ROOT = Path(__file__).parent.parent
+SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
+
+
+def settings(*argv: str, **environ: str) -> Config:
+    return load(argv, environ).config
+
+
+def refusal(*argv: str, **environ: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(argv, environ)
+    return str(caught.value)
+
+
+def exported(system: str, **environ: str) -> dict[str, str]:
+    """What config_*.sh leaves in the environment."""
+    script = f"source ./config_{system}.sh; exec env -0"
+    environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system, **environ}
+    shell = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environ, capture_output=True, check=True)
+    return dict(line.split("=", 1) for line in shell.stdout.decode().strip("\0").split("\0"))
+
+
+def test_a_flag_wins_over_the_environment_which_wins_over_the_default():
+    resolved = load(["--batch-size", "8"], {"SSD_BATCH_SIZE": "16", "SSD_EPOCHS": "7"})
+    assert (resolved.config.batch_size, resolved.config.epochs, resolved.config.momentum) == (8, 7, 0.9)
+    assert resolved.sources["batch_size"] == "--batch-size"
+    assert resolved.sources["epochs"] == "SSD_EPOCHS"
+    assert resolved.sources["momentum"] == "default"
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert settings(SSD_BATCH_SIZE="", DATADIR="") == Config()
+
+
+def test_an_empty_flag_overrules_the_environment():
+    assert settings("--backbone", "", SSD_BACKBONE="weights.pth").backbone == ""
+
+
+def test_a_setting_with_a_name_of_its_own_is_read_from_that_variable():
+    assert settings(DATADIR="/data", LOGDIR="/logs", DGXSYSTEM="DGX1").data_dir == Path("/data")
+    assert "did you mean DATADIR?" in refusal(SSD_DATA_DIR="/data")
+
+
+@pytest.mark.parametrize(("word", "value"), [("1", True), ("true", True), ("0", False), ("no", False)])
+def test_a_switch_is_a_word_in_the_environment_and_a_pair_of_flags(word, value):
+    assert settings(SSD_JITTER=word).jitter is value
+    assert settings("--jitter" if value else "--no-jitter").jitter is value
+
+
+def test_lists_are_written_with_commas():
+    assert settings(SSD_DECAY_EPOCHS="40, 50").decay_epochs == (40, 50)
+    assert settings("--decay-epochs", "48").decay_epochs == (48,)
+
+
+@pytest.mark.parametrize("text", ["every 5", "every-5", "every5"])
+def test_evaluation_can_be_asked_for_at_an_interval(text):
+    assert settings("--eval-epochs", text, "--epochs", "12").eval_epochs == (5, 10)
+
+
+def test_a_seed_can_be_taken_back():
+    assert settings(SSD_SEED="3").seed == 3
+    assert settings("--seed", "none", SSD_SEED="3").seed is None
+
+
+def test_an_unknown_variable_of_the_benchmark_is_refused_with_the_nearest_name():
+    assert refusal(SSD_BATCHSIZE="8") == "SSD_BATCHSIZE=8: no such setting; did you mean SSD_BATCH_SIZE?"
+    assert "no such setting" in refusal(SSD_QQQ="8")
+    assert settings(BATCH_SIZE="8", SSDS="1") == Config()
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_name():
+    assert refusal("--batchsize", "8") == "--batchsize: no such flag; did you mean --batch-size?"
+    assert refusal("--batchsize=8") == "--batchsize=8: no such flag; did you mean --batch-size?"
+    assert "--batch: no such flag" in refusal("--batch", "8")
+    assert "--name value" in refusal("8")
+
+
+def test_a_flag_without_its_value_is_refused():
+    assert "--batch-size" in refusal("--batch-size")
+
+
+def test_all_mistakes_are_reported_at_once():
+    message = refusal("--batchsize", "8", "--epochs", "0", SSD_X="1", SSD_TARGET="half", SSD_BASE_LR="nan")
+    for part in ("--batchsize", "--epochs=0", "SSD_X=1", "SSD_TARGET=half", "SSD_BASE_LR=nan"):
+        assert part in message
+    assert len(message.splitlines()) == 5
+
+
+def test_mistakes_between_settings_are_reported_together():
+    message = refusal("--accumulation-steps", "5", "--decay-epochs", "55,44", "--eval-epochs", "5,5")
+    assert message.splitlines() == [
+        "accumulation_steps 5 should divide batch_size 32",
+        "decay_epochs 55,44 should ascend",
+        "eval_epochs 5,5 should ascend",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch-size", "0"),
+        ("--batch-size", "1.5"),
+        ("--accumulation-steps", "0"),
+        ("--base-lr", "0"),
+        ("--base-lr", "inf"),
+        ("--warmup-steps", "-1"),
+        ("--decay-epochs", "0,5"),
+        ("--decay-epochs", "a"),
+        ("--eval-epochs", "every 0"),
+        ("--momentum", "1"),
+        ("--weight-decay", "-1e-4"),
+        ("--target", "1"),
+        ("--max-samples", "0"),
+        ("--precision", "fp8"),
+        ("--ruleset", "2.0.0"),
+        ("--division", "ajar"),
+        ("--num-classes", "1"),
+        ("--seed", "-1"),
+        ("--device", "CUDA 1"),
+        ("--system", "../x"),
+        ("--org", "a,b"),
+        ("--num-workers", "-1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_flag(flag, value):
+    assert refusal(f"{flag}={value}").startswith(f"{flag}={value}: ")
+
+
+@pytest.mark.parametrize(
+    ("base_lr", "batch_size", "peak"), [(2.92e-3, 120, 0.0875), (3.2e-3, 114, 0.09), (1e-5, 1, 2.5e-3)]
+)
+def test_the_peak_learning_rate_is_the_one_that_the_submissions_logged(base_lr, batch_size, peak):
+    assert Config(base_lr=base_lr, batch_size=batch_size, lr_multiple=2.5e-3).peak_lr(world_size=8) == peak
+
+
+def test_the_peak_learning_rate_is_linear_in_the_global_batch():
+    config = Config(batch_size=64, accumulation_steps=4)
+    assert config.global_batch_size(4) == 256
+    assert config.peak_lr(4) == pytest.approx(2.5e-3 * 8)
+
+
+def test_blocks_lie_between_the_scheduled_evaluations():
+    assert Config().blocks() == [
+        range(1, 41), range(41, 51), range(51, 56), range(56, 61),
+        range(61, 66), range(66, 71), range(71, 76), range(76, 81),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("eval_epochs", [(2, 4), (2, 4, 5), (2, 4, 9)])
+def test_blocks_cover_every_epoch_once_and_end_with_the_last(eval_epochs):
+    assert Config(epochs=5, eval_epochs=eval_epochs).blocks() == [range(1, 3), range(3, 5), range(5, 6)]
+
+
+def test_batch_norm_spans_the_part_that_is_computed_at_once():
+    values = Config(batch_size=32, accumulation_steps=4).hyperparameters(world_size=2)
+    assert (values["model_bn_span"], values["global_batch_size"]) == (8, 64)
+
+
+def test_a_run_folder_is_made_from_system_and_start_unless_it_is_named():
+    assert settings(DGXSYSTEM="H200", LOGDIR="/logs").run_folder("then") == Path("/logs/H200/ssd/then")
+    assert settings(RUN_DIR="/here").run_folder("then") == Path("/here")
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().batch_size = 3  # type: ignore[misc]
+
+
+def test_json_holds_every_setting_and_reads_back_to_the_same_configuration():
+    config = settings("--seed", "3", "--eval-epochs", "every 20", DATADIR="/data")
+    content = json.loads(to_json(config))
+    assert list(content) == [field.name for field in dataclasses.fields(Config)]
+    assert Config(**content) == config
+
+
+def test_help_names_every_setting_in_all_its_spellings(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"], {})
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+    for variable in ("SSD_BATCH_SIZE", "DATADIR", "DGXSYSTEM", "RUN_DIR", "images per accelerator"):
+        assert variable in text
+
+
+def test_the_table_says_where_each_value_came_from():
+    rows = describe(load(["--batch-size", "8"], {"SSD_EPOCHS": "7"})).splitlines()
+    assert len(rows) == len(dataclasses.fields(Config))
+    assert any(row.split()[:2] == ["batch_size", "8"] and row.endswith("--batch-size") for row in rows)
+    assert any(row.split()[:2] == ["epochs", "7"] and row.endswith("SSD_EPOCHS") for row in rows)
+
+
+def test_settings_are_read_without_torch():
+    program = "import sys, ssd.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_a_process_started_by_hand_is_alone():
+    assert read_topology({}) == Topology(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def test_the_topology_is_what_torchrun_says():
+    environ = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    topology = read_topology(environ)
+    assert (topology.rank, topology.local_rank, topology.world_size, topology.nodes) == (5, 1, 8, 2)
+
+
+@pytest.mark.parametrize("environ", [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "two"}])
+def test_a_topology_that_cannot_be_is_refused(environ):
+    with pytest.raises(InputError, match=next(iter(environ))):
+        read_topology(environ)
+
+
+def test_the_world_is_all_ranks_on_all_nodes():
+    assert read_system({"DGXNNODES": "2", "DGXNGPU": "8"}).world_size == 16
+    with pytest.raises(InputError, match="DGXNGPU=0"):
+        read_system({"DGXNGPU": "0"})
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_config_file_holds_known_settings_only(system):
+    environ = exported(system)
+    config = load([], environ).config
+    assert config.system == system
+    assert read_system(environ).nodes == 1
+    assert environ["WALLTIME"]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_config_file_leaves_folders_and_ranks_to_the_user(system):
+    environ = exported(system, DATADIR="/here", DGXNGPU="3", PRETRAINED_DIR="/weights")
+    assert load([], environ).config.data_dir == Path("/here")
+    assert read_system(environ).ranks_per_node == 3
+    if system != "toy":
+        assert load([], environ).config.backbone == "/weights/resnet34-333f7ec4.pth"
+
+
+@pytest.mark.parametrize(
+    ("system", "global_batch_size", "peak_lr", "weight_decay"),
+    [("DGX1", 960, 0.0875, 1.6e-4), ("DGXA100", 912, 0.09, 1.3e-4), ("NF5488", 912, 0.09, 1.3e-4)],
+)
+def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_batch_size, peak_lr, weight_decay):
+    environ = exported(system)
+    config, world_size = load([], environ).config, read_system(environ).world_size
+    assert config.global_batch_size(world_size) == global_batch_size
+    assert config.peak_lr(world_size) == peak_lr
+    assert (config.weight_decay, config.warmup_steps, config.decay_epochs) == (weight_decay, 650, (44, 55))

@@ -1,0 +1,209 @@
+import json
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import yaml
+
+from mlperf.rules import (
+    DIVISIONS,
+    RULESETS,
+    SSD,
+    Finding,
+    hyperparameter_keys,
+    init_limit_s,
+    judge,
+    scheduled_eval_epochs,
+    ssd_tensor_name,
+)
+
+CHECKER = files("mlperf_logging") / "compliance_checker"
+
+DGX1 = {
+    "global_batch_size": 960,
+    "model_bn_span": 120,
+    "opt_base_learning_rate": 0.0876,
+    "opt_weight_decay": 1.6e-4,
+    "opt_learning_rate_warmup_steps": 650,
+    "opt_learning_rate_warmup_factor": 0,
+    "opt_learning_rate_decay_boundary_epochs": (44, 55),
+    "max_samples": 1,
+    "gradient_accumulation_steps": 1,
+    "target": 0.23,
+    "dataset": "coco2017",
+}
+
+
+def checker_yaml(name: str) -> list[dict[str, Any]]:
+    checks: list[dict[str, Any]] = yaml.load((CHECKER / name).read_text(), Loader=yaml.BaseLoader)
+    return checks
+
+
+def parameters_of_ssd300_r34() -> list[str]:
+    both = ("weight", "bias")
+    names = ["backbone.conv1.weight", *(f"backbone.bn1.{kind}" for kind in both)]
+    for layer, blocks in ((1, 3), (2, 4), (3, 6)):
+        for block in range(blocks):
+            prefix = f"backbone.layer{layer}.{block}"
+            for i in (1, 2):
+                names += [f"{prefix}.conv{i}.weight", *(f"{prefix}.bn{i}.{kind}" for kind in both)]
+            if layer > 1 and block == 0:
+                names += [f"{prefix}.downsample.0.weight"]
+                names += [f"{prefix}.downsample.1.{kind}" for kind in both]
+    names += [f"extras.{i}.conv{j}.{kind}" for i in range(5) for j in (1, 2) for kind in both]
+    names += [f"heads.{i}.{kind}" for i in range(6) for kind in both]
+    return names
+
+
+def test_our_parameters_have_exactly_the_119_names_of_the_1_1_yaml() -> None:
+    (end,) = (check["END"]["CHECK"] for check in checker_yaml("training_1.1.0/closed_ssd.yaml") if "END" in check)
+    published = json.loads(end[end.index("sorted([") + len("sorted(") : end.rindex("]")].rstrip(", \n") + "]")
+    ours = [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
+    assert len(ours) == 119
+    assert sorted(ours) == sorted(published)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "name"),
+    [
+        ("backbone.layer1.2.conv2.weight", "ssd0_resnetmlperf0_stage1_conv5_weight"),
+        ("backbone.layer2.0.downsample.0.weight", "ssd0_resnetmlperf0_stage2_conv2_weight"),
+        ("backbone.layer2.1.conv1.weight", "ssd0_resnetmlperf0_stage2_conv3_weight"),
+        ("backbone.layer3.5.bn2.bias", "ssd0_resnetmlperf0_stage3_batchnorm12_beta"),
+        ("extras.4.conv1.bias", "ssd0_expand_trans_conv4_bias"),
+        ("heads.5.weight", "ssd0_convpredictor5_conv0_weight"),
+    ],
+)
+def test_a_parameter_has_its_place_in_the_mxnet_network(parameter: str, name: str) -> None:
+    assert ssd_tensor_name(parameter) == name
+
+
+@pytest.mark.parametrize("parameter", ["backbone.layer4.0.conv1.weight", "extras.5.conv1.weight", "fc.weight"])
+def test_a_parameter_of_another_network_is_refused(parameter: str) -> None:
+    with pytest.raises(ValueError, match="not a parameter of ssd300-r34"):
+        ssd_tensor_name(parameter)
+
+
+def test_hyperparameter_keys_are_those_that_the_checkers_want_exactly_once() -> None:
+    wanted = {
+        check["KEY"]["NAME"]
+        for ruleset in RULESETS
+        for file in ("closed_ssd", "closed_common")
+        for check in checker_yaml(f"training_{ruleset}/{file}.yaml")
+        if check.get("KEY", {}).get("REQ") == "EXACTLY_ONE"
+    }
+    assert set(hyperparameter_keys("ssd")) == wanted - {"submission_benchmark"}
+
+
+@pytest.mark.parametrize("ruleset", RULESETS)
+def test_the_time_for_init_is_the_one_in_the_checker(ruleset: str) -> None:
+    assert f"{init_limit_s(ruleset) // 60}*60*1e3" in (CHECKER / f"training_{ruleset}/common.yaml").read_text()
+
+
+@pytest.mark.parametrize("ruleset", RULESETS[1:])
+def test_reference_points_are_those_of_the_official_rcp_checker(ruleset: str) -> None:
+    rcp_checker = pytest.importorskip("mlperf_logging.rcp_checker.rcp_checker")
+    official = rcp_checker.RCP_Checker("training", ruleset, "ssd", False).rcp_data.values()
+    ours = [point for point in SSD.reference_points if ruleset in point.rulesets]
+    assert [point.global_batch_size for point in ours] == [point["BS"] for point in official]
+    assert [point.mean_epochs for point in ours] == pytest.approx([p["RCP Mean"] for p in official], abs=0.05)
+    assert [point.min_epochs for point in ours] == pytest.approx([p["Min Epochs"] for p in official], abs=0.05)
+
+
+def test_evaluation_is_at_fixed_epochs_in_0_7_and_every_fifth_from_1_0() -> None:
+    assert scheduled_eval_epochs("ssd", "0.7.0", 80) == (40, 50, 55, 60, 65, 70, 75, 80)
+    assert scheduled_eval_epochs("ssd", "0.7.0", 54) == (40, 50)
+    assert scheduled_eval_epochs("ssd", "1.0.0", 22) == (5, 10, 15, 20)
+    assert scheduled_eval_epochs("ssd", "1.1.0", 4) == ()
+
+
+@pytest.mark.parametrize("ruleset", RULESETS)
+def test_the_published_dgx1_recipe_keeps_every_rule(ruleset: str) -> None:
+    schedule = scheduled_eval_epochs("ssd", ruleset, 80)
+    findings = judge("ssd", ruleset, "closed", DGX1 | {"eval_epochs": schedule})
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {"global_batch_size", "eval_epochs", "dataset", "target"} <= {finding.rule for finding in findings}
+
+
+def broken(ruleset: str, division: str, **changes: object) -> list[str]:
+    recipe = DGX1 | {"eval_epochs": scheduled_eval_epochs("ssd", ruleset, 80)} | changes
+    return [finding.rule for finding in judge("ssd", ruleset, division, recipe) if not finding.ok]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_bn_span", 0),
+        ("opt_learning_rate_warmup_steps", 0),
+        ("opt_learning_rate_warmup_factor", -1),
+        ("opt_learning_rate_decay_boundary_epochs", (44, 56)),
+        ("opt_learning_rate_decay_boundary_epochs", (44, 60)),
+        ("opt_learning_rate_decay_boundary_epochs", (42, 52.5)),
+        ("opt_learning_rate_decay_boundary_epochs", (44,)),
+        ("opt_learning_rate_decay_boundary_epochs", (0, 0)),
+        ("max_samples", 2),
+        ("gradient_accumulation_steps", 0),
+        ("target", 0.212),
+        ("dataset", "toy"),
+        ("eval_epochs", (40, 50, 55)),
+        ("eval_epochs", (10, 20)),
+        ("eval_epochs", ()),
+        ("opt_weight_decay", None),
+    ],
+)
+def test_a_closed_run_that_breaks_one_rule_breaks_that_rule_alone(key: str, value: object) -> None:
+    assert broken("1.1.0", "closed", **{key: value}) == [key]
+
+
+@pytest.mark.parametrize("epochs", [(40, 50), [44, 55], (48, 60), (60, 75), (80, 100), (36, 45)])
+def test_decay_epochs_are_40_and_50_stretched_by_tenths(epochs: object) -> None:
+    assert broken("0.7.0", "closed", opt_learning_rate_decay_boundary_epochs=epochs) == []
+
+
+def test_every_fifth_epoch_is_the_wrong_schedule_in_0_7() -> None:
+    assert broken("0.7.0", "closed", eval_epochs=(5, 10, 15)) == ["eval_epochs"]
+    assert broken("0.7.0", "closed", eval_epochs=(40, 50)) == []
+
+
+def test_gradient_accumulation_is_no_matter_of_0_7() -> None:
+    assert broken("0.7.0", "closed", gradient_accumulation_steps=None) == []
+
+
+def test_the_open_division_frees_everything_but_the_target_of_0_7() -> None:
+    free = {"dataset": "toy", "max_samples": 7, "eval_epochs": (1, 2), "model_bn_span": None}
+    for ruleset in RULESETS:
+        assert broken(ruleset, "open", **free) == []
+    assert broken("0.7.0", "open", target=0.1) == ["target"]
+    assert broken("1.1.0", "open", target=0.1) == []
+    assert broken("1.1.0", "open", target=1.0) == ["target"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (16, "batch 1024: 50 epochs"),
+        (1024, "batch 1024: 50 epochs"),
+        (1200, "batch 1024 (50 epochs) and 1536 (55)"),
+        (4096, "batch 4096: 87 epochs, runs must average at least 84.5"),
+    ],
+)
+def test_a_closed_run_is_told_which_reference_it_is_held_to(batch: int, text: str) -> None:
+    assert text in note_on_convergence(batch).text
+    assert note_on_convergence(batch).ok
+
+
+def test_a_batch_beyond_every_reference_point_does_not_pass() -> None:
+    assert not note_on_convergence(8192).ok
+
+
+def note_on_convergence(batch: int) -> Finding:
+    findings = judge("ssd", "1.1.0", "closed", {"global_batch_size": batch})
+    (note,) = (finding for finding in findings if finding.rule == "reference_convergence")
+    return note
+
+
+@pytest.mark.parametrize("names", [("yolo", "1.1.0", "open"), ("ssd", "2.0.0", "open"), ("ssd", "1.1.0", "half")])
+def test_an_unknown_benchmark_ruleset_or_division_is_refused(names: tuple[str, str, str]) -> None:
+    with pytest.raises(ValueError, match=r"unknown .* choose one of"):
+        judge(*names, {})
+    assert DIVISIONS == ("closed", "open")

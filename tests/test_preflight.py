@@ -1,0 +1,197 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detection import toy
+from ssd import preflight
+
+ROOT = Path(__file__).parent.parent
+SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    toy.draw(folder, toy.Drawing(train_images=24, val_images=4, seed=0))
+    return folder
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path, pictures, capsys):
+    """Run preflight on the drawn pictures; returns status, stdout, stderr."""
+    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
+        monkeypatch.delenv(name)
+    for name in ("RUN_DIR", "NODE_RANK", "EXPERIMENT", "CACHES_CLEARED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOGDIR", str(tmp_path / "results"))
+    monkeypatch.setenv("DATADIR", str(pictures))
+
+    def run(*argv, **environ):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, str(value))
+        recipe = ["--dataset", "toy", "--num-classes", "4", "--division", "open", "--batch-size", "4"]
+        status = preflight.main([*recipe, *argv])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_good_run_prints_its_organisation_and_folder_and_the_counts(check, tmp_path):
+    status, out, err = check("--org", "Some Lab")
+    org, folder = out.splitlines()
+    assert (status, org) == (0, "Some Lab")
+    assert Path(folder).is_dir()
+    assert Path(folder).parent == tmp_path / "results/toy/ssd"
+    assert "train: 24 images" in err
+    assert "val: 4 images" in err
+
+
+def test_a_dry_run_makes_nothing_and_says_all(check, tmp_path):
+    status, out, err = check("--dry-run", "--epochs", "7")
+    assert (status, err) == (0, "")
+    assert not (tmp_path / "results").exists()
+    for part in ("epochs", "--epochs", "default", "MLPerf 1.1.0 open", "24 images", "run folder"):
+        assert part in out
+
+
+def test_a_dry_run_without_data_warns(check, tmp_path):
+    status, out, _ = check("--dry-run", "--dataset", "coco2017", DATADIR=tmp_path / "absent")
+    assert status == 0
+    assert "warning: DATADIR=" in out
+
+
+def test_absent_data_is_refused_once(check, tmp_path):
+    status, _, err = check("--dataset", "coco2017", DATADIR=tmp_path / "absent")
+    assert status == 2
+    assert err.count("error:") == 1
+    assert f"DATADIR={tmp_path / 'absent'}" in err
+
+
+def test_the_toy_pictures_are_drawn_where_there_are_none(check, tmp_path, monkeypatch):
+    few = toy.Drawing(train_images=24, val_images=4, seed=1)
+    monkeypatch.setattr(toy, "Drawing", lambda: few)
+    assert check("--dry-run", DATADIR=tmp_path / "new")[0] == 0
+    assert not (tmp_path / "new").exists()
+    assert check(DATADIR=tmp_path / "new")[0] == 0
+    assert (tmp_path / "new/annotations/instances_train2017.json").is_file()
+
+
+def test_a_wrong_number_of_classes_is_answered_with_the_right_one(check):
+    status, _, err = check("--num-classes", "81")
+    assert status == 2
+    assert "Pass --num-classes 4" in err
+
+
+def test_a_batch_larger_than_the_data_is_refused(check):
+    assert check("--batch-size", "16")[0] == 0
+    status, _, err = check("--batch-size", "16", DGXNGPU="8")
+    assert status == 2
+    assert "is 128 images a step" in err
+
+
+def test_train_and_val_of_different_categories_are_refused(check, pictures, tmp_path):
+    folder = tmp_path / "renamed"
+    shutil.copytree(pictures, folder)
+    file = folder / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "hexagon"
+    file.write_text(json.dumps(content))
+    status, _, err = check(DATADIR=folder)
+    assert status == 2
+    assert "other categories" in err
+
+
+def test_mistakes_of_settings_are_errors_a_line_each(check):
+    status, out, err = check("--epochs", "0", "--no-such-flag", "1")
+    assert (status, out) == (2, "")
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error", "error"]
+
+
+def test_mistakes_of_data_and_backbone_are_reported_together(check):
+    status, _, err = check("--num-classes", "81", "--batch-size", "1000", "--backbone", "absent.pth")
+    assert status == 2
+    for part in ("--num-classes 4", "--batch-size", "absent.pth is not there"):
+        assert part in err
+
+
+def npz(folder: Path) -> Path:
+    path = folder / "weights.npz"
+    np.savez(path, **{"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)})
+    return path
+
+
+def test_a_sound_backbone_passes(check, tmp_path):
+    assert check("--backbone", str(npz(tmp_path)))[0] == 0
+    content = b"\x80\x02 as torch wrote them once"
+    published = tmp_path / f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    published.write_bytes(content)
+    assert check("--backbone", str(published))[0] == 0
+
+
+def test_a_backbone_that_is_cut_off_is_refused(check, tmp_path):
+    path = npz(tmp_path)
+    path.write_bytes(path.read_bytes()[:5000])
+    status, _, err = check("--backbone", str(path))
+    assert status == 2
+    assert "damaged or cut off" in err
+
+
+def test_a_backbone_with_flipped_bits_is_refused(check, tmp_path):
+    path = npz(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    assert check("--backbone", str(path))[0] == 2
+
+
+def test_a_backbone_that_is_not_what_its_name_says_is_refused(check, tmp_path):
+    path = tmp_path / "resnet34-333f7ec4.pth"
+    path.write_bytes(b"\x80\x02 something else")
+    status, _, err = check("--backbone", str(path))
+    assert status == 2
+    assert "not with 333f7ec4" in err
+
+
+def test_a_log_that_is_there_is_not_written_over(check, tmp_path):
+    (tmp_path / "result_0.txt").touch()
+    status, _, err = check(RUN_DIR=tmp_path)
+    assert status == 2
+    assert "result_0.txt is there already" in err
+    assert check("--experiment", "1", RUN_DIR=tmp_path)[0] == 0
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(check, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, err = check(LOGDIR=tmp_path / "file")
+    assert status == 2
+    assert "cannot be written" in err
+
+
+def test_only_the_first_node_makes_the_run_folder(check, tmp_path):
+    assert check(DGXNNODES="2", NODE_RANK="1")[0] == 0
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_the_rules_forbid_is_warned_of(check):
+    status, _, err = check("--division", "closed", "--target", "0.1", "--decay-epochs", "3,5")
+    assert status == 0
+    for rule in ("target", "dataset", "opt_learning_rate_decay_boundary_epochs"):
+        assert f"forbids {rule}" in err
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_config_file_passes_a_dry_run_and_the_rules(system):
+    script = f'source ./config_{system}.sh; exec "$0" -m ssd.preflight --dry-run'
+    environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system}
+    shell = subprocess.run(
+        ["bash", "-euc", script, sys.executable], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    assert (shell.returncode, shell.stderr) == (0, "")
+    assert "forbids" not in shell.stdout
