@@ -183,10 +183,10 @@ def _draw_picture(
     if with_crowd:
         annotations.append(_draw_crowd(rng, canvas, taken))
     if with_objects:
-        for _ in range(rng.choice([1, 2, 3], p=[0.35, 0.40, 0.25])):
+        for _ in range(rng.integers(3, 8)):
             shape = SHAPES[rng.integers(len(SHAPES))]
             small = rng.random() < 0.08
-            size_px = short_px * (rng.uniform(0.10, 0.20) if small else rng.uniform(0.25, 0.60))
+            size_px = short_px * (rng.uniform(0.10, 0.20) if small else rng.uniform(0.22, 0.45))
             annotations += _draw_object(rng, canvas, taken, shape, size_px)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), annotations
 

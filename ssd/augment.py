@@ -90,16 +90,14 @@ def iou_with(crops_xyxy: Floats, boxes_xyxy: Floats) -> Floats:
     intersection = (upper - lower).clip(min=0).prod(axis=-1)
     crop_area = (crops[..., 2:] - crops[..., :2]).prod(axis=-1)
     box_area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=-1)
-    iou: Floats = intersection / (crop_area + box_area - intersection)
-    return iou
+    return np.asarray(intersection / (crop_area + box_area - intersection))
 
 
 def centres_inside(crops_xyxy: Floats, boxes_xyxy: Floats) -> NDArray[np.bool_]:
     """Which boxes (G, 4) have their centre strictly inside each crop (..., 4): (..., G)."""
     crops = crops_xyxy[..., None, :]
     centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    inside: NDArray[np.bool_] = ((centres > crops[..., :2]) & (centres < crops[..., 2:])).all(axis=-1)
-    return inside
+    return np.asarray(((centres > crops[..., :2]) & (centres < crops[..., 2:])).all(axis=-1))
 
 
 def crop_boxes(crop_xyxy: Floats, boxes_xyxy: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:

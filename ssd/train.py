@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import signal
 import sys
 from datetime import datetime
 from functools import partial
@@ -30,6 +31,7 @@ from ssd.model import SSD300
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the log of an ended run says so
     try:
         config = load(argv).config
         topology = read_topology()
@@ -40,8 +42,11 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        if topology.rank == 0:  # it is the same on every rank
+            print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
@@ -52,7 +57,7 @@ def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(to_json(config))
     progress = Progress(ranks, folder / "metrics.jsonl", log_every=config.log_every)
-    log = MlperfLog(log_file if ranks.is_first else None, before_echo=progress.clear)
+    log = open_log(log_file if ranks.is_first else None, progress)
     try:
         log_submission(log, config, num_nodes)
         log.start("init")
@@ -72,6 +77,14 @@ def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
         (folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
         report(check.check(log_file, config.ruleset), folder)
     return 0 if outcome.reached else 3
+
+
+def open_log(log_file: Path | None, progress: Progress) -> MlperfLog:
+    """The MLPerf log, which clears the progress bar away before it prints; None is silent."""
+    try:
+        return MlperfLog(log_file, before_echo=progress.clear)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def make_benchmark(

@@ -1,0 +1,37 @@
+"""What several test files share: where the real data are, and small models and pictures."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# The golden vectors and the determinism tests compare runs of this process; more threads only add noise to time.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def shared(relative: str) -> Path:
+    """A file or folder of the material beside the repository; skips the test where it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"../shared/{relative} is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The conformance vectors of the MLPerf reference."""
+    return shared("golden/ssd_reference.npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 24 training and 8 evaluation pictures."""
+    from detection import toy
+
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    toy.draw(folder, toy.Drawing(train_images=24, val_images=8, seed=3))
+    return folder

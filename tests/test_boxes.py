@@ -1,0 +1,105 @@
+import hypothesis.strategies as st
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+
+from detection.boxes import area, cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
+from ssd.anchors import NUM_ANCHORS, make_anchors
+from ssd.box_coder import decode, encode, match, to_deltas
+
+
+@st.composite
+def boxes(draw):
+    """(N, 4) xyxy boxes of positive size inside the image."""
+    rows = draw(st.integers(1, 8))
+    lower = torch.from_numpy(draw(arrays("float32", (rows, 2), elements=st.floats(0, 0.875, width=32))))
+    size = torch.from_numpy(draw(arrays("float32", (rows, 2), elements=st.floats(0.0078125, 1, width=32))))
+    return torch.cat([lower, torch.minimum(lower + size, torch.ones(()))], dim=1)
+
+
+@given(boxes())
+def test_a_box_survives_the_way_through_centres(xyxy):
+    torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(xyxy)), xyxy, atol=1e-6, rtol=0)
+
+
+@given(boxes(), boxes())
+def test_iou_is_what_torchvision_says(a, b):
+    torch.testing.assert_close(pairwise_iou(a, b), torchvision.ops.box_iou(a, b), atol=1e-6, rtol=1e-5)
+
+
+@given(boxes(), boxes())
+def test_iou_is_symmetric_and_between_0_and_1(a, b):
+    iou = pairwise_iou(a, b)
+    assert ((iou >= 0) & (iou <= 1 + 1e-6)).all()
+    torch.testing.assert_close(iou, pairwise_iou(b, a).T)
+
+
+@given(boxes())
+def test_a_box_overlaps_itself_entirely(a):
+    torch.testing.assert_close(pairwise_iou(a, a).diagonal(), torch.ones(len(a)))
+
+
+def test_boxes_without_area_overlap_nothing_and_give_no_nan():
+    empty = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    assert pairwise_iou(empty, empty).item() == 0
+    assert pairwise_iou(empty, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).item() == 0
+
+
+def test_iou_takes_any_leading_dimensions():
+    a, b = torch.rand(3, 2, 4).sort(dim=-1).values, torch.rand(3, 5, 4).sort(dim=-1).values
+    batched = pairwise_iou(a, b)
+    assert batched.shape == (3, 2, 5)
+    for i in range(3):
+        torch.testing.assert_close(batched[i], pairwise_iou(a[i], b[i]))
+
+
+@given(boxes())
+def test_area_is_width_times_height(a):
+    size = xyxy_to_cxcywh(a)[:, 2:]
+    torch.testing.assert_close(area(a), size.prod(dim=1), atol=1e-6, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31))
+def test_decoding_undoes_encoding(seed):
+    generator = torch.Generator().manual_seed(seed)
+    anchors = make_anchors()
+    centre = torch.rand(NUM_ANCHORS, 2, generator=generator)
+    size = 0.01 + torch.rand(NUM_ANCHORS, 2, generator=generator)
+    wanted = torch.cat([centre, size], dim=1)
+    got = decode(to_deltas(wanted, anchors), anchors)
+    torch.testing.assert_close(got, cxcywh_to_xyxy(wanted), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(boxes())
+def test_every_ground_truth_keeps_an_anchor_even_when_it_is_tiny(xyxy):
+    labels = torch.arange(1, len(xyxy) + 1)
+    anchors = make_anchors()
+    matched = match(xyxy[None], labels[None], anchors)[0]
+    best = pairwise_iou(xyxy, anchors.boxes_xyxy).argmax(dim=1)
+    for box in range(len(xyxy)):
+        # The anchor that fits this box best belongs to it, or to a later box with the same best anchor.
+        owner = int(matched[best[box]])
+        assert owner == max(other for other in range(len(xyxy)) if best[other] == best[box])
+
+
+@settings(max_examples=25, deadline=None)
+@given(boxes())
+def test_padding_changes_nothing(xyxy):
+    anchors = make_anchors()
+    labels = torch.arange(1, len(xyxy) + 1)
+    padded = torch.cat([xyxy, torch.zeros(3, 4)])[None]
+    padded_labels = torch.cat([labels, torch.zeros(3, dtype=torch.int64)])[None]
+    for got, wanted in zip(
+        encode(padded, padded_labels, anchors), encode(xyxy[None], labels[None], anchors), strict=True
+    ):
+        assert torch.equal(got, wanted)
+        assert got.isfinite().all()
+
+
+def test_an_image_without_boxes_has_only_background():
+    deltas, labels = encode(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), make_anchors())
+    assert not labels.any()
+    assert not deltas.any()

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from torch import nn
+
+from detection import optim
+
+SCHEDULE = {"peak": 0.09, "warmup_steps": 650, "warmup_factor": 0.0, "decay_epochs": (44, 55), "decay_factor": 0.1}
+
+
+def test_warm_up_is_linear_from_zero_to_the_peak():
+    rates = [optim.learning_rate(step, 1, **SCHEDULE) for step in (0, 325, 649, 650, 5000)]
+    assert rates == pytest.approx([0, 0.045, 0.09 * 649 / 650, 0.09, 0.09])
+
+
+def test_the_warm_up_factor_says_where_it_starts():
+    rate = optim.learning_rate(0, 1, **(SCHEDULE | {"warmup_factor": 1.0}))
+    assert rate == pytest.approx(0.045)
+
+
+def test_the_rate_falls_after_the_decay_epochs_not_in_them():
+    rates = [optim.learning_rate(10**6, epoch, **SCHEDULE) for epoch in (44, 45, 55, 56)]
+    assert rates == pytest.approx([0.09, 0.009, 0.009, 0.0009])
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert optim.learning_rate(0, 1, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
+
+
+def test_frozen_batch_norm_neither_trains_nor_moves():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optim.freeze_batch_norm(model)
+    mean = model[1].running_mean.clone()
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert torch.equal(model[1].running_mean, mean)
+    trained = optim.make_sgd(model, momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
+    assert [p.shape for p in trained] == [model[0].weight.shape, model[0].bias.shape]

@@ -1,0 +1,53 @@
+"""The house keeps its walls: who may import what, and which words stay in which module."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+MODULES = sorted(path for room in ("ssd", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
+
+ONLY_IN = {
+    "torch.distributed": {"detection/distributed.py", "detection/launch.py"},
+    "mlperf_logging": {"mlperf/log.py", "mlperf/rules.py", "mlperf/check.py"},
+    "pycocotools": {"detection/coco.py", "detection/metric.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_package_has_one_importer(package):
+    users = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+    assert users <= ONLY_IN[package]
+
+
+def test_only_the_configuration_reads_the_environment():
+    users = {str(p.relative_to(ROOT)) for p in MODULES if re.search(r"\bos\.(environ|getenv)\b", p.read_text())}
+    assert users == {"detection/config.py"}
+
+
+def test_only_the_device_module_names_a_device():
+    users = {str(p.relative_to(ROOT)) for p in MODULES if re.search(r"torch\.cuda|cudnn|\.cuda\(", p.read_text())}
+    assert users == {"detection/device.py"}
+
+
+def test_no_module_exits_but_a_main():
+    for path in MODULES:
+        text = path.read_text()
+        for match in re.finditer(r"sys\.exit\(|raise SystemExit", text):
+            assert '__name__ == "__main__"' in text[: match.start()], path

@@ -1,0 +1,211 @@
+"""Whole runs: what they log, how they end, and that more ranks train the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from detection import toy
+from mlperf import check
+from mlperf.log import read
+from ssd import train
+from ssd.model import SSD300
+
+FEW_STEPS = ("--epochs", "1", "--batch-size", "4", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """8 training pictures with boxes and some without, 4 to evaluate."""
+    folder = tmp_path_factory.mktemp("pictures") / "data"
+    toy.draw(folder, toy.Drawing(train_images=8, val_images=4, seed=1))
+    return folder
+
+
+@pytest.fixture
+def environment(pictures, tmp_path, monkeypatch):
+    """The variables that config_toy.sh and ./run_and_time.sh would export, for a run in tmp_path."""
+    values = {
+        "DATADIR": str(pictures),
+        "RUN_DIR": str(tmp_path / "run"),
+        "SSD_DATASET": "toy",
+        "SSD_NUM_CLASSES": "4",
+        "SSD_DIVISION": "open",
+        "SSD_DEVICE": "cpu",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    return values
+
+
+def events(folder: Path):
+    return read(folder / "result_0.txt")
+
+
+def keys(folder: Path):
+    return [event.key for event in events(folder)]
+
+
+def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment, tmp_path, capsys):
+    assert train.main([*FEW_STEPS, "--epochs", "2", "--eval-epochs", "1,2", "--target", "0"]) == 0
+    run = tmp_path / "run"
+    order = [
+        key
+        for key in keys(run)
+        if key.endswith(("_start", "_stop")) or key in ("eval_accuracy", "seed", "train_samples")
+    ]
+    assert order == [
+        "init_start", "seed", "init_stop", "run_start", "train_samples", "block_start", "epoch_start", "epoch_stop",
+        "block_stop", "eval_start", "eval_accuracy", "eval_stop", "run_stop",
+    ]  # fmt: skip
+    assert events(run)[-1].metadata["status"] == "success"
+    by_key = {event.key: event for event in events(run)}
+    assert by_key["dataset"].value == "toy"
+    assert by_key["dataset"].metadata["is_coco2017"] is False
+    assert by_key["epoch_start"].metadata["epoch_num"] == 1
+    for ruleset in ("1.0.0", "1.1.0"):
+        assert check.check(run / "result_0.txt", ruleset).passed, ruleset
+    shown = capsys.readouterr().out
+    assert "MLPerf compliance (1.1.0): PASS" in shown
+    assert "above the target 0.0" in shown
+    assert str(run) in shown
+    assert shown.count(":::MLLOG") == len(events(run))
+
+
+def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, tmp_path):
+    train.main([*FEW_STEPS, "--target", "0"])
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 4
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [0, 1]
+    assert all(np.isfinite(line["loss"]) and line["images_per_s"] > 0 for line in steps)
+    assert [line["epoch"] for line in lines if line["event"] == "evaluation"] == [1]
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    state = torch.load(checkpoint, weights_only=True)
+    SSD300(4).load_state_dict(state["model"])
+    assert (state["epoch"], state["step"]) == (1, 2)
+    assert isinstance(json.loads((run / "detections.json").read_text()), list)
+
+
+@pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])
+def test_a_closed_run_is_refused_by_the_official_checker_only_for_its_accuracy(environment, tmp_path, ruleset):
+    decay = ("--decay-epochs", "44,55", "--ruleset", ruleset, "--division", "closed")
+    assert train.main([*FEW_STEPS, *decay, "--target", "0"]) == 0
+    verdict = check.check(tmp_path / "run" / "result_0.txt", ruleset)
+    assert not verdict.passed
+    assert len(verdict.messages) == 1
+    assert "eval_accuracy" in verdict.messages[0]
+
+
+def test_a_run_below_its_target_exits_3_and_is_logged_as_aborted(environment, tmp_path):
+    assert train.main([*FEW_STEPS, "--target", "0.99"]) == 3
+    assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
+
+
+def test_a_diverged_loss_stops_the_run_as_aborted(environment, tmp_path, capsys):
+    state = train.SSD300(4).backbone.state_dict()
+    state["conv1.weight"] = torch.full_like(state["conv1.weight"], float("nan"))
+    np.savez(tmp_path / "poison.npz", **{name: t.numpy() for name, t in state.items()})
+    assert train.main([*FEW_STEPS, "--backbone", str(tmp_path / "poison.npz")]) == 1
+    last = events(tmp_path / "run")[-1]
+    assert (last.key, last.metadata["status"]) == ("run_stop", "aborted")
+    assert "eval_start" not in keys(tmp_path / "run")
+    shown = capsys.readouterr()
+    assert "The loss is nan at step 0 of epoch 1" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_a_log_that_exists_is_not_overwritten(environment, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result_0.txt").write_text("precious\n")
+    assert train.main([*FEW_STEPS]) == 2
+    assert (tmp_path / "run" / "result_0.txt").read_text() == "precious\n"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_seeds_differ_unless_one_is_given(environment, tmp_path, monkeypatch):
+    seeds = []
+    for name, flags in (("a", ()), ("b", ()), ("c", ("--seed", "5")), ("d", ("--seed", "5"))):
+        monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
+        train.main([*FEW_STEPS, "--batch-size", "8", "--target", "0", *flags])
+        seeds.append(next(event.value for event in events(tmp_path / name) if event.key == "seed"))
+    assert seeds[0] != seeds[1]
+    assert seeds[2:] == [5, 5]
+    c, d = (weights(tmp_path / name) for name in ("c", "d"))
+    assert all(torch.equal(c[name], d[name]) for name in c)
+
+
+def weights(run: Path):
+    (path,) = (run / "checkpoints").iterdir()
+    return torch.load(path, weights_only=True)["model"]
+
+
+def losses(run: Path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def launch(ranks, run, *flags):
+    command = [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), "-m", "ssd.train", *flags]
+    environment = os.environ | {"RUN_DIR": str(run), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_two_ranks_of_4_train_like_one_of_8_and_like_8_in_parts(environment, tmp_path):
+    same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-4", "--epochs", "2")
+    same += ("--eval-epochs", "2", "--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
+    runs = {
+        "one": launch(1, tmp_path / "one", *same, "--batch-size", "8"),
+        "two": launch(2, tmp_path / "two", *same, "--batch-size", "4"),
+        "parts": launch(1, tmp_path / "parts", *same, "--batch-size", "8", "--accumulation-steps", "4"),
+    }
+    for name, done in runs.items():
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('"key": "run_start"') == 1, "only the first rank logs"
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=1e-5)
+        for key, tensor in weights(tmp_path / "one").items():
+            torch.testing.assert_close(
+                weights(tmp_path / name)[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}"
+            )
+    start = SSD300(4).state_dict()
+    assert start.keys() == weights(tmp_path / "one").keys()
+
+
+def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path):
+    same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--batch-size", "4", "--epochs", "1")
+    done = launch(2, tmp_path / "two", *same, "--num-workers", "0", "--target", "0")
+    assert done.returncode == 0, done.stderr
+    averaged = weights(tmp_path / "two")["backbone.bn1.running_mean"]
+    done = launch(1, tmp_path / "one", *same, "--num-workers", "0", "--target", "0", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    # The first layer's mean is linear in the images, so the mean over ranks is the mean over the whole batch.
+    torch.testing.assert_close(averaged, weights(tmp_path / "one")["backbone.bn1.running_mean"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    toy.draw(data, toy.Drawing(train_images=8, val_images=4, seed=1))
+    for path in (data / "train2017").iterdir():
+        path.write_bytes(path.read_bytes()[:700])
+    monkeypatch.setenv("DATADIR", str(data))
+    done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1")
+    assert done.returncode == 2
+    assert "this image cannot be decoded" in done.stderr
+    assert str(data / "train2017") in done.stderr
+    assert "RESULT" not in done.stdout
+
+
+@pytest.mark.gpu
+def test_the_accelerator_trains_a_step_in_every_precision(environment, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSD_DEVICE", "auto")
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        monkeypatch.setenv("RUN_DIR", str(tmp_path / precision))
+        assert train.main([*FEW_STEPS, "--precision", precision, "--target", "0"]) == 0
+        assert all(np.isfinite(losses(tmp_path / precision)))
