@@ -1,17 +1,15 @@
 # The project with its environment made, ready for ./run_and_time.sh.
-#   docker build -t detection .                                                     NVIDIA GPUs
-#   docker build -t detection --build-arg FROM_IMAGE_NAME=python:3.12-slim \
-#     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .        CPU
+#   docker build -t detection .                                                   NVIDIA GPUs
+#   docker build -t detection --build-arg FROM_IMAGE_NAME=python:3.12-slim .      CPU
 ARG FROM_IMAGE_NAME=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${FROM_IMAGE_NAME}
-ARG PIP_EXTRA_INDEX_URL=
 ARG PIP_NO_CACHE_DIR=1
 
 WORKDIR /workspace/detection-training
 
 # The libraries in a layer of their own: a change of the code does not install them again.
 COPY pyproject.toml README.md setup.sh ./
-RUN mkdir ssd detection mlperf && ./setup.sh --system-site-packages
+RUN mkdir ssd detection mlperf perf && ./setup.sh --system-site-packages
 
 COPY . .
 

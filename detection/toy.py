@@ -1,6 +1,6 @@
 """Draw a small data set in COCO 2017's layout: discs, squares and triangles on soft backgrounds.
 
-    python -m detection.toy DIR [--train-images 320] [--val-images 64] [--seed 0]
+    python -m detection.toy DIR [--train-images 400] [--val-images 64] [--seed 0]
 
 Each picture is a function of (seed, split, index): the same seed gives the same bytes on the same Pillow and
 NumPy. A shape is drawn from the very polygon that its annotation holds. Colours are RGB, 0 to 255.
@@ -56,7 +56,7 @@ SHAPES = (DISC, SQUARE, TRIANGLE)
 class Drawing:
     """What a data set is drawn from; recorded in the `info` of its annotation files."""
 
-    train_images: int = 320
+    train_images: int = 400
     val_images: int = 64
     seed: int = 0
     version: int = 1  # raised when the pictures change, so that old ones are drawn again

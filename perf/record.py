@@ -1,0 +1,109 @@
+"""Keep what a run showed: python -m perf.record RUN_FOLDER NAME [--note TEXT]
+
+Writes perf/results/<date>_<name>/ with the run's config, log and metrics, a summary (hardware, versions, commit,
+times, AP by epoch) and the curve as a picture.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from detection.device import choose, describe
+from mlperf.log import read
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str]) -> None:
+    """Copy, summarise and draw."""
+    parser = argparse.ArgumentParser(prog="python -m perf.record", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("name", help="of the record, such as bccd_cpu")
+    parser.add_argument("--note", default="", help="what a reader should know")
+    arguments = parser.parse_args(argv)
+    (log,) = arguments.run.glob("result_*.txt")
+    summary = {"note": arguments.note} | machine() | outcome(log)
+    folder = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
+    folder.mkdir(parents=True)
+    for path in (log, arguments.run / "config.json", arguments.run / "metrics.jsonl"):
+        shutil.copy(path, folder)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(summary, folder / "curve.png")
+    print(f"recorded in {folder}/")
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, and what was measured."""
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=RESULTS.parent, check=True).stdout.strip()
+    return {
+        "hardware": describe(choose("auto", local_rank=0)),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "pycocotools")},
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+def processor() -> str:
+    """Name of the CPU, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def outcome(log: Path) -> dict[str, Any]:
+    """Times and accuracy of a run, from its MLPerf log."""
+    events = read(log)
+    time_ms = {event.key: event.time_ms for event in events}
+    points = [e for e in events if e.key == "eval_accuracy"]
+    epochs = zip(
+        [e.time_ms for e in events if e.key == "epoch_start"],
+        [e.time_ms for e in events if e.key == "epoch_stop"],
+        strict=True,
+    )
+    lengths_s = sorted((stop - start) / 1000 for start, stop in epochs)
+    (samples,) = (e.value for e in events if e.key == "train_samples")
+    return {
+        "init_s": (time_ms["init_stop"] - time_ms["init_start"]) / 1000,
+        "run_s": (time_ms["run_stop"] - time_ms["run_start"]) / 1000,
+        "status": events[-1].metadata["status"],
+        "epoch_s": {
+            "n": len(lengths_s),
+            "min": lengths_s[0],
+            "median": lengths_s[len(lengths_s) // 2],
+            "max": lengths_s[-1],
+        },
+        "images_per_s_median": samples / lengths_s[len(lengths_s) // 2],
+        "ap_by_epoch": {e.metadata["epoch_num"]: e.value for e in points},
+        "minutes_by_epoch": {
+            e.metadata["epoch_num"]: round((e.time_ms - time_ms["run_start"]) / 60000, 2) for e in points
+        },
+    }
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """AP by epoch."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot(list(summary["ap_by_epoch"]), list(summary["ap_by_epoch"].values()), marker="o")
+    axes.set(xlabel="epoch", ylabel="box AP (IoU .50:.95)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
