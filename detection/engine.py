@@ -28,6 +28,8 @@ class RunConfig(Protocol):
     @property
     def epochs(self) -> int: ...  # noqa: D102
     @property
+    def sgd(self) -> str: ...  # noqa: D102
+    @property
     def momentum(self) -> float: ...  # noqa: D102
     @property
     def weight_decay(self) -> float: ...  # noqa: D102
@@ -182,7 +184,7 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
     set_training(model, config)
     return State(
         model=ranks.wrap(model),
-        optimizer=optim.make_sgd(model, momentum=config.momentum, weight_decay=config.weight_decay),
+        optimizer=optim.make_sgd(model, kernels=config.sgd, momentum=config.momentum, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
     )

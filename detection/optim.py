@@ -3,11 +3,23 @@
 import torch
 from torch import nn
 
+from detection.config import InputError
 
-def make_sgd(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD over all trained parameters in one group, with the fused kernel; the loop sets the learning rate."""
+
+def make_sgd(model: nn.Module, *, kernels: str, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD over all trained parameters in one group; the loop sets the learning rate.
+
+    kernels: whose fused update, "torch" or "apex"; both compute the same. InputError where apex is not installed.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if kernels == "torch":
+        return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise InputError(f"--sgd apex: apex cannot be imported ({error}). Install it, or pass --sgd torch.") from error
+    fused: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+    return fused
 
 
 def learning_rate(

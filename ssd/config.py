@@ -112,6 +112,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
         "auto", help="auto: bf16 where the device is fast in it, else fp16 with loss scaling, else fp32"
     )
+    sgd: Literal["torch", "apex"] = setting("torch", help="whose fused optimiser kernel; apex must be installed by you")
     channels_last: bool = setting(True, help="memory layout of images and weights")
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
 

@@ -161,7 +161,10 @@ def report(verdict: check.Verdict, folder: Path) -> None:
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")
-    print(f"Everything of this run lies in {folder}/")
+    print(f"The run lies in {folder}/:")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"  {path.relative_to(folder)}")
 
 
 if __name__ == "__main__":

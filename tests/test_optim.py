@@ -1,8 +1,12 @@
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from detection import optim
+from detection.config import InputError
 
 SCHEDULE = {"peak": 0.09, "warmup_steps": 650, "warmup_factor": 0.0, "decay_epochs": (44, 55), "decay_factor": 0.1}
 
@@ -32,5 +36,21 @@ def test_frozen_batch_norm_neither_trains_nor_moves():
     mean = model[1].running_mean.clone()
     model(torch.randn(2, 3, 5, 5)).sum().backward()
     assert torch.equal(model[1].running_mean, mean)
-    trained = optim.make_sgd(model, momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
+    trained = optim.make_sgd(model, kernels="torch", momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
     assert [p.shape for p in trained] == [model[0].weight.shape, model[0].bias.shape]
+
+
+def test_apex_is_asked_for_only_by_name_and_said_to_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    model = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="--sgd apex"):
+        optim.make_sgd(model, kernels="apex", momentum=0.9, weight_decay=0.0)
+
+
+def test_a_users_apex_makes_the_optimizer(monkeypatch):
+    made = types.ModuleType("apex.optimizers")
+    made.FusedSGD = torch.optim.SGD
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", made)
+    optimizer = optim.make_sgd(nn.Linear(2, 2), kernels="apex", momentum=0.9, weight_decay=0.1)
+    assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0.1)
