@@ -7,13 +7,14 @@ and it imports no torch, so that a mistake is answered at once.
 
 import argparse
 import difflib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
@@ -41,8 +42,14 @@ def _split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
-"""Whole numbers from 1 up, written `44,55`."""
+def _ascend(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
+        raise ValueError("should ascend")
+    return numbers
+
+
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), AfterValidator(_ascend)]
+"""Whole numbers from 1 up, ascending, written `44,55`."""
 
 
 @dataclass(frozen=True)

@@ -17,31 +17,10 @@ from detection.config import to_json
 from detection.device import Precision
 from detection.distributed import Ranks
 from detection.progress import Progress
+from detection.run_config import RunConfig
 from mlperf.log import MlperfLog
 
 Batch = TypeVar("Batch", bound=NamedTuple)
-
-
-class RunConfig(Protocol):
-    """What the loop reads of a benchmark's settings; they are described there."""
-
-    @property
-    def epochs(self) -> int: ...  # noqa: D102
-    @property
-    def sgd(self) -> str: ...  # noqa: D102
-    @property
-    def momentum(self) -> float: ...  # noqa: D102
-    @property
-    def weight_decay(self) -> float: ...  # noqa: D102
-    @property
-    def accumulation_steps(self) -> int: ...  # noqa: D102
-    @property
-    def freeze_batch_norm(self) -> bool: ...  # noqa: D102
-    @property
-    def precision(self) -> str: ...  # noqa: D102
-    @property
-    def channels_last(self) -> bool: ...  # noqa: D102
-    def blocks(self) -> list[range]: ...  # noqa: D102
 
 
 class Share(NamedTuple, Generic[Batch]):

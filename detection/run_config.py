@@ -1,0 +1,116 @@
+"""The settings that every benchmark has: what the loop, the data, the machine and the log need."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, ValidationInfo, model_validator
+from pydantic.dataclasses import dataclass
+
+from detection.config import STRICT, Numbers, setting
+
+
+def _every(value: Any, info: ValidationInfo) -> Any:
+    match = re.fullmatch(r"every[ -]?(\d+)", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    interval = int(match[1])
+    if interval < 1:
+        raise ValueError("an interval of epochs is at least 1")
+    return tuple(range(interval, info.data.get("epochs", 0) + 1, interval)) or (interval,)
+
+
+EvalEpochs = Annotated[Numbers, BeforeValidator(_every)]
+"""Epochs to evaluate after, written `40,50` or `every 5`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """What every benchmark lets its user set; a benchmark gives the defaults that its rules name."""
+
+    benchmark: ClassVar[str]
+
+    batch_size: int = setting(
+        32,
+        ge=1,
+        le=65536,
+        unit="images per accelerator and optimiser step",
+        heading="Run",
+        help="the learning rate follows it",
+    )
+    accumulation_steps: int = setting(
+        1,
+        ge=1,
+        le=4096,
+        help="parts that a batch is computed in, one after the other; divides the batch size",
+    )
+    momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
+    weight_decay: float
+    freeze_batch_norm: bool = setting(
+        False, help="use batch norm's running statistics and train neither its weights nor its biases"
+    )
+    seed: int | None = setting(None, ge=0, lt=2**32, help="of everything random; none takes one from the system")
+    epochs: int
+    eval_epochs: EvalEpochs
+
+    data_dir: Path = setting(Path("data/coco"), env="DATADIR", heading="Data", help="folder in the layout of COCO 2017")
+    dataset: str = setting(
+        "coco2017",
+        pattern=r"^[\w.-]+$",
+        help="what the folder holds, for the log; toy is drawn where it is absent",
+    )
+    allow_missing: bool = setting(False, help="train without the images that the folder lacks")
+    num_workers: int = setting(
+        4, ge=0, le=256, unit="processes per rank", help="decode images; 0 decodes in the rank itself"
+    )
+
+    device: str = setting(
+        "auto",
+        pattern=r"^[a-z]+(:\d+)?$",
+        heading="Machine",
+        help="auto, cpu, cuda, xpu ...; auto takes the accelerator there is",
+    )
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
+        "auto", help="auto: bf16 where the device is fast in it, else fp16 with loss scaling, else fp32"
+    )
+    sgd: Literal["torch", "apex"] = setting("torch", help="whose fused optimiser kernel; apex must be installed by you")
+    channels_last: bool = setting(True, help="memory layout of images and weights")
+    eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
+
+    log_dir: Path = setting(Path("results"), env="LOGDIR", heading="Log", help="run folders are made here")
+    run_dir: str = setting("", env="RUN_DIR", help="this run's folder; empty makes log_dir/system/ssd/start")
+    experiment: int = setting(0, ge=0, le=9999, env="EXPERIMENT", help="the log is result_<experiment>.txt")
+    log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="between lines of loss and throughput")
+    system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the machine")
+    ruleset: Literal["0.7.0", "1.0.0", "1.1.0"] = setting("1.1.0", help="of MLPerf training, for the log and its check")
+    division: Literal["closed", "open"] = setting(
+        "closed", help="open where data, model or recipe differ from MLPerf's"
+    )
+    org: str = setting("unknown", min_length=1, pattern=r"^[^,\n]+$", help="who runs it")
+    platform: str = setting("", help="what it runs on; empty says nodes × system")
+    status: Literal["cloud", "onprem", "preview", "research"] = setting("onprem", help="availability of the machine")
+    caches_cleared: bool = setting(False, env="CACHES_CLEARED", help="./run_and_time.sh dropped the system's caches")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(f"accumulation_steps {self.accumulation_steps} should divide batch_size {self.batch_size}")
+        return self
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Images per optimiser step on all ranks together."""
+        return self.batch_size * world_size
+
+    def blocks(self) -> list[range]:
+        """Epochs between evaluations, from 1: range(1, 41), range(41, 51), ...; the last ends at `epochs`."""
+        ends = [epoch for epoch in self.eval_epochs if epoch < self.epochs] + [self.epochs]
+        starts = [1] + [end + 1 for end in ends[:-1]]
+        return [range(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+
+    def submission_platform(self, nodes: int) -> str:
+        """Name of what the run is on, such as 1xDGX1."""
+        return self.platform or f"{nodes}x{self.system}"
+
+    def run_folder(self, start: str) -> Path:
+        """Folder of a run that began at `start` (YYYY-mm-dd_HH-MM-SS), if none was named."""
+        return Path(self.run_dir) if self.run_dir else self.log_dir / self.system / self.benchmark / start
