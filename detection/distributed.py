@@ -1,5 +1,6 @@
 """The ranks of a run: who they are and how they speak to each other. The only module that imports torch.distributed."""
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -96,13 +97,28 @@ class Ranks:
             dist.barrier()
 
 
+class PeerLost(RuntimeError):
+    """Another rank is gone: the cause is with that one, which tells it."""
+
+
+# What gloo and nccl say when the other end of a connection is no longer there.
+GONE = re.compile(r"[Cc]onnection (closed|reset|refused|was (likely )?closed)|Broken pipe|remote process exited")
+
+
 @contextmanager
 def connect(topology: Topology, device: torch.device) -> Iterator[Ranks]:
-    """Join the ranks that the launcher started, for as long as the context lasts."""
+    """Join the ranks that the launcher started, for as long as the context lasts.
+
+    Raises PeerLost in place of what a collective raises when another rank has ended.
+    """
     if topology.world_size > 1:
         dist.init_process_group(collective_backend(device), rank=topology.rank, world_size=topology.world_size)
     try:
         yield Ranks(topology.rank, topology.world_size, device)
+    except RuntimeError as error:
+        if topology.world_size > 1 and GONE.search(str(error)):
+            raise PeerLost(f"rank {topology.rank} stops, since another rank has ended") from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

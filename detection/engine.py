@@ -147,7 +147,8 @@ def train(
         progress.evaluated(epoch, metrics, benchmark.targets)
         reached = all(metrics[name] >= target for name, target in benchmark.targets.items())
         if ranks.is_first:
-            checkpoint.save(folder / "checkpoints", epoch, metrics["AP"], snapshot(state, config, ranks, epoch))
+            score = metrics[next(iter(benchmark.targets))]
+            checkpoint.save(folder / "checkpoints", epoch, score, snapshot(state, config, ranks, epoch))
         progress.resume()
         if reached:
             break

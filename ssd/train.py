@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detection import device, engine, optim
 from detection.config import InputError, read_topology, to_json
-from detection.distributed import Ranks, connect
+from detection.distributed import PeerLost, Ranks, connect
 from detection.metric import to_results
 from detection.progress import Diverged, Progress
 from mlperf import check
@@ -45,6 +45,9 @@ def main(argv: list[str]) -> int:
         if topology.rank == 0:  # it is the same on every rank
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -75,7 +78,7 @@ def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
         progress.close()
     if ranks.is_first:
         (folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
-        report(check.check(log_file, config.ruleset), folder)
+        report(outcome, config, check.check(log_file, config.ruleset), folder)
     return 0 if outcome.reached else 3
 
 
@@ -156,8 +159,10 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, seed: int,
         log.point("weights_initialization", tensor=ssd_tensor_name(name))
 
 
-def report(verdict: check.Verdict, folder: Path) -> None:
-    """Print the checker's verdict and where the run's files are."""
+def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, folder: Path) -> None:
+    """Print how the run ended, the checker's verdict on its log, and where its files are."""
+    reached = "the target is reached" if outcome.reached else f"the {config.epochs} epochs are used up"
+    print(f"AP {outcome.metrics['AP']:.4f} after epoch {outcome.epoch}, target {config.target}: {reached}")
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import shared
 from detection import coco, images
 from detection.config import InputError
 from detection.distributed import Ranks

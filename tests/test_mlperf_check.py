@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_mlperf_rules import DGX1, parameters_of_ssd300_r34
 
 from mlperf.check import check, main
 from mlperf.log import MlperfLog
 from mlperf.rules import DIVISIONS, RULESETS, UNLOGGED, ssd_tensor_name
+from test_mlperf_rules import DGX1, parameters_of_ssd300_r34
 
 SHARED_LOGS = Path(__file__).parents[2] / "shared" / "logs"
 

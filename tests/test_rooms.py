@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 MODULES = sorted(path for room in ("ssd", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from PIL import Image
 
-from detection import toy
+from conftest import ROOT
+from detection import coco, toy
 from mlperf import check
 from mlperf.log import read
+from perf import draw, record
 from ssd import train
 from ssd.model import SSD300
 
@@ -74,6 +76,7 @@ def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment,
     shown = capsys.readouterr().out
     assert "MLPerf compliance (1.1.0): PASS" in shown
     assert "above the target 0.0" in shown
+    assert "after epoch 1, target 0.0: the target is reached" in shown
     assert str(run) in shown
     assert shown.count(":::MLLOG") == len(events(run))
 
@@ -92,6 +95,10 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, 
     SSD300(4).load_state_dict(state["model"])
     assert (state["epoch"], state["step"]) == (1, 2)
     assert isinstance(json.loads((run / "detections.json").read_text()), list)
+    summary = record.outcome(run / "result_0.txt")
+    assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
+    draw.main([str(run), str(tmp_path / "sheet.png"), "--images", "4", "--score", "0"])
+    assert Image.open(tmp_path / "sheet.png").size == (4 * draw.TILE_PX, draw.TILE_PX)
 
 
 @pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])
@@ -192,14 +199,15 @@ def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path):
 def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
     toy.draw(data, toy.Drawing(train_images=8, val_images=4, seed=1))
-    for path in (data / "train2017").iterdir():
-        path.write_bytes(path.read_bytes()[:700])
+    broken = coco.read(*coco.layout(data, "train")).with_boxes().image_path(0)
+    broken.write_bytes(broken.read_bytes()[:700])
     monkeypatch.setenv("DATADIR", str(data))
     done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1")
     assert done.returncode == 2
-    assert "this image cannot be decoded" in done.stderr
-    assert str(data / "train2017") in done.stderr
+    assert f"error: {broken}: this image cannot be decoded" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "RESULT" not in done.stdout
+    assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
 
 
 @pytest.mark.gpu
