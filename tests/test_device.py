@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from detection import device
+from detection.config import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+
+
+def test_auto_is_the_cpu_where_there_is_no_accelerator(no_accelerator):
+    assert device.choose("auto", local_rank=3) == CPU
+
+
+def test_an_accelerator_that_is_not_there_is_refused_with_what_is(no_accelerator):
+    with pytest.raises(InputError, match=r"--device cuda: torch .* sees no accelerator here"):
+        device.choose("cuda", local_rank=0)
+
+
+def test_more_ranks_than_accelerators_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="asks for 3 accelerators or more, 2 are here"):
+        device.choose("auto", local_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "scaled"),
+    [("bf16", torch.bfloat16, False), ("fp16", torch.float16, True), ("tf32", None, False), ("fp32", None, False)],
+)
+def test_a_precision_is_what_its_name_says(name, dtype, scaled):
+    precision = device.precision(name, CPU)
+    assert (precision.name, precision.dtype, precision.scale_gradients) == (name, dtype, scaled)
+    assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
+    with precision.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiplies", "name"),
+    [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")],
+)
+def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, kind, multiplies, name):
+    monkeypatch.setattr(device, "multiplies_bf16", lambda _: multiplies)
+    assert device.precision("auto", torch.device(kind)).name == name
+
+
+def test_collectives_follow_the_device():
+    assert device.collective_backend(CPU) == "gloo"
+    assert device.collective_backend(torch.device("cuda", 1)) == "nccl"
