@@ -1,13 +1,17 @@
-"""COCO's twelve figures for boxes, by the official API."""
+"""COCO's twelve figures for boxes: by a fast library during a run, by the official one for its last word."""
 
 import contextlib
+import importlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from detection.config import InputError
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -16,11 +20,16 @@ ROW = ("image_id", "x", "y", "width", "height", "score", "category_id")
 
 
 class BoxMetric:
-    """The metric of one annotation file, over all of its images."""
+    """The metric of one annotation file, over all of its images.
 
-    def __init__(self, annotation_file: Path):
+    library: "pycocotools", the official one; "hotcoco", which gives the same twelve numbers bit for bit, 20 to 100
+    times as fast; or "auto", hotcoco where it is installed. InputError where a library is asked for and absent.
+    """
+
+    def __init__(self, annotation_file: Path, library: str = "pycocotools"):
+        fast = None if library == "pycocotools" else open_fast(annotation_file, required=library == "hotcoco")
         with contextlib.redirect_stdout(io.StringIO()):
-            self.truth = COCO(str(annotation_file))
+            self.truth, self.evaluation = fast or (COCO(str(annotation_file)), COCOeval)
 
     def __call__(self, rows: NDArray[np.float64]) -> dict[str, float]:
         """The figures of detections (D, 7), columns as in `ROW`; -1 where the truth has no box of that size.
@@ -30,11 +39,30 @@ class BoxMetric:
         if not len(rows):
             return dict.fromkeys(FIGURES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self.truth, self.truth.loadRes(rows), iouType="bbox")
+            evaluation = self.evaluation(self.truth, self.truth.loadRes(rows), "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         return dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
+
+
+def open_fast(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
+    """The annotations and the evaluation of hotcoco, or None where it would not give the official figures.
+
+    It insists on the types of fields that no figure depends on, and differs where an annotation has the id 0:
+    pycocotools takes a match with that one for none.
+    """
+    try:
+        hotcoco = importlib.import_module("hotcoco")
+    except ImportError as error:
+        if required:
+            raise InputError(f"--metric hotcoco: {error}. Install it, or pass --metric auto.") from error
+        return None
+    try:
+        truth = hotcoco.COCO(str(annotation_file))
+    except ValueError:
+        return None
+    return None if 0 in truth.getAnnIds() else (truth, hotcoco.COCOeval)
 
 
 def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:

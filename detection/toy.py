@@ -59,7 +59,7 @@ class Drawing:
     train_images: int = 400
     val_images: int = 64
     seed: int = 0
-    version: int = 1  # raised when the pictures change, so that old ones are drawn again
+    version: str = "2"  # changed with the pictures, so that old ones are drawn again
 
     def info(self) -> dict[str, Any]:
         """The `info` of a COCO annotation file."""

@@ -1,7 +1,7 @@
 """The settings of SSD300: what the benchmark fixes, what a system chooses, and what follows from both."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -61,6 +61,9 @@ class Config(RunConfig):
 
     target: float = setting(
         0.23, ge=0, lt=1, unit="box mAP", heading="SSD: evaluation", help="stop when reached (MLPerf: .23)"
+    )
+    metric: Literal["auto", "hotcoco", "pycocotools"] = setting(
+        "auto", help="what computes the mAP; auto: hotcoco if it is installed; pycocotools confirms the last figures"
     )
     nms_iou: float = setting(0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one")
     score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")

@@ -181,7 +181,7 @@ class SSDData:
         self.train_samples, self.eval_samples = len(train), len(val)
         self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks)
         self.steps_per_epoch = len(self.sampler)
-        self.metric = BoxMetric(val.annotation_file) if ranks.is_first else None
+        self.metric = BoxMetric(val.annotation_file, config.metric) if ranks.is_first else None
         dataset = TrainImages(
             train,
             seed=seed,

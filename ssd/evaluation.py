@@ -3,13 +3,15 @@
 B images, D detections.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.distributed import Ranks
-from detection.metric import ROW
+from detection.metric import ROW, BoxMetric
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
@@ -19,6 +21,8 @@ from ssd.detect import Detections, detect
 
 class Evaluation:
     """Evaluates SSD300; `rows` are the detections of the last time, columns as in `metric.ROW`."""
+
+    annotation_file: Path
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks = config, ranks
@@ -41,9 +45,14 @@ class Evaluation:
                 max_detections=self.config.max_detections,
             )
             found.append(to_rows(detections, on_device, category_ids))
+        self.annotation_file = data.val.annotation_file
         self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
         figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
         return figures
+
+    def confirm(self) -> dict[str, float]:
+        """The figures of the last time again, by the official library."""
+        return BoxMetric(self.annotation_file)(self.rows)
 
 
 def to_rows(detections: Detections, batch: EvalBatch, category_ids: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
     if ranks.is_first:
         (folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
         report(outcome, config, check.check(log_file, config.ruleset), folder)
+        if (official := evaluation.confirm()) != outcome.metrics:
+            print(f"error: pycocotools says AP {official['AP']}. Run again with --metric pycocotools.", file=sys.stderr)
+            return 1
+        print("pycocotools confirms the last figures")
     return 0 if outcome.reached else 3
 
 

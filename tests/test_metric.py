@@ -1,9 +1,12 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from conftest import shared
 from detection import coco
+from detection.config import InputError
 from detection.metric import FIGURES, BoxMetric, to_results
 
 
@@ -28,6 +31,55 @@ def test_the_truth_itself_scores_one(truth):
     assert figures["AR100"] == pytest.approx(1)
 
 
+def jittered(content, seed):
+    """Detections around the truth: some moved, some of a wrong class, some twice."""
+    rng = np.random.default_rng(seed)
+    rows = np.repeat(rows_of(content), 3, axis=0)
+    rows[:, 1:5] += rng.normal(0, 6, (len(rows), 4))
+    rows[:, 3:5] = rows[:, 3:5].clip(1)
+    rows[:, 5] = rng.random(len(rows))
+    rows[rng.random(len(rows)) < 0.2, 6] = 1
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fast_library_gives_the_official_figures_bit_for_bit(truth, seed):
+    annotation_file, content = truth
+    rows = jittered(content, seed)
+    figures = BoxMetric(annotation_file, "hotcoco")(rows)
+    assert 0 < figures["AP"] < 1
+    assert figures == BoxMetric(annotation_file, "pycocotools")(rows)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["coco-tiny", "bccd"])
+def test_the_libraries_agree_on_real_annotations(name):
+    annotation_file, _ = coco.layout(shared(f"data/{name}"), "val")
+    rows = jittered(json.loads(annotation_file.read_text()), 0)
+    assert BoxMetric(annotation_file, "hotcoco")(rows) == BoxMetric(annotation_file)(rows)
+
+
+def test_an_annotation_of_id_0_is_left_to_the_official_library(truth, tmp_path):
+    content = truth[1] | {"annotations": [a | {"id": a["id"] - 1} for a in truth[1]["annotations"]]}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    rows = jittered(content, 0)
+    assert BoxMetric(tmp_path / "val.json", "auto")(rows) == BoxMetric(tmp_path / "val.json")(rows)
+
+
+def test_annotations_that_the_fast_library_refuses_are_left_to_the_official_one(truth, tmp_path):
+    content = truth[1] | {"info": {"version": 1}}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    rows = jittered(content, 0)
+    assert BoxMetric(tmp_path / "val.json", "auto")(rows) == BoxMetric(truth[0])(rows)
+
+
+def test_an_absent_library_is_refused_by_name_and_passed_over_by_auto(truth, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    with pytest.raises(InputError, match="--metric hotcoco"):
+        BoxMetric(truth[0], "hotcoco")
+    assert BoxMetric(truth[0], "auto")(rows_of(truth[1]))["AP"] == pytest.approx(1)
+
+
 def test_no_detection_scores_zero(truth):
     assert BoxMetric(truth[0])(np.zeros((0, 7)))["AP"] == 0
 
@@ -40,9 +92,10 @@ def test_images_without_detections_count(truth):
 
 
 def test_the_metric_prints_nothing_and_may_be_used_again(truth, capsys):
-    metric = BoxMetric(truth[0])
     rows = rows_of(truth[1])
-    assert metric(rows) == metric(rows)
+    for library in ("hotcoco", "pycocotools"):
+        metric = BoxMetric(truth[0], library)
+        assert metric(rows) == metric(rows)
     assert capsys.readouterr().out == ""
 
 

@@ -17,6 +17,7 @@ from mlperf import check
 from mlperf.log import read
 from perf import draw, record
 from ssd import train
+from ssd.evaluation import Evaluation
 from ssd.model import SSD300
 
 FEW_STEPS = ("--epochs", "1", "--batch-size", "4", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
@@ -77,6 +78,7 @@ def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment,
     assert "MLPerf compliance (1.1.0): PASS" in shown
     assert "above the target 0.0" in shown
     assert "after epoch 1, target 0.0: the target is reached" in shown
+    assert "pycocotools confirms the last figures" in shown
     assert str(run) in shown
     assert shown.count(":::MLLOG") == len(events(run))
 
@@ -114,6 +116,12 @@ def test_a_closed_run_is_refused_by_the_official_checker_only_for_its_accuracy(e
 def test_a_run_below_its_target_exits_3_and_is_logged_as_aborted(environment, tmp_path):
     assert train.main([*FEW_STEPS, "--target", "0.99"]) == 3
     assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
+
+
+def test_figures_that_pycocotools_does_not_confirm_are_a_failure(environment, capsys, monkeypatch):
+    monkeypatch.setattr(Evaluation, "confirm", lambda self: {"AP": 0.123})
+    assert train.main([*FEW_STEPS, "--target", "0"]) == 1
+    assert "pycocotools says AP 0.123" in capsys.readouterr().err
 
 
 def test_a_diverged_loss_stops_the_run_as_aborted(environment, tmp_path, capsys):
