@@ -19,7 +19,10 @@ def choose(name: str, local_rank: int) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         name = accelerator.type if accelerator else "cpu"
-    wanted = torch.device(name)
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: torch {torch.__version__} knows no such device.") from error
     if wanted.type == "cpu":
         return torch.device("cpu")
     if accelerator is None or wanted.type != accelerator.type:

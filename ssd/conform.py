@@ -36,6 +36,10 @@ NUM_CLASSES = 81
 
 # Largest relative error of what the network computes, by precision. The rest of the parts is float32 always.
 NETWORK_TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-2}
+# Largest relative error of the norm of a parameter's gradient. The early layers of this deep network with made-up
+# weights amplify rounding: against float64, float32 is off by up to 0.2 % (channels first) or 0.55 % (channels last),
+# bf16 by up to 15 % (measured on a CPU, torch 2.15).
+GRADIENT_TOLERANCE = {"fp32": 1e-2, "tf32": 1e-1, "bf16": 2.5e-1, "fp16": 1e-1}
 # Deciles of 20,000 draws from the same law differ by about 3 standard errors at most; see `crop_parts`.
 CROP_TOLERANCE = 0.02
 
@@ -229,7 +233,7 @@ def network_parts(bench: Bench) -> Iterator[Part]:
     wanted = bench.tensor("model_train_grad_norms")
     # Behind a ReLU that never fires the gradient is 0 in the reference too.
     error = float(((got - wanted).abs() / torch.where(wanted > 0, wanted, 1)).max())
-    yield Part("network, training: gradient norms", error, 10 * tolerance)
+    yield Part("network, training: gradient norms", error, GRADIENT_TOLERANCE[bench.precision.name])
 
 
 def crop_parts(bench: Bench) -> Iterator[Part]:

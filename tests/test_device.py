@@ -21,6 +21,11 @@ def test_an_accelerator_that_is_not_there_is_refused_with_what_is(no_accelerator
         device.choose("cuda", local_rank=0)
 
 
+def test_a_device_that_torch_does_not_know_is_refused():
+    with pytest.raises(InputError, match=r"--device nonsense: torch .* knows no such device"):
+        device.choose("nonsense", local_rank=0)
+
+
 def test_more_ranks_than_accelerators_are_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

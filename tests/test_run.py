@@ -167,10 +167,10 @@ def losses(run: Path):
     return [line["loss"] for line in lines if line["event"] == "step"]
 
 
-def detections(run: Path):
-    """Detections as rows of image, category, score and box, in an order that does not depend on ranks."""
+def scores(run: Path):
+    """Image and score of each detection, in an order that does not depend on ranks."""
     results = json.loads((run / "detections.json").read_text())
-    return np.array(sorted([d["image_id"], d["category_id"], d["score"], *d["bbox"]] for d in results))
+    return np.array(sorted((d["image_id"], d["score"]) for d in results))
 
 
 def launch(ranks, run, *flags):
@@ -195,10 +195,10 @@ def test_two_ranks_of_4_train_like_one_of_8_and_like_8_in_parts(environment, tmp
             torch.testing.assert_close(
                 weights(tmp_path / name)[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}"
             )
-    found = {name: detections(tmp_path / name) for name in runs}
+    found = {name: scores(tmp_path / name) for name in runs}
     assert len(found["one"]) > 0
     for name in runs:
-        np.testing.assert_allclose(found[name], found["one"], atol=2e-2)
+        np.testing.assert_allclose(found[name], found["one"], atol=1e-3)
 
 
 def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path):

@@ -9,6 +9,8 @@ setup() {
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
   cp "$repository/run_and_time.sh" "$repository"/config_*.sh "$folder"
+  # shellcheck source=/dev/null
+  batch=$(. "$repository/config_toy.sh" && echo "$SSD_BATCH_SIZE")
   export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0
   : >"$calls"
   cat >"$folder/setup.sh" <<'END'
@@ -51,8 +53,8 @@ run_and_time() {
 @test "the environment is made, the input checked and the run launched, in this order and with the flags" {
   run_and_time --name "two words"
   [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
-  grep -qF -- "-m ssd.preflight --name two words [16, , , data/toy]" "$calls"
-  grep -qF -- "-m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [16, /runs/this one, 0, data/toy]" "$calls"
+  grep -qF -- "-m ssd.preflight --name two words [$batch, , , data/toy]" "$calls"
+  grep -qF -- "-m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
 }
 
 @test "no RESULT follows a failure, whose status is the script's" {
@@ -90,10 +92,10 @@ run_and_time() {
 }
 
 @test "a variable that contradicts the config file is refused with the flag to use" {
-  SSD_BATCH_SIZE=8 run_and_time
+  SSD_BATCH_SIZE=77 run_and_time
   [ "$status" -eq 2 ]
-  [[ $output == *"SSD_BATCH_SIZE=8: config_toy.sh says 16"*"--batch-size 8"* ]]
-  SSD_BATCH_SIZE=16 SSD_SEED=5 run_and_time
+  [[ $output == *"SSD_BATCH_SIZE=77: config_toy.sh says $batch"*"--batch-size 77"* ]]
+  SSD_BATCH_SIZE=$batch SSD_SEED=5 run_and_time
   [ "$status" -eq 0 ]
 }
 
