@@ -40,7 +40,8 @@ class Progress:
         self.num_steps, self.num_epochs = num_steps, num_epochs
         self.start_s = self.mark_s = time.monotonic()
         if self.ranks.is_first and self.on_terminal:
-            self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, leave=False)
+            layout = "{desc} {percentage:3.0f}%|{bar:24}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
+            self.bar = tqdm(total=num_steps, bar_format=layout, dynamic_ncols=True, leave=False)
 
     def step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float) -> None:
         """Count a step; `loss` () is this rank's, on the device, and is not waited for."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 from mlperf_logging.mllog.mllog import MLLogger
 
 _TOKEN = ":::MLLOG "
+_LENGTHY = ("config", "weights_initialization")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +25,8 @@ class MlperfLog:
     append: continue an existing file (a resumed run); otherwise an existing file is refused with ValueError,
     since a log holds one run.
     before_echo: called before a line is printed, to clear a progress bar away, since a line must start at
-    column 0; may be set later. If standard output is a terminal, its current line is cleared in any case.
+    column 0; may be set later. If standard output is a terminal, its current line is cleared in any case,
+    and the 120 lines of the configuration and of the weights' names are left out there: the file has them.
 
     `start`, `end` and `point` note the place of their caller, relative to the repository. Values and metadata
     are JSON values, NumPy numbers or arrays, or tensors; NaN and infinity, which JSON lacks, are refused with
@@ -60,19 +62,19 @@ class MlperfLog:
         """Log `<key>_start`, the start of an interval, such as init, run, block, epoch or eval."""
         if self._file is not None:
             self._mllog.start(f"{key}_start", _plain(key, value), _plain(key, metadata))
-            self._write()
+            self._write(key)
 
     def end(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_stop`, the end of an interval."""
         if self._file is not None:
             self._mllog.end(f"{key}_stop", _plain(key, value), _plain(key, metadata))
-            self._write()
+            self._write(key)
 
     def point(self, key: str, value: object = None, **metadata: object) -> None:
         """Log a point in time, such as a hyperparameter or eval_accuracy."""
         if self._file is not None:
             self._mllog.event(key, _plain(key, value), _plain(key, metadata))
-            self._write()
+            self._write(key)
 
     def close(self) -> None:
         """Close the file; logging after that is an error."""
@@ -87,13 +89,14 @@ class MlperfLog:
     ) -> None:
         self.close()
 
-    def _write(self) -> None:
+    def _write(self, key: str) -> None:
         assert self._file is not None
         self._file.write(self._line.text + "\n")
-        if self._echo:
+        on_terminal = sys.stdout.isatty()
+        if self._echo and not (on_terminal and key in _LENGTHY):
             if self.before_echo is not None:
                 self.before_echo()
-            clear = "\r\033[K" if sys.stdout.isatty() else ""
+            clear = "\r\033[K" if on_terminal else ""
             print(clear + self._line.text, flush=True)
 
 

@@ -180,3 +180,13 @@ def test_published_logs_are_parsed_with_their_times_and_curves() -> None:
         assert 500 < (times["run_stop"] - times["run_start"]) / 1000 < 1500
         assert max(event.value for event in events if event.key == "eval_accuracy") >= 0.23
         assert sum(event.key == "init_start" for event in events) == 8
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_terminal_is_spared_the_names_of_the_weights_that_the_file_holds(tmp_path, monkeypatch, capsys, on_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    with MlperfLog(tmp_path / "log.txt") as log:
+        log.point("weights_initialization", tensor="a")
+        log.point("seed", 1)
+    assert ("weights_initialization" in capsys.readouterr().out) is not on_terminal
+    assert [event.key for event in read(tmp_path / "log.txt")] == ["weights_initialization", "seed"]
