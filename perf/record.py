@@ -74,7 +74,7 @@ def outcome(log: Path) -> dict[str, Any]:
     epochs = zip(
         [e.time_ms for e in events if e.key == "epoch_start"],
         [e.time_ms for e in events if e.key == "epoch_stop"],
-        strict=True,
+        strict=False,  # the last epoch of a run that broke off has no end
     )
     lengths_s = sorted((stop - start) / 1000 for start, stop in epochs)
     (samples,) = (e.value for e in events if e.key == "train_samples")

@@ -3,6 +3,8 @@
 B images, A anchors, G ground-truth boxes (padded to the fullest image of the batch).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from ssd.anchors import Anchors
 CENTRE_WEIGHT = 10.0
 SIZE_WEIGHT = 5.0
 POSITIVE_IOU = 0.5
+# A box is at most this many times as large as its anchor (Detectron's limit): an exponential that overflows in a
+# network that has learned little would give infinite boxes. No box inside an image comes near it.
+MAX_LOG_SIZE_RATIO = math.log(1000 / 16)
 
 
 def match(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> Tensor:
@@ -61,13 +66,16 @@ def to_deltas(boxes_cxcywh: Tensor, anchors: Anchors) -> Tensor:
 
 
 def decode(deltas: Tensor, anchors: Anchors) -> Tensor:
-    """Boxes (..., A, 4) xyxy, normalised and not clipped, of deltas (..., A, 4): the inverse of `to_deltas`."""
+    """Boxes (..., A, 4) xyxy, normalised and not clipped to the image, of deltas (..., A, 4).
+
+    The inverse of `to_deltas`, for boxes up to 62 times as wide and high as their anchor.
+    """
     centre, size = anchors.boxes_cxcywh.split(2, dim=-1)
     return cxcywh_to_xyxy(
         torch.cat(
             [
                 deltas[..., :2] / CENTRE_WEIGHT * size + centre,
-                (deltas[..., 2:] / SIZE_WEIGHT).exp() * size,
+                (deltas[..., 2:] / SIZE_WEIGHT).clamp(max=MAX_LOG_SIZE_RATIO).exp() * size,
             ],
             dim=-1,
         )

@@ -103,3 +103,8 @@ def test_an_image_without_boxes_has_only_background():
     deltas, labels = encode(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), make_anchors())
     assert not labels.any()
     assert not deltas.any()
+
+
+def test_predictions_that_would_overflow_give_finite_boxes():
+    boxes = decode(torch.full((NUM_ANCHORS, 4), 1e4), make_anchors())
+    assert boxes.isfinite().all()
