@@ -7,7 +7,6 @@ times, AP by epoch) and the curve as a picture.
 import argparse
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -38,8 +37,13 @@ def main(argv: list[str]) -> None:
     summary = {"note": arguments.note} | machine() | outcome(log)
     folder = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
     folder.mkdir(parents=True)
+    config = json.loads((arguments.run / "config.json").read_text())
     for path in (log, arguments.run / "config.json", arguments.run / "metrics.jsonl"):
-        shutil.copy(path, folder)
+        text = path.read_text()
+        for key in ("data_dir", "run_dir", "log_dir"):  # a record names no folders of the machine
+            if Path(config[key]).is_absolute():
+                text = text.replace(config[key], Path(config[key]).name)
+        (folder / path.name).write_text(text)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(summary, folder / "curve.png")
     print(f"recorded in {folder}/")
