@@ -31,7 +31,7 @@ from ssd.model import SSD300
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the log of an ended run says so
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the log of an ended run says so
     try:
         config = load(argv).config
         topology = read_topology()
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
@@ -74,6 +76,7 @@ def run(config: Config, ranks: Ranks, num_nodes: int) -> int:
         benchmark = make_benchmark(config, ranks, seed, model, evaluation)
         outcome = engine.run(benchmark, config, ranks, log, progress, folder)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself now, with a status of its own
         log.close()
         progress.close()
     if ranks.is_first:
@@ -177,4 +180,6 @@ def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, fold
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the ranks that are left; this one is ending
+    sys.exit(status)
