@@ -78,7 +78,7 @@ class RunConfig:
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
 
     log_dir: Path = setting(Path("results"), env="LOGDIR", heading="Log", help="run folders are made here")
-    run_dir: str = setting("", env="RUN_DIR", help="this run's folder; empty makes log_dir/system/ssd/start")
+    run_dir: str = setting("", env="RUN_DIR", help="this run's folder; empty makes log_dir/system/benchmark/start")
     experiment: int = setting(0, ge=0, le=9999, env="EXPERIMENT", help="the log is result_<experiment>.txt")
     log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="between lines of loss and throughput")
     system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the machine")
