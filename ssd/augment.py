@@ -37,12 +37,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Draw:
     """All that is random about one image in one epoch.
 
-    crop_xyxy: (4,) normalised. flip: mirror left and right. jitter: (4,) factors of brightness, contrast and
+    crop_xyxy: (4,) normalised. flips: (2,) mirror left to right, top to bottom. jitter: (4,) factors of brightness, contrast and
     saturation (1 changes nothing) and shift of hue in turns (0 changes nothing). jitter_order: (4,) operations.
     """
 
     crop_xyxy: Floats
-    flip: bool
+    flips: NDArray[np.bool_]
     jitter: Floats
     jitter_order: NDArray[np.int64]
 
@@ -52,7 +52,7 @@ def draw(rng: np.random.Generator, boxes_xyxy: Floats, max_samples: int) -> Draw
     crop = draw_crop(rng, boxes_xyxy, max_samples)
     ranges = np.array(JITTER_RANGES)
     factors = NO_JITTER + rng.uniform(-ranges, ranges)
-    return Draw(crop, bool(rng.random() < 0.5), factors.astype(np.float32), rng.permutation(4))
+    return Draw(crop, rng.random(2) < 0.5, factors.astype(np.float32), rng.permutation(4))
 
 
 def draw_crop(rng: np.random.Generator, boxes_xyxy: Floats, max_samples: int) -> Floats:
@@ -110,13 +110,19 @@ def crop_boxes(crop_xyxy: Floats, boxes_xyxy: Floats, labels: NDArray[np.int64])
 
 
 def flip(images: Tensor, boxes_xyxy: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror the images (B, 3, H, W) and boxes (B, G, 4), normalised, where flips (B,) is true."""
-    left, top, right, bottom = boxes_xyxy.unbind(-1)
-    mirrored = torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
-    return (
-        torch.where(flips[:, None, None, None], images.flip(-1), images),
-        torch.where(flips[:, None, None], mirrored, boxes_xyxy),
-    )
+    """Mirror images (B, 3, H, W) and boxes (B, G, 4), normalised, where flips (B, 2) say so.
+
+    flips is on the CPU, so that a direction nobody asked for costs nothing: left to right, and top to bottom.
+    """
+    for axis, wanted in enumerate(flips.T):
+        if wanted.any():
+            on_device = wanted.to(images.device, non_blocking=True)
+            images = torch.where(on_device[:, None, None, None], images.flip(-1 - axis), images)
+            mirrored = boxes_xyxy.clone()
+            mirrored[..., axis] = 1 - boxes_xyxy[..., axis + 2]
+            mirrored[..., axis + 2] = 1 - boxes_xyxy[..., axis]
+            boxes_xyxy = torch.where(on_device[:, None, None], mirrored, boxes_xyxy)
+    return images, boxes_xyxy
 
 
 def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:

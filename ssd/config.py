@@ -51,7 +51,9 @@ class Config(RunConfig):
         1, ge=1, le=1000, help="tries of the IoU crop before another option is drawn (MLPerf: 1 or 50)"
     )
     crop: bool = setting(True, help="IoU crop of training images")
-    flip: bool = setting(True, help="mirror every second training image")
+    flip: Literal["none", "horizontal", "both"] = setting(
+        "horizontal", help="mirror every second training image left to right; both: and top to bottom, as cells allow"
+    )
     jitter: bool = setting(True, help="colour jitter of training images")
     num_classes: int = setting(81, ge=2, le=10_000, help="categories and the background")
     backbone: str = setting(

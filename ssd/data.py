@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """One rank's share of a global batch of training images.
 
     images: (B, 3, 300, 300) uint8, cropped and resized. boxes_xyxy: (B, G, 4) normalised to the crop.
-    labels: (B, G), 0 is padding. flips: (B,). jitter: (B, 4) and jitter_order: (B, 4) as in `augment.Draw`.
+    labels: (B, G), 0 is padding. flips: (B, 2), jitter: (B, 4) and jitter_order: (B, 4) as in `augment.Draw`.
     """
 
     images: Tensor
@@ -57,9 +57,10 @@ class EvalBatch(NamedTuple):
 class TrainImages(Dataset[Batch]):
     """Training images as batches: read, decode, crop, resize."""
 
-    def __init__(self, split: Split, *, seed: int, crop: bool, jitter: bool, flip: bool, max_samples: int):
+    def __init__(self, split: Split, *, seed: int, crop: bool, jitter: bool, flip: str, max_samples: int):
         self.split, self.seed = split, seed
-        self.crop, self.jitter, self.flip, self.max_samples = crop, jitter, flip, max_samples
+        self.crop, self.jitter, self.max_samples = crop, jitter, max_samples
+        self.flips = np.array([flip in ("horizontal", "both"), flip == "both"])
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
         """Make the batch of these (epoch, index); an image that cannot be read is returned as its error.
@@ -84,7 +85,7 @@ class TrainImages(Dataset[Batch]):
             pixels,
             torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True),
             torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
-            torch.tensor([draw.flip for draw in draws]),
+            torch.from_numpy(np.stack([draw.flips for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter_order for draw in draws])),
         )
@@ -100,7 +101,7 @@ class TrainImages(Dataset[Batch]):
         drawn = augment.draw(rng, boxes, self.max_samples)
         chosen = augment.Draw(
             drawn.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
-            drawn.flip and self.flip,
+            drawn.flips & self.flips,
             drawn.jitter if self.jitter else augment.NO_JITTER,
             drawn.jitter_order,
         )

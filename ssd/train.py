@@ -124,7 +124,7 @@ def batch_loss(model: nn.Module, batch: Batch, *, device: torch.device) -> Tenso
     """Sum of the losses of the images of a batch, (): augment, encode, predict, compare, all on the device."""
     on_device = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
     with torch.autocast(device.type, enabled=False):
-        images, boxes_xyxy = augment.flip(augment.to_unit(on_device.images), on_device.boxes_xyxy, on_device.flips)
+        images, boxes_xyxy = augment.flip(augment.to_unit(on_device.images), on_device.boxes_xyxy, batch.flips)
         images = augment.normalise(augment.jitter(images, on_device.jitter, batch.jitter_order))
         deltas, labels = encode(boxes_xyxy, on_device.labels, make_anchors(device))
     pred_deltas, logits = model(images)
@@ -139,7 +139,7 @@ def made_up_batch(config: Config) -> Batch:
         images=pixels.contiguous(memory_format=torch.channels_last),
         boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 1, 4),
         labels=torch.ones(size, 1, dtype=torch.int64),
-        flips=torch.zeros(size, dtype=torch.bool),
+        flips=torch.zeros(size, 2, dtype=torch.bool),
         jitter=torch.from_numpy(augment.NO_JITTER).expand(size, 4),
         jitter_order=torch.arange(4).expand(size, 4),
     )

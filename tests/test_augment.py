@@ -66,17 +66,20 @@ def test_every_order_of_the_four_operations_occurs():
     assert len(orders) == 24
 
 
-def test_half_of_the_images_are_mirrored():
-    assert np.mean([draw.flip for draw in drawn(4000)]) == pytest.approx(0.5, abs=0.03)
+def test_half_of_the_images_are_mirrored_each_way_and_independently():
+    flips = np.array([draw.flips for draw in drawn(4000)])
+    assert flips.mean(axis=0) == pytest.approx(0.5, abs=0.03)
+    assert flips.all(axis=1).mean() == pytest.approx(0.25, abs=0.03)
 
 
 def test_a_flip_mirrors_pixels_and_boxes_where_it_is_asked_for():
-    images = torch.arange(24, dtype=torch.float32).view(2, 1, 3, 4).expand(2, 3, 3, 4)
-    boxes = torch.tensor([[[0.0, 0.1, 0.25, 0.5]], [[0.0, 0.1, 0.25, 0.5]]])
-    flipped, mirrored = augment.flip(images, boxes, torch.tensor([True, False]))
+    images = torch.arange(36, dtype=torch.float32).view(3, 1, 3, 4).expand(3, 3, 3, 4)
+    boxes = torch.tensor([[[0.0, 0.125, 0.25, 0.5]]]).expand(3, 1, 4)
+    flipped, mirrored = augment.flip(images, boxes, torch.tensor([[True, False], [False, False], [True, True]]))
     assert torch.equal(flipped[0], images[0].flip(-1))
     assert torch.equal(flipped[1], images[1])
-    assert mirrored.tolist() == [[[0.75, pytest.approx(0.1), 1.0, 0.5]], [[0.0, pytest.approx(0.1), 0.25, 0.5]]]
+    assert torch.equal(flipped[2], images[2].flip(-1, -2))
+    assert mirrored.tolist() == [[[0.75, 0.125, 1.0, 0.5]], [[0.0, 0.125, 0.25, 0.5]], [[0.75, 0.5, 1.0, 0.875]]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +110,7 @@ def test_the_same_generator_state_draws_the_same():
     for a, b in zip(one, other, strict=True):
         assert np.array_equal(a.crop_xyxy, b.crop_xyxy)
         assert np.array_equal(a.jitter, b.jitter)
-        assert a.flip == b.flip
+        assert np.array_equal(a.flips, b.flips)
 
 
 def test_normalised_images_keep_their_memory_format():
