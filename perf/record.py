@@ -6,24 +6,18 @@ times, AP by epoch) and the curve as a picture.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 
-from detection.device import choose, describe
 from mlperf.log import read
+from perf.machine import RESULTS, machine
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: list[str]) -> None:
@@ -47,27 +41,6 @@ def main(argv: list[str]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(summary, folder / "curve.png")
     print(f"recorded in {folder}/")
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on, and what was measured."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=RESULTS.parent, check=True).stdout.strip()
-    return {
-        "hardware": describe(choose("auto", local_rank=0)),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "pycocotools")},
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
-
-
-def processor() -> str:
-    """Name of the CPU, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def outcome(log: Path) -> dict[str, Any]:
