@@ -16,10 +16,12 @@ environment (paths are relative to the folder of this script):
   RUN_DIR         this run's folder instead
   PRETRAINED_DIR  folder of the backbone weights (data)
   DGXNGPU         ranks on each node (what the config file says)
+  MAX_RESTARTS    times that the ranks are started again after one died; with --resume auto they go on (0)
   CLEAR_CACHES    1 drops the machine's file caches before the run, as MLPerf asks; 0 does not (1)
   BENCHMARK       what is trained (ssd)
   VENV            folder of the Python environment (.venv)
-  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: started once on every node (from Slurm, 29500, from Slurm)
+  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there, and which node this
+                  is, from 0; started once on every node (Slurm says all three; 29500)
 
 A setting of the recipe that the config file names is changed by a flag, not by a variable.
 
@@ -60,7 +62,11 @@ for name in "${!given[@]}"; do
   [[ -z ${given[$name]} || ${!name} == "${given[$name]}" ]] ||
     die "$name=${given[$name]}: $config says ${!name}. Unset it, or pass --$(tr '_[:upper:]' '-[:lower:]' <<<"$flag") ${given[$name]}"
 done
+: "${DGXNNODES:=1}" "${DGXNGPU:=1}"
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+((${SLURM_STEP_NUM_NODES:-$DGXNNODES} == DGXNNODES)) ||
+  die "$config says DGXNNODES=$DGXNNODES, and Slurm started this on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES"
+((NODE_RANK < DGXNNODES)) || die "$config says DGXNNODES=$DGXNNODES, and this is NODE_RANK=$NODE_RANK, from 0"
 
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
@@ -75,14 +81,22 @@ else
   export RUN_DIR
 fi
 
-launch=("$python" -m detection.launch --nnodes "${DGXNNODES:=1}" --nproc-per-node "${DGXNGPU:=1}")
+launch=("$python" -m detection.launch --nnodes "$DGXNNODES" --nproc-per-node "$DGXNGPU")
 if ((DGXNNODES > 1)); then
   if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) || true
+    # A node's name may be known to Slurm alone; its address is what Slurm itself calls.
+    MASTER_ADDR=$(scontrol show node "$first" | grep -oP '\bNodeAddr=\K\S+' || echo "$first")
   fi
-  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}"
+  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}" # in a container, which lacks scontrol: run.sub is on node 0
   [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR names no node. Set it to the address of node 0"
-  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  # Two jobs of Slurm on one node take two ports.
+  : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"
+  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+fi
+if ((${MAX_RESTARTS:-0} > 0)); then
+  [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would begin anew"
+  launch+=(--max-restarts "$MAX_RESTARTS")
 fi
 launch+=(-m "$BENCHMARK.train" "${flags[@]}")
 if ((DGXNGPU > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then
@@ -119,10 +133,10 @@ timestamp() {
 signalled=false
 # shellcheck disable=SC2329 # called by the traps
 pass_on() {
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP USR1
   signalled=true
   echo "SIG$1: ending the run" >&2
-  kill -s "$1" "$!" || true
+  kill -s "$2" "$!" || true
 }
 
 start=$(timestamp)
@@ -130,9 +144,10 @@ start_s=$(date +%s)
 echo "STARTING TIMING RUN AT $start"
 set -m # in a process group of its own, so that Ctrl-C comes here alone
 "${launch[@]}" &
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM
-trap 'pass_on HUP' HUP
+trap 'pass_on INT INT' INT
+trap 'pass_on TERM TERM' TERM
+trap 'pass_on HUP TERM' HUP
+trap 'pass_on USR1 TERM' USR1 # as `sbatch --signal` can be asked to send ahead of the time limit
 wait "$!" && status=0 || status=$?
 # A wait that a signal broke off has the signal's status, not the run's.
 if $signalled; then wait "$!" && status=0 || status=$?; fi
@@ -140,6 +155,10 @@ end_s=$(date +%s)
 echo "ENDING TIMING RUN AT $(timestamp)"
 
 if ((status == 0 && NODE_RANK == 0)); then
+  if grep -qs '"key": "resumed"' "$RUN_DIR/result_${EXPERIMENT:-0}.txt"; then
+    echo "No RESULT line: the run was resumed, and this was the time of its last part"
+    exit
+  fi
   echo "RESULT,$result,,$((end_s - start_s)),$org,$start"
 fi
 exit "$status"

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,9 +85,33 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type in ("npu", "xpu")
 
 
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether the network is compiled: "auto" does it on an accelerator.
+
+    On a CPU it gains 4 % for a minute of compiling.
+    """
+    return choice == "on" or (choice == "auto" and device.type != "cpu")
+
+
+def eager() -> AbstractContextManager[Any]:
+    """The context in which what is compiled runs as it is written: for shapes that are not worth compiling."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def tune(device: torch.device) -> None:
     """Let the device choose its kernels for the fixed input size of this network."""
     torch.backends.cudnn.benchmark = device.type == "cuda"
+
+
+def pci_address(device: torch.device) -> str | None:
+    """An accelerator's PCI address, as the system writes it (0000:dc:00.0); None where torch does not tell."""
+    if device.type == "cpu":
+        return None
+    properties = torch.get_device_module(device).get_device_properties(device.index)
+    try:
+        return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    except AttributeError:
+        return None
 
 
 def describe(device: torch.device) -> str:

@@ -4,15 +4,31 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from detection import batch_norm
 from detection.config import Topology
 from detection.device import collective_backend
+
+T = TypeVar("T")
+
+# Batch norm's statistics stay on their rank between evaluations; torch has renamed how to say so.
+BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
+
+COMPRESS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    node: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -40,12 +57,26 @@ class Ranks:
             tensor /= self.world_size
         return tensor
 
+    def greatest(self, tensor: Tensor) -> Tensor:
+        """Greatest over ranks of each element of a tensor, in place."""
+        if self.together:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank; anything that pickles."""
         box = [value]
         if self.together:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def from_node(self, value: T) -> T:
+        """The value of the first rank on this rank's node; anything that pickles."""
+        values = [(self.node, value)]
+        if self.together:
+            values = [(self.node, value)] * self.world_size
+            dist.all_gather_object(values, (self.node, value))
+        return next(theirs for node, theirs in values if node == self.node)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows of all ranks, (N_0 + N_1 + ..., C), in the order of ranks; each rank gives (N_rank, C)."""
@@ -62,26 +93,34 @@ class Ranks:
 
     def average_batch_norm(self, model: nn.Module) -> None:
         """Replace the running statistics of batch norm by their mean over ranks, which saw different images."""
-        if not self.together:
-            return
-        statistics = [
-            buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
-        ]
-        if statistics:
-            flat = self.mean(torch.cat([buffer.flatten() for buffer in statistics]))
-            for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-                buffer.copy_(mean.view_as(buffer))
+        if self.together:
+            batch_norm.set_statistics(model, self.mean(batch_norm.statistics(model)))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks; the weights of the first rank become everybody's."""
+    def share_batch_norm(self, model: nn.Module, span: int) -> nn.Module:
+        """The model with batch norm over the images of groups of `span` ranks, which divides their number."""
+        if span == 1 or not self.together:
+            return model
+        group, _ = dist.new_subgroups(span) if span < self.world_size else (None, None)
+        if self.device.type != "cpu":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=group)
+        return batch_norm.convert(model, partial(dist.all_reduce, group=group))
+
+    def wrap(self, model: nn.Module, gradient_dtype: str = "fp32") -> nn.Module:
+        """The model with gradients averaged over ranks; the weights of the first rank become everybody's.
+
+        gradient_dtype: what gradients travel in, fp32, bf16 or fp16; they are added up in it, too.
+        """
         if not self.together:
             return model
-        return DistributedDataParallel(
+        parallel = DistributedDataParallel(
             model,
             device_ids=None if self.device.type == "cpu" else [self.device.index],
-            broadcast_buffers=False,
+            **BUFFERS_STAY,
             gradient_as_bucket_view=True,
         )
+        if gradient_dtype != "fp32":
+            parallel.register_comm_hook(None, COMPRESS[gradient_dtype])
+        return parallel
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model inside `wrap`."""
@@ -102,22 +141,31 @@ class PeerLost(RuntimeError):
 
 
 # What gloo and nccl say when the other end of a connection is no longer there.
-GONE = re.compile(r"[Cc]onnection (closed|reset|refused|was (likely )?closed)|Broken pipe|remote process exited")
+GONE = re.compile(
+    r"[Cc]onnection (closed|reset|refused|timed out|was (likely )?closed)|Broken pipe|remote process exited|"
+    r"[Tt]imed out|No route to host|unreachable"
+)
 
 
 @contextmanager
-def connect(topology: Topology, device: torch.device) -> Iterator[Ranks]:
+def connect(topology: Topology, device: torch.device, *, timeout_s: float) -> Iterator[Ranks]:
     """Join the ranks that the launcher started, for as long as the context lasts.
 
-    Raises PeerLost in place of what a collective raises when another rank has ended.
+    Raises PeerLost in place of what a collective raises when another rank has ended, or does not come within
+    `timeout_s`.
     """
     if topology.world_size > 1:
-        dist.init_process_group(collective_backend(device), rank=topology.rank, world_size=topology.world_size)
+        dist.init_process_group(
+            collective_backend(device),
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
     try:
-        yield Ranks(topology.rank, topology.world_size, device)
+        yield Ranks(topology.rank, topology.world_size, device, topology.rank // topology.local_world_size)
     except RuntimeError as error:
         if topology.world_size > 1 and GONE.search(str(error)):
-            raise PeerLost(f"rank {topology.rank} stops, since another rank has ended") from error
+            raise PeerLost(f"rank {topology.rank} stops, since another rank has ended or cannot be reached") from error
         raise
     finally:
         if dist.is_initialized():

@@ -3,24 +3,26 @@
 Written in the order of the MLPerf events. What is trained is a `Benchmark`: plain functions, no hooks.
 """
 
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from detection import checkpoint, device, optim
-from detection.config import to_json
-from detection.device import Precision
+from detection import device, optim, snapshot
+from detection.config import InputError
 from detection.distributed import Ranks
-from detection.progress import Progress
+from detection.prefetch import move, prefetch
 from detection.run_config import RunConfig
-from mlperf.log import MlperfLog
+from detection.state import Run, State
 
 Batch = TypeVar("Batch", bound=NamedTuple)
+
+NOT_REACHED = 3  # exit status of a run that ended below its target
 
 
 class Share(NamedTuple, Generic[Batch]):
@@ -43,18 +45,18 @@ class TrainData(Protocol[Batch]):
     eval_samples: int
     steps_per_epoch: int
 
-    def shares(self, epoch: int) -> Iterator[Share[Batch]]:
-        """This rank's shares of the global batches of an epoch (from 1)."""
+    def shares(self, epoch: int, samples: int) -> Iterator[Share[Batch]]:
+        """This rank's shares of the global batches of an epoch (from 1), but for its first `samples` images."""
 
 
 @dataclass(frozen=True)
 class Benchmark(Generic[Batch]):
     """What the loop needs to know about what it trains.
 
-    model: on the CPU, with its first weights. loss: sum of the losses of a batch's images, (). made_up_batch: of
-    the real shape, drawn without data. learning_rate: of a step (from 0) in an epoch (from 1). evaluate: the
-    metrics over all evaluation images, the same numbers on every rank. targets: metrics that end the run when all
-    are reached. accuracy: what MLPerf's eval_accuracy says of the metrics.
+    model: on the CPU, with its first weights. loss: sum of the losses of the images of a batch on the device, ().
+    made_up_batch: of the real shape, drawn without data. learning_rate: of a step (from 0) in an epoch (from 1).
+    evaluate: the metrics over all evaluation images, the same numbers on every rank. targets: metrics that end the
+    run when all are reached. accuracy: what MLPerf's eval_accuracy says of the metrics.
     """
 
     model: nn.Module
@@ -67,17 +69,6 @@ class Benchmark(Generic[Batch]):
     accuracy: Callable[[Mapping[str, float]], object]
 
 
-@dataclass
-class State:
-    """What is trained, and what training changes."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    precision: Precision
-    step: int = 0
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
@@ -87,68 +78,79 @@ class Outcome:
     metrics: dict[str, float]
 
 
-def run(
-    benchmark: Benchmark[Batch],
-    config: RunConfig,
-    ranks: Ranks,
-    log: MlperfLog,
-    progress: Progress,
-    folder: Path,
-) -> Outcome:
+class Stopped(Exception):
+    """The run was to end before its time; all that it had reached is saved. status: the exit status."""
+
+    def __init__(self, why: str, status: int):
+        super().__init__(why)
+        self.status = status
+
+
+def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     """Train until every target is met at a scheduled evaluation, or the epochs are used up.
 
-    The caller has logged init_start and what is submitted. Raises Diverged, and whatever the data raise, after
-    it has logged the run as aborted.
+    The caller has logged init_start and what is submitted, unless an older log goes on. Raises Diverged, Stopped and
+    whatever the data raise, after it has logged the run as aborted.
     """
-    state = build(benchmark, config, ranks)
-    warm_up(state, benchmark, config, ranks)
-    ranks.barrier()
-    log.end("init")
-
-    log.start("run")  # the clock; no byte of the data set was read above
+    state = build(benchmark, run.config, run.ranks)
+    warm_up(state, benchmark, run)
+    if run.resumed:
+        snapshot.restore(state, run.resumed, run.config, run.ranks)
+    run.ranks.barrier()
+    if not run.continues:
+        run.log.end("init")
+        run.log.start("run")  # the clock; no byte of the data set was read above
+    if run.resumed:
+        run.log.point("resumed", run.resumed.path.name, epoch_num=state.epoch, step=state.step)
     try:
-        outcome = train(state, benchmark, config, ranks, log, progress, folder)
+        outcome = train(state, benchmark, run)
     except BaseException:
-        log.end("run", status="aborted")
+        run.log.end("run", status="aborted")
         raise
-    log.end("run", status="success" if outcome.reached else "aborted", epoch_num=outcome.epoch)
+    run.log.end("run", status="success" if outcome.reached else "aborted", epoch_num=outcome.epoch)
     return outcome
 
 
-def train(
-    state: State,
-    benchmark: Benchmark[Batch],
-    config: RunConfig,
-    ranks: Ranks,
-    log: MlperfLog,
-    progress: Progress,
-    folder: Path,
-) -> Outcome:
+def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
     """The part of the run that is on the clock."""
+    log, progress = run.log, run.progress
     data = benchmark.open_data()
-    log.point("train_samples", data.train_samples)
-    log.point("eval_samples", data.eval_samples)
-    progress.begin(data.steps_per_epoch * config.epochs, config.epochs)
+    if not run.continues:
+        log.point("train_samples", data.train_samples)
+        log.point("eval_samples", data.eval_samples)
+    progress.begin(data.steps_per_epoch * run.config.epochs, run.config.epochs, first_step=state.step)
 
-    for block in config.blocks():
-        log.start("block", first_epoch_num=block.start, epoch_count=len(block))
-        for epoch in block:
-            log.start("epoch", epoch_num=epoch)
-            train_epoch(state, data.shares(epoch), epoch, benchmark, config, ranks, progress)
+    for block in run.config.blocks():
+        if block[-1] < state.epoch + state.evaluated:
+            continue  # a resumed run has this one behind it
+        inside = not state.evaluated  # a resumed run has begun this one
+        if not (inside and run.continues):
+            log.start("block", first_epoch_num=block.start, epoch_count=len(block))
+        for epoch in range(state.epoch if inside else block.start, block.stop):
+            if not (inside and run.continues):
+                log.start("epoch", epoch_num=epoch)
+            if not inside:
+                state.begin(epoch)
+            inside = False
+            train_epoch(state, data, benchmark, run)
+            written = snapshot.positions(run)  # a run that is broken off in its evaluation does that again
             log.end("epoch", epoch_num=epoch)
         log.end("block", first_epoch_num=block.start)
 
         log.start("eval", epoch_num=epoch)
         progress.pause()
-        ranks.average_batch_norm(state.model)
-        metrics = evaluate(state, data, benchmark, ranks)
+        run.ranks.average_batch_norm(state.model)
+        try:
+            metrics = evaluate(state, data, benchmark, run)
+        except KeyboardInterrupt:
+            snapshot.save(state, run, written, together=False)
+            raise
         log.point("eval_accuracy", benchmark.accuracy(metrics), epoch_num=epoch)
         log.end("eval", epoch_num=epoch)
         progress.evaluated(epoch, metrics, benchmark.targets)
         reached = all(metrics[name] >= target for name, target in benchmark.targets.items())
-        if ranks.is_first:
-            score = metrics[next(iter(benchmark.targets))]
-            checkpoint.save(folder / "checkpoints", epoch, score, snapshot(state, config, ranks, epoch))
+        state.evaluated = True
+        snapshot.save(state, run, snapshot.positions(run), score=metrics[next(iter(benchmark.targets))])
         progress.resume()
         if reached:
             break
@@ -160,42 +162,77 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
     device.tune(ranks.device)
     precision = device.precision(config.precision, ranks.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = benchmark.model.to(ranks.device).to(memory_format=memory_format)
+    model = ranks.share_batch_norm(benchmark.model, config.bn_ranks(ranks.world_size))
+    model = model.to(ranks.device).to(memory_format=memory_format)
     set_training(model, config)
+    if device.compiles(config.compile, ranks.device):
+        model.compile()
     return State(
-        model=ranks.wrap(model),
+        model=ranks.wrap(model, config.gradient_dtype),
         optimizer=optim.make_sgd(model, kernels=config.sgd, momentum=config.momentum, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
     )
 
 
-def warm_up(state: State, benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> None:
-    """Train a step on a made-up batch, so that kernels are chosen and memory is laid out, then undo it."""
+def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
+    """Train a step on a made-up batch, so that code is compiled and memory is laid out, then undo it.
+
+    Raises InputError where --compile on was asked for and cannot be done; "auto" goes on without.
+    """
+    config, ranks = run.config, run.ranks
+    start_s = time.monotonic()
     fresh = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    train_step(state, Share(benchmark.made_up_batch(), 1, 1.0), 0.0, benchmark, config, ranks)
+    share = move(Share(benchmark.made_up_batch(), 1, 1.0), ranks.device)
+    how = "compiled" if device.compiles(config.compile, ranks.device) else "not compiled"
+    try:
+        train_step(state, share, 0.0, benchmark, config, ranks)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().splitlines()[0]
+        if config.compile == "on":
+            raise InputError(f"--compile on: that is not possible here ({why}). Pass --compile off.") from error
+        how = f"not compiled, since that is not possible here ({why})"
+        torch.compiler.set_stance("force_eager")
+        train_step(state, share, 0.0, benchmark, config, ranks)
+    run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
     state.optimizer.state.clear()
     state.scaler = torch.amp.GradScaler(ranks.device.type, enabled=state.scaler.is_enabled())
     state.step = 0
 
 
-def train_epoch(
-    state: State,
-    shares: Iterator[Share[Batch]],
-    epoch: int,
-    benchmark: Benchmark[Batch],
-    config: RunConfig,
-    ranks: Ranks,
-    progress: Progress,
-) -> None:
-    """Train on every global batch of an epoch."""
+def train_epoch(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch], run: Run) -> None:
+    """Train on every global batch that is left of an epoch."""
+    config, ranks, progress, epoch = run.config, run.ranks, run.progress, state.epoch
     set_training(state.model, config)
-    for share in shares:
-        lr = benchmark.learning_rate(state.step, epoch)
-        loss = train_step(state, share, lr, benchmark, config, ranks)
-        progress.step(state.step - 1, epoch, loss=loss, num_images=share.num_images, lr=lr)
-    progress.read(state.step - 1, epoch, lr=lr)
+    lr = 0.0
+    with run.interruption.deferred():
+        mark_s = time.monotonic()
+        for share in prefetch(data.shares(epoch, state.samples), ranks.device):
+            lr = benchmark.learning_rate(state.step, epoch)
+            loss = train_step(state, share, lr, benchmark, config, ranks)
+            state.samples += share.num_images
+            run.watchdog.beat()
+            alone_s = state.forward_s - mark_s
+            progress.step(state.step - 1, epoch, loss=loss, num_images=share.num_images, lr=lr, alone_s=alone_s)
+            if config.saves_after("steps", state.step):
+                snapshot.save(state, run, snapshot.positions(run))
+            stop_if_asked(state, run)
+            if 0 < config.max_steps <= state.step:
+                snapshot.save(state, run, snapshot.positions(run))
+                raise Stopped(f"max_steps: {state.step} steps are made", NOT_REACHED)
+            mark_s = time.monotonic()
+        progress.read(state.step - 1, epoch, lr=lr)
+        if config.saves_after("epochs", epoch):
+            snapshot.save(state, run, snapshot.positions(run))
+        stop_if_asked(state, run, at_once=True)
+
+
+def stop_if_asked(state: State, run: Run, *, at_once: bool = False) -> None:
+    """Save and raise Stopped if any rank was told to end; not `at_once`, the ranks may agree on it some steps later."""
+    if signal_number := run.interruption.asked(run.ranks, at_once=at_once):
+        snapshot.save(state, run, snapshot.positions(run))
+        raise Stopped(f"{signal.Signals(signal_number).name} after step {state.step}", 128 + signal_number)
 
 
 def train_step(
@@ -208,20 +245,24 @@ def train_step(
 ) -> Tensor:
     """One optimiser step; returns this rank's part of the loss, (), without waiting for it.
 
-    The share is computed in `accumulation_steps` parts. Each part's loss carries the weight of the whole global
-    batch, so that the sum of their gradients is the gradient of its mean.
+    The share, on the device, is computed in `accumulation_steps` parts. Each part's loss carries the weight of the
+    whole global batch, so that the sum of their gradients is the gradient of its mean. What is compiled is so for
+    a full batch: the last of an epoch, which is smaller, is computed without.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=ranks.device)
     parts = split(share.batch, config.accumulation_steps)
-    for number, part in enumerate(parts, start=1):
-        with ranks.no_sync(state.model) if number < len(parts) else nullcontext():
-            with state.precision.autocast(ranks.device):
-                loss = benchmark.loss(state.model, part) * share.weight
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
+    is_full = len(share.batch[0]) == config.batch_size
+    with nullcontext() if is_full else device.eager():
+        for number, part in enumerate(parts, start=1):
+            with ranks.no_sync(state.model) if number < len(parts) else nullcontext():
+                with state.precision.autocast(ranks.device):
+                    loss = benchmark.loss(state.model, part) * share.weight
+                state.forward_s = time.monotonic()
+                state.scaler.scale(loss).backward()
+            total += loss.detach()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -229,11 +270,11 @@ def train_step(
 
 
 @torch.inference_mode()
-def evaluate(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch], ranks: Ranks) -> dict[str, float]:
+def evaluate(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch], run: Run) -> dict[str, float]:
     """The metrics of the model as it is now."""
-    model = ranks.unwrap(state.model)
+    model = run.ranks.unwrap(state.model)
     model.eval()
-    with state.precision.autocast(ranks.device):
+    with run.watchdog.patient(), device.eager(), state.precision.autocast(run.ranks.device):
         return benchmark.evaluate(model, data)
 
 
@@ -247,15 +288,3 @@ def set_training(model: nn.Module, config: RunConfig) -> None:
     model.train()
     if config.freeze_batch_norm:
         optim.freeze_batch_norm(model)
-
-
-def snapshot(state: State, config: RunConfig, ranks: Ranks, epoch: int) -> dict[str, Any]:
-    """What a checkpoint holds: weights, optimiser, scaler, and where training stands."""
-    return {
-        "model": ranks.unwrap(state.model).state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "epoch": epoch,
-        "step": state.step,
-        "config": to_json(config),
-    }

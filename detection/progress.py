@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -33,19 +35,25 @@ class Progress:
         self.start_s = time.monotonic()
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.steps = self.images = 0
+        self.alone_s = 0.0
         self.mark_s = self.start_s
+        self.slow_epoch = 0
 
-    def begin(self, num_steps: int, num_epochs: int) -> None:
-        """The clock runs: `num_steps` steps in `num_epochs` epochs lie ahead."""
-        self.num_steps, self.num_epochs = num_steps, num_epochs
+    def begin(self, num_steps: int, num_epochs: int, first_step: int) -> None:
+        """The clock runs: of `num_steps` steps in `num_epochs` epochs those from `first_step` on lie ahead."""
+        self.num_steps, self.num_epochs, self.first_step = num_steps, num_epochs, first_step
         self.start_s = self.mark_s = time.monotonic()
         if self.ranks.is_first and self.on_terminal:
             layout = "{desc} {percentage:3.0f}%|{bar:24}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=num_steps, bar_format=layout, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=num_steps, initial=first_step, bar_format=layout, dynamic_ncols=True, leave=False)
 
-    def step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float) -> None:
-        """Count a step; `loss` () is this rank's, on the device, and is not waited for."""
+    def step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float, alone_s: float) -> None:
+        """Count a step; `loss` () is this rank's, on the device, and is not waited for.
+
+        alone_s: how long the rank worked by itself, before it met the others.
+        """
         self.loss_sum += loss
+        self.alone_s += alone_s
         self.steps += 1
         self.images += num_images
         if self.bar is not None:
@@ -57,14 +65,18 @@ class Progress:
         """Read the mean loss of the steps since the last time; raises Diverged on every rank if it is not finite."""
         if not self.steps:
             return
-        loss = float(self.ranks.mean(self.loss_sum)) / self.steps
+        seconds = torch.full((), self.alone_s, device=self.ranks.device)
+        losses, alone_s = (self.ranks.gather_rows(torch.stack([self.loss_sum, seconds])[None]) / self.steps).T.tolist()
+        loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
         now_s = time.monotonic()
+        step_s = (now_s - self.mark_s) / self.steps
         rate = self.images / (now_s - self.mark_s)
         self.loss_sum.zero_()
         self.steps = self.images = 0
+        self.alone_s = 0.0
         self.mark_s = now_s
         self.write("step", step=step, epoch=epoch, lr=lr, loss=loss, images_per_s=rate)
-        left_s = (now_s - self.start_s) / (step + 1) * (self.num_steps - step - 1)
+        left_s = (now_s - self.start_s) / (step + 1 - self.first_step) * (self.num_steps - step - 1)
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch}/{self.num_epochs}")
             self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2g}, {rate:.1f} img/s")
@@ -73,9 +85,17 @@ class Progress:
                 f"epoch {epoch}/{self.num_epochs}  step {step + 1}/{self.num_steps}  loss {loss:.3f}  "
                 f"lr {lr:.3g}  {rate:.1f} img/s  {clock(left_s)} left"
             )
+        if epoch != self.slow_epoch and (slow := slowest(alone_s, step_s)) is not None:
+            self.slow_epoch = epoch  # once an epoch is enough
+            self.say(
+                f"warning: rank {slow} is slow: it works {alone_s[slow]:.2g} s of each step before it meets the "
+                f"others, which take {median(alone_s):.2g} s. Look at its host, its data and its accelerator."
+            )
         if not math.isfinite(loss):
+            bad = [str(rank) for rank, value in enumerate(losses) if not math.isfinite(value)]
             raise Diverged(
-                f"The loss is {loss} at step {step} of epoch {epoch} (learning rate {lr:.3g}). "
+                f"The loss is {losses[int(bad[0])]} at step {step} of epoch {epoch} (learning rate {lr:.3g}), "
+                f"on rank {', '.join(bad)}. "
                 "Lower --base-lr, lengthen --warmup-steps, or look at the data that was read last."
             )
 
@@ -117,7 +137,15 @@ class Progress:
         """Append an event to metrics.jsonl."""
         if self.file is not None:
             line = {"event": event, "time_s": round(time.monotonic() - self.start_s, 3), **values}
-            self.file.write(json.dumps(line) + "\n")
+            try:
+                self.file.write(json.dumps(line) + "\n")
+            except OSError as error:  # a full disk costs the figures, not the run
+                self.file = None
+                self.say(f"warning: metrics.jsonl ends here: {error.strerror}")
+
+    def position(self) -> int:
+        """How long metrics.jsonl is now, in bytes."""
+        return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
     def close(self) -> None:
         """Take the bar away and close the file."""
@@ -125,6 +153,15 @@ class Progress:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def slowest(alone_s: list[float], step_s: float) -> int | None:
+    """The rank that keeps the others waiting for a tenth of the step or more and works half as long again as they."""
+    if len(alone_s) == 1:
+        return None
+    rank = max(range(len(alone_s)), key=alone_s.__getitem__)
+    usual_s = median(alone_s[:rank] + alone_s[rank + 1 :])
+    return rank if alone_s[rank] > max(1.5 * usual_s, usual_s + 0.1 * step_s) else None
 
 
 def clock(seconds: float) -> str:

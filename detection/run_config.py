@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import STRICT, Numbers, setting
+from detection.run_folder import newest_unfinished
 
 
 def _every(value: Any, info: ValidationInfo) -> Any:
@@ -44,6 +45,9 @@ class RunConfig:
         le=4096,
         help="parts that a batch is computed in, one after the other; divides the batch size",
     )
+    bn_group: int = setting(
+        1, ge=0, le=65536, unit="ranks", help="share the statistics of batch norm; divides the ranks; 0: all of them"
+    )
     momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
     weight_decay: float
     freeze_batch_norm: bool = setting(
@@ -57,11 +61,26 @@ class RunConfig:
     dataset: str = setting(
         "coco2017",
         pattern=r"^[\w.-]+$",
-        help="what the folder holds, for the log; toy is drawn where it is absent",
+        help="what the folder holds, for the log; toy and rehearsal are drawn where they are absent",
+    )
+    rehearsal_images: int = setting(
+        118_287,
+        ge=1,
+        le=1_000_000,
+        env="REHEARSAL_IMAGES",
+        unit="images",
+        help="training images that rehearsal has, and 5,000 of 118,287 as many to evaluate",
     )
     allow_missing: bool = setting(False, help="train without the images that the folder lacks")
     num_workers: int = setting(
         4, ge=0, le=256, unit="processes per rank", help="decode images; 0 decodes in the rank itself"
+    )
+
+    decoded_cache: Literal["none", "host"] = setting(
+        "none", help="keep decoded training images in memory, filled in the first epoch; host: the machine's"
+    )
+    decoded_cache_gib: float = setting(
+        0.0, ge=0, unit="GiB per node", help="that it takes at most; 0: half of what is free when the run starts"
     )
 
     device: str = setting(
@@ -73,12 +92,33 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
         "auto", help="auto: bf16 where the device is fast in it, else fp16 with loss scaling, else fp32"
     )
+    gradient_dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", help="what gradients travel between ranks in: half the bytes in bf16 or fp16, and less exact"
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", help="fuse the operations of the network, before the clock starts; auto: on an accelerator"
+    )
     sgd: Literal["torch", "apex"] = setting("torch", help="whose fused optimiser kernel; apex must be installed by you")
     channels_last: bool = setting(True, help="memory layout of images and weights")
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
 
     log_dir: Path = setting(Path("results"), env="LOGDIR", heading="Log", help="run folders are made here")
     run_dir: str = setting("", env="RUN_DIR", help="this run's folder; empty makes log_dir/system/benchmark/start")
+    checkpoint_every: str = setting(
+        "evaluation",
+        pattern=r"^(evaluation|[1-9]\d* (steps|epochs))$",
+        help="evaluation, or as '500 steps' or '2 epochs', which adds those; a signal that ends the run saves, too",
+    )
+    resume: str = setting(
+        "none",
+        min_length=1,
+        help="auto: go on from the newest sound checkpoint of the run folder, or of the last run that is not finished; "
+        "or the name of a checkpoint's file",
+    )
+    max_steps: int = setting(0, ge=0, unit="steps", help="end the run there, for a trial; 0: train to the end")
+    hang_timeout_s: float = setting(
+        900.0, gt=0, unit="s", help="a rank that makes no step in this time says where it hangs and ends the run"
+    )
     experiment: int = setting(0, ge=0, le=9999, env="EXPERIMENT", help="the log is result_<experiment>.txt")
     log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="between lines of loss and throughput")
     system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the machine")
@@ -112,5 +152,18 @@ class RunConfig:
         return self.platform or f"{nodes}x{self.system}"
 
     def run_folder(self, start: str) -> Path:
-        """Folder of a run that began at `start` (YYYY-mm-dd_HH-MM-SS), if none was named."""
-        return Path(self.run_dir) if self.run_dir else self.log_dir / self.system / self.benchmark / start
+        """Folder of a run that began at `start` (YYYY-mm-dd_HH-MM-SS), if none was named; or of that to be resumed."""
+        if self.run_dir:
+            return Path(self.run_dir)
+        parent = self.log_dir / self.system / self.benchmark
+        unfinished = newest_unfinished(parent, self.experiment, self.epochs) if self.resume == "auto" else None
+        return unfinished or parent / start
+
+    def bn_ranks(self, world_size: int) -> int:
+        """Ranks that share the statistics of batch norm."""
+        return self.bn_group or world_size
+
+    def saves_after(self, unit: Literal["steps", "epochs"], count: int) -> bool:
+        """Whether a checkpoint is due after so many steps or epochs."""
+        number, _, named = self.checkpoint_every.partition(" ")
+        return named == unit and count % int(number) == 0

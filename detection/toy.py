@@ -106,29 +106,33 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(SCRATCH)}
-    drawn = all(info.get("contributor") == CONTRIBUTOR for info in _infos(folder))
+    drawn = all(info.get("contributor") == CONTRIBUTOR for info in infos(folder))
     return not names or (names <= set(PARTS) and drawn)
 
 
 def _is_complete(folder: Path, drawing: Drawing) -> bool:
-    if any(info != drawing.info() for info in _infos(folder)):
+    if any(info != drawing.info() for info in infos(folder)):
         return False
     counts = [len(list((folder / f"{split}2017").glob("*.jpg"))) for split in ("train", "val")]
     return counts == [drawing.train_images, drawing.val_images]
 
 
-def _infos(folder: Path) -> list[dict[str, Any]]:
+def infos(folder: Path) -> list[dict[str, Any]]:
     """The `info` of both annotation files; empty where there is none."""
-    infos = []
-    for split in ("train", "val"):
-        try:
-            infos.append(dict(json.loads(_annotation_file(folder, split).read_text())["info"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            infos.append({})
-    return infos
+    return [read_info(annotation_file(folder, split)) for split in ("train", "val")]
 
 
-def _annotation_file(folder: Path, split: str) -> Path:
+def read_info(file: Path) -> dict[str, Any]:
+    """The `info` that an annotation file begins with, its long rest unread; empty if it begins otherwise."""
+    try:
+        with file.open() as opened:
+            return dict(json.JSONDecoder().raw_decode(opened.read(4096).removeprefix('{"info": '))[0])
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def annotation_file(folder: Path, split: str) -> Path:
+    """Where COCO 2017's layout has the annotations of "train" or "val"."""
     return folder / "annotations" / f"instances_{split}2017.json"
 
 
@@ -168,7 +172,7 @@ def _draw_split(
         "annotations": annotations,
         "categories": [{"id": shape.id, "name": shape.name, "supercategory": "shape"} for shape in SHAPES],
     }
-    _annotation_file(folder, split).write_text(json.dumps(content))
+    annotation_file(folder, split).write_text(json.dumps(content))
 
 
 def _draw_picture(
@@ -194,9 +198,7 @@ def _draw_picture(
 def _background(rng: np.random.Generator, height: int, width: int) -> Floats:
     """(height, width, 3): a few muted colours that run into each other, with grain."""
     hue, value = rng.random(), rng.uniform(0.45, 0.9)
-    colours = [
-        _rgb(hue + rng.normal(0, 0.1), rng.uniform(0.08, 0.3), value + rng.uniform(-0.15, 0.1)) for _ in range(9)
-    ]
+    colours = [rgb(hue + rng.normal(0, 0.1), rng.uniform(0.08, 0.3), value + rng.uniform(-0.15, 0.1)) for _ in range(9)]
     patches = Image.fromarray(np.array(colours).reshape(3, 3, 3).astype(np.uint8))
     canvas = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     return canvas + _grain(rng, height, width, 3.0)
@@ -255,7 +257,7 @@ def _draw_crowd(rng: np.random.Generator, canvas: Floats, taken: NDArray[np.bool
         "category_id": DISC.id,
         "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
         "area": int(crowd.sum()),
-        "segmentation": {"size": [height, width], "counts": _run_lengths(crowd)},
+        "segmentation": {"size": [height, width], "counts": run_lengths(crowd)},
         "iscrowd": 1,
     }
 
@@ -301,8 +303,8 @@ def _paint(rng: np.random.Generator, canvas: Floats, alpha: Floats, window: tupl
     """Fill a stencil with a gradient between two colours of the shape's family, with grain."""
     height, width = alpha.shape
     hue, saturation, value = shape.hue + rng.normal(0, 0.02), rng.uniform(0.6, 0.9), rng.uniform(0.7, 1.0)
-    light = np.array(_rgb(hue + 0.02, saturation - 0.15, min(value + 0.15, 1)), dtype=np.float32)
-    dark = np.array(_rgb(hue - 0.02, saturation, value - 0.2), dtype=np.float32)
+    light = np.array(rgb(hue + 0.02, saturation - 0.15, min(value + 0.15, 1)), dtype=np.float32)
+    dark = np.array(rgb(hue - 0.02, saturation, value - 0.2), dtype=np.float32)
     angle = rng.uniform(0, math.pi / 2)  # the light comes from above and left, as the shadow says
     across = np.linspace(0, math.cos(angle), width, dtype=np.float32)
     down = np.linspace(0, math.sin(angle), height, dtype=np.float32)[:, None]
@@ -315,7 +317,8 @@ def _grain(rng: np.random.Generator, height: int, width: int, sigma: float) -> F
     return sigma * rng.standard_normal((height, width, 1), dtype=np.float32)
 
 
-def _rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
+def rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
+    """Red, green and blue, 0 to 255 each, of a hue on the circle of length 1; a value beyond 0 to 1 is cut."""
     r, g, b = colorsys.hsv_to_rgb(hue % 1, saturation, max(0.0, min(value, 1.0)))
     return 255 * r, 255 * g, 255 * b
 
@@ -325,14 +328,15 @@ def _area(polygon: NDArray[np.float64]) -> float:
     return 0.5 * abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
 
 
-def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
+def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     """COCO's uncompressed run lengths: down the columns, 0s and 1s in turn, beginning with the 0s."""
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(pixels, prepend=False))
     return [int(n) for n in np.diff(changes, prepend=0, append=len(pixels))]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
@@ -341,8 +345,8 @@ def _positive(text: str) -> int:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m detection.toy", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty, or an older drawing")
-    parser.add_argument("--train-images", metavar="N", type=_positive, default=Drawing.train_images)
-    parser.add_argument("--val-images", metavar="N", type=_positive, default=Drawing.val_images)
+    parser.add_argument("--train-images", metavar="N", type=positive, default=Drawing.train_images)
+    parser.add_argument("--val-images", metavar="N", type=positive, default=Drawing.val_images)
     parser.add_argument("--seed", metavar="N", type=int, default=Drawing.seed, help="0 or more")
     arguments = parser.parse_args()
     if arguments.seed < 0:

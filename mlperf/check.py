@@ -37,8 +37,8 @@ def check(path: Path, ruleset: str) -> Verdict:
     """
     if ruleset not in RULESETS:
         raise ValueError(f"unknown ruleset {ruleset!r}: choose one of {', '.join(RULESETS)}.")
-    with open(path, "rb") as log:
-        log.read(1)
+    with open(path, encoding="utf-8", errors="replace") as log:
+        resumed = any('"key": "resumed"' in line for line in log)
     # In a process of its own: the checker keeps state in module globals and sets up the root logger.
     command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training"]
     command += ["--ruleset", ruleset, "--log_output", os.devnull, str(path.resolve())]
@@ -47,7 +47,9 @@ def check(path: Path, ruleset: str) -> Verdict:
     if done.returncode != 0 and "ERROR - FAILED" not in done.stderr:
         reason = done.stderr.strip().rpartition("\n")[2]
         messages.append(f"the official checker broke off on this log: {reason}")
-    return Verdict(done.returncode == 0, ruleset, messages)
+    if resumed:
+        messages.insert(0, "the run was resumed: it is no MLPerf result")
+    return Verdict(done.returncode == 0 and not resumed, ruleset, messages)
 
 
 def _messages(stderr: str) -> list[str]:

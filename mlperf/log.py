@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +44,8 @@ class MlperfLog:
         before_echo: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
+        self.broken: OSError | None = None
+        """Why a line could not be written, if one could not: the run went on, and its log is no proof of it."""
         self._echo = echo
         self.before_echo = before_echo
         self._line = _Line("mlperf")
@@ -76,10 +80,15 @@ class MlperfLog:
             self._mllog.event(key, _plain(key, value), _plain(key, metadata))
             self._write(key)
 
+    def position(self) -> int:
+        """How long the file is now, in bytes; 0 of a silent log."""
+        return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
+
     def close(self) -> None:
         """Close the file; logging after that is an error."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, which `broken` tells of
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +100,12 @@ class MlperfLog:
 
     def _write(self, key: str) -> None:
         assert self._file is not None
-        self._file.write(self._line.text + "\n")
+        try:
+            self._file.write(self._line.text + "\n")
+        except OSError as error:
+            if self.broken is None:
+                print(f"warning: {self.path} has a gap from here on: {error.strerror}", file=sys.stderr, flush=True)
+            self.broken = error
         on_terminal = sys.stdout.isatty()
         if self._echo and not (on_terminal and key in _LENGTHY):
             if self.before_echo is not None:

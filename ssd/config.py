@@ -83,7 +83,7 @@ class Config(RunConfig):
         return {
             "global_batch_size": self.global_batch_size(world_size),
             "gradient_accumulation_steps": self.accumulation_steps,
-            "model_bn_span": self.batch_size // self.accumulation_steps,
+            "model_bn_span": self.batch_size // self.accumulation_steps * self.bn_ranks(world_size),
             "max_samples": self.max_samples,
             "opt_base_learning_rate": self.peak_lr(world_size),
             "opt_weight_decay": self.weight_decay,

@@ -3,36 +3,36 @@
 B images, G ground-truth boxes of the fullest image of the batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from detection import coco, images
 from detection.coco import Split
 from detection.config import InputError
+from detection.decoded_cache import GIB, DecodedCache, free_memory_bytes
 from detection.distributed import Ranks
 from detection.engine import Share
+from detection.loader import EpochSampler, Key, load, make_loader
 from detection.metric import BoxMetric
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
 from ssd.config import Config
 
-T = TypeVar("T")
-
-# (epoch, index in the split): what a batch is asked for by, so that workers need not be told of the epoch.
-Key = tuple[int, int]
+FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "both": 2}
 
 
 class Batch(NamedTuple):
     """One rank's share of a global batch of training images.
 
     images: (B, 3, 300, 300) uint8, cropped and resized. boxes_xyxy: (B, G, 4) normalised to the crop.
-    labels: (B, G), 0 is padding. flips: (B, 2), jitter: (B, 4) and jitter_order: (B, 4) as in `augment.Draw`.
+    labels: (B, G), 0 is padding. flips: (B, directions in use), jitter: (B, 4) and jitter_order: (B, 4) as in
+    `augment.Draw`.
     """
 
     images: Tensor
@@ -57,10 +57,20 @@ class EvalBatch(NamedTuple):
 class TrainImages(Dataset[Batch]):
     """Training images as batches: read, decode, crop, resize."""
 
-    def __init__(self, split: Split, *, seed: int, crop: bool, jitter: bool, flip: str, max_samples: int):
-        self.split, self.seed = split, seed
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        crop: bool,
+        jitter: bool,
+        flip: str,
+        max_samples: int,
+        cache: DecodedCache | None = None,
+    ):
+        self.split, self.seed, self.cache = split, seed, cache
         self.crop, self.jitter, self.max_samples = crop, jitter, max_samples
-        self.flips = np.array([flip in ("horizontal", "both"), flip == "both"])
+        self.flip_directions = FLIP_DIRECTIONS[flip]
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
         """Make the batch of these (epoch, index); an image that cannot be read is returned as its error.
@@ -72,8 +82,9 @@ class TrainImages(Dataset[Batch]):
         )
         draws, boxes, labels = [], [], []
         for row, (epoch, index) in enumerate(keys):
+            path = self.split.image_path(index)
             try:
-                image = images.read(self.split.image_path(index))
+                image = self.cache.read(index, path) if self.cache else images.read(path)
             except InputError as error:
                 return error
             draw, image_boxes, image_labels = self.draw(epoch, index, image.shape[1], image.shape[2])
@@ -83,9 +94,9 @@ class TrainImages(Dataset[Batch]):
             labels.append(torch.from_numpy(image_labels))
         return Batch(
             pixels,
-            torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True),
-            torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
-            torch.from_numpy(np.stack([draw.flips for draw in draws])),
+            pad(boxes),
+            pad(labels),
+            torch.from_numpy(np.stack([draw.flips for draw in draws])[:, : self.flip_directions]),
             torch.from_numpy(np.stack([draw.jitter for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter_order for draw in draws])),
         )
@@ -101,7 +112,7 @@ class TrainImages(Dataset[Batch]):
         drawn = augment.draw(rng, boxes, self.max_samples)
         chosen = augment.Draw(
             drawn.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
-            drawn.flips & self.flips,
+            drawn.flips,
             drawn.jitter if self.jitter else augment.NO_JITTER,
             drawn.jitter_order,
         )
@@ -114,6 +125,15 @@ def cut(image: Tensor, crop_xyxy: augment.Floats) -> Tensor:
     left, right = int(crop_xyxy[0] * width), int(crop_xyxy[2] * width)
     top, bottom = int(crop_xyxy[1] * height), int(crop_xyxy[3] * height)
     return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    """Stack (G_i, ...) to (B, G, ...) with zeros below; G is at least 2: compiled code is made anew for a 1."""
+    longest = max(2, *(len(part) for part in rows))
+    stacked = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
+    for row, part in zip(stacked, rows, strict=True):
+        row[: len(part)] = part
+    return stacked
 
 
 class EvalImages(Dataset[EvalBatch]):
@@ -137,38 +157,6 @@ class EvalImages(Dataset[EvalBatch]):
         return EvalBatch(stacked, ids, torch.tensor(sizes))
 
 
-class EpochSampler(Sampler[list[Key]]):
-    """Which images a rank trains on in each step of an epoch.
-
-    The images of an epoch are one permutation, a function of (seed, epoch) alone; a global batch is the next
-    stretch of it and each rank takes an equal part, so that the number of ranks does not change what is trained.
-    The last global batch is what remains, shared as evenly as it can be; a rank for which nothing is left is
-    given one image again, with weight 0 in the loss.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, *, seed: int, ranks: Ranks):
-        self.num_images, self.batch_size, self.seed, self.ranks = num_images, batch_size, seed, ranks
-        self.epoch = 1
-
-    def __len__(self) -> int:
-        """Steps of an epoch."""
-        return -(-self.num_images // (self.batch_size * self.ranks.world_size))
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        """The (epoch, index) of this rank's images in each step of the current epoch."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
-        for start, stop, _ in self.stretches():
-            rows = order[start:stop] if stop > start else order[:1]
-            yield [(self.epoch, int(index)) for index in rows]
-
-    def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Start and stop of this rank's part of each global batch, and the size of that global batch."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        for first in range(0, self.num_images, self.batch_size * world_size):
-            size = min(self.batch_size * world_size, self.num_images - first)
-            yield first + size * rank // world_size, first + size * (rank + 1) // world_size, size
-
-
 class SSDData:
     """The training and evaluation images of a run, from the moment its clock has started."""
 
@@ -190,42 +178,29 @@ class SSDData:
             flip=config.flip,
             jitter=config.jitter,
             max_samples=config.max_samples,
+            cache=self.make_cache(config, train),
         )
-        self.train_loader = self.make_loader(dataset, self.sampler, config.num_workers)
+        self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
         mine = range(ranks.rank, len(val), ranks.world_size)
         batches = [list(mine[i : i + config.eval_batch_size]) for i in range(0, len(mine), config.eval_batch_size)]
-        self.eval_loader = self.make_loader(EvalImages(val), batches, config.num_workers)
+        self.eval_loader = make_loader(EvalImages(val), batches, num_workers=config.num_workers, device=ranks.device)
 
-    def make_loader(self, dataset: Dataset[Any], batches: Iterable[list[Any]], num_workers: int) -> DataLoader[Any]:
-        """A loader whose workers stay for the whole run and make whole batches."""
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,  # a list of lists will do
-            collate_fn=as_it_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.ranks.device.type != "cpu",
-        )
+    def make_cache(self, config: Config, train: Split) -> DecodedCache | None:
+        """The cache of decoded training images that was asked for, if one was."""
+        if config.decoded_cache == "none":
+            return None
+        limit_bytes = int(config.decoded_cache_gib * GIB) or free_memory_bytes() // 2
+        return DecodedCache(train.sizes_hw, limit_bytes, self.ranks)
 
-    def shares(self, epoch: int) -> Iterator[Share[Batch]]:
-        """This rank's shares of the global batches of an epoch (from 1); InputError names an unreadable image."""
-        self.sampler.epoch = epoch
+    def shares(self, epoch: int, samples: int = 0) -> Iterator[Share[Batch]]:
+        """This rank's shares of the global batches of an epoch (from 1), but for the first `samples` images of it.
+
+        InputError names an unreadable image.
+        """
+        self.sampler.epoch, self.sampler.samples = epoch, samples
         for batch, (start, stop, size) in zip(load(self.train_loader), self.sampler.stretches(), strict=True):
             yield Share(batch, size, self.ranks.world_size / size if stop > start else 0.0)
 
     def eval_batches(self) -> Iterator[EvalBatch]:
         """This rank's evaluation images; each image is on one rank; InputError names an unreadable image."""
         return load(self.eval_loader)
-
-
-def as_it_is(batch: T) -> T:
-    """Collate a batch that is one already."""
-    return batch
-
-
-def load(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader; raises the error that a worker handed over in place of one."""
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch

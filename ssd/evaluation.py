@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detection.distributed import Ranks
 from detection.metric import ROW, BoxMetric
+from detection.prefetch import prefetch
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
@@ -33,9 +34,8 @@ class Evaluation:
         device = self.ranks.device
         category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=device)
         found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=device)]
-        for batch in data.eval_batches():
-            on_device = EvalBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            deltas, logits = model(augment.normalise(augment.to_unit(on_device.images)))
+        for batch in prefetch(data.eval_batches(), device):
+            deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
             detections = detect(
                 deltas,
                 logits,
@@ -44,7 +44,7 @@ class Evaluation:
                 nms_iou=self.config.nms_iou,
                 max_detections=self.config.max_detections,
             )
-            found.append(to_rows(detections, on_device, category_ids))
+            found.append(to_rows(detections, batch, category_ids))
         self.annotation_file = data.val.annotation_file
         self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
         figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)

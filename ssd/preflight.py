@@ -13,12 +13,13 @@ import hashlib
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from detection import coco, toy
+from detection import coco, rehearsal, run_folder, toy
 from detection.config import InputError, System, describe, read_system
 from mlperf import rules
 from ssd.config import Config, load
@@ -36,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
         report += judge(config, system, everything=dry_run)
         facts, mistakes = check_input(config, system, draw=not dry_run)
         report += facts
-        run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        report += [f"run folder: {run_folder}"]
+        folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        report += [f"run folder: {folder}"]
         if dry_run:
             report += [f"warning: {mistake}" for mistake in mistakes]
             print("\n".join(report))
@@ -46,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
         if mistakes:
             raise InputError("\n".join(mistakes))
         if system.node_rank == 0:
-            make(run_folder, config.experiment)
+            make(folder, config)
     except InputError as error:
         print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
         return 2
-    print(config.org, run_folder, sep="\n")
+    print(config.org, folder, sep="\n")
     return 0
 
 
@@ -73,13 +74,13 @@ def judge(config: Config, system: System, everything: bool) -> list[str]:
 
 
 def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], list[str]]:
-    """Read all that the run will read; returns facts and mistakes. draw: toy data, where there are none."""
+    """Read all that the run will read; returns facts and mistakes. draw: pictures that are drawn and not there yet."""
     facts, mistakes = [], []
-    undrawn = config.dataset == "toy" and not any(config.data_dir.glob("*"))
     try:
-        if undrawn and draw:
-            toy.draw(config.data_dir, toy.Drawing())
-        if undrawn and not draw:
+        drawing = due(config)
+        if drawing and draw:
+            drawing()
+        if drawing and not draw:
             facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
         else:
             facts += check_data(config, system)
@@ -93,6 +94,16 @@ def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], 
         except InputError as error:
             mistakes.append(f"{error}. Run ./get_resnet34_backbone.sh, or start at random with --backbone ''")
     return facts, mistakes
+
+
+def due(config: Config) -> Callable[[], bool] | None:
+    """What draws the pictures of this data set, or None: they are there, or are not to be drawn."""
+    if config.dataset == "toy" and not any(config.data_dir.glob("*")):
+        return partial(toy.draw, config.data_dir, toy.Drawing())
+    rehearsed = rehearsal.Drawing(config.rehearsal_images)
+    if config.dataset == "rehearsal" and not rehearsal.is_complete(config.data_dir, rehearsed):
+        return partial(rehearsal.draw, config.data_dir, rehearsed)
+    return None
 
 
 def check_data(config: Config, system: System) -> list[str]:
@@ -162,19 +173,20 @@ def check_backbone(path: Path) -> str:
     return f"backbone: {path} ({path.stat().st_size:,} bytes, SHA-256 {digest[:8]}...)"
 
 
-def make(run_folder: Path, experiment: int) -> None:
+def make(folder: Path, config: Config) -> None:
     """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
-    log = run_folder / f"result_{experiment}.txt"
+    log = run_folder.log_file(folder, config.experiment)
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        if log.exists():
-            raise InputError(f"{log} is there already: choose another RUN_DIR or EXPERIMENT")
-        log.touch()
-        log.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        if log.exists() and config.resume == "none":
+            raise InputError(
+                f"{log} is there already: choose another RUN_DIR or EXPERIMENT, or go on with it by --resume auto"
+            )
+        trial = folder / f".{log.name}"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
-        raise InputError(
-            f"run folder {run_folder} cannot be written ({error.strerror}): choose another LOGDIR"
-        ) from error
+        raise InputError(f"run folder {folder} cannot be written ({error.strerror}): choose another LOGDIR") from error
 
 
 if __name__ == "__main__":

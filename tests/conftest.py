@@ -9,8 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# The golden vectors and the determinism tests compare runs of this process; more threads only add noise to time.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# A process for each core: more threads would wait for each other. Alone, two do.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def shared(relative: str) -> Path:

@@ -35,6 +35,16 @@ def test_jitter_is_torchvisions_with_each_images_own_factors_and_order():
         torch.testing.assert_close(got[i], wanted, atol=2e-5, rtol=0)
 
 
+def test_accelerators_and_compiled_code_shift_the_hue_of_the_same_images(monkeypatch):
+    draws = drawn(12, seed=2)
+    images = torch.rand(12, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    factors = torch.from_numpy(np.stack([draw.jitter for draw in draws]))
+    order = torch.from_numpy(np.stack([draw.jitter_order for draw in draws]))
+    by_rows = augment.jitter(images.clone(), factors, order)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(augment.jitter(images.clone(), factors, order), by_rows, atol=1e-6, rtol=0)
+
+
 def test_an_image_is_jittered_alike_alone_and_in_a_batch():
     draws = drawn(6, seed=1)
     images = torch.rand(6, 3, 8, 8)

@@ -11,8 +11,9 @@ from conftest import shared
 from detection import coco, images
 from detection.config import InputError
 from detection.distributed import Ranks
+from detection.loader import EpochSampler
 from ssd.config import Config
-from ssd.data import EpochSampler, SSDData
+from ssd.data import SSDData
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)

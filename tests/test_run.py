@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from detection import coco, toy
+from detection import coco, device, toy
 from mlperf import check
 from mlperf.log import read
 from perf import draw, record
@@ -119,6 +119,35 @@ def test_a_run_below_its_target_exits_3_and_is_logged_as_aborted(environment, tm
     assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
 
 
+def test_a_network_that_cannot_be_compiled_is_refused_or_trained_as_it_is(environment, tmp_path, capsys, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, *_, **__: compiled(function, backend=broken))
+    assert train.main([*FEW_STEPS, "--compile", "on"]) == 2
+    shown = capsys.readouterr().err
+    assert "error: --compile on: that is not possible here (" in shown
+    assert "no compiler here" in shown
+    monkeypatch.setattr(device, "compiles", lambda choice, device: True)
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "auto"))
+    try:
+        assert train.main([*FEW_STEPS, "--target", "0"]) == 0
+    finally:
+        torch.compiler.set_stance("default")
+    assert "not compiled, since that is not possible here" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_training_is_that_of_the_plain_network(environment, tmp_path, monkeypatch, capsys):
+    for choice in ("off", "on"):
+        monkeypatch.setenv("RUN_DIR", str(tmp_path / choice))
+        same = ("--seed", "3", "--precision", "fp32", "--batch-size", "3", "--epochs", "2", "--eval-epochs", "2")
+        assert train.main([*FEW_STEPS, *same, "--target", "0", "--compile", choice]) == 0
+    assert "s, compiled" in capsys.readouterr().out
+    np.testing.assert_allclose(losses(tmp_path / "on"), losses(tmp_path / "off"), rtol=1e-3)
+
+
 def test_figures_that_pycocotools_does_not_confirm_are_a_failure(environment, capsys, monkeypatch):
     monkeypatch.setattr(Evaluation, "confirm", lambda self: {"AP": 0.123})
     assert train.main([*FEW_STEPS, "--target", "0"]) == 1
@@ -187,7 +216,7 @@ def test_two_ranks_of_4_train_like_one_of_8_and_like_8_in_parts(environment, tmp
     same += ("--eval-epochs", "2", "--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
     runs = {
         "one": launch(1, tmp_path / "one", *same, "--batch-size", "8"),
-        "two": launch(2, tmp_path / "two", *same, "--batch-size", "4"),
+        "two": launch(2, tmp_path / "two", *same, "--batch-size", "4", "--decoded-cache", "host"),
         "parts": launch(1, tmp_path / "parts", *same, "--batch-size", "8", "--accumulation-steps", "4"),
     }
     for name, done in runs.items():

@@ -144,6 +144,40 @@ run_and_time() {
   done
 }
 
+@test "the signals of a scheduler reach the run as SIGTERM, for which it saves" {
+  for signal in USR1 HUP; do
+    sed -i "s/' [A-Z]*\$/' TERM/" "$folder/venv/bin/python"
+    rm -f "$BATS_TEST_TMPDIR/waits"
+    signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    script=$!
+    until [ -f "$BATS_TEST_TMPDIR/waits" ]; do sleep 0.1; done
+    kill -s "$signal" "$script"
+    wait "$script" && status=0 || status=$?
+    [ "$status" -eq 130 ]
+    grep -q "SIG$signal: ending the run" "$BATS_TEST_TMPDIR/out"
+    grep -q "ended by $signal" "$BATS_TEST_TMPDIR/out"
+  done
+}
+
+@test "a run that was resumed reaches its target without a RESULT" {
+  mkdir -p "$BATS_TEST_TMPDIR/run"
+  sed -i "s|/runs/this one|$BATS_TEST_TMPDIR/run|" "$folder/venv/bin/python"
+  echo ':::MLLOG {"key": "resumed", "value": null}' >"$BATS_TEST_TMPDIR/run/result_0.txt"
+  run_and_time --resume auto
+  [ "$status" -eq 0 ]
+  [[ $output == *"No RESULT line: the run was resumed"* ]]
+  [[ $output != *RESULT,* ]]
+}
+
+@test "restarts go on with the run, and are refused where they would begin anew" {
+  MAX_RESTARTS=2 run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *"MAX_RESTARTS=2: pass --resume auto"* ]]
+  MAX_RESTARTS=2 run_and_time --resume auto
+  [ "$status" -eq 0 ]
+  grep -q -- "--max-restarts 2 -m ssd.train --resume auto" "$calls"
+}
+
 @test "several nodes need an address, and only the first prints RESULT" {
   sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
   run_and_time

@@ -1,0 +1,97 @@
+"""From indices to batches: which images a rank trains on in each step, and the workers that make batches of them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detection.config import InputError
+from detection.distributed import Ranks
+
+T = TypeVar("T")
+
+# (epoch, index in the split): what a batch is asked for by, so that workers need not be told of the epoch.
+Key = tuple[int, int]
+
+
+class WorkerLost(RuntimeError):
+    """A data worker of this rank was ended from outside."""
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """Which images a rank trains on in each step of an epoch.
+
+    The images of an epoch are one permutation, a function of (seed, epoch) alone; a global batch is the next
+    stretch of it and each rank takes an equal part, so that the number of ranks does not change what is trained.
+    The last global batch is what remains, shared as evenly as it can be; a rank for which nothing is left is
+    given one image again, with weight 0 in the loss, if not in batch norm's statistics. `epoch`, and `samples`,
+    how many of its images are trained already, are set before each epoch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, *, seed: int, ranks: Ranks):
+        self.num_images, self.batch_size, self.seed, self.ranks = num_images, batch_size, seed, ranks
+        self.epoch, self.samples = 1, 0
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return -(-self.num_images // (self.batch_size * self.ranks.world_size))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """The (epoch, index) of this rank's images in each step that is left of the current epoch."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        for start, stop, _ in self.stretches():
+            rows = order[start:stop] if stop > start else order[:1]
+            yield [(self.epoch, int(index)) for index in rows]
+
+    def stretches(self) -> Iterator[tuple[int, int, int]]:
+        """Start and stop of this rank's part of each global batch, and the size of that global batch."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        for first in range(self.samples, self.num_images, self.batch_size * world_size):
+            size = min(self.batch_size * world_size, self.num_images - first)
+            yield first + size * rank // world_size, first + size * (rank + 1) // world_size, size
+
+
+def make_loader(
+    dataset: Dataset[Any], batches: Iterable[list[Any]], *, num_workers: int, device: torch.device
+) -> DataLoader[Any]:
+    """A loader whose workers stay for the whole run and make whole batches."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # a list of lists will do
+        collate_fn=as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="fork" if num_workers else None,  # what is in memory is shared, not copied
+        pin_memory=device.type != "cpu",
+    )
+
+
+def as_it_is(batch: T) -> T:
+    """Collate a batch that is one already."""
+    return batch
+
+
+def load(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader; raises the InputError that a worker handed over in place of one.
+
+    Raises WorkerLost where a worker was killed.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            what = str(error).splitlines()[0]
+            raise WorkerLost(
+                f"{what} Where it was out of memory: fewer --num-workers, a smaller --decoded-cache-gib; where it was "
+                "a bus error: more shared memory (docker run --shm-size)."
+            ) from error
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch

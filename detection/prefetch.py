@@ -1,0 +1,56 @@
+"""Batches on their way to the device: each is copied while the one before it is computed."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def prefetch(batches: Iterable[T], device: torch.device) -> Iterator[T]:
+    """The batches, their tensors on the device: tuples of tensors, of other values, and of such tuples.
+
+    The copies run on a stream of their own, one batch ahead. They overlap with the computation only from
+    pinned memory, and never wait for it. On the CPU the batches are passed on as they are.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    stream = torch.Stream(device)
+    ahead: list[T] = []
+    for batch in batches:
+        with stream:
+            ahead.append(move(batch, device))
+        if len(ahead) > 1:
+            yield arrived(ahead.pop(0), stream)
+    for batch in ahead:
+        yield arrived(batch, stream)
+
+
+def move(value: T, device: torch.device) -> T:
+    """A tuple with its tensors on the device, at any depth; what is no tensor stays as it is."""
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(device, non_blocking=True)
+    elif isinstance(value, tuple):
+        moved = type(value)(*(move(part, device) for part in value))
+    return moved
+
+
+def arrived(batch: T, stream: torch.Stream) -> T:
+    """Make the computation wait for the copies, and the allocator for the computation, before it reuses memory."""
+    computing = torch.accelerator.current_stream()
+    computing.wait_stream(stream)
+    keep(batch, computing)
+    return batch
+
+
+def keep(value: Any, stream: torch.Stream) -> None:
+    """Tell the allocator that a stream uses the tensors of a tuple."""
+    if isinstance(value, Tensor):
+        value.record_stream(stream)
+    elif isinstance(value, tuple):
+        for part in value:
+            keep(part, stream)

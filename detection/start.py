@@ -1,0 +1,130 @@
+"""The beginning and the end of every benchmark's run: ranks, folder, logs, and one message for whatever goes wrong."""
+
+import json
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from detection import device, resume, run_folder
+from detection.config import InputError, Topology, read_topology, to_json
+from detection.distributed import PeerLost, Ranks, connect
+from detection.engine import Stopped
+from detection.interruption import SIGNALS, Interrupted, Interruption
+from detection.loader import WorkerLost
+from detection.progress import Diverged, Progress
+from detection.run_config import RunConfig
+from detection.state import Run
+from detection.watchdog import Watchdog
+from mlperf.log import MlperfLog
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def main(
+    argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, Ranks, int, Interruption], int]
+) -> int:
+    """Train on this rank; returns the exit status.
+
+    load: settings from flags. train: of settings, ranks, number of nodes and the signals that end the run.
+    """
+    topology = Topology()
+    with Interruption() as interruption:
+        try:
+            config, topology = load(argv), read_topology()
+            check_bn_group(config, topology)
+            rank_device = device.choose(config.device, topology.local_rank)
+            # The watchdog speaks first: it knows where a rank hangs.
+            with connect(topology, rank_device, timeout_s=config.hang_timeout_s + 60) as ranks:
+                return train(config, ranks, topology.nodes, interruption)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            if topology.rank == 0:  # it is the same on every rank
+                print(f"stopped by {stop}. What was reached is saved: --resume auto goes on.", file=sys.stderr)
+            return stop.status
+        except Diverged as error:
+            if topology.rank == 0:  # it is the same on every rank
+                print(f"error: {error}", file=sys.stderr)
+            return 1
+        except (PeerLost, WorkerLost) as error:
+            print(f"error: rank {topology.rank}: {error}", file=sys.stderr)
+            return 1
+        except Interrupted as interrupted:
+            return 128 + interrupted.signal_number
+
+
+def check_bn_group(config: RunConfig, topology: Topology) -> None:
+    """Raise InputError where the ranks do not make whole groups."""
+    span = config.bn_ranks(topology.world_size)
+    if topology.world_size % span:
+        raise InputError(f"bn_group {span} does not divide the {topology.world_size} ranks")
+
+
+@contextmanager
+def opened(config: RunConfig, ranks: Ranks, num_nodes: int, interruption: Interruption) -> Iterator[Run]:
+    """The run's folder and logs, open; the log says whose run this is, and that it begins.
+
+    At the end this process ends by itself, with a status of its own, whatever the launcher sends.
+    """
+    folder = Path(ranks.broadcast(config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))))
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    resumed = ranks.broadcast(resume.find(config, folder) if ranks.is_first else None)
+    if ranks.is_first:
+        (folder / run_folder.CONFIG).write_text(to_json(config))
+    progress = Progress(ranks, folder / run_folder.METRICS, log_every=config.log_every)
+    log_file = run_folder.log_file(folder, config.experiment)
+    try:
+        log = MlperfLog(
+            log_file if ranks.is_first else None,
+            append=resumed is not None and resumed.continues,
+            before_echo=progress.clear,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        seed = resumed.state["seed"] if resumed else ranks.broadcast(new_seed(config))
+        torch.manual_seed(seed)
+        with Watchdog(ranks, config.hang_timeout_s) as watchdog:
+            run = Run(config, ranks, log, progress, interruption, watchdog, folder, seed, resumed)
+            if not run.continues:
+                log_submission(log, config, num_nodes)
+                log.start("init")
+                log.point("seed", seed)
+            yield run
+    finally:
+        interruption.ignore()
+        log.close()
+        progress.close()
+
+
+def new_seed(config: RunConfig) -> int:
+    """The seed that was given, or one from the system."""
+    return secrets.randbits(31) if config.seed is None else config.seed
+
+
+def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
+    """Say whose run this is, and what is known before it begins."""
+    log.point("submission_benchmark", config.benchmark)
+    log.point("submission_org", config.org)
+    log.point("submission_division", config.division)
+    log.point("submission_status", config.status)
+    log.point("submission_platform", config.submission_platform(num_nodes))
+    log.point("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
+    log.point("cache_clear", config.caches_cleared)
+    log.point("config", json.loads(to_json(config)))
+
+
+def leave(status: int) -> None:
+    """End the process; the launcher, which ends the ranks that are left when one has ended, is not heeded."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

@@ -1,0 +1,63 @@
+"""What is trained and how far it has come, and what surrounds it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from detection.device import Precision
+from detection.distributed import Ranks
+from detection.interruption import Interruption
+from detection.progress import Progress
+from detection.resume import Resumed
+from detection.run_config import RunConfig
+from detection.watchdog import Watchdog
+from mlperf.log import MlperfLog
+
+
+@dataclass
+class State:
+    """What is trained, and how far training has come.
+
+    step: those made so far. epoch: the one in progress, from 1, or the last; samples: images of it that are
+    trained; evaluated: whether it is over and its evaluation too.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    evaluated: bool = True
+    forward_s: float = 0.0
+    """When the last forward pass was over, on time.monotonic's clock."""
+
+    def begin(self, epoch: int) -> None:
+        """An epoch starts."""
+        self.epoch, self.samples, self.evaluated = epoch, 0, False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What surrounds the training: who takes part, and what it tells and leaves.
+
+    resumed: the checkpoint that the run goes on from, if it does.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    log: MlperfLog
+    progress: Progress
+    interruption: Interruption
+    watchdog: Watchdog
+    folder: Path
+    seed: int
+    resumed: Resumed | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the log has a beginning already."""
+        return self.resumed is not None and self.resumed.continues

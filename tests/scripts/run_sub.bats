@@ -1,0 +1,225 @@
+#!/usr/bin/env bats
+# run.sub, and what run_and_time.sh does in its jobs, with stubs for Slurm's commands, which write down their arguments,
+# one a line. tests/test_slurm.py has a real Slurm.
+
+load scripts
+
+setup() {
+  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
+  project="$BATS_TEST_TMPDIR/the project"
+  bin=$BATS_TEST_TMPDIR/bin
+  mkdir -p "$project/the data" "$bin"
+  cp "$repository/run.sub" "$repository/run_and_time.sh" "$project/"
+  printf 'export %s\n' DGXNNODES=2 DGXNGPU=8 WALLTIME=00:20:30 DATADIR="\${DATADIR:-data/coco}" SSD_BATCH_SIZE=7 >"$project/config_pair.sh"
+  printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 WALLTIME=2-01:00:00 SSD_DATASET=toy >"$project/config_toy.sh"
+  printf 'export %s\n' DGXNNODES=1 WALLTIME=soon >"$project/config_soon.sh"
+  export CALLS=$BATS_TEST_TMPDIR/calls RUNS=$BATS_TEST_TMPDIR/runs
+  : >"$CALLS"
+  : >"$RUNS"
+  cat >"$bin/sbatch" <<'END'
+#!/usr/bin/env bash
+printf '%s\n' "${0##*/}" "$@" --end-- >>"$CALLS"
+END
+  cat >"$bin/scontrol" <<'END'
+#!/usr/bin/env bash
+case "$*" in
+  requeue*) printf '%s\n' scontrol "$@" --end-- >>"$CALLS" ;;
+  "show hostnames n[0-1]") printf '%s\n' n0 n1 ;;
+  "show node n0") printf '%s\n' 'NodeName=n0 Arch=x86_64' '   NodeAddr=10.0.0.7 NodeHostName=host' ;;
+  *) exit 1 ;;
+esac
+END
+  cat >"$bin/squeue" <<'END'
+#!/usr/bin/env bash
+echo "${STATE:-RUNNING}"
+END
+  cat >"$bin/srun" <<'END'
+#!/usr/bin/env bash
+printf '%s\n' srun "$@" --end-- >>"$CALLS"
+if [[ $* == *drop_caches* ]]; then exit "${CACHES:-0}"; fi
+all=$*
+echo "$EXPERIMENT $CACHES_CLEARED $RUN_DIR [$DATADIR]${all##*run_and_time.sh}" >>"$RUNS"
+echo "output of the run"
+if [[ -n ${WAIT:-} ]]; then
+  trap 'kill %1; echo "srun got USR1"; exit 143' USR1
+  sleep 60 3>&- &
+  touch "$WAIT"
+  wait
+fi
+statuses=(${STATUSES:-0})
+exit "${statuses[EXPERIMENT]:-0}"
+END
+  chmod +x "$bin"/*
+  PATH=$bin:$PATH
+  export DGXSYSTEM=pair CLEAR_CACHES=0 LOGDIR="$BATS_TEST_TMPDIR/the logs"
+}
+
+# job [flags]: runs run.sub as slurmd does, a copy of it elsewhere, in the folder of the project.
+job() {
+  cp "$project/run.sub" "$BATS_TEST_TMPDIR/slurm_script"
+  cd "$project" || return
+  export SLURM_JOB_ID=42 SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-2}
+  run "$BATS_TEST_TMPDIR/slurm_script" "$@"
+}
+
+@test "outside of a job it submits itself, with the nodes of the config file and NEXP times its time" {
+  NEXP=3 run "$project/run.sub" --seed 5
+  [ "$status" -eq 0 ]
+  [ "$(xargs <"$CALLS")" = "sbatch --nodes=2 --time=63 run.sub --seed 5 --end--" ]
+  : >"$CALLS"
+  NEXP=1 DGXSYSTEM=toy run "$project/run.sub"
+  [ "$(xargs <"$CALLS")" = "sbatch --nodes=1 --time=2940 run.sub --end--" ]
+}
+
+@test "five experiments by default, a log and a folder for each, one task a node" {
+  job --seed 5
+  [ "$status" -eq 0 ]
+  [ "$(grep --count --line-regexp srun "$CALLS")" -eq 5 ]
+  for i in 1 2 3 4 5; do
+    [ "$(<"$LOGDIR/job_42_$i.log")" = "output of the run" ]
+    grep --quiet --line-regexp -e "$((i - 1)) 0 $LOGDIR/pair/ssd/job_42_$i \[\] --seed 5" "$RUNS"
+  done
+  [ "$(head -n 5 "$CALLS" | xargs)" = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none" ]
+}
+
+@test "DATESTAMP names the logs" {
+  DATESTAMP=now NEXP=1 job
+  [ -s "$LOGDIR/now_1.log" ]
+}
+
+@test "a failed experiment does not lose the others, and its status is kept" {
+  STATUSES="0 1 137 3" NEXP=4 job
+  [ "$status" -eq 1 ]
+  [ "$(wc -l <"$RUNS")" -eq 4 ]
+  [[ $output == *"experiment 3 of 4 ended with status 137"* ]]
+}
+
+@test "bad configuration ends all at the first" {
+  STATUSES="2" NEXP=4 job
+  [ "$status" -eq 2 ]
+  [ "$(wc -l <"$RUNS")" -eq 1 ]
+}
+
+@test "the caches of every node are dropped before each experiment, which is told" {
+  CLEAR_CACHES=1 NEXP=2 job
+  [ "$(grep --count drop_caches "$CALLS")" -eq 2 ]
+  [ "$(cut -d ' ' -f 2 "$RUNS" | xargs)" = "1 1" ]
+  [ "$(head -n 6 "$CALLS" | xargs)" = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none bash" ]
+  CACHES=1 CLEAR_CACHES=1 NEXP=1 job
+  [[ $output == *"could not be dropped"* ]]
+  [ "$(tail -n 1 "$RUNS" | cut -d ' ' -f 2)" = 0 ]
+}
+
+@test "with an image, pyxis gets folders and names inside of the container" {
+  mkdir "$project/weights"
+  CONT=image.sqsh DATADIR="the data" PRETRAINED_DIR=weights NEXP=1 job --note "a b"
+  [ "$status" -eq 0 ]
+  grep --quiet --line-regexp -e '--container-image=image.sqsh' "$CALLS"
+  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results,$project/the data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
+  [ "$(<"$RUNS")" = "0 0 /results/pair/ssd/job_42_1 [/data] --note a b" ]
+  CONT=image.sqsh DATADIR=nowhere NEXP=1 job
+  [[ $status -eq 2 && $output == "error: DATADIR=nowhere is no folder" ]]
+  DGXSYSTEM=toy SLURM_JOB_NUM_NODES=1 CONT=image.sqsh NEXP=1 job
+  [ "$(tail -n 1 "$RUNS")" = "0 0 /results/toy/ssd/job_42_1 [/tmp/toy]" ]
+}
+
+@test "another number of nodes or accelerators than the config file's is refused, with both" {
+  SLURM_JOB_NUM_NODES=3 job
+  [ "$status" -eq 2 ]
+  [[ $output == *"config_pair.sh says DGXNNODES=2"*"SLURM_JOB_NUM_NODES=3"*"sbatch -N 2"* ]]
+  SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=4 job
+  [ "$status" -eq 2 ]
+  [[ $output == *"DGXNGPU=8"*"SLURM_GPUS_ON_NODE=4"* ]]
+  SLURM_GPUS_ON_NODE=8 NEXP=1 job
+  [ "$status" -eq 0 ]
+  [ "$(wc -l <"$RUNS")" -eq 1 ]
+}
+
+@test "an unknown system, a count that is none, a time that is none and a strange folder are one message each" {
+  DGXSYSTEM=none run "$project/run.sub"
+  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_pair.sh config_soon.sh config_toy.sh"* ]]
+  NEXP=0 run "$project/run.sub"
+  [[ $status -eq 2 && $output == "error: NEXP=0 is no number"* ]]
+  DGXSYSTEM=soon run "$project/run.sub"
+  [[ $status -eq 2 && $output == *"WALLTIME=soon"* ]]
+  rm "$project/run_and_time.sh"
+  job
+  [[ $status -eq 2 && $output == "error: there is no run_and_time.sh in $project: call sbatch in the folder of run.sub" ]]
+  [ ! -s "$CALLS" ]
+}
+
+# ended FOLDER NUMBER STATUS [epoch_num]: the last line of a run's log.
+ended() {
+  mkdir -p "$LOGDIR/pair/ssd/$1"
+  echo ":::MLLOG {\"key\": \"run_stop\", \"value\": null, \"metadata\": {\"status\": \"$3\"${4:+, \"epoch_num\": $4}}}" \
+    >"$LOGDIR/pair/ssd/$1/result_$2.txt"
+}
+
+@test "a requeued job repeats no experiment that has ended, and goes on with what was broken off" {
+  ended job_42_1 0 success 50
+  ended job_42_2 1 aborted 80
+  ended job_42_3 2 aborted
+  echo "first part" >"$LOGDIR/job_42_3.log"
+  NEXP=4 SLURM_RESTART_COUNT=1 job --seed 5
+  [ "$status" -eq 3 ]
+  [ "$(sed 's/ .*\]/:/' "$RUNS")" = "$(printf '%s\n' '2: --seed 5 --resume auto' '3: --seed 5')" ]
+  [ "$(<"$LOGDIR/job_42_3.log")" = "$(printf 'first part\noutput of the run')" ]
+}
+
+@test "a signal reaches srun as one that it passes on, and no further experiment begins" {
+  for signal in TERM USR1; do
+    rm -f "$BATS_TEST_TMPDIR/waits" "$RUNS"
+    cd "$project"
+    SLURM_JOB_ID=42 SLURM_JOB_NUM_NODES=2 WAIT=$BATS_TEST_TMPDIR/waits ./run.sub >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    job=$!
+    until [[ -e $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+    kill -s "$signal" "$job"
+    status=0
+    wait "$job" || status=$?
+    [ "$status" -eq 143 ]
+    grep -q "SIG$signal: ending the run" "$BATS_TEST_TMPDIR/out"
+    grep -q 'srun got USR1' "$LOGDIR/job_42_1.log"
+    [ "$(wc -l <"$RUNS")" -eq 1 ]
+  done
+  [ "$(grep --count scontrol "$CALLS")" -eq 0 ]
+}
+
+@test "REQUEUE=1 puts the job back after a signal, unless it was cancelled" {
+  for state in RUNNING COMPLETING; do
+    rm -f "$BATS_TEST_TMPDIR/waits"
+    : >"$CALLS"
+    cd "$project"
+    STATE=$state REQUEUE=1 SLURM_JOB_ID=42 SLURM_JOB_NUM_NODES=2 WAIT=$BATS_TEST_TMPDIR/waits ./run.sub >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    job=$!
+    until [[ -e $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+    kill -s TERM "$job"
+    wait "$job" || true
+    [ "$(grep --after-context=3 scontrol "$CALLS" | xargs)" = "$([[ $state == COMPLETING ]] || echo scontrol requeue 42 --end--)" ]
+  done
+}
+
+# node [NAME=value ...]: the line with which run_and_time.sh would start the ranks.
+node() {
+  mkdir -p "$project/venv/bin"
+  printf '#!/bin/sh\n' | tee "$project/setup.sh" >"$project/venv/bin/python"
+  chmod +x "$project/setup.sh" "$project/venv/bin/python"
+  VENV=venv run env "$@" "$project/run_and_time.sh" --dry-run
+}
+
+@test "a node that Slurm started finds the first one by the address that Slurm has, at a port of the job's own" {
+  node SLURM_JOB_ID=31234 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=1 SLURM_STEP_NUM_NODES=2
+  [ "$status" -eq 0 ]
+  [[ $output == *"--node-rank 1 --master-addr 10.0.0.7 --master-port 21234 -m ssd.train" ]]
+  printf '#!/bin/sh\nexit 1\n' >"$bin/scontrol" # as in a container
+  node SLURM_JOB_ID=7 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=10.0.0.8
+  [[ $output == *"--node-rank 0 --master-addr 10.0.0.8 --master-port 20007 -m ssd.train" ]]
+  node SLURM_JOB_ID=7 MASTER_ADDR=here MASTER_PORT=5 NODE_RANK=1
+  [[ $output == *"--node-rank 1 --master-addr here --master-port 5 -m ssd.train" ]]
+}
+
+@test "a node too many is refused, with both numbers" {
+  node MASTER_ADDR=here SLURM_STEP_NUM_NODES=3
+  [[ $status -eq 2 && $output == "error: config_pair.sh says DGXNNODES=2, and Slurm started this on SLURM_STEP_NUM_NODES=3" ]]
+  node MASTER_ADDR=here NODE_RANK=2
+  [[ $status -eq 2 && $output == "error: config_pair.sh says DGXNNODES=2, and this is NODE_RANK=2, from 0" ]]
+}

@@ -1,0 +1,76 @@
+"""The fast path trains like the plain one: the losses of 50 deterministic steps."""
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tv
+
+from detection import optim
+from detection.distributed import Ranks
+from perf import baseline
+from ssd import augment, reference, train
+from ssd.anchors import make_anchors
+from ssd.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssd.config import Config
+from ssd.data import SSDData
+from ssd.model import SSD300
+
+STEPS = 50
+CPU = torch.device("cpu")
+JITTER = {
+    BRIGHTNESS: tv.adjust_brightness,
+    CONTRAST: tv.adjust_contrast,
+    SATURATION: tv.adjust_saturation,
+    HUE: tv.adjust_hue,
+}
+
+
+def plain_network(model: SSD300) -> baseline.PlainSSD300:
+    """The plain network with the weights of the fast one, whose fused heads are two each."""
+    plain = baseline.PlainSSD300(model.num_classes)
+    state = model.state_dict()
+    heads = {name: t for name, t in reference.to_reference(state).items() if name.startswith(("loc", "conf"))}
+    plain.load_state_dict({name: t for name, t in state.items() if not name.startswith("heads")} | heads)
+    return plain
+
+
+def plain_sample(batch, row: int) -> baseline.Sample:
+    """One image of a batch, made ready on its own: mirrored, jittered with torchvision, encoded box by box."""
+    image = batch.images[row].float() / 255
+    boxes = batch.boxes_xyxy[row][batch.labels[row] > 0].clone()
+    if batch.flips[row, 0]:
+        image = image.flip(-1)
+        boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
+    for operation in batch.jitter_order[row].tolist():
+        image = JITTER[operation](image, float(batch.jitter[row, operation]))
+    image = tv.normalize(image, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    return baseline.Sample(image, *baseline.encode(boxes, batch.labels[row][batch.labels[row] > 0], make_anchors(CPU)))
+
+
+def test_fifty_steps_of_the_fast_path_have_the_losses_of_the_plain_one(tiny_toy):
+    config = Config(data_dir=tiny_toy, dataset="toy", num_classes=4, batch_size=1, num_workers=0)
+    torch.manual_seed(1)
+    model = SSD300(4)
+    plain = plain_network(model).train()
+    fast = model.to(memory_format=torch.channels_last).train()
+    fast_loss = train.make_loss(CPU, compiled=False)
+    fast_sgd = optim.make_sgd(fast, kernels="torch", momentum=0.9, weight_decay=5e-4)
+    plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    data = SSDData(config, Ranks(0, 1, CPU), seed=2)
+    batches = (share.batch for epoch in range(1, STEPS) for share in data.shares(epoch))
+    losses = []
+    for step, batch in zip(range(STEPS), batches, strict=False):
+        for sgd in (fast_sgd, plain_sgd):
+            sgd.zero_grad()
+            sgd.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20)
+        ours = fast_loss(fast, batch)
+        sample = plain_sample(batch, 0)
+        pred_deltas, logits = plain(sample.image[None])
+        theirs = baseline.multibox_loss(pred_deltas, logits, sample.deltas[None], sample.labels[None]).sum()
+        for loss, sgd in ((ours, fast_sgd), (theirs, plain_sgd)):
+            loss.backward()
+            sgd.step()
+        losses.append((float(ours), float(theirs)))
+    ours, theirs = np.array(losses).T
+    np.testing.assert_allclose(ours[:5], theirs[:5], rtol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2)  # rounding grows with the steps
+    assert theirs[-10:].mean() < 0.7 * theirs[:5].mean(), "it learns"
