@@ -56,12 +56,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) normalised, in the type of x; in evaluation like any other batch norm."""
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
-        count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        total = SumOverRanks.apply(torch.cat([x32.sum(dim=(0, 2, 3)), count]), self.all_reduce)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = wide.new_full((1,), x.numel() // x.shape[1])
+        total = SumOverRanks.apply(torch.cat([wide.sum(dim=(0, 2, 3)), count]), self.all_reduce)
         num_values = total[-1]
         mean = total[:-1] / num_values
-        centred = x32 - mean[:, None, None]
+        centred = wide - mean[:, None, None]
         # In two passes: the mean of squares less the square of the mean cancels.
         variance = SumOverRanks.apply(centred.square().sum(dim=(0, 2, 3)), self.all_reduce) / num_values
         with torch.no_grad():

@@ -126,6 +126,10 @@ class Topology:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    launched: bool = False
+    """Whether a launcher started it, and not a person or a script."""
+    restarts: int = 0
+    """How often the launcher has started the ranks of this node again."""
 
     @property
     def nodes(self) -> int:
@@ -145,6 +149,8 @@ def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
         local_rank=_count(environ, "LOCAL_RANK", 0),
         world_size=world_size,
         local_world_size=_count(environ, "LOCAL_WORLD_SIZE", world_size, least=1),
+        launched="TORCHELASTIC_RUN_ID" in environ,
+        restarts=_count(environ, "TORCHELASTIC_RESTART_COUNT", 0),
     )
     if topology.rank >= world_size or topology.local_rank >= topology.local_world_size:
         raise InputError(

@@ -105,12 +105,13 @@ class Ranks:
             return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=group)
         return batch_norm.convert(model, partial(dist.all_reduce, group=group))
 
-    def wrap(self, model: nn.Module, gradient_dtype: str = "fp32") -> nn.Module:
+    def wrap(self, model: nn.Module, gradient_dtype: str = "fp32", *, even_alone: bool = False) -> nn.Module:
         """The model with gradients averaged over ranks; the weights of the first rank become everybody's.
 
-        gradient_dtype: what gradients travel in, fp32, bf16 or fp16; they are added up in it, too.
+        gradient_dtype: what gradients travel in, fp32, bf16 or fp16; they are added up in it, too. even_alone: with
+        one rank, too, to measure what that costs.
         """
-        if not self.together:
+        if not (self.together or even_alone):
             return model
         parallel = DistributedDataParallel(
             model,
@@ -148,18 +149,21 @@ GONE = re.compile(
 
 
 @contextmanager
-def connect(topology: Topology, device: torch.device, *, timeout_s: float) -> Iterator[Ranks]:
+def connect(topology: Topology, device: torch.device, *, timeout_s: float, even_alone: bool = False) -> Iterator[Ranks]:
     """Join the ranks that the launcher started, for as long as the context lasts.
 
-    Raises PeerLost in place of what a collective raises when another rank has ended, or does not come within
-    `timeout_s`.
+    even_alone: a rank that is alone makes a group of one, as `wrap` needs then. Raises PeerLost in place of what a
+    collective raises when another rank has ended, or does not come within `timeout_s`.
     """
-    if topology.world_size > 1:
+    if topology.world_size > 1 or even_alone:
+        timeout = timedelta(seconds=timeout_s)
+        store, rank, world_size = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+        if topology.nodes == 1:
+            # torchrun hands the ranks that it starts again the same store, in which the addresses of those before
+            # them still are. With several nodes it makes a new one, and the nodes may have counted differently.
+            store = dist.PrefixStore(f"restart_{topology.restarts}", store)
         dist.init_process_group(
-            collective_backend(device),
-            rank=topology.rank,
-            world_size=topology.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            collective_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     try:
         yield Ranks(topology.rank, topology.world_size, device, topology.rank // topology.local_world_size)

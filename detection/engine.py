@@ -188,7 +188,7 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
     try:
         train_step(state, share, 0.0, benchmark, config, ranks)
     except torch._dynamo.exc.TorchDynamoException as error:
-        why = str(error).strip().splitlines()[0]
+        why = " ".join(str(error).split("\n\n")[0].split())
         if config.compile == "on":
             raise InputError(f"--compile on: that is not possible here ({why}). Pass --compile off.") from error
         how = f"not compiled, since that is not possible here ({why})"

@@ -1,6 +1,8 @@
 """The wish from outside that a run ends: Ctrl-C, SIGTERM from the launcher or the scheduler."""
 
+import ctypes
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,13 @@ from detection.distributed import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CHECK_EVERY_S = 1.0
+
+
+def end_with_parent() -> None:
+    """Have the system send this process SIGTERM when the launcher dies, so that none is left without one."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -35,7 +35,8 @@ def move(value: T, device: torch.device) -> T:
     if isinstance(value, Tensor):
         moved = value.to(device, non_blocking=True)
     elif isinstance(value, tuple):
-        moved = type(value)(*(move(part, device) for part in value))
+        parts = [move(part, device) for part in value]
+        moved = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return moved
 
 

@@ -283,7 +283,7 @@ def _alone(folder: Path) -> Iterator[TextIO]:
             print(f"{folder}: another process draws here; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(marker, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: two who draw the same write the same
+            pass  # a file system without locks: nothing keeps two apart
         yield marker
 
 

@@ -95,6 +95,9 @@ class RunConfig:
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", help="what gradients travel between ranks in: half the bytes in bf16 or fp16, and less exact"
     )
+    bind: Literal["off", "node", "exclusive"] = setting(
+        "off", help="tie ranks to cores near their accelerator: node: all of its NUMA node; exclusive: a share of those"
+    )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", help="fuse the operations of the network, before the clock starts; auto: on an accelerator"
     )

@@ -6,17 +6,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from detection import device, resume, run_folder
+from detection import binding, device, resume, run_folder
 from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Stopped
-from detection.interruption import SIGNALS, Interrupted, Interruption
+from detection.interruption import SIGNALS, Interrupted, Interruption, end_with_parent
 from detection.loader import WorkerLost
 from detection.progress import Diverged, Progress
 from detection.run_config import RunConfig
@@ -27,22 +28,34 @@ from mlperf.log import MlperfLog
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def main(
-    argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, Ranks, int, Interruption], int]
-) -> int:
-    """Train on this rank; returns the exit status.
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run, and what may end it."""
 
-    load: settings from flags. train: of settings, ranks, number of nodes and the signals that end the run.
-    """
+    ranks: Ranks
+    num_nodes: int
+    interruption: Interruption
+    watchdog: Watchdog
+
+
+def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, Process], int]) -> int:
+    """Train on this rank, with settings that `load` makes of flags; returns the exit status."""
     topology = Topology()
     with Interruption() as interruption:
         try:
             config, topology = load(argv), read_topology()
+            if topology.launched:
+                end_with_parent()
             check_bn_group(config, topology)
             rank_device = device.choose(config.device, topology.local_rank)
-            # The watchdog speaks first: it knows where a rank hangs.
-            with connect(topology, rank_device, timeout_s=config.hang_timeout_s + 60) as ranks:
-                return train(config, ranks, topology.nodes, interruption)
+            if bound := binding.bind(config.bind, topology, rank_device):
+                print(bound, flush=True)
+            with (
+                Watchdog(topology.rank, config.hang_timeout_s) as watchdog,
+                # The watchdog speaks first: it knows where a rank hangs.
+                connect(topology, rank_device, timeout_s=config.hang_timeout_s + 60) as ranks,
+            ):
+                return train(config, Process(ranks, topology.nodes, interruption, watchdog))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -69,11 +82,12 @@ def check_bn_group(config: RunConfig, topology: Topology) -> None:
 
 
 @contextmanager
-def opened(config: RunConfig, ranks: Ranks, num_nodes: int, interruption: Interruption) -> Iterator[Run]:
+def opened(config: RunConfig, process: Process) -> Iterator[Run]:
     """The run's folder and logs, open; the log says whose run this is, and that it begins.
 
     At the end this process ends by itself, with a status of its own, whatever the launcher sends.
     """
+    ranks = process.ranks
     folder = Path(ranks.broadcast(config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))))
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,15 +107,16 @@ def opened(config: RunConfig, ranks: Ranks, num_nodes: int, interruption: Interr
     try:
         seed = resumed.state["seed"] if resumed else ranks.broadcast(new_seed(config))
         torch.manual_seed(seed)
-        with Watchdog(ranks, config.hang_timeout_s) as watchdog:
-            run = Run(config, ranks, log, progress, interruption, watchdog, folder, seed, resumed)
-            if not run.continues:
-                log_submission(log, config, num_nodes)
-                log.start("init")
-                log.point("seed", seed)
-            yield run
+        run = Run(
+            config, ranks, log, progress, process.interruption, process.watchdog, folder, seed=seed, resumed=resumed
+        )
+        if not run.continues:
+            log_submission(log, config, process.num_nodes)
+            log.start("init")
+            log.point("seed", seed)
+        yield run
     finally:
-        interruption.ignore()
+        process.interruption.ignore()
         log.close()
         progress.close()
 
@@ -123,8 +138,7 @@ def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
     log.point("config", json.loads(to_json(config)))
 
 
-def leave(status: int) -> None:
-    """End the process; the launcher, which ends the ranks that are left when one has ended, is not heeded."""
+def end_by_itself() -> None:
+    """Let the process end with its own status: the launcher ends the ranks that are left when one has ended."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(status)

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from detection.distributed import Ranks
-
 # A rank that hangs makes the others wait for it until they hang, too. Each is to say where before the launcher,
 # which ends them all as soon as one has ended, gets to it.
 LAST_WORDS_S = 5.0
@@ -20,8 +18,8 @@ PATIENCE = 10.0  # an evaluation may take as many times as long as a step
 class Watchdog:
     """A thread that ends the process when no step was made in `timeout_s`, as a context."""
 
-    def __init__(self, ranks: Ranks, timeout_s: float):
-        self.ranks, self.timeout_s = ranks, timeout_s
+    def __init__(self, rank: int, timeout_s: float):
+        self.rank, self.timeout_s = rank, timeout_s
         self.allowed_s = timeout_s
         self.over = threading.Event()
         self.beat()
@@ -56,7 +54,7 @@ class Watchdog:
     def end(self) -> None:
         """Print the stack of every thread and end the process, whatever it is doing."""
         print(
-            f"error: rank {self.ranks.rank} has made no step for {self.allowed_s:g} s (--hang-timeout-s). "
+            f"error: rank {self.rank} has made no step for {self.allowed_s:g} s (--hang-timeout-s). "
             "It is here, the most recent call first:",
             file=sys.stderr,
             flush=True,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from detection import device, engine, optim, run_folder, start
 from detection.distributed import Ranks
-from detection.interruption import Interruption
 from detection.metric import to_results
 from mlperf import check
 from mlperf.log import MlperfLog
@@ -31,10 +30,11 @@ def main(argv: list[str]) -> int:
     return start.main(argv, lambda flags: load(flags).config, train)
 
 
-def train(config: Config, ranks: Ranks, num_nodes: int, interruption: Interruption) -> int:
+def train(config: Config, process: start.Process) -> int:
     """Train to the target, have the log checked, and say where everything lies; returns the exit status."""
+    ranks = process.ranks
     evaluation = Evaluation(config, ranks)
-    with start.opened(config, ranks, num_nodes, interruption) as run:
+    with start.opened(config, process) as run:
         model = SSD300(config.num_classes)
         if config.backbone and not run.resumed:
             backbone.load(model.backbone, Path(config.backbone))
@@ -138,4 +138,6 @@ def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, fold
 
 
 if __name__ == "__main__":
-    start.leave(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    start.end_by_itself()
+    sys.exit(status)

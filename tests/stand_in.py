@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -113,8 +113,9 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch.inputs).flatten() - batch.wanted).square().sum()
 
 
-def train(config: Config, ranks: Any, num_nodes: int, interruption: Any) -> int:
-    with start.opened(config, ranks, num_nodes, interruption) as run:
+def train(config: Config, process: start.Process) -> int:
+    ranks = process.ranks
+    with start.opened(config, process) as run:
         data: list[Data] = []
 
         def open_data() -> Data:
@@ -142,4 +143,6 @@ def train(config: Config, ranks: Any, num_nodes: int, interruption: Any) -> int:
 
 
 if __name__ == "__main__":
-    start.leave(start.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train))
+    status = start.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train)
+    start.end_by_itself()
+    sys.exit(status)

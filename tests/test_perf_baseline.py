@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from detection import coco, images
 from perf import baseline
@@ -19,6 +20,13 @@ from ssd.loss import multibox_loss
 from ssd.model import SSD300
 
 ANCHORS = make_anchors()
+
+
+class Trunk(nn.Sequential):
+    """One convolution in place of ResNet-34: the same shapes, a hundredth of the work."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 256, kernel_size=8, stride=8, padding=2))
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +64,12 @@ def test_the_same_crop_is_resized_to_the_same_pixels(toy_split, monkeypatch):
 def test_its_crops_follow_the_same_law(max_samples):
     random.seed(0)
     boxes = boxes_and_labels(1, count=3)[0].numpy()
-    theirs = np.array([baseline.draw_crop(boxes, max_samples) for _ in range(4000)])
-    ours = np.array([augment.draw_crop(np.random.default_rng(i), boxes, max_samples) for i in range(4000)])
+    theirs = np.array([baseline.draw_crop(boxes, max_samples) for _ in range(1500)])
+    ours = np.array([augment.draw_crop(np.random.default_rng(i), boxes, max_samples) for i in range(1500)])
     deciles = np.arange(1, 10) / 10
     for column in range(4):
         apart = np.quantile(theirs[:, column], deciles) - np.quantile(ours[:, column], deciles)
-        assert np.abs(apart).max() < 0.04
+        assert np.abs(apart).max() < 0.06
     whole = [np.mean((crops == augment.WHOLE_IMAGE).all(axis=1)) for crops in (theirs, ours)]
     assert whole[0] == pytest.approx(whole[1], abs=0.04)
     assert 0.1 < whole[0] < 0.9
@@ -146,7 +154,8 @@ def test_the_network_is_the_same():
             torch.testing.assert_close(one.transpose(1, 2), other, atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_changes_the_weights():
+def test_a_step_changes_the_weights(monkeypatch):
+    monkeypatch.setattr(baseline, "Backbone", Trunk)
     torch.manual_seed(0)
     step = baseline.make_step(torch.device("cpu"), 5)
     boxes, labels = boxes_and_labels(0)
@@ -155,10 +164,18 @@ def test_a_step_changes_the_weights():
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
+def test_torchvisions_network_takes_a_step_on_our_batches():
+    step = baseline.make_vgg_step(torch.device("cpu"), 5)
+    boxes, labels = boxes_and_labels(0)
+    step(torch.rand(1, 3, 300, 300), [{"boxes": 300 * boxes, "labels": labels.clamp(max=4)}])
+
+
 @pytest.mark.parametrize("scores", [TRAINED, EARLY], ids=["trained", "early"])
 def test_detections_are_the_same(toy_split, scores):
     deltas, logits = predict(scores, toy_split, ANCHORS, 2, seed=0)
-    theirs, ours = baseline.detect(deltas, logits, ANCHORS), detect(deltas, logits, ANCHORS)
+    ours = detect(deltas, logits, ANCHORS)
+    theirs = baseline.detect(deltas.transpose(1, 2), logits.transpose(1, 2), ANCHORS)
     assert len(ours.scores) > 20
     for one, other in zip(theirs, ours, strict=True):
         torch.testing.assert_close(one, other)

@@ -12,13 +12,15 @@ from perf.bench import Result, Scale, quick, whole
 from perf.limits import count_network
 from perf.run import PARTS, main
 from perf.table import REQUIREMENTS, check, compare, read
-from perf.timing import Side, Spread, in_turns, spread
+from perf.timing import Side, Spread, in_turns, spread, threads
 from ssd.model import SSD300
+from test_perf_baseline import Trunk
 
 CPU = torch.device("cpu")
 TINY = Scale(
     rounds=1,
     limit_s=0,
+    warm=False,
     photos=4,
     batch_size=2,
     batch_sizes=(1, 2),
@@ -30,11 +32,12 @@ TINY = Scale(
     eval_images=4,
     eval_batch_size=2,
     eval_images_plain=2,
-    epoch_images=4,
+    epoch_images=2,
     epoch_images_plain=2,
     read_images=(32, 128),
     data_sizes=(10,),
     compiled=False,
+    traced_steps=1,
     matrix_side=64,
     copy_bytes=2**20,
 )
@@ -44,7 +47,12 @@ TINY = Scale(
 def measured(tmp_path_factory, tiny_toy):
     """What a run of all parts leaves: its results by part, and its file."""
     file = tmp_path_factory.mktemp("perf") / "tiny.json"
-    assert main(["--out", str(file), "--photos", str(tiny_toy), "--profile", "--precision", "fp32"], TINY) == 0
+    argv = ["--out", str(file), "--photos", str(tiny_toy), "--profile", "--precision", "fp32"]
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.setattr("ssd.model.Backbone", Trunk)
+        patch.setattr("perf.baseline.Backbone", Trunk)
+        patch.setattr("perf.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
+        assert main(argv, TINY) == 0
     by_part = {}
     for result in read(file)["results"]:
         by_part.setdefault(result.part, []).append(result)

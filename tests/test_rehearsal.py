@@ -108,6 +108,22 @@ def test_a_larger_drawing_goes_on_from_a_smaller_and_keeps_its_pictures(drawn: P
     assert len(list(folder.glob("train2017/*"))) == 60
 
 
+def test_annotations_are_away_while_others_are_drawn(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(drawn, folder)
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(rehearsal, "_draw_split", fail)
+    with pytest.raises(OSError, match="No space"):
+        rehearsal.draw(folder, Drawing(images=41, seed=3))
+    assert not list((folder / "annotations").iterdir())
+    assert not rehearsal.is_complete(folder, SMALL)
+
+
 def test_shrunken_annotations_of_an_earlier_drawing_are_not_read_for_the_new(drawn: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(drawn, folder)
@@ -178,13 +194,17 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**9, 10**9))
-    assert run_main(monkeypatch, tmp_path / "new") == 2
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**7, 10**7))
+    assert run_main(monkeypatch, tmp_path / "new", "--images", 100) == 2
     message = capsys.readouterr().err
-    assert "GB are needed for 123287 pictures" in message
-    assert "1.00 GB free" in message
+    assert "0.03 GB are needed for 150 pictures" in message
+    assert "0.01 GB free" in message
     assert not (tmp_path / "new").exists()
-    assert 19e9 < 123_287 * (rehearsal.PICTURE_BYTES + rehearsal.ROWS_BYTES) < 23e9
+
+
+def test_the_room_that_is_asked_for_is_what_is_taken(drawn: Path) -> None:
+    taken = sum(path.stat().st_size for path in drawn.rglob("*") if path.is_file())
+    assert taken == pytest.approx(90 * (rehearsal.PICTURE_BYTES + rehearsal.ROWS_BYTES), rel=0.2)
 
 
 def test_what_is_drawn_already_needs_no_room(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +275,10 @@ def test_boxes_are_distributed_like_those_of_coco(tmp_path: Path) -> None:
     assert (areas < 32**2).mean() == pytest.approx(0.41, abs=0.02)
     assert (areas > 96**2).mean() == pytest.approx(0.24, abs=0.02)
 
-    categories = np.bincount([row["category_id"] for row in rows], minlength=91)
-    shares = np.zeros(91)
-    shares[[category.id for category in rehearsal.COCO]] = rehearsal.SHARES
-    assert categories / len(rows) == pytest.approx(shares, rel=0.25, abs=3e-4)
+    counts = np.bincount([row["category_id"] for row in rows])[[category.id for category in rehearsal.COCO]]
+    assert counts[0] / len(rows) == pytest.approx(262_465 / 860_001, abs=0.02)
+    boxes_in_coco = [category.boxes for category in rehearsal.COCO]
+    assert np.corrcoef(np.log(counts), np.log(boxes_in_coco))[0, 1] > 0.97
     different = len({(row["image_id"], row["category_id"]) for row in rows}) / len(boxes)
     assert different == pytest.approx(2.9, abs=0.25)
 
