@@ -64,10 +64,14 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         centred = wide - mean[:, None, None]
         # In two passes: the mean of squares less the square of the mean cancels.
         variance = SumOverRanks.apply(centred.square().sum(dim=(0, 2, 3)), self.all_reduce) / num_values
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * num_values / (num_values - 1), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 

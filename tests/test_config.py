@@ -235,7 +235,8 @@ def test_every_config_file_holds_known_settings_only(system):
     environ = exported(system)
     config = load([], environ).config
     assert config.system == system
-    assert read_system(environ).nodes == 1
+    nodes, _, _ = (system.rpartition("_")[2] if "multi" in system else "1x").partition("x")
+    assert read_system(environ).nodes == int(nodes)
     assert environ["WALLTIME"]
 
 
