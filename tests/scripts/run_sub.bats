@@ -184,6 +184,12 @@ ended() {
   [ "$(grep --count scontrol "$CALLS")" -eq 0 ]
 }
 
+@test "a run that a signal has ended on the nodes is the last, too" {
+  STATUSES="143 0" NEXP=2 job
+  [ "$status" -eq 143 ]
+  [ "$(wc -l <"$RUNS")" -eq 1 ]
+}
+
 @test "REQUEUE=1 puts the job back after a signal, unless it was cancelled" {
   for state in RUNNING COMPLETING; do
     rm -f "$BATS_TEST_TMPDIR/waits"

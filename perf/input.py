@@ -1,0 +1,262 @@
+"""From JPEG bytes to what the network sees: each part alone, all of it on one core and by workers, a worker's memory.
+
+B images, G boxes of one image.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from math import ceil
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import median
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Subset, default_collate
+
+from detection import images
+from detection.prefetch import move, prefetch
+from perf import baseline
+from perf.bench import Bench, Result
+from perf.limits import Work, moved
+from perf.photos import Photos
+from perf.timing import Side, spread, threads
+from ssd import augment
+from ssd.anchors import IMAGE_SIZE_PX, make_anchors
+from ssd.box_coder import encode
+from ssd.data import Batch, SSDData, TrainImages, cut
+from ssd.train import prepare
+
+# Photos that are held decoded, at .8 MB each.
+DECODED_PHOTOS = 64
+# Images that are made ready at once on a core, and by the plain way for a batch.
+SMALL_BATCH = 8
+# Batches that each worker makes in a sample at least, so that its first does not count for much.
+BATCHES_PER_WORKER = 4
+# Readings of a worker's memory, one a batch: it holds more or fewer batches at each.
+READINGS = 10
+MEMORY_BATCH = 32
+# The plain way takes about so much longer, and is given fewer images.
+PLAIN_SLOWER = 4
+
+
+def time_decode(bench: Bench) -> Iterator[Result]:
+    """Decode JPEG files, on one core."""
+    name = "Pillow" if images.decode is images.decode_with_pillow else "torchcodec"
+    for photos in bench.sources:
+        encoded = photos.encoded()
+        ours = Side(f"{name}, {photos.name}", each(images.decode, encoded), len(encoded))
+        plain = Side(f"Pillow, {photos.name}", each(baseline.decode_jpeg, encoded), len(encoded))
+        with threads(1):
+            yield from bench.compare("decode", ours, *bench.plain([plain]))
+
+
+def each(decode: Callable[[bytes], object], encoded: list[bytes]) -> Callable[[], object]:
+    """Decode all of the files, one after another."""
+
+    def run() -> None:
+        for one in encoded:
+            decode(one)
+
+    return run
+
+
+def time_resize(bench: Bench) -> Iterator[Result]:
+    """Draw the IoU crop, cut it out and resize it, on one core."""
+    for photos in bench.sources:
+        with threads(1):
+            yield from resize_of(bench, photos)
+
+
+def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
+    """Crop and resize of some photos, decoded before."""
+    dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
+    encoded = photos.encoded()[:DECODED_PHOTOS]
+    tensors, pictures = [images.decode(one) for one in encoded], [baseline.decode_jpeg(one) for one in encoded]
+    samples = baseline.Samples(dataset.split)
+    epochs = count(1)
+
+    def ours() -> None:
+        epoch = next(epochs)
+        for index, image in enumerate(tensors):
+            draw, _, _ = dataset.draw(epoch, index, image.shape[1], image.shape[2])
+            images.resize(cut(image, draw.crop_xyxy), IMAGE_SIZE_PX)
+
+    def plain() -> None:
+        for index, picture in enumerate(pictures):
+            baseline.resize(samples.crop(index, picture)[0])
+
+    yield from bench.compare(
+        "resize",
+        Side(f"tries at once, torch, {photos.name}", ours, len(encoded)),
+        *bench.plain([Side(f"try by try, Pillow, {photos.name}", plain, len(encoded))]),
+    )
+
+
+def time_jitter(bench: Bench) -> Iterator[Result]:
+    """Colour jitter and normalisation of 300×300 pixels: of a batch on the device, or on one core of a CPU."""
+    batch = move(first_batch(bench, bench.scale.batch_size), bench.device)
+    pictures = [Image.fromarray(pixels) for pixels in batch.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()]
+
+    def ours() -> Tensor:
+        jittered = augment.jitter(augment.to_unit(batch.images), batch.jitter, batch.jitter_order)
+        return augment.normalise(jittered)
+
+    def plain() -> None:
+        for picture in pictures:
+            baseline.recolour(picture)
+
+    with threads(1):
+        yield from bench.compare(
+            "jitter",
+            Side(f"batch of {len(pictures)}", ours, len(pictures)),
+            *bench.plain([Side("torchvision on Pillow, one core", plain, len(pictures))]),
+            work=Work(bytes=moved(batch.images, ours()) / len(pictures)),
+            limits=bench.limits(num_threads=1),
+        )
+
+
+def time_encode(bench: Bench) -> Iterator[Result]:
+    """Ground truth to targets: of a batch on the device, or on one core of a CPU."""
+    batch = first_batch(bench, bench.scale.batch_size)
+    _, boxes, labels, *_ = move(batch, bench.device)
+    anchors, anchors_cpu = make_anchors(bench.device), make_anchors("cpu")
+    alone = [
+        (b[is_box], k[is_box]) for b, k, is_box in zip(batch.boxes_xyxy, batch.labels, batch.labels > 0, strict=True)
+    ]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return encode(boxes, labels, anchors)
+
+    def plain() -> None:
+        for boxes_of_one, labels_of_one in alone:
+            baseline.encode(boxes_of_one, labels_of_one, anchors_cpu)
+
+    with threads(1):
+        yield from bench.compare(
+            "encode",
+            Side(f"batch of {len(alone)}", ours, len(alone)),
+            *bench.plain([Side("image by image, one core", plain, len(alone))]),
+            work=Work(bytes=moved(boxes, labels, *ours()) / len(alone)),
+            limits=bench.limits(num_threads=1),
+        )
+
+
+def time_input(bench: Bench) -> Iterator[Result]:
+    """From files to what the network sees and is to say: on one core, then by the number of workers."""
+    for photos in bench.sources:
+        with threads(1):
+            yield from input_per_core(bench, photos)
+        for num_workers in bench.scale.workers:
+            yield from input_by_workers(bench, photos, num_workers)
+
+
+def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
+    """All that is done to an image, in this process: the part of a worker, and that of the device on the CPU."""
+    dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
+    samples, v2_samples = baseline.Samples(dataset.split), baseline.V2Samples(dataset.split)
+    anchors = make_anchors("cpu")
+    starts = range(0, len(samples), SMALL_BATCH)
+    chunks = [range(start, min(start + SMALL_BATCH, len(samples))) for start in starts]
+    epochs = count(1)
+
+    def ours() -> None:
+        epoch = next(epochs)
+        for chunk in chunks:
+            batch = dataset.__getitems__([(epoch, index) for index in chunk])
+            assert isinstance(batch, Batch)
+            prepare(batch, anchors)
+
+    def plain(dataset: baseline.Samples | baseline.V2Samples) -> None:
+        for chunk in chunks:
+            default_collate([dataset[index] for index in chunk])
+
+    where = f"one core, {photos.name}"
+    yield from bench.compare(
+        "input",
+        Side(where, ours, len(samples)),
+        *bench.plain(
+            [
+                Side(f"Pillow and torchvision, {where}", lambda: plain(samples), len(samples)),
+                Side(f"torchvision v2 without targets, {where}", lambda: plain(v2_samples), len(samples)),
+            ]
+        ),
+        unit="img/s",
+        requirement="input per core",
+    )
+
+
+def input_by_workers(bench: Bench, photos: Photos, num_workers: int) -> Iterator[Result]:
+    """Epochs of the run's own loader, made ready for the network on the device."""
+    size = bench.scale.batch_size
+    data = bench.open_data(photos, sample_images(bench, size, num_workers), num_workers=num_workers)
+    anchors = make_anchors(bench.device)
+    epochs = count(1)
+
+    def ours() -> None:
+        for share in prefetch(data.shares(next(epochs)), bench.device):
+            prepare(share.batch, anchors)
+
+    def plain() -> None:
+        for _ in prefetch(loader, bench.device):
+            pass
+
+    small = min(size, SMALL_BATCH)
+    num_plain = small * ceil(data.train_samples / PLAIN_SLOWER / small)
+    samples = Subset(baseline.Samples(train_images(data).split), range(num_plain))
+    loader = baseline.make_loader(samples, small, num_workers, bench.device)
+    where = f"{num_workers} workers, {photos.name}"
+    yield from bench.compare(
+        "input",
+        Side(where, ours, data.train_samples),
+        *bench.plain([Side(f"Pillow and torchvision, {where}", plain, num_plain)]),
+        unit="img/s",
+    )
+
+
+def sample_images(bench: Bench, batch_size: int, num_workers: int) -> int:
+    """Images of a sample of the input: whole batches, so many for each worker."""
+    wanted = bench.scale.input_images * max(1, num_workers)
+    return batch_size * max(ceil(wanted / batch_size), BATCHES_PER_WORKER * num_workers)
+
+
+def time_memory(bench: Bench) -> Iterator[Result]:
+    """Memory of a worker after few and after many images: its own, and its part of what it shares (PSS)."""
+    before = set(active_children())
+    data = bench.open_data(bench.photos, bench.scale.read_images[1], num_workers=1, batch_size=MEMORY_BATCH)
+    worker: BaseProcess | None = None
+    read, readings = 0, []
+    for share in data.shares(1):
+        (worker,) = [worker] if worker else set(active_children()) - before
+        read += share.num_images
+        assert worker.pid
+        readings.append((read, proportional_set_mib(worker.pid)))
+    few, many = bench.scale.read_images
+    early = [mib for images, mib in readings if images >= few][:READINGS]
+    late = [mib for _, mib in readings][-READINGS:]
+    yield Result("memory", f"worker after {few} images", "MiB", spread(early))
+    yield Result("memory", f"worker after {many} images", "MiB", spread(late))
+    growth = spread([after / median(early) for after in late])
+    yield Result("memory", "growth between", "×", growth, requirement="memory of a worker")
+
+
+def proportional_set_mib(pid: int) -> float:
+    """Memory of a process, MiB; of what it shares with others its part."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    (kib,) = (int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kib / 1024
+
+
+def first_batch(bench: Bench, batch_size: int) -> Batch:
+    """A batch of photos as a worker makes it."""
+    data = bench.open_data(bench.photos, batch_size, batch_size=batch_size, num_workers=0)
+    batch: Batch = next(data.shares(1)).batch
+    return batch
+
+
+def train_images(data: SSDData) -> TrainImages:
+    """The data set that the workers of a run read."""
+    dataset = data.train_loader.dataset
+    assert isinstance(dataset, TrainImages)
+    return dataset

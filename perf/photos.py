@@ -1,0 +1,141 @@
+"""The photos that are measured on: a folder of real ones, or ones drawn as long and as large as COCO's.
+
+From a few, a data set of any size is laid out: the same files under many names, with the boxes of each.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from detection import coco, rehearsal
+from detection.config import InputError
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A file, its size in pixels, and its boxes as COCO annotations without ids."""
+
+    path: Path
+    width: int
+    height: int
+    boxes: list[dict[str, Any]]
+
+    def with_boxes_of(self, other: "Photo") -> "Photo":
+        """This photo with the boxes of another, stretched to its size."""
+        across, down = self.width / other.width, self.height / other.height
+        boxes = []
+        for box in other.boxes:
+            left, top, width, height = box["bbox"]
+            stretched = [left * across, top * down, width * across, height * down]
+            boxes.append(box | {"bbox": stretched, "area": stretched[2] * stretched[3]})
+        return replace(self, boxes=boxes)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos with boxes. name: for the table. categories: as in COCO's files."""
+
+    name: str
+    photos: list[Photo]
+    categories: list[dict[str, Any]]
+
+    @property
+    def num_classes(self) -> int:
+        """Categories and the background."""
+        return 1 + len(self.categories)
+
+    def encoded(self) -> list[bytes]:
+        """The bytes of each file."""
+        return [photo.path.read_bytes() for photo in self.photos]
+
+    def with_boxes_of(self, others: "Photos") -> "Photos":
+        """These photos; where they have no categories, with the boxes of other photos, stretched to their sizes."""
+        if self.categories:
+            return self
+        pairs = zip(self.photos, cycle(others.photos), strict=False)
+        return replace(
+            self, photos=[photo.with_boxes_of(other) for photo, other in pairs], categories=others.categories
+        )
+
+    def lay_out(self, folder: Path, train_images: int, val_images: int) -> Path:
+        """Make a data set in COCO's layout in a new folder; photos come again once all were used."""
+        for split, count in (("train", train_images), ("val", val_images)):
+            image_folder = folder / f"{split}2017"
+            image_folder.mkdir(parents=True)
+            content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": self.categories}
+            for image_id in range(1, count + 1):
+                photo = self.photos[(image_id - 1) % len(self.photos)]
+                name = f"{image_id:012}.jpg"
+                (image_folder / name).symlink_to(photo.path.resolve())
+                size = {"width": photo.width, "height": photo.height}
+                content["images"].append({"id": image_id, "file_name": name, **size})
+                taken = len(content["annotations"])
+                content["annotations"] += [
+                    {"id": taken + i, "image_id": image_id, **box} for i, box in enumerate(photo.boxes, 1)
+                ]
+            annotation_file = folder / "annotations" / f"instances_{split}2017.json"
+            annotation_file.parent.mkdir(exist_ok=True)
+            annotation_file.write_text(json.dumps(content))
+        return folder
+
+
+def make_up(folder: Path, count: int, seed: int) -> Photos:
+    """Draw photos like COCO's in size, length and boxes into a new folder."""
+    rehearsal.draw(folder, rehearsal.Drawing(images=count, seed=seed))
+    return from_layout(folder, "made up", count)
+
+
+def make_up_truth(folder: Path, count: int, seed: int) -> coco.Split:
+    """Boxes of as many images, as COCO has them, in a new folder; their pictures are not drawn."""
+    rehearsal.draw(folder, rehearsal.Drawing(images=count, seed=seed), pictures=False)
+    annotation_file, image_folder = coco.layout(folder, "train")
+    for image in json.loads(annotation_file.read_text())["images"]:
+        (image_folder / image["file_name"]).touch()
+    return coco.read(annotation_file, image_folder)
+
+
+def open_photos(folder: Path, limit: int) -> Photos:
+    """Up to `limit` photos of a folder in COCO's layout, or of JPEG files, which have no boxes.
+
+    InputError where there are none.
+    """
+    if (folder / "annotations").is_dir():
+        return from_layout(folder, "photos", limit)
+    if not folder.is_dir():
+        raise InputError(f"--photos {folder}: there is no such folder.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise InputError(f"--photos {folder}: no .jpg file and no annotations/ in it. Name a folder of photos.")
+    photos = []
+    for path in paths[:limit]:
+        try:
+            with Image.open(path) as image:
+                photos.append(Photo(path, *image.size, boxes=[]))
+        except OSError as error:
+            raise InputError(f"--photos {folder}: {path.name} is no picture.") from error
+    return Photos("photos", photos, categories=[])
+
+
+def from_layout(folder: Path, name: str, limit: int) -> Photos:
+    """Up to `limit` photos that have boxes, of the training split of a data set in COCO's layout."""
+    split = coco.read(*coco.layout(folder, "train"), allow_missing=True).with_boxes()
+    photos = []
+    for index in range(min(limit, len(split))):
+        height, width = split.sizes_hw[index].tolist()
+        boxes = [
+            {
+                "category_id": split.categories[label - 1].id,
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": 0,
+            }
+            for label, (left, top, right, bottom) in zip(
+                split.image_labels(index).tolist(), split.boxes(index).tolist(), strict=True
+            )
+        ]
+        photos.append(Photo(split.image_path(index), width, height, boxes))
+    return Photos(name, photos, [{"id": category.id, "name": category.name} for category in split.categories])

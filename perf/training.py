@@ -1,0 +1,112 @@
+"""Training from end to end: JPEG bytes to updated weights, as a run does it, and how its rate scales."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from detection import engine
+from detection.prefetch import prefetch
+from perf import baseline
+from perf.bench import Bench, Result
+from perf.input import SMALL_BATCH, train_images
+from perf.limits import count_network
+from perf.network import build, in_precision, plain_side, whole_step
+from perf.timing import Side, threads
+from ssd.config import Config
+from ssd.model import SSD300
+
+# float32 and channels first take twice the memory of a run's step.
+PLAIN_BATCH = 128
+
+
+def time_end_to_end(bench: Bench) -> Iterator[Result]:
+    """Epochs from files to weights: of a run, the plain way, and of the run's step alone, on a batch that is there."""
+    size = bench.scale.batch_size
+    work = count_network(SSD300, bench.precision.dtype, backward=True, batch_size=size)
+    step = Side("its step alone", whole_step(bench, run_config(bench, size)), size)
+    results = bench.compare(
+        "end-to-end",
+        epochs(bench, size, bench.num_workers),
+        *bench.plain(plain_epochs(bench)),
+        step,
+        unit="img/s",
+        work=work,
+        requirement="end to end" if bench.baseline else "",
+    )
+    yield replace(next(results), requirement="end to end rate")
+    yield from results
+    cached = epochs(bench, size, bench.num_workers, decoded_cache="host")
+    yield from bench.compare("end-to-end", cached, step, unit="img/s", work=work)
+
+
+def time_scaling(bench: Bench) -> Iterator[Result]:
+    """Epochs from files to weights by batch size and workers, beside the usual ones; the input by data size."""
+    size = bench.scale.batch_size
+    sizes = [other for other in bench.scale.batch_sizes if other != size]
+    workers = [other for other in bench.scale.workers if other != bench.num_workers]
+    yield from bench.compare(
+        "scaling",
+        epochs(bench, size, bench.num_workers),
+        *(epochs(bench, other, bench.num_workers) for other in sizes),
+        *(epochs(bench, size, other) for other in workers),
+        unit="img/s",
+    )
+    for num_images in bench.scale.data_sizes:
+        yield from data_of(bench, num_images)
+
+
+def data_of(bench: Bench, num_images: int) -> Iterator[Result]:
+    """Opening a data set of so many images, and reading of it here and there on one core."""
+    variant = f"of {num_images} images"
+    bench.lay_out(bench.photos, num_images)
+    opening = Side(f"open a data set {variant}", lambda: bench.open_data(bench.photos, num_images, num_workers=0))
+    yield from bench.compare("scaling", opening, unit="s")
+    dataset = train_images(bench.open_data(bench.photos, num_images, num_workers=0))
+    rng = np.random.default_rng(bench.seed)
+
+    def read() -> None:
+        dataset.__getitems__([(1, int(index)) for index in rng.integers(0, num_images, SMALL_BATCH)])
+
+    with threads(1):
+        yield from bench.compare("scaling", Side(f"one core, {variant}", read, SMALL_BATCH), unit="img/s")
+
+
+def run_config(bench: Bench, batch_size: int, **settings: Any) -> Config:
+    """A run's settings, compiled where a run would be."""
+    return bench.config(num_classes=bench.photos.num_classes, batch_size=batch_size, compile="auto", **settings)
+
+
+def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> Side:
+    """Epochs of a run, one a call, through its own data, loader, prefetch and step."""
+    num_images = max(1, bench.scale.epoch_images // batch_size) * batch_size
+    config = run_config(bench, batch_size, num_workers=num_workers, **settings)
+    benchmark, state = build(bench, config)
+    data = bench.open_data(bench.photos, num_images, batch_size=batch_size, num_workers=num_workers, **settings)
+    numbers = count(1)
+
+    def run() -> None:
+        epoch = next(numbers)
+        for share in prefetch(data.shares(epoch), bench.device):
+            engine.train_step(state, share, benchmark.learning_rate(state.step, epoch), benchmark, config, bench.ranks)
+
+    cache = ", decoded images kept" if config.decoded_cache != "none" else ""
+    variant = f"{config.precision}, batch {batch_size}, {num_workers} workers, {bench.photos.name}{cache}"
+    return Side(variant, in_precision(config.precision, bench, run), num_images)
+
+
+def plain_epochs(bench: Bench) -> Iterator[Side]:
+    """Epochs of the plain way."""
+    size = min(bench.scale.batch_size, PLAIN_BATCH)
+    num_images = max(1, bench.scale.epoch_images_plain // size) * size
+    split = train_images(bench.open_data(bench.photos, num_images, num_workers=0)).split
+    loader = baseline.make_loader(baseline.Samples(split), size, bench.num_workers, bench.device)
+    step = baseline.make_step(bench.device, bench.photos.num_classes)
+
+    def run() -> None:
+        for batch in prefetch(loader, bench.device):
+            step(batch)
+
+    yield plain_side(bench, f"plain, float32, batch {size}, {bench.num_workers} workers", run, num_images)
