@@ -19,10 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from detection import coco, rehearsal, run_folder, toy
+from detection import coco, rehearsal, run_folder, shared_memory, toy
 from detection.config import InputError, System, describe, read_system
 from mlperf import rules
 from ssd.config import Config, load
+
+IMAGE_BYTES = 3 * 300 * 300  # as workers hand them over
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
@@ -88,6 +90,10 @@ def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], 
         mistakes += str(error).splitlines()
     except OSError as error:
         mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+    try:
+        shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * IMAGE_BYTES)
+    except InputError as error:
+        mistakes.append(str(error))
     if config.backbone:
         try:
             facts.append(check_backbone(Path(config.backbone)))

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from detection import engine, start
+from detection import engine, shared_memory, start
 from detection.config import STRICT, resolve, setting
 from detection.engine import Share
 from detection.loader import EpochSampler, load, make_loader
@@ -59,6 +59,7 @@ class Data:
         self.train_samples, self.eval_samples = config.num_images, 1
         self.sampler = EpochSampler(config.num_images, config.batch_size, seed=seed, ranks=ranks)
         self.steps_per_epoch = len(self.sampler)
+        shared_memory.check(config.num_workers * ranks.world_size, config.batch_size * 4 * 3 * 6 * 6)
         dataset = Images(seed, os.getpid())
         self.loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
         self.ranks, self.step_s = ranks, config.step_s

@@ -119,17 +119,23 @@ def test_a_full_disk_stops_the_saving_and_not_the_training(small_disk):
 
 def test_a_run_without_shared_memory_says_what_to_do(tmp_path):
     """A container's /dev/shm of 64 KiB, as a mount namespace of its own."""
-    inside = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec " + " ".join(
-        processes.command(tmp_path / "run", "--batch-size", "24", "--num-workers", "1")
-    )
-    command = ["unshare", "--mount", "sh", "-c", inside]
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("a mount namespace cannot be made here")
-    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode == 3:
-        pytest.skip("batches this small need no shared memory here")
-    assert done.returncode == 1
+    large = ("--num-images", "3000", "--batch-size", "3000", "--num-workers", "1")
+    run = " ".join(processes.command(tmp_path / "run", *large))
+    inside = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {run}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", inside],
+        env=processes.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: /dev/shm has 0.1 MiB free, and 1 data workers may need 4 MiB" in done.stderr
     assert "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path):

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from detection import toy
+from detection import shared_memory, toy
 from ssd import preflight
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,15 @@ def test_a_backbone_that_is_cut_off_is_refused(check, tmp_path):
     status, _, err = check("--backbone", str(path))
     assert status == 2
     assert "damaged or cut off" in err
+
+
+def test_too_little_shared_memory_is_an_error_with_both_numbers(check, monkeypatch):
+    scarce = SimpleNamespace(f_bavail=10, f_frsize=4096)
+    monkeypatch.setattr(shared_memory.os, "statvfs", lambda _: scarce)
+    status, _, err = check("--num-workers", "2", "--batch-size", "4")
+    assert status == 2
+    assert "/dev/shm has 0.0 MiB free, and 2 data workers may need 6 MiB" in err
+    assert check("--num-workers", "0", "--batch-size", "4")[0] == 0
 
 
 def test_a_backbone_with_flipped_bits_is_refused(check, tmp_path):

@@ -69,6 +69,12 @@ class Slurm:
             assert time.monotonic() < end, self.fact(job, "JobState")
             time.sleep(0.2)
 
+    def start_again(self, job: str) -> None:
+        """Start a job that is back in the queue, where it would wait two minutes."""
+        self.wait(job, "PENDING")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.wait(job, "RUNNING", "COMPLETED", "FAILED")
+
     def output(self, job: str) -> str:
         return (self.folder / f"slurm-{job}.out").read_text()
 
@@ -86,9 +92,21 @@ def conf(tmp_path_factory):
         pytest.skip("Slurm needs root, and Debian's slurm-wlm and munge")
     up, down = shared("tools/slurm_up.sh"), shared("tools/slurm_down.sh")
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([up, folder], check=True, stdout=subprocess.DEVNULL)
-    yield str(folder / "slurm.conf")
-    subprocess.run([down, folder], check=True)
+    try:
+        subprocess.run([up, folder], check=True, stdout=subprocess.DEVNULL)
+        yield str(folder / "slurm.conf")
+    finally:
+        daemons = [int(pid) for file in folder.glob("*.pid") for pid in file.read_text().split()]
+        subprocess.run([down, folder], check=True)
+        while any(map(is_alive, daemons)):  # the next cluster would take them for its own
+            time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 @pytest.fixture
@@ -133,7 +151,7 @@ def test_two_experiments_over_two_nodes_leave_two_logs_with_one_result_each(slur
     # Back in the queue, it has nothing left to do.
     before = slurm.log(job, 1).read_text()
     slurm.call("scontrol", "requeue", job)
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.start_again(job)
     slurm.wait(job, "COMPLETED", "FAILED")
     assert slurm.fact(job, "Restarts") == "1"
     assert "experiment 2 of 2 had come to its end, with status 0" in slurm.output(job)
@@ -153,7 +171,7 @@ def test_a_signal_saves_and_the_requeued_job_goes_on_to_the_same_weights(slurm, 
     assert "experiment 1 of 2 ended with status 143" in slurm.output(job)
     assert not slurm.log(job, 2).exists()
 
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.start_again(job)
     slurm.wait(job, "COMPLETED", "FAILED")
     assert slurm.fact(job, "ExitCode") == "0:0", slurm.output(job)
     assert f"resuming from {saved[-1].path}" in slurm.log(job, 1).read_text()

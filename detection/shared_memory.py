@@ -1,0 +1,25 @@
+"""The memory through which data workers hand over their batches."""
+
+import os
+from pathlib import Path
+
+from detection.config import InputError
+
+FOLDER = Path("/dev/shm")
+BATCHES_AHEAD = 2  # of each worker, as torch's DataLoader has it
+
+
+def check(num_workers: int, batch_bytes: int) -> None:
+    """Raise InputError where all workers of this machine do not find room for their batches.
+
+    A worker that finds none would say so on its own and leave the run waiting.
+    """
+    if not num_workers or not FOLDER.exists():
+        return
+    status = os.statvfs(FOLDER)
+    free, needed = status.f_bavail * status.f_frsize, num_workers * (BATCHES_AHEAD + 1) * batch_bytes
+    if free < needed:
+        raise InputError(
+            f"{FOLDER} has {free / 2**20:.1f} MiB free, and {num_workers} data workers may need "
+            f"{needed / 2**20:.0f} MiB. Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers; 0 needs none."
+        )
