@@ -21,5 +21,6 @@ def check(num_workers: int, batch_bytes: int) -> None:
     if free < needed:
         raise InputError(
             f"{FOLDER} has {free / 2**20:.1f} MiB free, and {num_workers} data workers may need "
-            f"{needed / 2**20:.0f} MiB. Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers; 0 needs none."
+            f"{needed / 2**20:.0f} MiB. Give the container more (docker run --shm-size or --ipc=host), "
+            "or pass fewer --num-workers; 0 needs none."
         )
