@@ -153,7 +153,7 @@ def time_input(bench: Bench) -> Iterator[Result]:
 
 
 def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
-    """All that is done to an image, in this process: the part of a worker, and that of the device on the CPU."""
+    """All that is done to an image, in this process: a worker's part and the device's; then a worker's alone."""
     dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
     samples, v2_samples = baseline.Samples(dataset.split), baseline.V2Samples(dataset.split)
     anchors = make_anchors("cpu")
@@ -162,29 +162,36 @@ def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
     epochs = count(1)
 
     def ours() -> None:
+        for batch in batches():
+            prepare(batch, anchors)
+
+    def batches() -> Iterator[Batch]:
         epoch = next(epochs)
         for chunk in chunks:
             batch = dataset.__getitems__([(epoch, index) for index in chunk])
             assert isinstance(batch, Batch)
-            prepare(batch, anchors)
+            yield batch
+
+    def worker() -> None:
+        for _ in batches():
+            pass
 
     def plain(dataset: baseline.Samples | baseline.V2Samples) -> None:
         for chunk in chunks:
             default_collate([dataset[index] for index in chunk])
 
     where = f"one core, {photos.name}"
+    pillow = Side(f"Pillow and torchvision, {where}", lambda: plain(samples), len(samples))
+    v2 = Side(f"torchvision v2 without targets, {where}", lambda: plain(v2_samples), len(samples))
     yield from bench.compare(
         "input",
         Side(where, ours, len(samples)),
-        *bench.plain(
-            [
-                Side(f"Pillow and torchvision, {where}", lambda: plain(samples), len(samples)),
-                Side(f"torchvision v2 without targets, {where}", lambda: plain(v2_samples), len(samples)),
-            ]
-        ),
+        *bench.plain([pillow, v2]),
         unit="img/s",
         requirement="input per core",
     )
+    alone = Side(f"a worker's part alone, {where}", worker, len(samples))
+    yield from bench.compare("input", alone, *bench.plain([pillow]), unit="img/s")
 
 
 def input_by_workers(bench: Bench, photos: Photos, num_workers: int) -> Iterator[Result]:

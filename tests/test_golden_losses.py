@@ -10,18 +10,11 @@ from detection.distributed import Ranks
 from perf import baseline
 from ssd import augment, reference, train
 from ssd.anchors import make_anchors
-from ssd.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ssd.config import Config
 from ssd.data import SSDData
 from ssd.model import SSD300
 
 CPU = torch.device("cpu")
-JITTER = {
-    BRIGHTNESS: tv.adjust_brightness,
-    CONTRAST: tv.adjust_contrast,
-    SATURATION: tv.adjust_saturation,
-    HUE: tv.adjust_hue,
-}
 
 
 def plain_network(model: SSD300) -> baseline.PlainSSD300:
@@ -34,25 +27,25 @@ def plain_network(model: SSD300) -> baseline.PlainSSD300:
 
 
 def plain_sample(batch, row: int) -> baseline.Sample:
-    """One image of a batch, made ready on its own: mirrored, jittered with torchvision, encoded box by box."""
+    """One image of a batch, made ready on its own: mirrored, normalised, encoded box by box."""
     image = batch.images[row].float() / 255
     boxes = batch.boxes_xyxy[row][batch.labels[row] > 0].clone()
     if batch.flips[row, 0]:
         image = image.flip(-1)
         boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
-    for operation in batch.jitter_order[row].tolist():
-        image = JITTER[operation](image, float(batch.jitter[row, operation]))
     image = tv.normalize(image, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
     return baseline.Sample(image, *baseline.encode(boxes, batch.labels[row][batch.labels[row] > 0], make_anchors(CPU)))
 
 
 @pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_the_fast_path_has_the_losses_of_the_plain_one(tiny_toy, steps):
-    config = Config(data_dir=tiny_toy, dataset="toy", num_classes=4, batch_size=1, num_workers=0)
+    config = Config(data_dir=tiny_toy, dataset="toy", num_classes=4, batch_size=1, num_workers=0, jitter=False)
     torch.manual_seed(1)
     model = SSD300(4)
-    plain = plain_network(model).train()
-    fast = model.to(memory_format=torch.channels_last).train()
+    # In double precision and without jitter, which test_augment.py holds: which negatives are the hardest of a network
+    # of random weights is a matter of the last digit, and another choice is another gradient.
+    plain = plain_network(model).double().train()
+    fast = model.double().to(memory_format=torch.channels_last).train()
     fast_loss = train.make_loss(CPU, compiled=False)
     fast_sgd = optim.make_sgd(fast, kernels="torch", momentum=0.9, weight_decay=5e-4)
     plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
@@ -63,17 +56,15 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(tiny_toy, steps):
         for sgd in (fast_sgd, plain_sgd):
             sgd.zero_grad()
             sgd.param_groups[0]["lr"] = 3e-4 * min(1, (step + 1) / 20)
-        ours = fast_loss(fast, batch)
+        ours = fast_loss(lambda images: fast(images.double()), batch)
         sample = plain_sample(batch, 0)
-        pred_deltas, logits = plain(sample.image[None])
+        pred_deltas, logits = (prediction.float() for prediction in plain(sample.image[None].double()))
         theirs = baseline.multibox_loss(pred_deltas, logits, sample.deltas[None], sample.labels[None]).sum()
         for loss, sgd in ((ours, fast_sgd), (theirs, plain_sgd)):
             loss.backward()
             sgd.step()
         losses.append((float(ours.detach()), float(theirs.detach())))
     ours, theirs = np.array(losses).T
-    print(np.abs(ours / theirs - 1).round(6), theirs)
-    np.testing.assert_allclose(ours[:5], theirs[:5], rtol=1e-4)
-    np.testing.assert_allclose(ours, theirs, rtol=2e-2)  # rounding grows with the steps
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5 if steps == 5 else 1e-3)  # rounding grows with the steps
     if steps == 50:
         assert theirs[-10:].mean() < 0.7 * theirs[:5].mean(), "it learns"

@@ -70,9 +70,9 @@ class Slurm:
             time.sleep(0.2)
 
     def start_again(self, job: str) -> None:
-        """Start a job that is back in the queue, where it would wait two minutes."""
+        """Start a job that is back in the queue, where it would wait two minutes; not in the second of its end."""
         self.wait(job, "PENDING")
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         self.wait(job, "RUNNING", "COMPLETED", "FAILED")
 
     def output(self, job: str) -> str:
