@@ -6,12 +6,13 @@ Format: https://cocodataset.org/#format-data (object detection).
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +22,8 @@ from detection.config import InputError
 BORDER_ROUNDING_PX = 0.02
 
 JPEG_MAX_SIDE_PX = 65_535
+
+AGAIN = "Run ./init_datasets.sh, or write the file again"
 
 INTEGER: dict[type, str] = {int: "a whole number", bool: "a whole number"}
 NUMBER: dict[type, str] = {int: "a number", float: "a number"}
@@ -198,7 +201,76 @@ class _Columns:
 
 
 def _read_columns(annotation_file: Path) -> _Columns:
-    content = _parse(annotation_file)
+    try:
+        text = annotation_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {AGAIN}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{annotation_file}: broken JSON: {error}. {AGAIN}.") from None
+    return _typed_columns(text) or _checked_columns(annotation_file, text)
+
+
+class _ImageRow(msgspec.Struct, gc=False):
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class _AnnotationRow(msgspec.Struct, gc=False):
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    iscrowd: int
+    area: float  # unused here, but its lack would end the first evaluation, hours later
+
+
+class _CategoryRow(msgspec.Struct, gc=False):
+    id: int
+    name: str
+
+
+class _File(msgspec.Struct, gc=False):
+    images: list[_ImageRow]
+    annotations: list[_AnnotationRow]
+    categories: list[_CategoryRow]
+
+
+def _typed_columns(text: str) -> _Columns | None:
+    """The columns of a file that is as it should be; None where it is not, which `_checked_columns` explains.
+
+    Five times as fast as a JSON reader without types, since polygons, most of the file, are passed over.
+    """
+    try:
+        content = msgspec.json.decode(text, type=_File)
+        images, categories, rows = content.images, content.categories, content.annotations
+        if not (images and categories and rows):
+            return None
+
+        def integers(values: Iterable[int], count: int) -> NDArray[np.int64]:
+            return np.fromiter(values, np.int64, count)
+
+        return _Columns(
+            image_ids=integers((row.id for row in images), len(images)),
+            file_names=[row.file_name for row in images],
+            sizes_hw=np.array([(row.height, row.width) for row in images], dtype=np.int64),
+            category_ids=integers((row.id for row in categories), len(categories)),
+            category_names=[row.name for row in categories],
+            annotation_ids=integers((row.id for row in rows), len(rows)),
+            box_image_ids=integers((row.image_id for row in rows), len(rows)),
+            box_category_ids=integers((row.category_id for row in rows), len(rows)),
+            boxes_xywh=np.fromiter(chain.from_iterable(row.bbox for row in rows), np.float64, 4 * len(rows)).reshape(
+                -1, 4
+            ),
+            crowd=integers((row.iscrowd for row in rows), len(rows)),
+        )
+    except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
+        return None
+
+
+def _checked_columns(annotation_file: Path, text: str) -> _Columns:
+    content = _parse(annotation_file, text)
     problems: list[str] = []
     images = _Table("images", content, problems)
     categories = _Table("categories", content, problems)
@@ -275,23 +347,20 @@ def _refuse(annotation_file: Path, problems: list[str]) -> None:
         raise InputError("\n".join([f"{annotation_file}: {len(problems)} mistakes:", *(f"  {p}." for p in problems)]))
 
 
-def _parse(annotation_file: Path) -> dict[str, Any]:
+def _parse(annotation_file: Path, text: str) -> dict[str, Any]:
     def without_polygons(row: dict[str, Any]) -> dict[str, Any]:
         row.pop("segmentation", None)  # most of the file: kept, COCO's polygons would take gigabytes of memory
         return row
 
-    again = "Run ./init_datasets.sh, or write the file again"
     try:
-        content = json.loads(annotation_file.read_text(encoding="utf-8"), object_hook=without_polygons)
-    except OSError as error:
-        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {again}.") from None
+        content = json.loads(text, object_hook=without_polygons)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{annotation_file}, {where}: broken JSON: {error.msg}. {again}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, lists without end
-        raise InputError(f"{annotation_file}: broken JSON: {error}. {again}.") from None
+        raise InputError(f"{annotation_file}, {where}: broken JSON: {error.msg}. {AGAIN}.") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists without end
+        raise InputError(f"{annotation_file}: broken JSON: {error}. {AGAIN}.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{annotation_file}: no COCO annotation file: a JSON object is expected. {again}.")
+        raise InputError(f"{annotation_file}: no COCO annotation file: a JSON object is expected. {AGAIN}.")
     return content
 
 

@@ -61,6 +61,7 @@ from ssd.train import make_benchmark
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 OUT = Path(__file__).parent.parent / "docs" / "performance"
 
@@ -81,6 +82,7 @@ UNITS = {
     "private to a worker": "MiB",
 }
 FITTED = ("time", "memory")  # what is a power of the work, if anything is
+MOST_TICKS = 7
 UPPER_END = 3  # points that the exponent is fitted to: fixed costs hide in them least
 
 PEAK_RESET = Path("/proc/self/clear_refs")
@@ -255,12 +257,15 @@ def series(values: dict[tuple[str, int], list[Values]]) -> Iterator[dict[str, An
 
 
 def exponent(points: Sequence[dict[str, float]]) -> float | None:
-    """The power of the work that the medians grow with at the upper end, by least squares; None of one point."""
+    """The power of the work that a measure grows with at the upper end, by least squares; None of one point.
+
+    That of the least of each point, from which other work on the machine has taken least.
+    """
     upper = [point for point in points if point["work"] > 0][-UPPER_END:]
     if len(upper) < 2:
         return None
-    work, median = (np.log([point[key] for point in upper]) for key in ("work", "median"))
-    return float(np.polyfit(work, median, 1)[0])
+    work, least = (np.log([point[key] for point in upper]) for key in ("work", "min"))
+    return float(np.polyfit(work, least, 1)[0])
 
 
 def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
@@ -481,11 +486,11 @@ def table(record: dict[str, Any]) -> str:
 
 def cell(point: dict[str, float]) -> str:
     """Median, and in brackets the least and the greatest where they differ from it."""
-    median, least, greatest = (figure(point[key]) for key in ("median", "min", "max"))
+    median, least, greatest = (digits(point[key]) for key in ("median", "min", "max"))
     return median if least == greatest else f"{median} ({least} to {greatest})"
 
 
-def figure(value: float) -> str:
+def digits(value: float) -> str:
     """A number with three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -512,7 +517,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """A panel for each measure, a line for each curve; the dotted lines grow in proportion to the work."""
     measures = list(dict.fromkeys(column["measure"] for column in record["series"]))
     width = 4.6 if len(measures) < 3 else 3.4
-    figure, panels = plt.subplots(1, len(measures), figsize=(width * len(measures), 3.8), layout="constrained")
+    sheet, panels = plt.subplots(1, len(measures), figsize=(width * len(measures), 3.8), layout="constrained")
     for panel, measured in zip(np.atleast_1d(panels), measures, strict=True):
         columns = [column for column in record["series"] if column["measure"] == measured]
         for column in columns:
@@ -527,20 +532,25 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 panel.plot(work[work > 0], proportional, linestyle=":", linewidth=1, color=line.get_color())
         panel.set(title=f"{measured}, {columns[0]['unit']}", xlabel=record["work"])
         panel.grid(alpha=0.3)
-        works = {point["work"] for column in columns for point in column["points"]}
+        works = sorted({point["work"] for column in columns for point in column["points"]})
         if measured in FITTED:
-            panel.set_xscale("symlog" if 0 in works else "log")
+            panel.set_xscale("symlog", linthresh=1)
             panel.set_yscale("log")
-            least = min(point["min"] for column in columns for point in column["points"])
-            panel.set_ylim(bottom=least / 2)
+            panel.set_ylim(bottom=min(point["min"] for column in columns for point in column["points"]) / 2)
+            panel.yaxis.set_major_formatter("{x:,g}")
+            panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+            if np.divide(*reversed(panel.get_ylim())) < 100:
+                panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         else:
+            panel.set_xscale("linear" if 0 in works else "log")
             panel.set_ylim(bottom=0)
-            if 0 not in works:
-                panel.set_xscale("log")
+        shown = works if len(works) <= MOST_TICKS else [work for work in works if f"{work}"[0] == "1" or work == 0]
+        panel.set_xticks(shown, [f"{work:,}" for work in shown], rotation=30 if shown[-1] > 1000 else 0)
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
     handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    sheet.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    sheet.savefig(path, dpi=110)
+    plt.close(sheet)
 
 
 if __name__ == "__main__":
