@@ -240,6 +240,4 @@ def show(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    start.end_by_itself()
-    sys.exit(status)
+    start.end(main(sys.argv[1:]))

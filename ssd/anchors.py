@@ -33,6 +33,10 @@ class Anchors:
     boxes_cxcywh: Tensor
     boxes_xyxy: Tensor
 
+    def __getitem__(self, index: Tensor) -> "Anchors":
+        """Some of the anchors."""
+        return Anchors(self.boxes_cxcywh[index], self.boxes_xyxy[index])
+
 
 @cache
 def make_anchors(device: torch.device | str = "cpu") -> Anchors:

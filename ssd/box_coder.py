@@ -44,6 +44,10 @@ def encode(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> tuple[Tensor
     boxes_xyxy: (B, G, 4) normalised, of positive width and height; labels: (B, G) in 1..K-1, 0 marks padding.
     Returns deltas (B, A, 4), 0 at negative anchors, and labels (B, A), 0 at negative anchors.
     """
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # With as many boxes as each image has, and without what becomes zero. An accelerator would wait for each image.
+        each = [encode_one(*of_one, anchors) for of_one in zip(boxes_xyxy, labels, strict=True)]
+        return torch.stack([of_one[0] for of_one in each]), torch.stack([of_one[1] for of_one in each])
     matched = match(boxes_xyxy, labels, anchors)
     positive, index = matched >= 0, matched.clamp(min=0)
     anchor_labels = torch.where(positive, labels.gather(1, index), 0)
@@ -51,6 +55,21 @@ def encode(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> tuple[Tensor
     # The logarithm must never see padding: a negative anchor is encoded against itself, which gives zeros.
     boxes_cxcywh = torch.where(positive.unsqueeze(-1), xyxy_to_cxcywh(boxes), anchors.boxes_cxcywh)
     return to_deltas(boxes_cxcywh, anchors), anchor_labels
+
+
+def encode_one(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
+    """As `encode`, of one image: boxes (G, 4) and labels (G,) to deltas (A, 4) and labels (A,)."""
+    (is_box,) = labels.nonzero(as_tuple=True)
+    num_anchors = len(anchors.boxes_cxcywh)
+    deltas, anchor_labels = boxes_xyxy.new_zeros(num_anchors, 4), labels.new_zeros(num_anchors)
+    if len(is_box):
+        boxes_xyxy, labels = boxes_xyxy[is_box], labels[is_box]
+        matched = match(boxes_xyxy.unsqueeze(0), labels.unsqueeze(0), anchors)[0]
+        (positive,) = (matched >= 0).nonzero(as_tuple=True)
+        box = matched[positive]
+        deltas[positive] = to_deltas(xyxy_to_cxcywh(boxes_xyxy[box]), anchors[positive])
+        anchor_labels[positive] = labels[box]
+    return deltas, anchor_labels
 
 
 def to_deltas(boxes_cxcywh: Tensor, anchors: Anchors) -> Tensor:

@@ -3,6 +3,7 @@
 B images, A anchors, K classes with background 0, D detections over all images.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from ssd.box_coder import decode
 
 # Groups of candidates whose overlaps are computed at once are limited to this many pairs (1 GiB in float32).
 MAX_PAIRS = 2**28
+# What rounding may add to the logarithm of a score's odds, and more.
+BOUND_MARGIN = 1e-3
 
 
 class Detections(NamedTuple):
@@ -45,24 +48,35 @@ def detect(
     `max_detections`.
     """
     num_classes = logits.shape[-1]
-    boxes_xyxy = decode(deltas.float(), anchors)
-    scores = logits.float().softmax(dim=-1)[..., 1:]  # (B, A, K-1)
+    image, anchor = above(logits, score_threshold).nonzero(as_tuple=True)
+    scores = logits[image, anchor].float().softmax(dim=-1)[:, 1:]
     candidates = scores > score_threshold
-    image, anchor, label = candidates.nonzero(as_tuple=True)
-    score = scores[candidates]
+    row, label = candidates.nonzero(as_tuple=True)
+    image, anchor, score = image[row], anchor[row], scores[candidates]
     group = image * (num_classes - 1) + label
 
     order = sort_by_group(group, score)
     place = place_in_group(group[order])
     order = order[place < max_detections]
     group, score, image, anchor, label = (t[order] for t in (group, score, image, anchor, label))
-    boxes = boxes_xyxy[image, anchor]
+    boxes = decode(deltas[image, anchor].float(), anchors[anchor])
 
     keep = suppress(boxes, group, nms_iou)
     image, label, score, boxes = (t[keep] for t in (image, label, score, boxes))
     order = sort_by_group(image, score)
     order = order[place_in_group(image[order]) < max_detections]
     return Detections(image[order], boxes[order], label[order] + 1, score[order])
+
+
+def above(logits: Tensor, score_threshold: float) -> Tensor:
+    """Which anchors may have a score of a class above the threshold: (B, A) bool of logits (B, A, K).
+
+    A trained network is sure of the background nearly everywhere, and the softmax of all anchors would take most of
+    the time. A score is at most what it were if there were no class but its own and the background.
+    """
+    lead = logits[..., 1:].amax(dim=-1).float() - logits[..., 0].float()
+    least = math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
+    return lead > least - BOUND_MARGIN
 
 
 def sort_by_group(group: Tensor, score: Tensor) -> Tensor:

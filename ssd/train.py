@@ -138,6 +138,4 @@ def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, fold
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    start.end_by_itself()
-    sys.exit(status)
+    start.end(main(sys.argv[1:]))

@@ -144,6 +144,4 @@ def train(config: Config, process: start.Process) -> int:
 
 
 if __name__ == "__main__":
-    status = start.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train)
-    start.end_by_itself()
-    sys.exit(status)
+    start.end(start.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train))

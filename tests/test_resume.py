@@ -15,6 +15,7 @@ from mlperf import check
 from mlperf.log import read
 
 EACH_STEP = ("--checkpoint-every", "1 steps", "--batch-size", "5", "--log-every", "1")
+LONG = ("--num-images", "120")
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,15 @@ def whole(tmp_path_factory):
     """A run of 15 steps and 3 evaluations that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     status, _, err = processes.run(folder, *EACH_STEP)
+    assert status == 3, err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """One of 72 steps: enough that one which is killed ten times is not done before."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    status, _, err = processes.run(folder, *EACH_STEP, *LONG)
     assert status == 3, err
     return folder
 
@@ -34,12 +44,12 @@ def without_resumed(folder):
     return [event for event in events(folder) if event[0] != "resumed"]
 
 
-def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_one_that_was_not(whole, tmp_path):
+def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_one_that_was_not(long, tmp_path):
     run = tmp_path / "run"
     moment = random.Random(11)
     kills, newest = 0, 0
     for _ in range(10):
-        process = processes.start(run, *EACH_STEP, "--step-s", "0.05", "--resume", "auto")
+        process = processes.start(run, *EACH_STEP, *LONG, "--step-s", "0.05", "--resume", "auto")
         # Some time after it has got further than the one before it, so that the whole is done at last.
         wait_for_progress(run, newest, process)
         time.sleep(moment.uniform(0, 0.12))
@@ -48,12 +58,12 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_one_that_wa
             kills += 1
         process.communicate()
         newest = newest_step(run)
-    status, out, err = processes.run(run, *EACH_STEP, "--resume", "auto")
+    status, out, err = processes.run(run, *EACH_STEP, *LONG, "--resume", "auto")
     assert status in (2, 3), err
     assert kills == 10
-    assert processes.equal(processes.weights(run), processes.weights(whole))
-    assert without_resumed(run) == events(whole), "no event is lost or doubled"
-    assert processes.steps(run) == processes.steps(whole)
+    assert processes.equal(processes.weights(run), processes.weights(long))
+    assert without_resumed(run) == events(long), "no event is lost or doubled"
+    assert processes.steps(run) == processes.steps(long)
     assert "resuming from" in out
     verdict = check.check(run / "result_0.txt", "1.1.0")
     assert not verdict.passed
