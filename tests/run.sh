@@ -31,5 +31,5 @@ find_bats
 if [[ -n $bats ]]; then "$bats" tests/scripts || status=1; fi
 # A process a core with one thread each: OpenMP's threads, waiting for each other's, would take the cores from them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$venv/bin/python" -m pytest --numprocesses auto --dist loadfile "$@" || status=1
+"$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@" || status=1
 exit "$status"

@@ -179,12 +179,13 @@ def test_seeds_differ_unless_one_is_given(environment, tmp_path, monkeypatch):
     seeds = []
     for name, flags in (("a", ()), ("b", ()), ("c", ("--seed", "5")), ("d", ("--seed", "5"))):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
-        train.main([*FEW_STEPS, "--batch-size", "8", "--target", "0", *flags])
+        train.main([*FEW_STEPS, "--batch-size", "1", "--max-steps", "1", *flags])
         seeds.append(next(event.value for event in events(tmp_path / name) if event.key == "seed"))
     assert seeds[0] != seeds[1]
     assert seeds[2:] == [5, 5]
-    c, d = (weights(tmp_path / name) for name in ("c", "d"))
+    b, c, d = (weights(tmp_path / name) for name in ("b", "c", "d"))
     assert all(torch.equal(c[name], d[name]) for name in c)
+    assert not torch.equal(b["extras.0.conv1.weight"], c["extras.0.conv1.weight"])
 
 
 def weights(run: Path):
@@ -211,14 +212,22 @@ def launch(ranks, run, *flags):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_two_ranks_of_4_train_like_one_of_8_and_like_8_in_parts(environment, tmp_path):
-    same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-4", "--epochs", "2")
-    same += ("--eval-epochs", "2", "--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
+@pytest.mark.parametrize("batch_size", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_two_ranks_train_like_one_of_twice_the_batch_and_like_one_in_parts(
+    environment, tmp_path, monkeypatch, batch_size
+):
+    data = tmp_path / "data"
+    toy.draw(data, toy.Drawing(train_images=2 * batch_size, val_images=4, seed=2))
+    monkeypatch.setenv("DATADIR", str(data))
+    same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-3", "--epochs", "1")
+    same += ("--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
+    whole, half = ("--batch-size", str(batch_size)), ("--batch-size", str(batch_size // 2))
     runs = {
-        "one": launch(1, tmp_path / "one", *same, "--batch-size", "8"),
-        "two": launch(2, tmp_path / "two", *same, "--batch-size", "4", "--decoded-cache", "host"),
-        "parts": launch(1, tmp_path / "parts", *same, "--batch-size", "8", "--accumulation-steps", "4"),
+        "one": launch(1, tmp_path / "one", *same, *whole),
+        "two": launch(2, tmp_path / "two", *same, *half, "--decoded-cache", "host"),
+        "parts": launch(1, tmp_path / "parts", *same, *whole, "--accumulation-steps", "2"),
     }
+    assert len(losses(tmp_path / "one")) >= 2
     for name, done in runs.items():
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('"key": "run_start"') == 1, "only the first rank logs"
@@ -233,15 +242,17 @@ def test_two_ranks_of_4_train_like_one_of_8_and_like_8_in_parts(environment, tmp
         np.testing.assert_allclose(found[name], found["one"], atol=1e-3)
 
 
-def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path):
-    same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--batch-size", "4", "--epochs", "1")
-    done = launch(2, tmp_path / "two", *same, "--num-workers", "0", "--target", "0")
-    assert done.returncode == 0, done.stderr
-    averaged = weights(tmp_path / "two")["backbone.bn1.running_mean"]
-    done = launch(1, tmp_path / "one", *same, "--num-workers", "0", "--target", "0", "--batch-size", "8")
-    assert done.returncode == 0, done.stderr
+def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    toy.draw(data, toy.Drawing(train_images=2, val_images=1, seed=1))
+    monkeypatch.setenv("DATADIR", str(data))
+    same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--epochs", "1", "--num-workers", "0")
+    for ranks, batch_size in ((2, 1), (1, 2)):
+        done = launch(ranks, tmp_path / str(ranks), *same, "--target", "0", "--batch-size", str(batch_size))
+        assert done.returncode == 0, done.stderr
+    name = "backbone.bn1.running_mean"
     # The first layer's mean is linear in the images, so the mean over ranks is the mean over the whole batch.
-    torch.testing.assert_close(averaged, weights(tmp_path / "one")["backbone.bn1.running_mean"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights(tmp_path / "2")[name], weights(tmp_path / "1")[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, monkeypatch):
