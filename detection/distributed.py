@@ -159,10 +159,9 @@ def connect(topology: Topology, device: torch.device, *, timeout_s: float, even_
     if topology.world_size > 1 or even_alone:
         timeout = timedelta(seconds=timeout_s)
         store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
-        if topology.nodes == 1:
-            # torchrun hands the ranks that it starts again the same store, in which the addresses of those before
-            # them still are. With several nodes it makes a new one, and the nodes may have counted differently.
-            store = dist.PrefixStore(f"restart_{topology.restarts}", store)  # type: ignore[attr-defined]
+        # torchrun hands the ranks that it starts again the same store, in which the addresses of those before them
+        # still are. Every launcher has counted alike: a rank that ends takes those of all nodes along.
+        store = dist.PrefixStore(f"restart_{topology.restarts}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
             collective_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
         )

@@ -1,6 +1,10 @@
 """From indices to batches: which images a rank trains on in each step, and the workers that make batches of them."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config import InputError
 from detection.distributed import Ranks
+from detection.interruption import SIGNALS
 
 T = TypeVar("T")
 
@@ -62,6 +67,7 @@ def make_loader(
         batch_sampler=batches,  # a list of lists will do
         collate_fn=as_it_is,
         num_workers=num_workers,
+        worker_init_fn=heed_only_the_rank,
         persistent_workers=num_workers > 0,
         multiprocessing_context="fork" if num_workers else None,  # what is in memory is shared, not copied
         pin_memory=device.type != "cpu",
@@ -73,25 +79,39 @@ def as_it_is(batch: T) -> T:
     return batch
 
 
-def load(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader; raises the InputError that a worker handed over in place of one.
+def heed_only_the_rank(_: int) -> None:
+    """In a worker, leave signals to the rank unless they come from there.
 
-    Raises WorkerLost where a worker was killed.
+    A scheduler may signal every process of a job, and the rank needs its batches until it has saved.
     """
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            what = str(error).splitlines()[0]
-            raise WorkerLost(
-                f"{what} Where it was out of memory: fewer --num-workers, a smaller --decoded-cache-gib; where it was "
-                "a bus error: more shared memory (docker run --shm-size)."
-            ) from error
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the threads that are still to come, too
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def load(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader; raises the InputError that a worker handed over in place of one."""
+    for batch in loader:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Raise WorkerLost in place of what torch raises where a worker was killed, which may be at any moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = str(error).splitlines()[0]
+        raise WorkerLost(
+            f"{what} Where it was out of memory: fewer --num-workers, a smaller --decoded-cache-gib; where it was "
+            "a bus error: more shared memory (docker run --shm-size)."
+        ) from error

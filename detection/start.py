@@ -20,7 +20,7 @@ from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Stopped
 from detection.interruption import SIGNALS, Interrupted, Interruption, end_with_parent
-from detection.loader import WorkerLost
+from detection.loader import WorkerLost, lost_workers_named
 from detection.progress import Diverged, Progress
 from detection.run_config import RunConfig
 from detection.state import Run
@@ -56,6 +56,7 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
                 Watchdog(topology.rank, config.hang_timeout_s) as watchdog,
                 # The watchdog speaks first: it knows where a rank hangs.
                 connect(topology, rank_device, timeout_s=config.hang_timeout_s + 60) as ranks,
+                lost_workers_named(),
             ):
                 return train(config, Process(ranks, topology.nodes, interruption, watchdog))
         except InputError as error:

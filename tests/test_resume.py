@@ -82,6 +82,19 @@ def wait_for_progress(run, newest, process):
         time.sleep(0.01)
 
 
+def test_a_signal_to_every_process_of_a_job_saves_too(tmp_path):
+    run = tmp_path / "run"
+    flags = ("--batch-size", "5", "--log-every", "1", "--num-workers", "2")
+    process = processes.start(run, *flags, "--step-s", "0.5")
+    processes.wait_for(run / "metrics.jsonl", '"step": 1')
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, data workers included
+    status, _, err = processes.finish(process)
+    assert status == 143, err
+    assert "stopped by SIGTERM after step" in err
+    assert run_folder.checkpoints(run)
+    assert not processes.alive(process.pid)
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_terminated_run_saves_first_and_goes_on_to_the_same_weights(whole, tmp_path, ranks):
     run = tmp_path / "run"
