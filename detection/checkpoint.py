@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from detection.config import InputError
+from detection.device import random_state, set_random_state
 from detection.run_folder import CHECKPOINTS, Saved, checkpoint_name, checkpoints
 
 FORMAT = 2
@@ -96,13 +97,13 @@ def newest(folder: Path, *, benchmark: str, say: Callable[[str], None]) -> tuple
 def random_states(device: torch.device) -> dict[str, Any]:
     """The states of all generators of random numbers of this process."""
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (whatever may draw from it)
-    states = {
+    states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
-    if device.type != "cpu":
-        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    if (state := random_state(device)) is not None:
+        states["device"] = state
     return states
 
 
@@ -113,4 +114,4 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     if device.type != "cpu" and "device" in states:
-        torch.get_device_module(device).set_rng_state(states["device"], device)
+        set_random_state(states["device"], device)

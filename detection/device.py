@@ -1,15 +1,22 @@
-"""The device a rank computes on, and what it is good at. The only module that knows devices by name."""
+"""The device a rank computes on, and what it is good at. The only module that knows devices by name.
+
+It works from torch 2.4 on, the newest that some vendors build for. There, what torch.accelerator says since 2.6 is
+asked of the module that every kind of device has, such as torch.cuda.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from detection.config import InputError
 
 # Collectives by device type; gloo carries whatever is not named here.
 COLLECTIVES = {"cuda": "nccl", "mlu": "cncl", "npu": "hccl", "xpu": "xccl"}
+KINDS = ("cuda", "mlu", "npu", "xpu", "mps")
 
 
 def choose(name: str, local_rank: int) -> torch.device:
@@ -17,27 +24,78 @@ def choose(name: str, local_rank: int) -> torch.device:
 
     Raises InputError where the device is not there.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = accelerator()
     if name == "auto":
-        name = accelerator.type if accelerator else "cpu"
+        name = there.type if there else "cpu"
     try:
         wanted = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: torch {torch.__version__} knows no such device.") from error
     if wanted.type == "cpu":
         return torch.device("cpu")
-    if accelerator is None or wanted.type != accelerator.type:
-        there = f"{torch.accelerator.device_count()} × {accelerator.type}" if accelerator else "no accelerator"
-        raise InputError(f"--device {name}: torch {torch.__version__} sees {there} here. Pass --device auto or cpu.")
+    count = module(there).device_count() if there else 0
+    if there is None or wanted.type != there.type:
+        found = f"{count} × {there.type}" if there else "no accelerator"
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {found} here. Pass --device auto or cpu.")
     index = local_rank if wanted.index is None else wanted.index
-    if index >= torch.accelerator.device_count():
+    if index >= count:
         raise InputError(
-            f"DGXNGPU asks for {local_rank + 1} accelerators or more, {torch.accelerator.device_count()} are here. "
+            f"DGXNGPU asks for {local_rank + 1} accelerators or more, {count} are here. "
             "Set DGXNGPU in the config file to what this machine has."
         )
-    device = torch.device(wanted.type, index)
-    torch.accelerator.set_device_index(index)
-    return device
+    if hasattr(module(there), "set_device"):
+        module(there).set_device(index)
+    return torch.device(wanted.type, index)
+
+
+def accelerator() -> torch.device | None:
+    """The kind of accelerator that torch sees on this machine, if there is one."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if not hasattr(torch, "_is_device_backend_autoload_enabled"):  # before 2.5 torch loads no vendor's package
+        for backend in entry_points(group="torch.backends"):
+            backend.load()()
+    kinds = (kind for kind in KINDS if hasattr(torch, kind))
+    return next((torch.device(kind) for kind in kinds if getattr(torch, kind).is_available()), None)
+
+
+def module(device: torch.device) -> Any:
+    """What torch has for a kind of device: torch.cuda, say."""
+    return getattr(torch, device.type)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        module(device).synchronize()
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies can run beside the computation."""
+    return all(hasattr(module(device), name) for name in ("Stream", "stream", "current_stream"))
+
+
+def random_state(device: torch.device) -> Tensor | None:
+    """The state of the device's generator of random numbers, where it has one of its own."""
+    if device.type == "cpu" or not hasattr(module(device), "get_rng_state"):
+        return None
+    state: Tensor = module(device).get_rng_state(*which(device))
+    return state
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Put the device's generator back to where it was."""
+    module(device).set_rng_state(state, *which(device))
+
+
+def which(device: torch.device) -> tuple[torch.device, ...]:
+    """The device as an argument, where there can be several of its kind."""
+    return () if device.type == "mps" else (device,)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in double precision."""
+    return device.type != "mps"
 
 
 def collective_backend(device: torch.device) -> str:
@@ -64,7 +122,7 @@ def precision(name: str, device: torch.device) -> Precision:
     That is bf16 where the hardware multiplies it, else fp16 with loss scaling on an accelerator, else fp32.
     """
     if name == "auto":
-        name = "bf16" if multiplies_bf16(device) else "fp32" if device.type == "cpu" else "fp16"
+        name = "bf16" if multiplies_bf16(device) else "fp32" if device.type in ("cpu", "mps") else "fp16"
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     match name:
@@ -81,21 +139,28 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, test, bool)() for test in tests)  # an older torch cannot say
     return device.type in ("npu", "xpu")
+
+
+# To compute a smaller batch without what was compiled for a whole one needs torch 2.6.
+CAN_COMPILE = hasattr(torch.compiler, "set_stance")
 
 
 def compiles(choice: str, device: torch.device) -> bool:
     """Whether the network is compiled: "auto" does it on an accelerator.
 
-    On a CPU it gains 4 % for a minute of compiling.
+    On a CPU it gains 4 % for a minute of compiling. Raises InputError where it was asked for of an older torch.
     """
-    return choice == "on" or (choice == "auto" and device.type != "cpu")
+    if choice == "on" and not CAN_COMPILE:
+        raise InputError(f"--compile on: needs torch 2.6 or later, this is {torch.__version__}. Pass --compile off.")
+    return CAN_COMPILE and (choice == "on" or (choice == "auto" and device.type != "cpu"))
 
 
 def eager() -> AbstractContextManager[Any]:
-    """The context in which what is compiled runs as it is written: for shapes that are not worth compiling."""
-    return torch.compiler.set_stance("force_eager")
+    """What is compiled runs as it is written: as a context, for shapes not worth compiling, or from now on."""
+    return torch.compiler.set_stance("force_eager") if CAN_COMPILE else nullcontext()
 
 
 def tune(device: torch.device) -> None:
@@ -107,7 +172,7 @@ def pci_address(device: torch.device) -> str | None:
     """An accelerator's PCI address, as the system writes it (0000:dc:00.0); None where torch does not tell."""
     if device.type == "cpu":
         return None
-    properties = torch.get_device_module(device).get_device_properties(device.index)
+    properties = module(device).get_device_properties(device.index)
     try:
         return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     except AttributeError:

@@ -192,7 +192,7 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
         if config.compile == "on":
             raise InputError(f"--compile on: that is not possible here ({why}). Pass --compile off.") from error
         how = f"not compiled, since that is not possible here ({why})"
-        torch.compiler.set_stance("force_eager")
+        device.eager()
         train_step(state, share, 0.0, benchmark, config, ranks)
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)

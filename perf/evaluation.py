@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from detection.device import synchronize
 from detection.metric import BoxMetric
 from detection.prefetch import move
 from perf import baseline
@@ -18,7 +19,7 @@ from perf.bench import FULL_METRIC_IMAGES, Bench, Result
 from perf.input import SMALL_BATCH
 from perf.network import build, in_precision, plain_side
 from perf.predictions import EARLY, TRAINED, make_rows, predict
-from perf.timing import Side, spread, synchronise
+from perf.timing import Side, spread
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.data import SSDData
 from ssd.detect import Detections, detect
@@ -160,9 +161,9 @@ class Answering(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, 300, 300) to deltas (B, A, 4) and logits (B, A, K)."""
-        synchronise(images.device)
+        synchronize(images.device)
         start_s = time.perf_counter()
         self.network(images)
-        synchronise(images.device)
+        synchronize(images.device)
         self.seconds += time.perf_counter() - start_s
         return self.deltas[: len(images)], self.logits[: len(images)]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from detection.device import synchronize
+
 # A sample of a quick call is as many calls as last this long, so that the clock and the scheduler do not matter.
 SAMPLE_S = 0.1
 LEAST_ROUNDS = 3
@@ -74,18 +76,12 @@ def calls_per_sample(side: Side, device: torch.device) -> int:
 
 def seconds(side: Side, calls: int, device: torch.device) -> float:
     """Seconds per call, the device's work included."""
-    synchronise(device)
+    synchronize(device)
     start_s = time.perf_counter()
     for _ in range(calls):
         side.run()
-    synchronise(device)
+    synchronize(device)
     return (time.perf_counter() - start_s) / calls
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 @contextmanager

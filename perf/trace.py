@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import profile
 
-from perf.timing import synchronise
+from detection.device import synchronize
 
 COSTLIEST = 10
 
@@ -27,10 +27,10 @@ class Operation(NamedTuple):
 def trace(run: Callable[[], object], device: torch.device, path: Path) -> list[Operation]:
     """Warm up, then trace one call: writes a Chrome trace (.json or .json.gz), returns the costliest operations."""
     run()
-    synchronise(device)
+    synchronize(device)
     with profile(acc_events=True) as profiler:
         run()
-        synchronise(device)
+        synchronize(device)
     profiler.export_chrome_trace(str(path))
     return costliest(profiler.key_averages(), f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total")
 

@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detection.device import has_float64
 from detection.distributed import Ranks
 from detection.metric import ROW, BoxMetric
-from detection.prefetch import prefetch
+from detection.prefetch import move, prefetch
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import EvalBatch, SSDData
+from ssd.data import SSDData
 from ssd.detect import Detections, detect
 
 
@@ -32,8 +33,9 @@ class Evaluation:
     def __call__(self, model: nn.Module, data: SSDData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
         device = self.ranks.device
-        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=device)
-        found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=device)]
+        double = device if has_float64(device) else torch.device("cpu")
+        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=double)
+        found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=double)]
         for batch in prefetch(data.eval_batches(), device):
             deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
             detections = detect(
@@ -44,7 +46,8 @@ class Evaluation:
                 nms_iou=self.config.nms_iou,
                 max_detections=self.config.max_detections,
             )
-            found.append(to_rows(detections, batch, category_ids))
+            of_images = move((batch.image_ids, batch.sizes_wh), double)
+            found.append(to_rows(move(detections, double), *of_images, category_ids))
         self.annotation_file = data.val.annotation_file
         self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
         figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
@@ -55,13 +58,16 @@ class Evaluation:
         return BoxMetric(self.annotation_file)(self.rows)
 
 
-def to_rows(detections: Detections, batch: EvalBatch, category_ids: Tensor) -> Tensor:
-    """Detections as rows (D, 7) float64 of `metric.ROW`, in pixels of the original images."""
+def to_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:
+    """Detections as rows (D, 7) float64 of `metric.ROW`, in pixels of the original images.
+
+    image_ids: (B,) and sizes_wh: (B, 2) as in `EvalBatch`; category_ids: (K,) of labels.
+    """
     image = detections.images
-    boxes_xyxy = detections.boxes_xyxy.double() * batch.sizes_wh[image].repeat(1, 2)
+    boxes_xyxy = detections.boxes_xyxy.double() * sizes_wh[image].repeat(1, 2)
     return torch.cat(
         [
-            batch.image_ids[image, None],
+            image_ids[image, None],
             boxes_xyxy[:, :2],
             boxes_xyxy[:, 2:] - boxes_xyxy[:, :2],
             detections.scores[:, None],

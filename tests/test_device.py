@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def no_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(device, "accelerator", lambda: None)
 
 
 def test_auto_is_the_cpu_where_there_is_no_accelerator(no_accelerator):
@@ -27,8 +27,8 @@ def test_a_device_that_torch_does_not_know_is_refused():
 
 
 def test_more_ranks_than_accelerators_are_refused_with_both_numbers(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(device, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="asks for 3 accelerators or more, 2 are here"):
         device.choose("auto", local_rank=2)
 
