@@ -4,14 +4,19 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: ./setup.sh [--dev] [--system-site-packages] [--quiet] [--check]
+usage: ./setup.sh [--dev] [--system-site-packages] [--quiet] [--check] [--vendor NAME [--packages DIR]]
 
   --dev                   also what the tests and linters need
   --system-site-packages  keep the torch that this machine or container image ships
   --quiet                 say nothing when there is nothing to do
   --check                 only say what is there and what is missing; exits 1 if something needed is missing
+  --vendor NAME           prepare the machine for its accelerators: iluvatar, cambricon, nvidia, amd or cpu
+  --packages DIR          what the vendor hands out: apt-packages.txt (names of system packages), installers (*.run,
+                          *.sh, in the order of their names) and wheels (torch-*.whl, apex-*.whl, any), which are
+                          installed instead of the package index's; what is done is skipped, a failure ends it
 
 environment:
+  INSTALL_ARGS_NAME  arguments of an installer, by the first word of its file's name: INSTALL_ARGS_COREX='--silent'
   VENV    folder of the environment (.venv)
   PYTHON  interpreter to make it from (the first of python3.13, 3.12, 3.11 and python3 that runs)
 END
@@ -22,17 +27,25 @@ die() {
   exit "${2:-2}"
 }
 
-extras='' system=false quiet=false check=false
-for argument in "$@"; do
-  case $argument in
+extras='' system=false quiet=false check=false vendor='' packages=''
+while (($#)); do
+  case $1 in
     --dev) extras='[dev]' ;;
     --system-site-packages) system=true ;;
     --quiet) quiet=true ;;
     --check) check=true ;;
+    --vendor | --packages)
+      (($# > 1)) || die "$1 needs a value; ./setup.sh --help says which"
+      printf -v "${1#--}" %s "$2"
+      shift
+      ;;
     -h | --help) usage && exit ;;
-    *) die "setup.sh knows no argument '$argument'; ./setup.sh --help lists them" ;;
+    *) die "setup.sh knows no argument '$1'; ./setup.sh --help lists them" ;;
   esac
+  shift
 done
+[[ -z $packages || -n $vendor ]] || die "--packages $packages: pass --vendor NAME, too"
+if [[ -n $packages ]]; then packages=$(realpath --canonicalize-missing "$packages"); fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$(realpath --canonicalize-missing "${VENV:-$root/.venv}")
@@ -54,6 +67,7 @@ shares_system_packages() {
 
 finished() {
   if [[ -e $venv/.installing ]]; then return 1; fi
+  if [[ -n $vendor ]] && ! wheels_installed; then return 1; fi
   if $system && ! shares_system_packages; then return 1; fi
   if [[ -n ${PYTHON:-} && $("$PYTHON" -V 2>&1) != "$("$python" -V 2>&1)" ]]; then return 1; fi
   installed '[dev]' || { [[ -z $extras ]] && installed ''; }
@@ -107,11 +121,9 @@ make_environment() {
   "$base" -m venv "${options[@]}" "$venv"
 }
 
-install_packages() {
-  local constraints=()
-  # pip must not replace the image's torch by another build: it is pinned to what is there.
-  if shares_system_packages; then
-    "$python" - >"$venv/constraints.txt" <<'END'
+# pip must not replace the torch of the image or the vendor by another build: it is pinned to what is there.
+pin_torch() {
+  "$python" - >"$venv/constraints.txt" <<'END'
 from importlib.metadata import PackageNotFoundError, version
 
 for name in ("torch", "torchvision"):
@@ -120,8 +132,12 @@ for name in ("torch", "torchvision"):
     except PackageNotFoundError:
         pass
 END
-    constraints=(--constraint "$venv/constraints.txt")
-  fi
+}
+
+install_packages() {
+  local constraints=()
+  if shares_system_packages; then pin_torch; fi
+  if [[ -f $venv/constraints.txt ]]; then constraints=(--constraint "$venv/constraints.txt"); fi
   echo "setup.sh: installing detection-training$extras: torch and its libraries are several GB, this can take minutes"
   touch "$venv/.installing"
   if ! "$python" -m pip install --disable-pip-version-check --no-input "${constraints[@]}" --editable ".$extras"; then
@@ -199,6 +215,13 @@ if $check; then
   exit
 fi
 
+if [[ -n $vendor ]]; then
+  # shellcheck source=vendor.sh
+  source ./vendor.sh
+  check_vendor
+  if [[ -n $packages ]]; then install_vendor_software; fi
+fi
+
 if finished; then
   if ! $quiet; then echo "setup.sh: $venv is up to date"; fi
   exit
@@ -219,5 +242,6 @@ fi
 
 if [[ -f $venv/.installed && $(head -n 1 "$venv/.installed") == 'detection-training[dev] '* ]]; then extras='[dev]'; fi
 usable || make_environment
+if [[ -n $vendor ]]; then install_wheels; fi
 install_packages
 echo "setup.sh: $venv is ready"

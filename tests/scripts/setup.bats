@@ -7,7 +7,7 @@ setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir "$project" "$bin"
-  cp "$repository/setup.sh" "$repository/pyproject.toml" "$project/"
+  cp "$repository/setup.sh" "$repository/vendor.sh" "$repository/pyproject.toml" "$project/"
   export PIP_LOG=$BATS_TEST_TMPDIR/pip.log
   : >"$PIP_LOG"
   export VERSION=3.12.1 MODULES='venv ensurepip'
@@ -186,6 +186,84 @@ environments() {
   [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
   run "$project/setup.sh" --quiet
   [ -z "$output" ]
+}
+
+# vendor_folder: sets dir to what a vendor hands out: two installers and two wheels.
+vendor_folder() {
+  dir="$BATS_TEST_TMPDIR/handed out"
+  mkdir "$dir"
+  for name in 1toolkit-4.1.run driver_4.1.run; do
+    # shellcheck disable=SC2016 # for the installer to expand
+    echo 'echo "$(basename "$0"): $#: $*" >>"$PIP_LOG"; echo "hello from $0"; exit "${INSTALLER_STATUS:-0}"' >"$dir/$name"
+  done
+  touch "$dir/torch-2.4.0+corex-cp312-none-any.whl" "$dir/apex-0.1-py3-none-any.whl"
+}
+
+@test "--vendor runs the installers in order with their arguments, then installs the wheels and pins torch" {
+  vendor_folder
+  INSTALL_ARGS_DRIVER='--silent --path /opt/x' run "$project/setup.sh" --vendor iluvatar --packages "$dir"
+  [ "$status" -eq 0 ]
+  mapfile -t calls <"$PIP_LOG"
+  [ "${calls[0]}" = "1toolkit-4.1.run: 0: " ]
+  [ "${calls[1]}" = "driver_4.1.run: 3: --silent --path /opt/x" ]
+  [[ ${calls[3]} == "pip -m pip install "*"/apex-0.1-py3-none-any.whl "*"/torch-2.4.0+corex-cp312-none-any.whl" ]]
+  [[ ${calls[4]} == *"--constraint $project/.venv/constraints.txt --editable ." ]]
+  [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
+}
+
+@test "--vendor a second time does nothing, and what changed again" {
+  vendor_folder
+  "$project/setup.sh" --vendor cambricon --packages "$dir"
+  : >"$PIP_LOG"
+  run "$project/setup.sh" --vendor cambricon --packages "$dir"
+  [ "$status" -eq 0 ]
+  [ ! -s "$PIP_LOG" ]
+  [[ $output == *"1toolkit-4.1.run is done already"*"is up to date" ]]
+  "$project/setup.sh" --quiet
+  [ ! -s "$PIP_LOG" ]
+  touch -d tomorrow "$dir"/driver_4.1.run "$dir"/torch-*.whl
+  "$project/setup.sh" --vendor cambricon --packages "$dir"
+  [[ $(<"$PIP_LOG") == "driver_4.1.run: 0: "*"torch-2.4.0"* ]]
+  [[ $(<"$PIP_LOG") != *1toolkit* ]]
+}
+
+@test "--vendor stops at the installer that fails, with its log, and goes on there" {
+  vendor_folder
+  INSTALLER_STATUS=5 run "$project/setup.sh" --vendor iluvatar --packages "$dir"
+  [ "$status" -eq 1 ]
+  [[ $output == *"hello from $dir/1toolkit-4.1.run"* ]]
+  [[ ${lines[-1]} == "error: 1toolkit-4.1.run ended with status 5; all that it said is in $project/.vendor/1toolkit-4.1.run.log."* ]]
+  [[ $(<"$PIP_LOG") != *driver* ]]
+  [ "$(environments)" -eq 0 ]
+  run "$project/setup.sh" --vendor iluvatar --packages "$dir"
+  [ "$status" -eq 0 ]
+  [[ $(<"$PIP_LOG") == *driver* ]]
+}
+
+@test "--vendor tells a mistake before anything is installed" {
+  vendor_folder
+  rm "$dir"/torch-*
+  for mistake in \
+    "--vendor acme|--vendor acme: there is none of that name. There are: iluvatar cambricon nvidia amd cpu" \
+    "--vendor amd|--vendor amd: the package index has no torch for it. Pass --packages DIR" \
+    "--vendor amd --packages nowhere|/nowhere is no folder" \
+    "--packages nowhere|pass --vendor NAME, too" \
+    "--vendor|--vendor needs a value"; do
+    # shellcheck disable=SC2086 # two words
+    run "$project/setup.sh" ${mistake%%|*}
+    [ "$status" -eq 2 ]
+    [[ $output == "error: "*"${mistake#*|}"* ]]
+  done
+  run "$project/setup.sh" --vendor iluvatar --packages "$dir"
+  [ "$status" -eq 2 ]
+  [[ $output == "error: --packages $dir holds no torch-*.whl, which --vendor iluvatar needs" ]]
+  [ ! -s "$PIP_LOG" ]
+}
+
+@test "--vendor nvidia and cpu take torch from the package index" {
+  run "$project/setup.sh" --vendor nvidia
+  [ "$status" -eq 0 ]
+  [[ $(<"$PIP_LOG") != *constraint* ]]
 }
 
 @test "an unknown flag is refused" {
