@@ -17,7 +17,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def categories(network: Trained) -> str:
 
 def write_pt2(program: torch.export.ExportedProgram, network: Trained, path: Path) -> None:
     """Write torch's own format."""
+    logging.getLogger("torch._export").setLevel(logging.ERROR)
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={"categories": categories(network)})
 
@@ -144,10 +145,17 @@ def open_pt2(path: Path) -> Callable[[Tensor], Answer]:
 
 def write_onnx(program: torch.export.ExportedProgram, network: Trained, path: Path) -> None:
     """Write ONNX."""
+    save_onnx(program, path, ["images"], {"categories": categories(network)})
+
+
+def save_onnx(
+    program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], metadata: Mapping[str, str]
+) -> None:
+    """Write a graph with these inputs, and boxes, labels and scores for output, as one file of ONNX."""
     from onnxscript import opset18
 
     def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-        # TopK gives equal values in their order, by its specification.
+        # By its specification TopK gives equal values in their order.
         return opset18.TopK(self, opset18.Shape(self, start=dim), axis=dim, largest=int(descending), sorted=1)
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -155,13 +163,13 @@ def write_onnx(program: torch.export.ExportedProgram, network: Trained, path: Pa
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
             program,
-            input_names=["images"],
+            input_names=inputs,
             output_names=OUTPUTS,
             custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
             verbose=False,
         )
     assert exported is not None
-    exported.model.metadata_props["categories"] = categories(network)
+    exported.model.metadata_props.update(metadata)
     exported.save(path, external_data=False)
 
 
