@@ -88,12 +88,17 @@ def turned(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if is_deep(image):
         return Image.fromarray(to_bytes(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, PAPER)
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its grey values have more than eight bits."""
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def to_bytes(
