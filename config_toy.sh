@@ -5,7 +5,6 @@ export DGXNGPU=${DGXNGPU:-1}
 export WALLTIME=00:15:00
 export DATADIR=${DATADIR:-data/toy}
 export SSD_DATASET=toy
-export SSD_NUM_CLASSES=4 # disc, square, triangle and the background
 export SSD_DIVISION=open # the data are not COCO
 export SSD_BATCH_SIZE=8  # images per accelerator: a CPU is as fast with few, and takes more steps
 export SSD_BASE_LR=4e-2  # per 32 images

@@ -77,8 +77,8 @@ if $dry_run; then
   "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
 else
   checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
-  { read -r org && read -r RUN_DIR; } <<<"$checked"
-  export RUN_DIR
+  { read -r org && read -r RUN_DIR && read -r num_classes; } <<<"$checked"
+  export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # counted here: the run may not look before its clock
 fi
 
 launch=("$python" -m detection.launch --nnodes "$DGXNNODES" --nproc-per-node "$DGXNGPU")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.config import InputError
+from detection.run_config import RunConfig
 
 # COCO rounds x and width to 2 decimals each, so their sum is off by up to .01 pixels at the border.
 BORDER_ROUNDING_PX = 0.02
@@ -100,6 +101,15 @@ class Split:
         )
 
 
+def files(config: RunConfig, split: Literal["train", "val"]) -> tuple[Path, Path]:
+    """The annotation file and the image folder of a split: those that the settings name, else as DATADIR lies.
+
+    Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
+    """
+    annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
+    return (Path(annotations), Path(images)) if annotations else layout(config.data_dir, split)
+
+
 def layout(data_dir: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a split in COCO 2017's layout.
 
@@ -125,6 +135,20 @@ def layout(data_dir: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
         if not path.exists():
             raise InputError(f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. {what_to_do}")
     return annotation_file, image_folder
+
+
+def read_categories(annotation_file: Path) -> tuple[Category, ...]:
+    """The categories of an annotation file alone, in ascending order of their ids: label 1, 2, ...
+
+    Raises InputError where the file cannot be read or is none.
+    """
+    try:
+        rows = msgspec.json.decode(annotation_file.read_bytes(), type=_Categories).categories
+        pairs = [(row.id, row.name) for row in rows]
+    except (OSError, msgspec.DecodeError, RecursionError):  # which the checks of the whole file explain
+        columns = _read_columns(annotation_file)
+        pairs = list(zip(columns.category_ids.tolist(), columns.category_names, strict=True))
+    return tuple(Category(*pair) for pair in sorted(pairs))
 
 
 def read(annotation_file: Path, image_folder: Path, *, allow_missing: bool = False) -> Split:
@@ -229,6 +253,10 @@ class _AnnotationRow(msgspec.Struct, gc=False):
 class _CategoryRow(msgspec.Struct, gc=False):
     id: int
     name: str
+
+
+class _Categories(msgspec.Struct, gc=False):
+    categories: list[_CategoryRow]
 
 
 class _File(msgspec.Struct, gc=False):

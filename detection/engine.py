@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detection import device, optim, snapshot
+from detection.coco import Category
 from detection.config import InputError
 from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
@@ -44,6 +45,7 @@ class TrainData(Protocol[Batch]):
     train_samples: int
     eval_samples: int
     steps_per_epoch: int
+    categories: tuple[Category, ...]
 
     def shares(self, epoch: int, samples: int) -> Iterator[Share[Batch]]:
         """This rank's shares of the global batches of an epoch (from 1), but for its first `samples` images."""
@@ -115,6 +117,7 @@ def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
     """The part of the run that is on the clock."""
     log, progress = run.log, run.progress
     data = benchmark.open_data()
+    state.categories = data.categories
     if not run.continues:
         log.point("train_samples", data.train_samples)
         log.point("eval_samples", data.eval_samples)

@@ -21,6 +21,12 @@ def _every(value: Any, info: ValidationInfo) -> Any:
     return tuple(range(interval, info.data.get("epochs", 0) + 1, interval)) or (interval,)
 
 
+OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
+"""The settings that name data in place of DATADIR."""
+
+DRAWN = ("toy", "rehearsal")
+"""Data sets that the program draws itself."""
+
 EvalEpochs = Annotated[Numbers, BeforeValidator(_every)]
 """Epochs to evaluate after, written `40,50` or `every 5`."""
 
@@ -58,10 +64,17 @@ class RunConfig:
     eval_epochs: EvalEpochs
 
     data_dir: Path = setting(Path("data/coco"), env="DATADIR", heading="Data", help="folder in the layout of COCO 2017")
+    train_images: str = setting(
+        "", help="folder of training images, in place of DATADIR's; with the three that follow, or none of the four"
+    )
+    train_annotations: str = setting("", help="file of their annotations, in COCO's format")
+    val_images: str = setting("", help="folder of evaluation images")
+    val_annotations: str = setting("", help="file of their annotations, of the same categories")
     dataset: str = setting(
         "coco2017",
         pattern=r"^[\w.-]+$",
-        help="what the folder holds, for the log; toy and rehearsal are drawn where they are absent",
+        help="what the data are, for the log; toy and rehearsal are drawn where they are absent; "
+        "custom where --train-images names others and this none",
     )
     rehearsal_images: int = setting(
         118_287,
@@ -138,6 +151,17 @@ class RunConfig:
     def _agree(self) -> Self:
         if self.batch_size % self.accumulation_steps:
             raise ValueError(f"accumulation_steps {self.accumulation_steps} should divide batch_size {self.batch_size}")
+        if absent := [name for name in OWN_DATA if not getattr(self, name)]:
+            if len(absent) < len(OWN_DATA):
+                flags = [f"--{name.replace('_', '-')}" for name in absent]
+                raise ValueError(
+                    f"data of your own are named by four settings; {', '.join(flags)} should be given, too"
+                )
+        elif self.dataset in DRAWN:
+            raise ValueError(
+                f"dataset {self.dataset} is drawn by the program, and train_images names other pictures: "
+                "give them another name by --dataset"
+            )
         return self
 
     def global_batch_size(self, world_size: int) -> int:

@@ -1,6 +1,7 @@
 """Training's state to a checkpoint, and back."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from detection import batch_norm, checkpoint
 from detection.config import InputError, to_json
@@ -41,6 +42,7 @@ def save(
         "evaluated": state.evaluated,
         "step": state.step,
         "global_batch_size": run.config.global_batch_size(run.ranks.world_size),
+        "categories": [asdict(category) for category in state.categories],
         "written": dict(written),
         "config": to_json(run.config),
     }

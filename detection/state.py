@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from detection.coco import Category
 from detection.device import Precision
 from detection.distributed import Ranks
 from detection.interruption import Interruption
@@ -32,6 +33,8 @@ class State:
     epoch: int = 0
     samples: int = 0
     evaluated: bool = True
+    categories: tuple[Category, ...] = ()
+    """What the labels 1, 2, ... stand for, once the data are open; it travels in the checkpoints."""
     forward_s: float = 0.0
     """When the last forward pass was over, on time.monotonic's clock."""
 

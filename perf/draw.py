@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from detection import coco
+from detection import coco, drawing
+from detection.drawing import Mark
 
 TILE_PX = 300
 COLUMNS = 4
-COLOURS = ("#ff2d95", "#00e5ff", "#ffd400", "#7cff4f", "#b388ff", "#ff8a3d")
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     config = json.loads((arguments.run / "config.json").read_text())
     detections = json.loads((arguments.run / "detections.json").read_text())
-    split = coco.read(*coco.layout(Path(config["data_dir"]), "val"))
+    named = config.get("val_annotations")
+    files = (Path(named), Path(config["val_images"])) if named else coco.layout(Path(config["data_dir"]), "val")
+    split = coco.read(*files)
     rows = -(-arguments.images // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE_PX, rows * TILE_PX), "white")
     for index in range(arguments.images):
@@ -40,25 +42,21 @@ def main(argv: list[str]) -> None:
 
 def draw(split: coco.Split, index: int, detections: list[dict[str, Any]]) -> Image.Image:
     """A square tile of one image; detections in colour with name and score, the truth in thin white."""
-    image = Image.open(split.image_path(index)).convert("RGB")
-    scale = (TILE_PX / image.width, TILE_PX / image.height)
-    tile = image.resize((TILE_PX, TILE_PX))
+    with Image.open(split.image_path(index)) as image:
+        size_wh = image.size
+        tile = image.convert("RGB").resize((TILE_PX, TILE_PX))
+    scale = [TILE_PX / side for side in size_wh] * 2
     pen = ImageDraw.Draw(tile)
-    font = ImageFont.load_default(size=12)
-    for left, top, right, bottom in split.boxes(index):
-        pen.rectangle((left * scale[0], top * scale[1], right * scale[0], bottom * scale[1]), outline="white")
-    labels = {category.id: label for label, category in enumerate(split.categories)}
+    for box in split.boxes(index):
+        pen.rectangle([float(side) * factor for side, factor in zip(box, scale, strict=True)], outline="white")
+    labels = {category.id: label for label, category in enumerate(split.categories, start=1)}
+    marks = []
     for detection in detections:
         label = labels[detection["category_id"]]
-        left, top, width, height = detection["bbox"]
-        corners = (left * scale[0], top * scale[1], (left + width) * scale[0], (top + height) * scale[1])
-        colour = COLOURS[label % len(COLOURS)]
-        pen.rectangle(corners, outline=colour, width=3)
-        text = f"{split.categories[label].name} {detection['score']:.2f}"
-        place = (max(corners[0], 0), max(corners[1] - 14, 0))
-        pen.rectangle(pen.textbbox(place, text, font=font), fill=colour)
-        pen.text(place, text, fill="black", font=font)
-    return tile
+        left, top, width, height = (side * factor for side, factor in zip(detection["bbox"], scale, strict=True))
+        text = f"{split.categories[label - 1].name} {detection['score']:.2f}"
+        marks.append(Mark((left, top, left + width, top + height), label, text))
+    return drawing.draw(tile, marks)
 
 
 if __name__ == "__main__":

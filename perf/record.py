@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 
+from detection.run_config import OWN_DATA
 from mlperf.log import read
 from perf.machine import RESULTS, machine
 
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> None:
     config = json.loads((arguments.run / "config.json").read_text())
     for path in (log, arguments.run / "config.json", arguments.run / "metrics.jsonl"):
         text = path.read_text()
-        for key in ("data_dir", "run_dir", "log_dir"):  # a record names no folders of the machine
-            if Path(config[key]).is_absolute():
+        for key in ("data_dir", "run_dir", "log_dir", *OWN_DATA):  # a record names no folders of the machine
+            if Path(config.get(key, "")).is_absolute():
                 text = text.replace(config[key], Path(config[key]).name)
         (folder / path.name).write_text(text)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

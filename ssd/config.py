@@ -1,14 +1,26 @@
 """The settings of SSD300: what the benchmark fixes, what a system chooses, and what follows from both."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
+from pydantic import AfterValidator, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import STRICT, Numbers, Resolved, resolve, setting
 from detection.run_config import EvalEpochs, RunConfig
 
 PREFIX = "SSD_"
+COCO_CLASSES = 81
+
+
+def _not_background_alone(num_classes: int) -> int:
+    if num_classes == 1:
+        raise ValueError("the background is no category; 0 follows the annotations")
+    return num_classes
+
+
+NumClasses = Annotated[int, AfterValidator(_not_background_alone)]
+"""Categories and the background; 0 is as many as there are."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -55,7 +67,9 @@ class Config(RunConfig):
         "horizontal", help="mirror every second training image left to right; both: and top to bottom, as cells allow"
     )
     jitter: bool = setting(True, help="colour jitter of training images")
-    num_classes: int = setting(81, ge=2, le=10_000, help="categories and the background")
+    num_classes: NumClasses = setting(
+        0, ge=0, le=10_000, help="categories and the background; 0: those of the training annotations (coco2017: 81)"
+    )
     backbone: str = setting(
         "",
         help="ImageNet weights of ResNet-34, .pth or .npz (get_resnet34_backbone.sh); empty is random",
@@ -70,6 +84,12 @@ class Config(RunConfig):
     nms_iou: float = setting(0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one")
     score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")
     max_detections: int = setting(200, ge=1, le=8732, unit="per image", help="kept for the metric, the best first")
+
+    @model_validator(mode="after")
+    def _count_classes(self) -> Self:
+        if self.num_classes == 0 and self.dataset == "coco2017":  # known, so that the clock need not wait for the file
+            object.__setattr__(self, "num_classes", COCO_CLASSES)
+        return self
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""
@@ -94,5 +114,12 @@ class Config(RunConfig):
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resolved[Config]:
-    """Resolve the settings from flags and the environment; raises InputError with every mistake."""
+    """Resolve the settings from flags and the environment; raises InputError with every mistake.
+
+    Data that flags name are not those of the config file, nor are they COCO: unless a flag says what they are, too,
+    the data set is called custom.
+    """
+    flags = {word.split("=")[0] for word in argv}
+    if "--train-images" in flags and "--dataset" not in flags:
+        argv = [*argv, "--dataset", "custom"]
     return resolve(Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]")

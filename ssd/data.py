@@ -22,6 +22,7 @@ from detection.loader import EpochSampler, Key, load, make_loader
 from detection.metric import BoxMetric
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
+from ssd.classes import check
 from ssd.config import Config
 
 FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "both": 2}
@@ -162,9 +163,10 @@ class SSDData:
 
     def __init__(self, config: Config, ranks: Ranks, seed: int):
         train, val = (
-            coco.read(*coco.layout(config.data_dir, split), allow_missing=config.allow_missing)
-            for split in ("train", "val")
+            coco.read(*coco.files(config, split), allow_missing=config.allow_missing) for split in ("train", "val")
         )
+        check(config, train)
+        self.categories = train.categories
         train = train.with_boxes()
         self.ranks, self.val = ranks, val
         self.train_samples, self.eval_samples = len(train), len(val)

@@ -1,7 +1,8 @@
 """Check a run before its clock starts: settings, rules, data, backbone, run folder.
 
 `python -m ssd.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake found. Its
-report goes to stderr and two lines to stdout, for ./run_and_time.sh: the organisation and the run's folder.
+report goes to stderr and three lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, and the
+number of classes, which follows the training annotations where it is not set.
 With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
 all settings.
 
@@ -22,6 +23,7 @@ from typing import Literal
 from detection import coco, rehearsal, run_folder, shared_memory, toy
 from detection.config import InputError, System, describe, read_system
 from mlperf import rules
+from ssd import classes
 from ssd.config import Config, load
 
 IMAGE_BYTES = 3 * 300 * 300  # as workers hand them over
@@ -48,12 +50,13 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(report), file=sys.stderr, flush=True)
         if mistakes:
             raise InputError("\n".join(mistakes))
+        num_classes = classes.followed(config).num_classes
         if system.node_rank == 0:
             make(folder, config)
     except InputError as error:
         print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
         return 2
-    print(config.org, folder, sep="\n")
+    print(config.org, folder, num_classes, sep="\n")
     return 0
 
 
@@ -114,13 +117,13 @@ def due(config: Config) -> Callable[[], bool] | None:
 
 def check_data(config: Config, system: System) -> list[str]:
     """Read both splits and hold them against the settings; returns their counts, raises InputError."""
-    if not config.data_dir.is_dir():
+    if not config.train_images and not config.data_dir.is_dir():
         coco.layout(config.data_dir, "train")
     facts, mistakes = [], []
     splits: dict[str, coco.Split] = {}
     for name in SPLITS:
         try:
-            split = coco.read(*coco.layout(config.data_dir, name), allow_missing=config.allow_missing)
+            split = coco.read(*coco.files(config, name), allow_missing=config.allow_missing)
         except InputError as error:
             mistakes += str(error).splitlines()
             continue
@@ -132,12 +135,11 @@ def check_data(config: Config, system: System) -> list[str]:
             f"{split.clipped_boxes} clipped at the border)"
         )
     if train := splits.get("train"):
-        if train.num_classes != config.num_classes:
-            mistakes.append(
-                f"{train.annotation_file} has {len(train.categories)} categories: with the background "
-                f"num_classes is {train.num_classes}, not {config.num_classes}. "
-                f"Pass --num-classes {train.num_classes}"
-            )
+        facts.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
+        try:
+            classes.check(config, train)
+        except InputError as error:
+            mistakes.append(str(error))
         batch, images = config.global_batch_size(system.world_size), len(train.with_boxes())
         if batch > images:
             mistakes.append(

@@ -15,7 +15,7 @@ from detection.metric import to_results
 from mlperf import check
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
-from ssd import augment, backbone
+from ssd import augment, backbone, classes
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 def train(config: Config, process: start.Process) -> int:
     """Train to the target, have the log checked, and say where everything lies; returns the exit status."""
     ranks = process.ranks
+    config = ranks.broadcast(classes.followed(config) if ranks.is_first else None)
     evaluation = Evaluation(config, ranks)
     with start.opened(config, process) as run:
         model = SSD300(config.num_classes)

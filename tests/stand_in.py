@@ -55,6 +55,8 @@ class Images(Dataset):
 
 
 class Data:
+    categories = ()
+
     def __init__(self, config, ranks, seed):
         self.train_samples, self.eval_samples = config.num_images, 1
         self.sampler = EpochSampler(config.num_images, config.batch_size, seed=seed, ranks=ranks)

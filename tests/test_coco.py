@@ -357,3 +357,13 @@ def test_real_annotations_are_read_as_they_are(name: str, part: Any) -> None:
         assert split.image_path(index).is_file()
     assert (np.diff(split.with_boxes().box_starts) > 0).all()
     assert re.fullmatch(r"S\d+", split.file_names.dtype.str[1:])
+
+
+def test_the_categories_alone_are_those_of_the_whole_file(tmp_path):
+    file = tmp_path / "instances.json"
+    content = {"images": [], "annotations": [{}], "categories": [{"id": 7, "name": "b"}, {"id": 2, "name": "a"}]}
+    file.write_text(json.dumps(content))
+    assert coco.read_categories(file) == (coco.Category(2, "a"), coco.Category(7, "b"))
+    file.write_text("{")
+    with pytest.raises(InputError, match=f"{file.name}.*broken JSON"):
+        coco.read_categories(file)

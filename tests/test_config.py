@@ -259,3 +259,22 @@ def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_bat
     assert config.global_batch_size(world_size) == global_batch_size
     assert config.peak_lr(world_size) == peak_lr
     assert (config.weight_decay, config.warmup_steps, config.decay_epochs) == (weight_decay, 650, (44, 55))
+
+
+OWN_DATA = ("--train-images", "a", "--train-annotations", "b", "--val-images", "c", "--val-annotations", "d")
+
+
+def test_data_that_flags_name_are_not_those_of_the_config_file():
+    assert settings(*OWN_DATA, SSD_DATASET="toy").dataset == "custom"
+    assert settings(*OWN_DATA).num_classes == 0
+    assert settings(*OWN_DATA, "--dataset", "coco2017").num_classes == 81
+    assert settings(SSD_DATASET="cells", **{f"SSD_{name[2:].replace('-', '_').upper()}": "x" for name in OWN_DATA[::2]})
+
+
+def test_pictures_that_the_program_draws_are_not_named_by_paths():
+    assert "dataset toy is drawn by the program" in refusal(*OWN_DATA, "--dataset", "toy")
+
+
+def test_a_network_of_the_background_alone_is_refused():
+    assert "the background is no category" in refusal("--num-classes", "1")
+    assert settings("--dataset", "mine").num_classes == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import shared
 from detection import coco, images
@@ -134,9 +135,18 @@ def test_both_decoders_give_the_same_pixels(tiny_toy):
         assert torch.equal(images.decode(encoded), images.decode_with_pillow(encoded))
 
 
-def test_resizing_agrees_with_pillow(tiny_toy):
-    from PIL import Image
+@pytest.mark.parametrize("name", ["a.bmp", "a.tiff", "a.png", "a.gif", "a.webp"])
+@pytest.mark.parametrize("decode", [images.decode, images.decode_with_pillow])
+def test_training_images_may_be_of_other_formats_and_depths(tmp_path, name, decode):
+    grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))
+    deep = name in ("a.tiff", "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 257 if deep else grey).save(tmp_path / name, lossless=True)
+    pixels = decode((tmp_path / name).read_bytes())
+    assert pixels.shape == (3, 48, 64)
+    assert np.abs(pixels.numpy().astype(int) - grey).max() <= 1
 
+
+def test_resizing_agrees_with_pillow(tiny_toy):
     path = min((tiny_toy / "val2017").iterdir())
     wanted = np.asarray(Image.open(path).convert("RGB").resize((300, 300), Image.Resampling.BILINEAR), dtype=int)
     got = images.resize(images.read(path), 300).permute(1, 2, 0).numpy().astype(int)

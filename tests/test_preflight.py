@@ -37,7 +37,7 @@ def check(monkeypatch, tmp_path, pictures, capsys):
     def run(*argv, **environ):
         for name, value in environ.items():
             monkeypatch.setenv(name, str(value))
-        recipe = ["--dataset", "toy", "--num-classes", "4", "--division", "open", "--batch-size", "4"]
+        recipe = ["--dataset", "toy", "--division", "open", "--batch-size", "4"]
         status = preflight.main([*recipe, *argv])
         return status, *capsys.readouterr()
 
@@ -46,8 +46,8 @@ def check(monkeypatch, tmp_path, pictures, capsys):
 
 def test_a_good_run_prints_its_organisation_and_folder_and_the_counts(check, tmp_path):
     status, out, err = check("--org", "Some Lab")
-    org, folder = out.splitlines()
-    assert (status, org) == (0, "Some Lab")
+    org, folder, num_classes = out.splitlines()
+    assert (status, org, num_classes) == (0, "Some Lab", "4")
     assert Path(folder).is_dir()
     assert Path(folder).parent == tmp_path / "results/toy/ssd"
     assert "train: 24 images" in err
@@ -87,7 +87,48 @@ def test_the_toy_pictures_are_drawn_where_there_are_none(check, tmp_path, monkey
 def test_a_wrong_number_of_classes_is_answered_with_the_right_one(check):
     status, _, err = check("--num-classes", "81")
     assert status == 2
-    assert "Pass --num-classes 4" in err
+    assert "has 3 categories: with the background num_classes is 4, not 81. Pass --num-classes 4" in err
+    assert check("--num-classes", "4")[0] == 0
+
+
+def test_data_that_are_called_coco_and_are_not_are_refused(check):
+    status, out, err = check("--dataset", "coco2017")
+    assert (status, out) == (2, "")
+    assert "num_classes is 4, not 81" in err
+    assert "--dataset with a name of theirs" in err
+
+
+def own_data(pictures):
+    return [
+        *("--train-images", str(pictures / "train2017")),
+        *("--train-annotations", str(pictures / "annotations/instances_train2017.json")),
+        *("--val-images", str(pictures / "val2017")),
+        *("--val-annotations", str(pictures / "annotations/instances_val2017.json")),
+    ]
+
+
+def test_data_named_by_four_settings_take_the_place_of_datadir(check, pictures, tmp_path):
+    status, out, err = check(*own_data(pictures), "--dataset", "shapes", DATADIR=tmp_path / "absent")
+    assert (status, out.splitlines()[2]) == (0, "4")
+    assert "train: 24 images" in err
+    assert "classes: background, disc, square, triangle" in err
+
+
+def test_three_of_the_four_settings_are_refused_with_the_name_of_the_fourth(check, pictures):
+    status, _, err = check(*own_data(pictures)[:-2], "--dataset", "shapes")
+    assert status == 2
+    assert "--val-annotations should be given, too" in err
+    assert "--train-images should" not in err
+
+
+def test_files_of_own_data_that_are_not_there_are_named(check, pictures, tmp_path):
+    flags = own_data(pictures)
+    flags[1], flags[7] = str(tmp_path / "nowhere"), str(tmp_path / "none.json")
+    status, _, err = check(*flags, "--dataset", "shapes")
+    assert status == 2
+    for part in (f"{tmp_path / 'nowhere'}: no folder of images", f"{tmp_path / 'none.json'}: cannot be read"):
+        assert part in err
+    assert "Traceback" not in err
 
 
 def test_a_batch_larger_than_the_data_is_refused(check):

@@ -39,7 +39,6 @@ def environment(pictures, tmp_path, monkeypatch):
         "DATADIR": str(pictures),
         "RUN_DIR": str(tmp_path / "run"),
         "SSD_DATASET": "toy",
-        "SSD_NUM_CLASSES": "4",
         "SSD_DIVISION": "open",
         "SSD_DEVICE": "cpu",
     }
@@ -96,12 +95,43 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, 
     (checkpoint,) = (run / "checkpoints").iterdir()
     state = torch.load(checkpoint, weights_only=True)
     SSD300(4).load_state_dict(state["model"])
+    assert [category["name"] for category in state["categories"]] == ["disc", "square", "triangle"]
+    assert json.loads(state["config"])["num_classes"] == 4
     assert (state["epoch"], state["step"]) == (1, 2)
     assert isinstance(json.loads((run / "detections.json").read_text()), list)
     summary = record.outcome(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
     draw.main([str(run), str(tmp_path / "sheet.png"), "--images", "4", "--score", "0"])
     assert Image.open(tmp_path / "sheet.png").size == (4 * draw.TILE_PX, draw.TILE_PX)
+
+
+def test_data_of_any_classes_are_trained_on_by_four_paths_and_nothing_else(pictures, tmp_path, monkeypatch):
+    annotations = {}
+    for split in ("train", "val"):  # ids with gaps, not in order, and two classes
+        content = json.loads((pictures / f"annotations/instances_{split}2017.json").read_text())
+        content["categories"] = [{"id": 70, "name": "round"}, {"id": 9, "name": "with corners"}]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 70 if annotation["category_id"] == 1 else 9
+        annotations[split] = tmp_path / f"{split}.json"
+        annotations[split].write_text(json.dumps(content))
+    monkeypatch.setenv("SSD_DEVICE", "cpu")
+    monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
+    flags = ["--run-dir", str(tmp_path / "run"), "--target", "0"]
+    for split, file in annotations.items():
+        flags += [f"--{split}-images", str(pictures / f"{split}2017"), f"--{split}-annotations", str(file)]
+    assert train.main([*FEW_STEPS, *flags]) == 0
+    (path,) = (tmp_path / "run/checkpoints").iterdir()
+    state = torch.load(path, weights_only=True)
+    assert state["categories"] == [{"id": 9, "name": "with corners"}, {"id": 70, "name": "round"}]
+    SSD300(3).load_state_dict(state["model"])
+    assert {event.value for event in events(tmp_path / "run") if event.key == "dataset"} == {"custom"}
+    found = json.loads((tmp_path / "run/detections.json").read_text())
+    assert {detection["category_id"] for detection in found} <= {9, 70}
+
+
+def test_a_wrong_number_of_classes_ends_a_run_without_preflight_too(environment, capsys):
+    assert train.main([*FEW_STEPS, "--num-classes", "7"]) == 2
+    assert "num_classes is 4, not 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])

@@ -21,8 +21,9 @@ END
 #!/usr/bin/env bash
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
 case $2 in
-  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" || exit "$PREFLIGHT" ;;
+  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" 7 || exit "$PREFLIGHT" ;;
   detection.launch)
+    echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
       trap 'kill %1; echo "ended by $signal"; exit 130' INT
       sleep 60 3>&- &
@@ -54,6 +55,7 @@ run_and_time() {
   run_and_time --name "two words"
   [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
   grep -qF -- "-m ssd.preflight --name two words [$batch, , , data/toy]" "$calls"
+  [ "$(<"$calls.classes")" -eq 7 ] # as the checks counted them
   grep -qF -- "-m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
 }
 

@@ -1,0 +1,236 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, shared
+from detection import batch_norm, checkpoint, drawing
+from detection.config import to_json
+from detection.drawing import Mark
+from ssd import detect_images, train, trained
+from ssd.anchors import NUM_ANCHORS, make_anchors
+from ssd.config import Config
+from ssd.model import SSD300
+
+ANCHOR = NUM_ANCHORS - 4  # the square of 261 px in the middle of the last map, which has one cell
+NAMES = ("disc", "square", "triangle")
+
+
+def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
+    config = to_json(Config(dataset="toy", num_classes=model.num_classes))
+    state = {
+        "benchmark": "ssd",
+        "model": model.state_dict(),
+        "batch_norm": batch_norm.statistics(model).unsqueeze(0),
+        "config": config,
+        "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(NAMES, start=1)],
+    }
+    return checkpoint.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
+
+
+def sure_of_one_square() -> SSD300:
+    """A network that sees nothing but a square, label 2, of score .9 in the middle of any picture."""
+    model = SSD300(4)
+    for head in model.heads:
+        torch.nn.init.zeros_(head.weight)
+        with torch.no_grad():
+            per_anchor = head.bias.view(-1, 8)
+            per_anchor[:] = torch.tensor([0.0, 0, 0, 0, 20, 0, 0, 0])
+    with torch.no_grad():
+        logits = torch.tensor([0.05, 0.025, 0.9, 0.025]).log()
+        model.heads[-1].bias.view(-1, 8)[0, 4:] = logits
+    return model
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("square"), sure_of_one_square())
+
+
+def detect(capsys, *words):
+    status = detect_images.main([*map(str, words), "--device", "cpu"])
+    return status, *capsys.readouterr()
+
+
+def results(folder: Path):
+    return json.loads((folder / "detections.json").read_text())
+
+
+def test_a_box_lies_where_the_picture_is_shown(square, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 200)).save(tmp_path / "plain.png")
+    Image.new("RGB", (300, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("L", (5, 7)).save(tmp_path / "tiny.png")
+    inputs = [tmp_path / name for name in ("plain.png", "turned.jpg", "tiny.png")]
+    status, out, err = detect(capsys, square, *inputs, "--folder", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "3 detections on 3 pictures" in out
+    content = results(tmp_path / "out")
+    assert content["categories"] == [
+        {"id": 10, "name": "disc"},
+        {"id": 20, "name": "square"},
+        {"id": 30, "name": "triangle"},
+    ]
+    for entry, path, (width, height) in zip(content["images"], inputs, [(300, 200), (200, 300), (5, 7)], strict=True):
+        assert entry["file"] == str(path)
+        assert (entry["width"], entry["height"]) == (width, height)
+        (found,) = entry["detections"]
+        assert (found["category_id"], found["name"], found["score"]) == (20, "square", pytest.approx(0.9, abs=1e-4))
+        left, top, right, bottom = make_anchors().boxes_xyxy[ANCHOR].tolist()
+        wanted = [left * width, top * height, (right - left) * width, (bottom - top) * height]
+        assert found["bbox"] == pytest.approx(wanted, abs=0.01)
+    drawn = np.asarray(Image.open(tmp_path / "out" / content["images"][0]["drawn"]))
+    coloured = (drawn == drawing.colour(2)).all(axis=-1)
+    assert drawn.shape == (200, 300, 3)
+    assert coloured[100, 20] or coloured[100, 19]
+    assert not coloured[60:180, 60:250].any()
+
+
+def test_a_picture_is_answered_alike_in_any_batch_and_turned_or_not(tmp_path, capsys):
+    torch.manual_seed(0)
+    path = write_checkpoint(tmp_path, SSD300(4))
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((160, 120))
+        image.save(tmp_path / f"{name}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "a.png").transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+    inputs = [tmp_path / f"{name}.png" for name in ("a", "turned", "b", "c")]
+    for size in ("1", "3"):
+        detect(capsys, path, *inputs, "--score", "0.4", "--batch-size", size, "--folder", tmp_path / f"by{size}")
+    found = []
+    for size in ("1", "3"):
+        entries = results(tmp_path / f"by{size}")["images"]
+        found.append([[d["bbox"] for d in entry["detections"][:10]] for entry in entries])
+    np.testing.assert_allclose(found[0], found[1], atol=0.05)
+    np.testing.assert_allclose(found[0][0], found[0][1], atol=0.05)
+    assert not np.allclose(found[0][0], found[0][2], atol=0.05)
+
+
+def test_broken_pictures_are_named_and_the_others_go_on(square, tmp_path, capsys):
+    Image.new("CMYK", (30, 20)).save(tmp_path / "good.jpg")
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:300])
+    inputs = [tmp_path / "broken.jpg", tmp_path / "absent.png", tmp_path / "good.jpg"]
+    status, out, err = detect(capsys, square, *inputs, "--folder", tmp_path / "out")
+    assert status == 2
+    assert "2 of 3 pictures could not be read" in err
+    assert "1 detections on 1 pictures" in out
+    for entry, path in zip(results(tmp_path / "out")["images"], inputs, strict=True):
+        assert entry["file"] == str(path)
+        assert (str(path) in entry.get("error", "")) == (path.name != "good.jpg")
+        assert (str(path) in err) == (path.name != "good.jpg")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "good.png"]
+
+
+def test_no_file_is_overwritten_that_an_earlier_call_did_not_write(square, tmp_path, capsys):
+    for name in ("x.png", "sub/x.png", "X.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20), "blue").save(tmp_path / name)
+    (tmp_path / "x_2.png").write_text("not ours")
+    before = {name: (tmp_path / name).read_bytes() for name in ("x.png", "sub/x.png", "X.jpg", "x_2.png")}
+    inputs = [tmp_path / name for name in ("x.png", "sub/x.png", "X.jpg")]
+    for _ in range(2):
+        assert detect(capsys, square, *inputs, "--folder", tmp_path)[0] == 0
+        drawn = [entry["drawn"] for entry in results(tmp_path)["images"]]
+        assert len({name.lower() for name in drawn}) == 3
+        assert drawn[:2] == ["x_3.png", "x_4.png"]
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+def test_another_programs_results_are_left_alone(square, tmp_path, capsys):
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
+    (tmp_path / "detections.json").write_text("[]")
+    status, _, err = detect(capsys, square, tmp_path / "x.png", "--folder", tmp_path)
+    assert status == 2
+    assert "is another program's" in err
+    assert (tmp_path / "detections.json").read_text() == "[]"
+
+
+def test_a_checkpoint_that_is_older_than_its_names_calls_them_by_number(tmp_path, capsys):
+    path = write_checkpoint(tmp_path, sure_of_one_square())
+    state = torch.load(path, weights_only=True)
+    del state["categories"]
+    torch.save(state, path)
+    assert [category.name for category in trained.load(path).categories] == ["1", "2", "3"]
+
+
+def test_mistakes_are_one_message_and_2(square, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
+    for words, message in (
+        ((tmp_path / "absent.pt", tmp_path / "x.png"), "absent.pt: the checkpoint cannot be read"),
+        ((tmp_path / "x.png", tmp_path / "x.png"), "x.png: the checkpoint is cut off or damaged, or it is none"),
+        ((square, tmp_path / "x.png", "--folder", tmp_path / "file"), "file cannot be written (File exists)"),
+    ):
+        status, _, err = detect(capsys, *words)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        detect(capsys, square, tmp_path / "x.png", "--score", "1.5")
+    assert end.value.code == 2
+    assert "1.5: should be at least 0 and below 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (9000, 3), (640, 480)])
+@pytest.mark.parametrize("ground", ["black", "white", "red"])
+def test_boxes_and_names_stand_out_on_any_ground_and_size(size, ground):
+    image = Image.new("RGB", size, ground)
+    drawn = drawing.draw(image, [Mark((0, 0, size[0], size[1]), 1, "name 0.50")])
+    assert image.getcolors() == [(size[0] * size[1], Image.new("RGB", (1, 1), ground).getpixel((0, 0)))], "a copy"
+    assert drawing.LEAST_SIDE_PX <= max(drawn.size) <= max(drawing.LEAST_SIDE_PX, drawing.MOST_SIDE_PX)
+    pixels = np.asarray(drawn)
+    assert (pixels == drawing.colour(1)).all(axis=-1).any()
+    if min(size) > 1:
+        assert (pixels == 0).all(axis=-1).any(), "text and rim are black"
+
+
+def test_black_can_be_read_on_every_colour():
+    def luminance(colour):  # WCAG 2
+        parts = [part / 255 for part in colour]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    colours = [drawing.colour(label) for label in range(1, 81)]
+    assert min((luminance(colour) + 0.05) / 0.05 for colour in colours) > 4.5  # its level AA
+    assert len(set(colours)) == 80
+
+
+def test_the_text_of_a_box_at_the_border_is_inside_the_picture():
+    box = (400.0, 0.0, 499.0, 40.0)
+    marked = np.asarray(drawing.draw(Image.new("RGB", (500, 400)), [Mark(box, 1, "a long name 0.99")]))
+    alone = np.asarray(
+        drawing.draw(Image.new("RGB", (500, 400)), [Mark((0.0, 200.0, 499.0, 399.0), 1, "a long name 0.99")])
+    )
+    inked = [int(((part > 0).all(axis=-1)).sum()) for part in (marked[:25, 300:], alone[175:200])]
+    assert inked[0] >= inked[1] * 0.9, "as much of the label is seen as where there is room"
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_three_categories_work_from_training_to_drawn_pictures(tmp_path, capsys):
+    data = shared("data/bccd")
+    flags = ["--run-dir", str(tmp_path / "run"), "--device", "cpu", "--batch-size", "4", "--num-workers", "0"]
+    for split in ("train", "val"):
+        flags += [f"--{split}-images", str(data / f"{split}2017")]
+        flags += [f"--{split}-annotations", str(data / f"annotations/instances_{split}2017.json")]
+    assert train.main([*flags, "--max-steps", "3", "--division", "open"]) == 3
+    (path,) = (tmp_path / "run/checkpoints").iterdir()
+    command = [sys.executable, "-m", "ssd.detect_images", str(path), str(data / "val2017"), "--score", "0.01"]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path / "out")], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    content = results(tmp_path / "out")
+    assert {category["name"] for category in content["categories"]} == {"RBC", "WBC", "Platelets"}
+    assert len(content["images"]) == len(list((tmp_path / "out").glob("*.png"))) == 72
+    assert sum(len(entry["detections"]) for entry in content["images"]) > 72
