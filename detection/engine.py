@@ -169,7 +169,13 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
         model.compile()
     return State(
         model=ranks.wrap(model, config.gradient_dtype),
-        optimizer=optim.make_sgd(model, kernels=config.sgd, momentum=config.momentum, weight_decay=config.weight_decay),
+        optimizer=optim.make_sgd(
+            model,
+            kernels=config.sgd,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_biases=config.decay_biases,
+        ),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
     )

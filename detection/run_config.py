@@ -50,12 +50,16 @@ class RunConfig:
     )
     momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
     weight_decay: float
+    decay_biases: bool = setting(True, help="weight decay on biases and batch norm, too (MLPerf SSD: yes)")
     freeze_batch_norm: bool = setting(
         False, help="use batch norm's running statistics and train neither its weights nor its biases"
     )
     seed: int | None = setting(None, ge=0, lt=2**32, help="of everything random; none takes one from the system")
     epochs: int
     eval_epochs: EvalEpochs
+    checkpoint: str = setting(
+        "", help="weights of the whole network to start from: a checkpoint of this program, or a public one"
+    )
 
     data_dir: Path = setting(Path("data/coco"), env="DATADIR", heading="Data", help="folder in the layout of COCO 2017")
     dataset: str = setting(

@@ -22,7 +22,7 @@ from typing import Literal
 from detection import coco, rehearsal, run_folder, shared_memory, toy
 from detection.config import InputError, System, describe, read_system
 from mlperf import rules
-from ssd.config import Config, load
+from ssd.config import Config, how_to_fetch, load
 
 IMAGE_BYTES = 3 * 300 * 300  # as workers hand them over
 
@@ -63,6 +63,8 @@ def judge(config: Config, system: System, everything: bool) -> list[str]:
         "target": config.target,
         "eval_epochs": tuple(block[-1] for block in config.blocks()),
         "dataset": config.dataset,
+        "network": config.network_name,
+        "checkpoint": config.checkpoint or "none",
     }
     findings = rules.judge("ssd", config.ruleset, config.division, values)
     named = f"MLPerf {config.ruleset} {config.division}"
@@ -94,11 +96,16 @@ def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], 
         shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * IMAGE_BYTES)
     except InputError as error:
         mistakes.append(str(error))
-    if config.backbone:
+    if config.checkpoint:
+        try:
+            facts.append(check_checkpoint(config))
+        except InputError as error:
+            mistakes.append(str(error))
+    elif config.backbone:
         try:
             facts.append(check_backbone(Path(config.backbone)))
         except InputError as error:
-            mistakes.append(f"{error}. Run ./get_resnet34_backbone.sh, or start at random with --backbone ''")
+            mistakes.append(f"{error}. Run {how_to_fetch(config.trunk_name)}, or start at random with --backbone ''")
     return facts, mistakes
 
 
@@ -177,6 +184,16 @@ def check_backbone(path: Path) -> str:
     if not sound:
         raise InputError(f"backbone {path} is damaged or cut off")
     return f"backbone: {path} ({path.stat().st_size:,} bytes, SHA-256 {digest[:8]}...)"
+
+
+def check_checkpoint(config: Config) -> str:
+    """Read the weights of the whole network, and hold them against the network of the settings."""
+    from ssd import weights  # with torch, which only this check needs
+
+    path = Path(config.checkpoint)
+    found = weights.read(path)
+    weights.check(found, weights.wanted(config), path)
+    return f"checkpoint: {path} ({found.origin}; {found.network})"
 
 
 def make(folder: Path, config: Config) -> None:

@@ -15,7 +15,7 @@ from detection.metric import to_results
 from mlperf import check
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
-from ssd import augment, backbone
+from ssd import augment, backbone, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
@@ -35,9 +35,9 @@ def train(config: Config, process: start.Process) -> int:
     ranks = process.ranks
     evaluation = Evaluation(config, ranks)
     with start.opened(config, process) as run:
-        model = SSD300(config.num_classes)
-        if config.backbone and not run.resumed:
-            backbone.load(model.backbone, Path(config.backbone))
+        model = make_model(config)
+        if not run.resumed:
+            load_weights(model, config)
         if not run.continues:
             log_hyperparameters(run.log, config, ranks, model)
         outcome = engine.run(make_benchmark(config, ranks, run.seed, model, evaluation), run)
@@ -53,6 +53,19 @@ def train(config: Config, process: start.Process) -> int:
             print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
             return 1
     return 0 if outcome.reached else engine.NOT_REACHED
+
+
+def make_model(config: Config) -> SSD300:
+    """The network that the settings name, with random weights."""
+    return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm)
+
+
+def load_weights(model: SSD300, config: Config) -> None:
+    """Load what the settings name: the whole network, or else its trunk, or nothing; raises InputError."""
+    if config.checkpoint:
+        print(f"{config.checkpoint}: weights of {weights.load(model, Path(config.checkpoint)).origin}", flush=True)
+    elif config.backbone:
+        backbone.load(model.backbone, Path(config.backbone))
 
 
 def make_benchmark(
@@ -120,8 +133,9 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, model: SSD
     """Say what the run is made of: the recipe, and each tensor that was initialised."""
     for key, value in config.hyperparameters(ranks.world_size).items():
         log.point(key, value)
+    named = ssd_tensor_name if config.network_name == "ssd300-r34" else str  # the rules know no other network
     for name, _ in model.named_parameters():
-        log.point("weights_initialization", tensor=ssd_tensor_name(name))
+        log.point("weights_initialization", tensor=named(name))
 
 
 def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, folder: Path) -> None:

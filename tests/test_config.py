@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detection.config import InputError, Topology, describe, read_system, read_topology, to_json
-from ssd.config import Config, load
+from ssd.config import BACKBONE_FILES, Config, load
 
 ROOT = Path(__file__).parent.parent
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
@@ -246,7 +246,8 @@ def test_every_config_file_leaves_folders_and_ranks_to_the_user(system):
     assert load([], environ).config.data_dir == Path("/here")
     assert read_system(environ).ranks_per_node == 3
     if system not in ("toy", "rehearsal"):
-        assert load([], environ).config.backbone == "/weights/resnet34-333f7ec4.pth"
+        config = load([], environ).config
+        assert config.backbone == f"/weights/{BACKBONE_FILES[config.trunk_name]}"
 
 
 @pytest.mark.parametrize(
@@ -259,3 +260,20 @@ def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_bat
     assert config.global_batch_size(world_size) == global_batch_size
     assert config.peak_lr(world_size) == peak_lr
     assert (config.weight_decay, config.warmup_steps, config.decay_epochs) == (weight_decay, 650, (44, 55))
+
+
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system.startswith("SSD300v1.1")])
+def test_the_config_files_of_ssd300_v1_1_hold_its_recipe(system):
+    config = load([], exported(system)).config
+    assert (config.network_name, config.trunk_name, config.extras_batch_norm) == ("ssd300-r50", "resnet50", True)
+    assert (config.base_lr, config.epochs, config.decay_epochs) == (2.6e-3, 65, (43, 54))
+    assert config.eval_epochs == (21, 31, 37, 42, 48, 53, 59, 64)
+    assert (config.weight_decay, config.decay_biases, config.warmup_steps) == (5e-4, False, 300)
+    assert config.division == "open"
+
+
+def test_the_trunk_follows_the_network_unless_it_is_named():
+    assert settings().network_name == "ssd300-r34"
+    assert settings("--network", "ssd300-r50").trunk_name == "resnet50"
+    assert settings("--network", "ssd300-r50", "--trunk", "resnet101").network_name == "ssd300-r50 on resnet101"
+    assert "--trunk=vgg16" in refusal("--trunk", "vgg16")
