@@ -1,6 +1,6 @@
 """What is trained and how far it has come, and what surrounds it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from detection.device import Precision
 from detection.distributed import Ranks
 from detection.interruption import Interruption
+from detection.phases import Phases
 from detection.progress import Progress
 from detection.resume import Resumed
 from detection.run_config import RunConfig
@@ -32,8 +33,7 @@ class State:
     epoch: int = 0
     samples: int = 0
     evaluated: bool = True
-    forward_s: float = 0.0
-    """When the last forward pass was over, on time.monotonic's clock."""
+    phases: Phases = field(default_factory=Phases)
 
     def begin(self, epoch: int) -> None:
         """An epoch starts."""

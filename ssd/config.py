@@ -109,6 +109,11 @@ class Config(RunConfig):
         """Whether the extra blocks have batch norm."""
         return self.network == "ssd300-r50"
 
+    @property
+    def trunk_weights(self) -> str:
+        """The ImageNet weights that a run starts from, if it does: not with those of a checkpoint."""
+        return self.backbone if self.mode == "train" and not self.checkpoint else ""
+
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""
         lr = self.base_lr * self.global_batch_size(world_size) / 32

@@ -16,7 +16,7 @@ from detection.prefetch import prefetch
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import EvalBatch, SSDData
+from ssd.data import EvalBatch, SSDEvalData
 from ssd.detect import Detections, detect
 
 
@@ -29,26 +29,29 @@ class Evaluation:
         self.config, self.ranks = config, ranks
         self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
 
-    def __call__(self, model: nn.Module, data: SSDData) -> dict[str, float]:
+    def __call__(self, model: nn.Module, data: SSDEvalData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
         device = self.ranks.device
         category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=device)
         found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=device)]
-        for batch in prefetch(data.eval_batches(), device):
-            deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
-            detections = detect(
-                deltas,
-                logits,
-                make_anchors(device),
-                score_threshold=self.config.score_threshold,
-                nms_iou=self.config.nms_iou,
-                max_detections=self.config.max_detections,
-            )
-            found.append(to_rows(detections, batch, category_ids))
+        batches = prefetch(data.eval_batches(), device)
+        found += (to_rows(self.detect(model, batch), batch, category_ids) for batch in batches)
         self.annotation_file = data.val.annotation_file
         self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
         figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
         return figures
+
+    def detect(self, model: nn.Module, batch: EvalBatch) -> Detections:
+        """What the model sees in a batch on the device."""
+        deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
+        return detect(
+            deltas,
+            logits,
+            make_anchors(self.ranks.device),
+            score_threshold=self.config.score_threshold,
+            nms_iou=self.config.nms_iou,
+            max_detections=self.config.max_detections,
+        )
 
     def confirm(self) -> dict[str, float]:
         """The figures of the last time again, by the official library."""

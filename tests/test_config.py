@@ -151,6 +151,19 @@ def test_the_peak_learning_rate_is_linear_in_the_global_batch():
     assert config.peak_lr(4) == pytest.approx(2.5e-3 * 8)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--mode", "evaluate"), "pass --checkpoint FILE"),
+        (("--mode", "benchmark-training", "--resume", "auto"), "resumes nothing"),
+        (("--mode", "benchmark-inference", "--evaluate-first"), "--evaluate-first is for --mode train"),
+        (("--mode", "training"), "--mode=training: should be"),
+    ],
+)
+def test_modes_that_cannot_be_are_refused(flags, said):
+    assert said in refusal(*flags)
+
+
 def test_blocks_lie_between_the_scheduled_evaluations():
     assert Config().blocks() == [
         range(1, 41), range(41, 51), range(51, 56), range(56, 61),
