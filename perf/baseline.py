@@ -207,7 +207,7 @@ class PlainSSD300(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.backbone = Backbone()
-        channels = map_channels(self.backbone.name)
+        channels = map_channels("resnet34")
         self.extras = make_extras(channels)
         sizes = list(zip(channels, ANCHORS_PER_CELL, strict=True))
         self.loc = nn.ModuleList(nn.Conv2d(c, 4 * n, kernel_size=3, padding=1) for c, n in sizes)
