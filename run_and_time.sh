@@ -25,6 +25,9 @@ environment (paths are relative to the folder of this script):
 
 A setting of the recipe that the config file names is changed by a flag, not by a variable.
 
+Other modes: --mode evaluate --checkpoint FILE prints the twelve figures; --mode benchmark-training and
+benchmark-inference say how fast this machine is. They exit with 0 when they are done, and print no RESULT.
+
 exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target
 END
 }
@@ -77,7 +80,7 @@ if $dry_run; then
   "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
 else
   checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
-  { read -r org && read -r RUN_DIR && read -r num_classes; } <<<"$checked"
+  { read -r org && read -r RUN_DIR && read -r mode && read -r num_classes; } <<<"$checked"
   export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # counted here: the run may not look before its clock
 fi
 
@@ -119,7 +122,7 @@ drop_caches() {
   fi
 }
 # run_with_docker.sh drops them outside the container, which may not, and says so.
-if [[ -z ${CACHES_CLEARED:-} ]]; then
+if [[ -z ${CACHES_CLEARED:-} && $mode == train ]]; then
   CACHES_CLEARED=0
   drop_caches
 fi
@@ -155,6 +158,10 @@ end_s=$(date +%s)
 echo "ENDING TIMING RUN AT $(timestamp)"
 
 if ((status == 0 && NODE_RANK == 0)); then
+  if [[ $mode != train ]]; then
+    echo "No RESULT line: --mode $mode trains nothing to a target. What it gave is above, and in $RUN_DIR"
+    exit
+  fi
   if grep -qs '"key": "resumed"' "$RUN_DIR/result_${EXPERIMENT:-0}.txt"; then
     echo "No RESULT line: the run was resumed, and this was the time of its last part"
     exit

@@ -168,6 +168,12 @@ def tune(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def pci_address(device: torch.device) -> str | None:
     """An accelerator's PCI address, as the system writes it (0000:dc:00.0); None where torch does not tell."""
     if device.type == "cpu":

@@ -6,7 +6,7 @@ Written in the order of the MLPerf events. What is trained is a `Benchmark`: pla
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -39,11 +39,19 @@ class Share(NamedTuple, Generic[Batch]):
     weight: float
 
 
-class TrainData(Protocol[Batch]):
-    """The data set, opened after the clock has started."""
+class EvalData(Protocol):
+    """The images to evaluate, opened after the clock has started."""
+
+    eval_samples: int
+
+    def eval_batches(self) -> Iterator[Any]:
+        """This rank's evaluation images, in batches; each image is on one rank."""
+
+
+class TrainData(EvalData, Protocol[Batch]):
+    """The whole data set, opened after the clock has started."""
 
     train_samples: int
-    eval_samples: int
     steps_per_epoch: int
     categories: tuple[Category, ...]
 
@@ -56,16 +64,20 @@ class Benchmark(Generic[Batch]):
     """What the loop needs to know about what it trains.
 
     model: on the CPU, with its first weights. loss: sum of the losses of the images of a batch on the device, ().
-    made_up_batch: of the real shape, drawn without data. learning_rate: of a step (from 0) in an epoch (from 1).
-    evaluate: the metrics over all evaluation images, the same numbers on every rank. targets: metrics that end the
-    run when all are reached. accuracy: what MLPerf's eval_accuracy says of the metrics.
+    made_up_batch: of the real shape, drawn without data, and made_up_eval_batch. learning_rate: of a step (from 0)
+    in an epoch (from 1). detect: what the model sees in a batch of evaluation images on the device. evaluate: the
+    metrics over all of them, the same numbers on every rank. targets: metrics that end the run when all are reached.
+    accuracy: what MLPerf's eval_accuracy says of the metrics.
     """
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
     made_up_batch: Callable[[], Batch]
+    made_up_eval_batch: Callable[[], Any]
     open_data: Callable[[], TrainData[Batch]]
+    open_eval_data: Callable[[], EvalData]
     learning_rate: Callable[[int, int], float]
+    detect: Callable[[nn.Module, Any], object]
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
     targets: Mapping[str, float]
     accuracy: Callable[[Mapping[str, float]], object]
@@ -102,14 +114,17 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     if not run.continues:
         run.log.end("init")
         run.log.start("run")  # the clock; no byte of the data set was read above
+    run.progress.start_clock(facts(benchmark, run, state))
     if run.resumed:
         run.log.point("resumed", run.resumed.path.name, epoch_num=state.epoch, step=state.step)
     try:
         outcome = train(state, benchmark, run)
-    except BaseException:
+    except BaseException as error:
         run.log.end("run", status="aborted")
+        run.progress.end(converged=False, stopped_by=type(error).__name__)
         raise
     run.log.end("run", status="success" if outcome.reached else "aborted", epoch_num=outcome.epoch)
+    run.progress.end(converged=outcome.reached)
     return outcome
 
 
@@ -122,6 +137,11 @@ def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
         log.point("train_samples", data.train_samples)
         log.point("eval_samples", data.eval_samples)
     progress.begin(data.steps_per_epoch * run.config.epochs, run.config.epochs, first_step=state.step)
+
+    if run.config.evaluate_first and not run.resumed:
+        metrics = evaluate_once(state, data, benchmark, run)
+        log.point("accuracy_before_training", benchmark.accuracy(metrics))
+        progress.resume()
 
     for block in run.config.blocks():
         if block[-1] < state.epoch + state.evaluated:
@@ -151,13 +171,33 @@ def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
         log.point("eval_accuracy", benchmark.accuracy(metrics), epoch_num=epoch)
         log.end("eval", epoch_num=epoch)
         progress.evaluated(epoch, metrics, benchmark.targets)
-        reached = all(metrics[name] >= target for name, target in benchmark.targets.items())
+        reached = all_reached(metrics, benchmark.targets)
         state.evaluated = True
         snapshot.save(state, run, snapshot.positions(run), score=metrics[next(iter(benchmark.targets))])
         progress.resume()
         if reached:
             break
     return Outcome(reached, epoch, metrics)
+
+
+def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, object]:
+    """What the event log says of a run at its start."""
+    config, ranks = run.config, run.ranks
+    return {
+        "benchmark": config.benchmark,
+        "network": config.network_name,
+        "mode": config.mode,
+        "system": config.system,
+        "ranks": ranks.world_size,
+        "device": device.describe(ranks.device),
+        "precision": state.precision.name,
+        "torch": torch.__version__,
+        "seed": run.seed,
+        "global_batch_size": config.global_batch_size(ranks.world_size),
+        "epochs": config.epochs,
+        "targets": dict(benchmark.targets),
+        "resumed_from": run.resumed.path.name if run.resumed else None,
+    }
 
 
 def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State:
@@ -172,7 +212,13 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
         model.compile()
     return State(
         model=ranks.wrap(model, config.gradient_dtype),
-        optimizer=optim.make_sgd(model, kernels=config.sgd, momentum=config.momentum, weight_decay=config.weight_decay),
+        optimizer=optim.make_sgd(
+            model,
+            kernels=config.sgd,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_biases=config.decay_biases,
+        ),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
     )
@@ -209,6 +255,7 @@ def train_epoch(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch
     config, ranks, progress, epoch = run.config, run.ranks, run.progress, state.epoch
     set_training(state.model, config)
     lr = 0.0
+    progress.begin_epoch()
     with run.interruption.deferred():
         mark_s = time.monotonic()
         for share in prefetch(data.shares(epoch, state.samples), ranks.device):
@@ -216,7 +263,7 @@ def train_epoch(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch
             loss = train_step(state, share, lr, benchmark, config, ranks)
             state.samples += share.num_images
             run.watchdog.beat()
-            alone_s = state.forward_s - mark_s
+            alone_s = state.phases.end_s["forward"] - mark_s
             progress.step(state.step - 1, epoch, loss=loss, num_images=share.num_images, lr=lr, alone_s=alone_s)
             if config.saves_after("steps", state.step):
                 snapshot.save(state, run, snapshot.positions(run))
@@ -226,6 +273,7 @@ def train_epoch(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch
                 raise Stopped(f"max_steps: {state.step} steps are made", NOT_REACHED)
             mark_s = time.monotonic()
         progress.read(state.step - 1, epoch, lr=lr)
+        progress.end_epoch(epoch, step=state.step)
         if config.saves_after("epochs", epoch):
             snapshot.save(state, run, snapshot.positions(run))
         stop_if_asked(state, run, at_once=True)
@@ -263,22 +311,58 @@ def train_step(
             with ranks.no_sync(state.model) if number < len(parts) else nullcontext():
                 with state.precision.autocast(ranks.device):
                     loss = benchmark.loss(state.model, part) * share.weight
-                state.forward_s = time.monotonic()
+                state.phases.end("forward")
                 state.scaler.scale(loss).backward()
             total += loss.detach()
+            state.phases.end("backward")
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.phases.end("optimiser")
     state.step += 1
     return total
 
 
-@torch.inference_mode()
-def evaluate(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch], run: Run) -> dict[str, float]:
+def evaluate_only(benchmark: Benchmark[Batch], run: Run) -> Outcome:
+    """Evaluate the model with the weights that it has; nothing is trained, and no MLPerf log is written."""
+    state = build(benchmark, run.config, run.ranks)
+    run.progress.start_clock(facts(benchmark, run, state))
+    metrics = evaluate_once(state, benchmark.open_eval_data(), benchmark, run)
+    outcome = Outcome(all_reached(metrics, benchmark.targets), 0, metrics)
+    run.progress.end(converged=outcome.reached)
+    return outcome
+
+
+def evaluate_once(state: State, data: EvalData, benchmark: Benchmark[Batch], run: Run) -> dict[str, float]:
+    """The metrics of a model that is not trained yet, shown."""
+    run.progress.pause()
+    metrics = evaluate(state, data, benchmark, run)
+    run.progress.evaluated(0, metrics, benchmark.targets)
+    return metrics
+
+
+def evaluate(state: State, data: EvalData, benchmark: Benchmark[Batch], run: Run) -> dict[str, float]:
     """The metrics of the model as it is now."""
+    with evaluating(state, run) as model:
+        return benchmark.evaluate(model, data)
+
+
+@contextmanager
+def evaluating(state: State, run: Run) -> Iterator[nn.Module]:
+    """The model as it is to be evaluated, and what surrounds that."""
     model = run.ranks.unwrap(state.model)
     model.eval()
-    with run.watchdog.patient(), device.eager(), state.precision.autocast(run.ranks.device):
-        return benchmark.evaluate(model, data)
+    with (
+        torch.inference_mode(),
+        run.watchdog.patient(),
+        device.eager(),
+        state.precision.autocast(run.ranks.device),
+    ):
+        yield model
+
+
+def all_reached(metrics: Mapping[str, float], targets: Mapping[str, float]) -> bool:
+    """Whether every target is met."""
+    return all(metrics[name] >= target for name, target in targets.items())
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:

@@ -1,17 +1,28 @@
 """The optimiser and its learning rate."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from detection.config import InputError
 
 
-def make_sgd(model: nn.Module, *, kernels: str, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD over all trained parameters in one group; the loop sets the learning rate.
+def make_sgd(
+    model: nn.Module, *, kernels: str, momentum: float, weight_decay: float, decay_biases: bool = True
+) -> torch.optim.Optimizer:
+    """SGD over all trained parameters; the loop sets the learning rate.
 
-    kernels: whose fused update, "torch" or "apex"; both compute the same. InputError where apex is not installed.
+    kernels: whose fused update, "torch" or "apex"; both compute the same. decay_biases: whether biases and batch
+    norm decay, too; if not, they make a group of their own. InputError where apex is not installed.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[dict[str, Any]] = [{"params": trained}]
+    if not decay_biases:
+        parameters = [
+            {"params": [parameter for parameter in trained if parameter.dim() > 1]},
+            {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
     if kernels == "torch":
         return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
     try:

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detection.board import Board
 from detection.distributed import Ranks
+
+# What the last event of a run repeats from its first, so that each can be read by itself.
+SHARED_FACTS = ("benchmark", "network", "mode", "system", "ranks", "device", "precision", "global_batch_size")
 
 
 class Diverged(ArithmeticError):
@@ -27,20 +33,89 @@ class Progress:
     On a terminal there is a bar, elsewhere a line each time the loss is read.
     """
 
-    def __init__(self, ranks: Ranks, metrics_file: Path | None, *, log_every: int):
+    def __init__(
+        self,
+        ranks: Ranks,
+        metrics_file: Path | None,
+        *,
+        log_every: int,
+        summary_file: Path | None = None,
+        board: Board | None = None,
+    ):
         self.ranks, self.log_every = ranks, log_every
+        self.summary_file, self.board = summary_file, board
         self.file = metrics_file.open("a", buffering=1) if metrics_file and ranks.is_first else None
         self.bar: tqdm[None] | None = None
         self.on_terminal = sys.stderr.isatty()
-        self.start_s = time.monotonic()
+        self.open_s = self.clock_s = self.start_s = time.monotonic()
+        self.totals = Totals()
+        self.epoch_totals = Totals()
+        self.last_evaluation: dict[str, object] = {"epoch": None, "metrics": {}}
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.steps = self.images = 0
         self.alone_s = 0.0
-        self.mark_s = self.start_s
+        self.mark_s = self.pause_s = self.start_s
         self.slow_epoch = 0
 
+    def start_clock(self, facts: Mapping[str, object]) -> None:
+        """The clock runs; facts: what the run is, for its first event."""
+        self.clock_s = time.monotonic()
+        self.facts = facts
+        start = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.write("run_start", start=start, init_s=round(self.clock_s - self.open_s, 3), **facts)
+
+    def begin_epoch(self) -> None:
+        """An epoch starts, or goes on."""
+        self.epoch_totals = Totals()
+        self.epoch_s = time.monotonic()
+
+    def end_epoch(self, epoch: int, *, step: int) -> None:
+        """An epoch is over, after `step` steps of the run; all its losses are read."""
+        done = self.epoch_totals
+        done.train_s = time.monotonic() - self.epoch_s
+        self.write(
+            "epoch",
+            epoch=epoch,
+            step=step,
+            loss=done.loss_sum / max(1, done.steps),
+            images=done.images,
+            images_per_s=done.images / done.train_s,
+            seconds=round(done.train_s, 3),
+        )
+        self.totals.train_s += done.train_s
+
+    def end(self, *, converged: bool, **more: object) -> None:
+        """The run is over: its last event, and the file of --summary. more: what else is to be said."""
+        now_s = time.monotonic()
+        done = self.totals
+        self.summarise(
+            {
+                **{name: self.facts[name] for name in SHARED_FACTS},
+                "converged": converged,
+                **self.last_evaluation,
+                "targets": self.facts["targets"],
+                "e2e_s": round(now_s - self.open_s, 3),
+                "init_s": round(self.clock_s - self.open_s, 3),
+                "run_s": round(now_s - self.clock_s, 3),
+                "train_s": round(done.train_s, 3),
+                "eval_s": round(done.eval_s, 3),
+                "images": done.images,
+                "images_per_s": done.images / done.train_s if done.train_s else None,
+                **more,
+            }
+        )
+
+    def summarise(self, values: Mapping[str, object]) -> None:
+        """Write the outcome of a run, as its last event and to the file of --summary."""
+        self.write("summary", **values)
+        if self.summary_file is not None and self.ranks.is_first:
+            try:
+                self.summary_file.write_text(json.dumps(values, indent=2) + "\n")
+            except OSError as error:
+                self.say(f"warning: {self.summary_file} could not be written: {error.strerror}")
+
     def begin(self, num_steps: int, num_epochs: int, first_step: int) -> None:
-        """The clock runs: of `num_steps` steps in `num_epochs` epochs those from `first_step` on lie ahead."""
+        """The data are open: of `num_steps` steps in `num_epochs` epochs those from `first_step` on lie ahead."""
         self.num_steps, self.num_epochs, self.first_step = num_steps, num_epochs, first_step
         self.start_s = self.mark_s = time.monotonic()
         if self.ranks.is_first and self.on_terminal:
@@ -71,6 +146,8 @@ class Progress:
         now_s = time.monotonic()
         step_s = (now_s - self.mark_s) / self.steps
         rate = self.images / (now_s - self.mark_s)
+        for totals in (self.totals, self.epoch_totals):
+            totals.add(self.steps, self.images, loss * self.steps)
         self.loss_sum.zero_()
         self.steps = self.images = 0
         self.alone_s = 0.0
@@ -110,9 +187,12 @@ class Progress:
         self.start_s += paused_s
 
     def evaluated(self, epoch: int, metrics: Mapping[str, float], targets: Mapping[str, float]) -> None:
-        """Show the figures of an evaluation, and how far they are from the targets."""
-        self.write("evaluation", epoch=epoch, metrics=dict(metrics))
-        self.say(f"evaluation after epoch {epoch}")
+        """Show the figures of an evaluation, and how far they are from the targets; epoch 0 is before training."""
+        self.last_evaluation = {"epoch": epoch, "metrics": dict(metrics)}
+        seconds = time.monotonic() - self.pause_s
+        self.totals.eval_s += seconds
+        self.write("evaluation", epoch=epoch, seconds=round(seconds, 3), metrics=dict(metrics))
+        self.say(f"evaluation after epoch {epoch}" if epoch else "evaluation of the weights as they were loaded")
         for row in range(0, len(metrics), 6):
             self.say("  " + "  ".join(f"{k:>5} {v:6.4f}" for k, v in list(metrics.items())[row : row + 6]))
         for name, target in targets.items():
@@ -134,9 +214,11 @@ class Progress:
             self.bar.clear()
 
     def write(self, event: str, **values: object) -> None:
-        """Append an event to metrics.jsonl."""
+        """Append an event to metrics.jsonl, as docs/EVENTS.md describes them."""
+        if self.board is not None:
+            self.board.add(event, values)
         if self.file is not None:
-            line = {"event": event, "time_s": round(time.monotonic() - self.start_s, 3), **values}
+            line = {"event": event, "time_s": round(time.monotonic() - self.clock_s, 3), **values}
             try:
                 self.file.write(json.dumps(line) + "\n")
             except OSError as error:  # a full disk costs the figures, not the run
@@ -153,6 +235,25 @@ class Progress:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+@dataclass
+class Totals:
+    """What was trained, and how long it took: train_s without evaluations, eval_s those alone."""
+
+    steps: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+
+    def add(self, steps: int, images: int, loss_sum: float) -> None:
+        """Count some steps; loss_sum: the sum of their losses."""
+        self.steps += steps
+        self.images += images
+        self.loss_sum += loss_sum
 
 
 def slowest(alone_s: list[float], step_s: float) -> int | None:

@@ -11,7 +11,10 @@ from detection.config import InputError, to_json
 from detection.run_config import RunConfig
 
 # Settings that may change from start to start of one run: they say nothing about what is trained.
-INCIDENTAL = {"resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "experiment"}
+INCIDENTAL = {
+    "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "experiment",
+    "checkpoint", "evaluate_first", "summary", "tensorboard",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

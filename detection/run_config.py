@@ -37,12 +37,16 @@ class RunConfig:
 
     benchmark: ClassVar[str]
 
+    mode: Literal["train", "evaluate", "benchmark-training", "benchmark-inference"] = setting(
+        "train",
+        heading="Run",
+        help="evaluate: the figures of --checkpoint; the benchmark modes: how fast, in img/s. Only train has a RESULT",
+    )
     batch_size: int = setting(
         32,
         ge=1,
         le=65536,
         unit="images per accelerator and optimiser step",
-        heading="Run",
         help="the learning rate follows it",
     )
     accumulation_steps: int = setting(
@@ -56,12 +60,22 @@ class RunConfig:
     )
     momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
     weight_decay: float
+    decay_biases: bool = setting(True, help="weight decay on biases and batch norm, too (MLPerf SSD: yes)")
     freeze_batch_norm: bool = setting(
         False, help="use batch norm's running statistics and train neither its weights nor its biases"
     )
     seed: int | None = setting(None, ge=0, lt=2**32, help="of everything random; none takes one from the system")
     epochs: int
     eval_epochs: EvalEpochs
+    checkpoint: str = setting(
+        "", help="weights of the whole network to start from or evaluate: of this program, or a public checkpoint"
+    )
+    evaluate_first: bool = setting(False, help="evaluate once before training, on the clock")
+    benchmark_input: Literal["both", "real", "made-up"] = setting(
+        "both", help="of the benchmark modes: images of the data set, or noise that is on the device already"
+    )
+    benchmark_steps: int = setting(20, ge=1, le=1_000_000, unit="steps", help="that the benchmark modes measure")
+    benchmark_warmup: int = setting(5, ge=0, le=1_000_000, unit="steps", help="before those, not measured")
 
     data_dir: Path = setting(Path("data/coco"), env="DATADIR", heading="Data", help="folder in the layout of COCO 2017")
     train_images: str = setting(
@@ -136,6 +150,10 @@ class RunConfig:
         900.0, gt=0, unit="s", help="a rank that makes no step in this time says where it hangs and ends the run"
     )
     experiment: int = setting(0, ge=0, le=9999, env="EXPERIMENT", help="the log is result_<experiment>.txt")
+    summary: str = setting("", help="file that the outcome is written to as JSON, in every mode")
+    tensorboard: bool = setting(
+        False, help="also write events for TensorBoard, to the run's folder; its package must be installed by you"
+    )
     log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="between lines of loss and throughput")
     system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the machine")
     ruleset: Literal["0.7.0", "1.0.0", "1.1.0"] = setting("1.1.0", help="of MLPerf training, for the log and its check")
@@ -162,7 +180,25 @@ class RunConfig:
                 f"dataset {self.dataset} is drawn by the program, and train_images names other pictures: "
                 "give them another name by --dataset"
             )
+        if self.mode == "evaluate" and not self.checkpoint:
+            raise ValueError("--mode evaluate evaluates a checkpoint: pass --checkpoint FILE")
+        if self.mode != "train" and self.resume != "none":
+            raise ValueError(f"--mode {self.mode} resumes nothing: pass --checkpoint FILE in place of --resume")
+        if self.mode != "train" and self.evaluate_first:
+            raise ValueError(f"--evaluate-first is for --mode train, not for {self.mode}")
         return self
+
+    @property
+    def network_name(self) -> str:
+        """What is trained; a benchmark with several networks says which."""
+        return self.benchmark
+
+    @property
+    def reads_data(self) -> tuple[Literal["train", "val"], ...]:
+        """The splits of the data set that the mode reads."""
+        if self.mode.startswith("benchmark") and self.benchmark_input == "made-up":
+            return ()
+        return ("val",) if self.mode in ("evaluate", "benchmark-inference") else ("train", "val")
 
     def global_batch_size(self, world_size: int) -> int:
         """Images per optimiser step on all ranks together."""

@@ -9,6 +9,7 @@ from mlperf.log import read
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
 NAME = re.compile(r"epoch_(\d+)_step_(\d+)(?:_ap_(\d\.\d+))?\.pt")
 
 

@@ -67,7 +67,12 @@ def restore(state: State, resumed: Resumed, config: RunConfig, ranks: Ranks) -> 
         ) from error
     rows = saved["batch_norm"]
     batch_norm.set_statistics(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
-    state.optimizer.load_state_dict(saved["optimizer"])
+    try:
+        state.optimizer.load_state_dict(saved["optimizer"])
+    except ValueError as error:
+        raise InputError(
+            f"{resumed.path}: the checkpoint is of another optimiser ({error}). Give --decay-biases as it was"
+        ) from error
     state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.samples, state.evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
     state.step = round(saved["step"] * saved["global_batch_size"] / config.global_batch_size(ranks.world_size))

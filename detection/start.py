@@ -15,7 +15,8 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import binding, device, resume, run_folder
+from detection import binding, board, device, resume, run_folder
+from detection.board import Board
 from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Stopped
@@ -95,13 +96,21 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
     resumed = ranks.broadcast(resume.find(config, folder) if ranks.is_first else None)
+    if config.tensorboard:
+        board.require()
     if ranks.is_first:
         (folder / run_folder.CONFIG).write_text(to_json(config))
-    progress = Progress(ranks, folder / run_folder.METRICS, log_every=config.log_every)
+    progress = Progress(
+        ranks,
+        folder / run_folder.METRICS,
+        log_every=config.log_every,
+        summary_file=summary_file(config),
+        board=Board(folder / run_folder.BOARD) if config.tensorboard and ranks.is_first else None,
+    )
     log_file = run_folder.log_file(folder, config.experiment)
     try:
         log = MlperfLog(
-            log_file if ranks.is_first else None,
+            log_file if ranks.is_first and config.mode == "train" else None,
             append=resumed is not None and resumed.continues,
             before_echo=progress.clear,
         )
@@ -122,6 +131,18 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
         process.interruption.ignore()
         log.close()
         progress.close()
+
+
+def summary_file(config: RunConfig) -> Path | None:
+    """The file of --summary, if one is asked for; raises InputError where it cannot be written."""
+    if not config.summary:
+        return None
+    path = Path(config.summary)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"--summary {path}: it cannot be written ({error.strerror})") from error
+    return path
 
 
 def new_seed(config: RunConfig) -> int:

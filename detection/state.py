@@ -1,6 +1,6 @@
 """What is trained and how far it has come, and what surrounds it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from detection.coco import Category
 from detection.device import Precision
 from detection.distributed import Ranks
 from detection.interruption import Interruption
+from detection.phases import Phases
 from detection.progress import Progress
 from detection.resume import Resumed
 from detection.run_config import RunConfig
@@ -35,8 +36,7 @@ class State:
     evaluated: bool = True
     categories: tuple[Category, ...] = ()
     """What the labels 1, 2, ... stand for, once the data are open; it travels in the checkpoints."""
-    forward_s: float = 0.0
-    """When the last forward pass was over, on time.monotonic's clock."""
+    phases: Phases = field(default_factory=Phases)
 
     def begin(self, epoch: int) -> None:
         """An epoch starts."""

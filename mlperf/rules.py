@@ -70,7 +70,7 @@ class Finding:
 
 
 # What `judge` needs beside the keys of a log.
-UNLOGGED = ("dataset", "target", "eval_epochs")
+UNLOGGED = ("dataset", "network", "checkpoint", "target", "eval_epochs")
 
 _SSD_TARGET = 0.23
 
@@ -99,6 +99,8 @@ SSD = Rules(
         Constraint("max_samples", "1 or 50", lambda samples: samples in (1, 50)),
         Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0),
         Constraint("dataset", "coco2017", lambda name: name == "coco2017"),
+        Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
+        Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none"),
         Constraint("target", "≥ 0.23 and < 1", lambda target: _SSD_TARGET <= target < 1),
         Constraint(
             "target",

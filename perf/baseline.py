@@ -43,7 +43,7 @@ from ssd.augment import (
 from ssd.box_coder import POSITIVE_IOU, decode, to_deltas
 from ssd.detect import Detections
 from ssd.loss import NEGATIVES_PER_POSITIVE
-from ssd.model import EXTRA_BLOCKS, Backbone, ExtraBlock
+from ssd.model import Backbone, make_extras, map_channels
 
 resize = transforms.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX))
 recolour = transforms.Compose(
@@ -207,8 +207,8 @@ class PlainSSD300(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.backbone = Backbone()
-        self.extras = nn.ModuleList(ExtraBlock(*block) for block in EXTRA_BLOCKS)
-        channels = (EXTRA_BLOCKS[0][0], *(block[2] for block in EXTRA_BLOCKS))
+        channels = map_channels("resnet34")
+        self.extras = make_extras(channels)
         sizes = list(zip(channels, ANCHORS_PER_CELL, strict=True))
         self.loc = nn.ModuleList(nn.Conv2d(c, 4 * n, kernel_size=3, padding=1) for c, n in sizes)
         self.conf = nn.ModuleList(nn.Conv2d(c, num_classes * n, kernel_size=3, padding=1) for c, n in sizes)

@@ -1,17 +1,11 @@
 """ImageNet weights for the trunk."""
 
-import pickle
-import zipfile
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from detection.config import InputError
+from detection.weights import read
+from ssd.config import how_to_fetch
 from ssd.model import Backbone
-
-WHAT_TO_DO = "Fetch it with ./get_resnet34_backbone.sh."
 
 
 def load(backbone: Backbone, path: Path) -> None:
@@ -20,35 +14,19 @@ def load(backbone: Backbone, path: Path) -> None:
     What belongs to layer4 and the classifier is left out. InputError tells of a file that is absent, truncated
     or of another network.
     """
-    weights = read(path)
+    what_to_do = f"Fetch those of {backbone.name} with {how_to_fetch(backbone.name)}."
+    weights = read(path, what_to_do=what_to_do)
     wanted = backbone.state_dict()
     absent = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     if absent:
         raise InputError(
             f"{path}: these are not the weights of this ResNet, {len(absent)} tensors are missing "
-            f"(first: {absent[0]}). {WHAT_TO_DO}"
+            f"(first: {absent[0]}). {what_to_do}"
         )
     for name, tensor in wanted.items():
         if name in weights and weights[name].shape != tensor.shape:
             raise InputError(
                 f"{path}: these are not the weights of this ResNet, {name} has the shape "
-                f"{tuple(weights[name].shape)} instead of {tuple(tensor.shape)}. {WHAT_TO_DO}"
+                f"{tuple(weights[name].shape)} instead of {tuple(tensor.shape)}. {what_to_do}"
             )
     backbone.load_state_dict({name: weights.get(name, tensor) for name, tensor in wanted.items()})
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .npz file; code in it is never run."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path) as archive:
-                return {name: torch.from_numpy(archive[name]) for name in archive.files}
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. {WHAT_TO_DO}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a whole file of weights ({reason}). {WHAT_TO_DO}") from error
-    if not isinstance(weights, dict):
-        raise InputError(f"{path}: holds no table of weights. {WHAT_TO_DO}")
-    return weights

@@ -22,10 +22,26 @@ def _not_background_alone(num_classes: int) -> int:
 NumClasses = Annotated[int, AfterValidator(_not_background_alone)]
 """Categories and the background; 0 is as many as there are."""
 
+# torchvision's ImageNet weights of each trunk (IMAGENET1K_V1), but for resnet34 those that MLPerf Training names.
+BACKBONE_FILES = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet34": "resnet34-333f7ec4.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "resnet152": "resnet152-394f9c45.pth",
+}
+
+
+def how_to_fetch(trunk: str) -> str:
+    """The command that fetches the ImageNet weights of a trunk."""
+    file = BACKBONE_FILES[trunk]
+    url = "" if trunk == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
+    return f"{url}./get_resnet34_backbone.sh"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(RunConfig):
-    """Train SSD300 with ResNet-34 until its box mAP reaches the target.
+    """Train SSD300 until its box mAP reaches the target.
 
     Exits with 0 where it does, 3 where the epochs are used up, 2 on a mistake in settings or data, 1 on a crash.
     """
@@ -67,12 +83,18 @@ class Config(RunConfig):
         "horizontal", help="mirror every second training image left to right; both: and top to bottom, as cells allow"
     )
     jitter: bool = setting(True, help="colour jitter of training images")
+    network: Literal["ssd300-r34", "ssd300-r50"] = setting(
+        "ssd300-r34", help="ssd300-r34: MLPerf's; ssd300-r50: SSD300 v1.1, with batch norm in its extra blocks"
+    )
+    trunk: Literal["auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
+        "auto", help="torchvision's ResNet below it; auto: the one that the network is named after"
+    )
     num_classes: NumClasses = setting(
-        0, ge=0, le=10_000, help="categories and the background; 0: those of the training annotations (coco2017: 81)"
+        0, ge=0, le=10_000, help="categories and the background; 0: those of the annotations (coco2017: 81)"
     )
     backbone: str = setting(
         "",
-        help="ImageNet weights of ResNet-34, .pth or .npz (get_resnet34_backbone.sh); empty is random",
+        help="ImageNet weights of the trunk, .pth or .npz (get_resnet34_backbone.sh); empty is random",
     )
 
     target: float = setting(
@@ -90,6 +112,27 @@ class Config(RunConfig):
         if self.num_classes == 0 and self.dataset == "coco2017":  # known, so that the clock need not wait for the file
             object.__setattr__(self, "num_classes", COCO_CLASSES)
         return self
+
+    @property
+    def trunk_name(self) -> str:
+        """The ResNet that the network stands on, as torchvision calls it."""
+        return self.network.replace("ssd300-r", "resnet") if self.trunk == "auto" else self.trunk
+
+    @property
+    def network_name(self) -> str:
+        """The network, with its trunk where it is not the one that it is named after."""
+        named_after = self.network.replace("ssd300-r", "resnet")
+        return self.network if self.trunk_name == named_after else f"{self.network} on {self.trunk_name}"
+
+    @property
+    def extras_batch_norm(self) -> bool:
+        """Whether the extra blocks have batch norm."""
+        return self.network == "ssd300-r50"
+
+    @property
+    def trunk_weights(self) -> str:
+        """The ImageNet weights that a run starts from, if it does: not with those of a checkpoint."""
+        return self.backbone if self.mode == "train" and not self.checkpoint else ""
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""

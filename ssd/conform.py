@@ -183,8 +183,8 @@ def detect_parts(bench: Bench) -> Iterator[Part]:
         case += 1
 
 
-def filled(bench: Bench) -> SSD300:
-    """The network with the weights that follow from the seed, on the device, channels last."""
+def reference_state(bench: Bench) -> dict[str, Tensor]:
+    """The reference's state dict, with the weights that follow from the seed."""
     state = {}
     for i, (name, shape, kind) in enumerate(bench.tensors):
         noise = np.random.default_rng(bench.number("model_seed_base") + i).standard_normal(shape)
@@ -200,8 +200,13 @@ def filled(bench: Bench) -> SSD300:
             case "counter":
                 noise = np.zeros(shape)
         state[name] = torch.from_numpy(np.asarray(noise, dtype=np.float32))
+    return state
+
+
+def filled(bench: Bench) -> SSD300:
+    """The network with the reference's state dict, on the device, channels last."""
     model = SSD300(NUM_CLASSES)
-    model.load_state_dict(reference.from_reference(state))
+    model.load_state_dict(reference.from_reference(reference_state(bench)))
     return model.to(bench.device).to(memory_format=torch.channels_last)
 
 

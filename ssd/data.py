@@ -158,21 +158,34 @@ class EvalImages(Dataset[EvalBatch]):
         return EvalBatch(stacked, ids, torch.tensor(sizes))
 
 
-class SSDData:
+class SSDEvalData:
+    """The evaluation images of a run, and the metric over them."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        val = coco.read(*coco.files(config, "val"), allow_missing=config.allow_missing)
+        check(config, val)
+        self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
+        self.metric = BoxMetric(val.annotation_file, config.metric) if ranks.is_first else None
+        mine = range(ranks.rank, len(val), ranks.world_size)
+        batches = [list(mine[i : i + config.eval_batch_size]) for i in range(0, len(mine), config.eval_batch_size)]
+        self.eval_loader = make_loader(EvalImages(val), batches, num_workers=config.num_workers, device=ranks.device)
+
+    def eval_batches(self) -> Iterator[EvalBatch]:
+        """This rank's evaluation images; each image is on one rank; InputError names an unreadable image."""
+        return load(self.eval_loader)
+
+
+class SSDData(SSDEvalData):
     """The training and evaluation images of a run, from the moment its clock has started."""
 
     def __init__(self, config: Config, ranks: Ranks, seed: int):
-        train, val = (
-            coco.read(*coco.files(config, split), allow_missing=config.allow_missing) for split in ("train", "val")
-        )
+        train = coco.read(*coco.files(config, "train"), allow_missing=config.allow_missing)
         check(config, train)
-        self.categories = train.categories
+        super().__init__(config, ranks)
         train = train.with_boxes()
-        self.ranks, self.val = ranks, val
-        self.train_samples, self.eval_samples = len(train), len(val)
+        self.train_samples = len(train)
         self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks)
         self.steps_per_epoch = len(self.sampler)
-        self.metric = BoxMetric(val.annotation_file, config.metric) if ranks.is_first else None
         dataset = TrainImages(
             train,
             seed=seed,
@@ -183,9 +196,6 @@ class SSDData:
             cache=self.make_cache(config, train),
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
-        mine = range(ranks.rank, len(val), ranks.world_size)
-        batches = [list(mine[i : i + config.eval_batch_size]) for i in range(0, len(mine), config.eval_batch_size)]
-        self.eval_loader = make_loader(EvalImages(val), batches, num_workers=config.num_workers, device=ranks.device)
 
     def make_cache(self, config: Config, train: Split) -> DecodedCache | None:
         """The cache of decoded training images that was asked for, if one was."""
@@ -202,7 +212,3 @@ class SSDData:
         self.sampler.epoch, self.sampler.samples = epoch, samples
         for batch, (start, stop, size) in zip(load(self.train_loader), self.sampler.stretches(), strict=True):
             yield Share(batch, size, self.ranks.world_size / size if stop > start else 0.0)
-
-    def eval_batches(self) -> Iterator[EvalBatch]:
-        """This rank's evaluation images; each image is on one rank; InputError names an unreadable image."""
-        return load(self.eval_loader)

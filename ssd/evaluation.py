@@ -17,7 +17,7 @@ from detection.prefetch import move, prefetch
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import SSDData
+from ssd.data import EvalBatch, SSDEvalData
 from ssd.detect import Detections, detect
 
 
@@ -30,28 +30,31 @@ class Evaluation:
         self.config, self.ranks = config, ranks
         self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
 
-    def __call__(self, model: nn.Module, data: SSDData) -> dict[str, float]:
+    def __call__(self, model: nn.Module, data: SSDEvalData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
         device = self.ranks.device
         double = device if has_float64(device) else torch.device("cpu")
         category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=double)
         found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=double)]
         for batch in prefetch(data.eval_batches(), device):
-            deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
-            detections = detect(
-                deltas,
-                logits,
-                make_anchors(device),
-                score_threshold=self.config.score_threshold,
-                nms_iou=self.config.nms_iou,
-                max_detections=self.config.max_detections,
-            )
             of_images = move((batch.image_ids, batch.sizes_wh), double)
-            found.append(to_rows(move(detections, double), *of_images, category_ids))
+            found.append(to_rows(move(self.detect(model, batch), double), *of_images, category_ids))
         self.annotation_file = data.val.annotation_file
         self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
         figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
         return figures
+
+    def detect(self, model: nn.Module, batch: EvalBatch) -> Detections:
+        """What the model sees in a batch on the device."""
+        deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
+        return detect(
+            deltas,
+            logits,
+            make_anchors(self.ranks.device),
+            score_threshold=self.config.score_threshold,
+            nms_iou=self.config.nms_iou,
+            max_detections=self.config.max_detections,
+        )
 
     def confirm(self) -> dict[str, float]:
         """The figures of the last time again, by the official library."""

@@ -1,8 +1,8 @@
 """Check a run before its clock starts: settings, rules, data, backbone, run folder.
 
 `python -m ssd.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake found. Its
-report goes to stderr and three lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, and the
-number of classes, which follows the training annotations where it is not set.
+report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, the mode, and
+the number of classes, which follows the annotations where it is not set.
 With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
 all settings.
 
@@ -18,17 +18,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from detection import coco, rehearsal, run_folder, shared_memory, toy
+from detection import board, coco, rehearsal, run_folder, shared_memory, toy
 from detection.config import InputError, System, describe, read_system
 from mlperf import rules
 from ssd import classes
-from ssd.config import Config, load
+from ssd.config import Config, how_to_fetch, load
 
 IMAGE_BYTES = 3 * 300 * 300  # as workers hand them over
-
-SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
         return 2
-    print(config.org, folder, num_classes, sep="\n")
+    print(config.org, folder, config.mode, num_classes, sep="\n")
     return 0
 
 
@@ -66,7 +63,11 @@ def judge(config: Config, system: System, everything: bool) -> list[str]:
         "target": config.target,
         "eval_epochs": tuple(block[-1] for block in config.blocks()),
         "dataset": config.dataset,
+        "network": config.network_name,
+        "checkpoint": config.checkpoint or "none",
     }
+    if config.mode != "train":
+        return [f"--mode {config.mode} is no MLPerf run: no log, no check and no RESULT"]
     findings = rules.judge("ssd", config.ruleset, config.division, values)
     named = f"MLPerf {config.ruleset} {config.division}"
     return [
@@ -82,10 +83,12 @@ def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], 
     """Read all that the run will read; returns facts and mistakes. draw: pictures that are drawn and not there yet."""
     facts, mistakes = [], []
     try:
-        drawing = due(config)
+        drawing = due(config) if config.reads_data else None
         if drawing and draw:
             drawing()
-        if drawing and not draw:
+        if not config.reads_data:
+            facts.append("no data set is read: the input is made up")
+        elif drawing and not draw:
             facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
         else:
             facts += check_data(config, system)
@@ -93,15 +96,25 @@ def check_input(config: Config, system: System, draw: bool) -> tuple[list[str], 
         mistakes += str(error).splitlines()
     except OSError as error:
         mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+    if config.tensorboard:
+        try:
+            board.require()
+        except InputError as error:
+            mistakes.append(str(error))
     try:
         shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * IMAGE_BYTES)
     except InputError as error:
         mistakes.append(str(error))
-    if config.backbone:
+    if config.checkpoint:
         try:
-            facts.append(check_backbone(Path(config.backbone)))
+            facts.append(check_checkpoint(config))
         except InputError as error:
-            mistakes.append(f"{error}. Run ./get_resnet34_backbone.sh, or start at random with --backbone ''")
+            mistakes.append(str(error))
+    elif config.trunk_weights:
+        try:
+            facts.append(check_backbone(Path(config.trunk_weights)))
+        except InputError as error:
+            mistakes.append(f"{error}. Run {how_to_fetch(config.trunk_name)}, or start at random with --backbone ''")
     return facts, mistakes
 
 
@@ -116,12 +129,12 @@ def due(config: Config) -> Callable[[], bool] | None:
 
 
 def check_data(config: Config, system: System) -> list[str]:
-    """Read both splits and hold them against the settings; returns their counts, raises InputError."""
+    """Read the splits and hold them against the settings; returns their counts, raises InputError."""
     if not config.train_images and not config.data_dir.is_dir():
         coco.layout(config.data_dir, "train")
     facts, mistakes = [], []
     splits: dict[str, coco.Split] = {}
-    for name in SPLITS:
+    for name in config.reads_data:
         try:
             split = coco.read(*coco.files(config, name), allow_missing=config.allow_missing)
         except InputError as error:
@@ -134,12 +147,13 @@ def check_data(config: Config, system: System) -> list[str]:
             f"{len(split.labels)} boxes ({split.dropped_boxes} more of zero size dropped, "
             f"{split.clipped_boxes} clipped at the border)"
         )
-    if train := splits.get("train"):
-        facts.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
+    if first := next(iter(splits.values()), None):
         try:
-            classes.check(config, train)
+            classes.check(config, first)
         except InputError as error:
             mistakes.append(str(error))
+    if train := splits.get("train"):
+        facts.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
         batch, images = config.global_batch_size(system.world_size), len(train.with_boxes())
         if batch > images:
             mistakes.append(
@@ -179,6 +193,16 @@ def check_backbone(path: Path) -> str:
     if not sound:
         raise InputError(f"backbone {path} is damaged or cut off")
     return f"backbone: {path} ({path.stat().st_size:,} bytes, SHA-256 {digest[:8]}...)"
+
+
+def check_checkpoint(config: Config) -> str:
+    """Read the weights of the whole network, and hold them against the network of the settings."""
+    from ssd import weights  # with torch, which only this check needs
+
+    path = Path(config.checkpoint)
+    found = weights.read(path)
+    weights.check(found, weights.wanted(config), path)
+    return f"checkpoint: {path} ({found.origin}; {found.network})"
 
 
 def make(folder: Path, config: Config) -> None:

@@ -1,7 +1,8 @@
-"""The MLPerf reference's checkpoint: its names, and the way to and from ours.
+"""The checkpoints of the MLPerf reference and of SSD300 v1.1: their names, and the way to and from ours.
 
-The reference has one convolution for boxes and one for classes on each map, with channels coordinate·n + k and
+Both have one convolution for boxes and one for classes on each map, with channels coordinate·n + k and
 class·n + k for anchor k of the n of a cell. Ours is one fused head with channels k·(4 + K) + {4 deltas, K logits}.
+The anchors have the same order in all three.
 """
 
 from collections.abc import Mapping
@@ -25,14 +26,22 @@ EXTRA_NAMES = {
     for theirs, ours in ((0, "conv1"), (2, "conv2"))
 }
 NAMES = TRUNK_NAMES | EXTRA_NAMES
+V1_1_NAMES = {
+    f"feature_extractor.feature_extractor.{theirs}.": f"backbone.{ours}."
+    for theirs, ours in ((0, "conv1"), (1, "bn1"), (4, "layer1"), (5, "layer2"), (6, "layer3"))
+} | {
+    f"additional_blocks.{i}.{theirs}.": f"extras.{i}.{ours}."
+    for i in range(5)
+    for theirs, ours in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"))
+}
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace the one prefix of the table that a tensor's name starts with."""
+    """Replace the one prefix of the table that a tensor's name starts with; KeyError where there is none."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
-    raise KeyError(f"{name} has no counterpart in the MLPerf reference's checkpoint")
+    raise KeyError(name)
 
 
 def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,9 +57,12 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shared | boxes | classes
 
 
-def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the reference's state dict to ours; KeyError names a tensor that is missing or unknown."""
-    ours = {rename(name, NAMES): t for name, t in state.items() if not name.startswith(("loc.", "conf."))}
+def from_reference(state: Mapping[str, Tensor], names: Mapping[str, str] = NAMES) -> dict[str, Tensor]:
+    """Convert a state dict of the reference, or one of V1_1_NAMES, to ours.
+
+    KeyError names a tensor that is missing or unknown.
+    """
+    ours = {rename(name, names): t for name, t in state.items() if not name.startswith(("loc.", "conf."))}
     for level, num_anchors in enumerate(ANCHORS_PER_CELL):
         for kind in ("weight", "bias"):
             parts = [state[f"{part}.{level}.{kind}"].unflatten(0, (-1, num_anchors)) for part in ("loc", "conf")]

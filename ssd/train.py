@@ -1,4 +1,4 @@
-"""Train SSD300: puts the model, the loss, the data and the evaluation into the loop of detection/engine.py."""
+"""Train SSD300, or what else --mode says: puts model, loss, data and evaluation into detection/engine.py."""
 
 import json
 import sys
@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import device, engine, optim, run_folder, start
+from detection import device, engine, optim, run_folder, start, throughput
 from detection.distributed import Ranks
 from detection.metric import to_results
+from detection.state import Run
 from mlperf import check
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
-from ssd import augment, backbone, classes
+from ssd import augment, backbone, classes, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
-from ssd.data import FLIP_DIRECTIONS, Batch, SSDData
+from ssd.data import FLIP_DIRECTIONS, Batch, EvalBatch, SSDData, SSDEvalData
 from ssd.evaluation import Evaluation
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
@@ -27,25 +28,42 @@ from ssd.model import SSD300
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit status."""
-    return start.main(argv, lambda flags: load(flags).config, train)
+    return start.main(argv, lambda flags: load(flags).config, run_mode)
 
 
-def train(config: Config, process: start.Process) -> int:
-    """Train to the target, have the log checked, and say where everything lies; returns the exit status."""
+def run_mode(config: Config, process: start.Process) -> int:
+    """Do what --mode says; returns the exit status."""
     ranks = process.ranks
     config = ranks.broadcast(classes.followed(config) if ranks.is_first else None)
     evaluation = Evaluation(config, ranks)
     with start.opened(config, process) as run:
-        model = SSD300(config.num_classes)
-        if config.backbone and not run.resumed:
-            backbone.load(model.backbone, Path(config.backbone))
-        if not run.continues:
-            log_hyperparameters(run.log, config, ranks, model)
-        outcome = engine.run(make_benchmark(config, ranks, run.seed, model, evaluation), run)
-    if ranks.is_first:
+        model = make_model(config)
+        if not run.resumed:
+            load_weights(model, config, run)
+        benchmark = make_benchmark(config, ranks, run.seed, model, evaluation)
+        match config.mode:
+            case "train":
+                if not run.continues:
+                    log_hyperparameters(run.log, config, ranks, model)
+                outcome = engine.run(benchmark, run)
+            case "evaluate":
+                outcome = engine.evaluate_only(benchmark, run)
+            case "benchmark-training":
+                throughput.training(benchmark, run)
+                return 0
+            case "benchmark-inference":
+                throughput.inference(benchmark, run)
+                return 0
+    return conclude(outcome, config, run, evaluation)
+
+
+def conclude(outcome: engine.Outcome, config: Config, run: Run, evaluation: Evaluation) -> int:
+    """Have the log and the last figures checked, and say where everything lies; returns the exit status."""
+    if run.ranks.is_first:
         (run.folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
-        verdict = check.check(run_folder.log_file(run.folder, config.experiment), config.ruleset)
-        report(outcome, config, verdict, run.folder)
+        if config.mode == "train":
+            report(outcome, config, check.check(run_folder.log_file(run.folder, config.experiment), config.ruleset))
+        show_files(run.folder)
         if (official := evaluation.confirm()) != outcome.metrics:
             print(f"error: pycocotools says AP {official['AP']}. Run again with --metric pycocotools.", file=sys.stderr)
             return 1
@@ -53,7 +71,22 @@ def train(config: Config, process: start.Process) -> int:
         if run.log.broken:
             print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
             return 1
-    return 0 if outcome.reached else engine.NOT_REACHED
+    return 0 if outcome.reached or config.mode == "evaluate" else engine.NOT_REACHED
+
+
+def make_model(config: Config) -> SSD300:
+    """The network that the settings name, with random weights."""
+    return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm)
+
+
+def load_weights(model: SSD300, config: Config, run: Run) -> None:
+    """Load what the settings name: the whole network, or else its trunk, or nothing; raises InputError."""
+    if config.checkpoint:
+        origin = weights.load(model, Path(config.checkpoint)).origin
+        run.log.point("checkpoint", Path(config.checkpoint).name)
+        run.progress.say(f"{config.checkpoint}: the weights of a checkpoint of {origin}")
+    elif config.trunk_weights:
+        backbone.load(model.backbone, Path(config.trunk_weights))
 
 
 def make_benchmark(
@@ -64,7 +97,9 @@ def make_benchmark(
         model=model,
         loss=make_loss(ranks.device, compiled=device.compiles(config.compile, ranks.device)),
         made_up_batch=partial(made_up_batch, config),
+        made_up_eval_batch=partial(made_up_eval_batch, config),
         open_data=partial(SSDData, config, ranks, seed),
+        open_eval_data=partial(SSDEvalData, config, ranks),
         learning_rate=partial(
             optim.learning_rate,
             peak=config.peak_lr(ranks.world_size),
@@ -73,6 +108,7 @@ def make_benchmark(
             decay_epochs=config.decay_epochs,
             decay_factor=config.decay_factor,
         ),
+        detect=evaluation.detect,
         evaluate=evaluation,
         targets={"AP": config.target},
         accuracy=lambda metrics: metrics["AP"],
@@ -106,9 +142,8 @@ def prepare(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
 def made_up_batch(config: Config) -> Batch:
     """A batch of noise with two boxes an image, in the shape of the real ones."""
     size = config.batch_size
-    pixels = torch.randint(0, 256, (size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX), dtype=torch.uint8)
     return Batch(
-        images=pixels.contiguous(memory_format=torch.channels_last),
+        images=noise(size),
         boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 2, 4).contiguous(),
         labels=torch.ones(size, 2, dtype=torch.int64),
         flips=torch.zeros(size, FLIP_DIRECTIONS[config.flip], dtype=torch.bool),
@@ -117,21 +152,38 @@ def made_up_batch(config: Config) -> Batch:
     )
 
 
+def made_up_eval_batch(config: Config) -> EvalBatch:
+    """A batch of noise in the shape of the real ones to evaluate."""
+    size = config.eval_batch_size
+    return EvalBatch(noise(size), torch.arange(size), torch.full((size, 2), IMAGE_SIZE_PX))
+
+
+def noise(size: int) -> Tensor:
+    """Images (B, 3, 300, 300) uint8 of noise, channels last."""
+    pixels = torch.randint(0, 256, (size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX), dtype=torch.uint8)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
 def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, model: SSD300) -> None:
     """Say what the run is made of: the recipe, and each tensor that was initialised."""
     for key, value in config.hyperparameters(ranks.world_size).items():
         log.point(key, value)
+    named = ssd_tensor_name if config.network_name == "ssd300-r34" else str  # the rules know no other network
     for name, _ in model.named_parameters():
-        log.point("weights_initialization", tensor=ssd_tensor_name(name))
+        log.point("weights_initialization", tensor=named(name))
 
 
-def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict, folder: Path) -> None:
-    """Print how the run ended, the checker's verdict on its log, and where its files are."""
+def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict) -> None:
+    """Print how the run ended, and the checker's verdict on its log."""
     reached = "the target is reached" if outcome.reached else f"the {config.epochs} epochs are used up"
     print(f"AP {outcome.metrics['AP']:.4f} after epoch {outcome.epoch}, target {config.target}: {reached}")
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")
+
+
+def show_files(folder: Path) -> None:
+    """Print where the files of the run are."""
     print(f"The run lies in {folder}/:")
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -1,18 +1,17 @@
 """A trained network out of its checkpoint, which is all that is needed to use it."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from detection import batch_norm, checkpoint
 from detection.coco import Category
 from detection.config import InputError
+from ssd import weights
 from ssd.config import Config
 from ssd.model import SSD300
+
+AS_EVALUATED = ("score_threshold", "nms_iou", "max_detections")
 
 
 @dataclass(frozen=True)
@@ -30,26 +29,23 @@ class Trained:
 
 
 def load(path: Path) -> Trained:
-    """Read the checkpoint of a run; raises InputError that says what is wrong with the file.
+    """Read a checkpoint of a run, or a public one; raises InputError that says what is wrong with the file.
 
-    Checkpoints that are older than the names in them call their categories by number.
+    Those that hold no names of categories call them by number.
     """
-    state = checkpoint.load(path, benchmark=Config.benchmark)
-    settings: Mapping[str, Any] = json.loads(state["config"])
-    model = SSD300(settings["num_classes"])
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: the checkpoint is of another network ({reason})") from error
-    batch_norm.set_statistics(model, state["batch_norm"].mean(dim=0))  # of all ranks, as for an evaluation
+    read = weights.read(path)
+    network = read.network
+    if not network.trunk:
+        raise InputError(f"{path}: {network}")
+    model = SSD300(network.num_classes, network.trunk, batch_norm=network.name == "ssd300-r50")
+    weights.put(read, model, path)
     model.eval()
-    named = [Category(**category) for category in state.get("categories", ())]
     numbered = [Category(label, str(label)) for label in range(1, model.num_classes)]
+    settings = Config(**{name: read.settings[name] for name in AS_EVALUATED if name in read.settings})
     return Trained(
         model,
-        tuple(named or numbered),
-        score_threshold=settings["score_threshold"],
-        nms_iou=settings["nms_iou"],
-        max_detections=settings["max_detections"],
+        read.categories or tuple(numbered),
+        score_threshold=settings.score_threshold,
+        nms_iou=settings.nms_iou,
+        max_detections=settings.max_detections,
     )

@@ -28,6 +28,16 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def handful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 4 training and 2 evaluation pictures, all with boxes."""
+    from detection import toy
+
+    folder = tmp_path_factory.mktemp("handful") / "data"
+    toy.draw(folder, toy.Drawing(train_images=4, val_images=2, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn data set of 24 training and 8 evaluation pictures."""
     from detection import toy

@@ -120,6 +120,7 @@ def train(config: Config, process: start.Process) -> int:
     ranks = process.ranks
     with start.opened(config, process) as run:
         data: list[Data] = []
+        inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6)
 
         def open_data() -> Data:
             data.append(Data(config, ranks, run.seed))
@@ -127,14 +128,16 @@ def train(config: Config, process: start.Process) -> int:
 
         def evaluate(model: nn.Module, _: Data) -> dict[str, float]:
             time.sleep(5 * config.step_s)
-            inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6)
             return {"AP": float(torch.sigmoid(model(inputs).mean()))}
 
         benchmark = engine.Benchmark(
             model=network(),
             loss=loss,
             made_up_batch=lambda: Batch(torch.zeros(config.batch_size, 3, 6, 6), torch.zeros(config.batch_size)),
+            made_up_eval_batch=lambda: Batch(inputs, inputs),
             open_data=open_data,
+            open_eval_data=open_data,
+            detect=lambda model, batch: model(batch.inputs),
             learning_rate=lambda step, epoch: 0.05 / epoch + 1e-4 * step,
             evaluate=evaluate,
             targets={"AP": config.target},

@@ -5,6 +5,7 @@ import torchvision
 
 from detection.config import InputError
 from ssd import backbone
+from ssd.config import BACKBONE_FILES, how_to_fetch
 from ssd.model import Backbone
 
 
@@ -35,6 +36,17 @@ def test_torchvisions_weights_load_and_compute_the_same_features(resnet34, weigh
 
 def test_layer3_keeps_the_stride_of_8():
     assert Backbone()(torch.randn(1, 3, 300, 300)).shape == (1, 256, 38, 38)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 256), ("resnet50", 1024)])
+def test_every_trunk_keeps_the_stride_of_8(name, channels):
+    assert Backbone(name)(torch.randn(1, 3, 300, 300)).shape == (1, channels, 38, 38)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONE_FILES if name != "resnet34"])
+def test_the_files_are_those_that_torchvision_publishes(name):
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    assert url in how_to_fetch(name)
 
 
 def test_a_numpy_archive_loads_too(resnet34, tmp_path):

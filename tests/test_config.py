@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detection.config import InputError, Topology, describe, read_system, read_topology, to_json
-from ssd.config import Config, load
+from ssd.config import BACKBONE_FILES, Config, load
 
 ROOT = Path(__file__).parent.parent
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
@@ -151,6 +151,19 @@ def test_the_peak_learning_rate_is_linear_in_the_global_batch():
     assert config.peak_lr(4) == pytest.approx(2.5e-3 * 8)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--mode", "evaluate"), "pass --checkpoint FILE"),
+        (("--mode", "benchmark-training", "--resume", "auto"), "resumes nothing"),
+        (("--mode", "benchmark-inference", "--evaluate-first"), "--evaluate-first is for --mode train"),
+        (("--mode", "training"), "--mode=training: should be"),
+    ],
+)
+def test_modes_that_cannot_be_are_refused(flags, said):
+    assert said in refusal(*flags)
+
+
 def test_blocks_lie_between_the_scheduled_evaluations():
     assert Config().blocks() == [
         range(1, 41), range(41, 51), range(51, 56), range(56, 61),
@@ -246,7 +259,8 @@ def test_every_config_file_leaves_folders_and_ranks_to_the_user(system):
     assert load([], environ).config.data_dir == Path("/here")
     assert read_system(environ).ranks_per_node == 3
     if system not in ("toy", "rehearsal"):
-        assert load([], environ).config.backbone == "/weights/resnet34-333f7ec4.pth"
+        config = load([], environ).config
+        assert config.backbone == f"/weights/{BACKBONE_FILES[config.trunk_name]}"
 
 
 @pytest.mark.parametrize(
@@ -278,3 +292,20 @@ def test_pictures_that_the_program_draws_are_not_named_by_paths():
 def test_a_network_of_the_background_alone_is_refused():
     assert "the background is no category" in refusal("--num-classes", "1")
     assert settings("--dataset", "mine").num_classes == 0
+
+
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system.startswith("SSD300v1.1")])
+def test_the_config_files_of_ssd300_v1_1_hold_its_recipe(system):
+    config = load([], exported(system)).config
+    assert (config.network_name, config.trunk_name, config.extras_batch_norm) == ("ssd300-r50", "resnet50", True)
+    assert (config.base_lr, config.epochs, config.decay_epochs) == (2.6e-3, 65, (43, 54))
+    assert config.eval_epochs == (21, 31, 37, 42, 48, 53, 59, 64)
+    assert (config.weight_decay, config.decay_biases, config.warmup_steps) == (5e-4, False, 300)
+    assert config.division == "open"
+
+
+def test_the_trunk_follows_the_network_unless_it_is_named():
+    assert settings().network_name == "ssd300-r34"
+    assert settings("--network", "ssd300-r50").trunk_name == "resnet50"
+    assert settings("--network", "ssd300-r50", "--trunk", "resnet101").network_name == "ssd300-r50 on resnet101"
+    assert "--trunk=vgg16" in refusal("--trunk", "vgg16")

@@ -31,6 +31,8 @@ DGX1 = {
     "gradient_accumulation_steps": 1,
     "target": 0.23,
     "dataset": "coco2017",
+    "network": "ssd300-r34",
+    "checkpoint": "none",
 }
 
 
@@ -145,6 +147,9 @@ def broken(ruleset: str, division: str, **changes: object) -> list[str]:
         ("gradient_accumulation_steps", 0),
         ("target", 0.212),
         ("dataset", "toy"),
+        ("network", "ssd300-r50"),
+        ("network", "ssd300-r34 on resnet18"),
+        ("checkpoint", "trained.pt"),
         ("eval_epochs", (40, 50, 55)),
         ("eval_epochs", (10, 20)),
         ("eval_epochs", ()),

@@ -54,3 +54,15 @@ def test_a_users_apex_makes_the_optimizer(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", made)
     optimizer = optim.make_sgd(nn.Linear(2, 2), kernels="apex", momentum=0.9, weight_decay=0.1)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0.1)
+
+
+def test_biases_and_batch_norm_can_be_left_without_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = optim.make_sgd(model, kernels="torch", momentum=0.0, weight_decay=0.5, decay_biases=False)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    optimizer.step()
+    assert [float(p.detach().mean()) for p in model.parameters()] == [0.5, 1, 1, 1]

@@ -46,8 +46,8 @@ def check(monkeypatch, tmp_path, pictures, capsys):
 
 def test_a_good_run_prints_its_organisation_and_folder_and_the_counts(check, tmp_path):
     status, out, err = check("--org", "Some Lab")
-    org, folder, num_classes = out.splitlines()
-    assert (status, org, num_classes) == (0, "Some Lab", "4")
+    org, folder, mode, num_classes = out.splitlines()
+    assert (status, org, mode, num_classes) == (0, "Some Lab", "train", "4")
     assert Path(folder).is_dir()
     assert Path(folder).parent == tmp_path / "results/toy/ssd"
     assert "train: 24 images" in err

@@ -21,7 +21,7 @@ END
 #!/usr/bin/env bash
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
 case $2 in
-  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" 7 || exit "$PREFLIGHT" ;;
+  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
   detection.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
@@ -169,6 +169,15 @@ run_and_time() {
   [ "$status" -eq 0 ]
   [[ $output == *"No RESULT line: the run was resumed"* ]]
   [[ $output != *RESULT,* ]]
+}
+
+@test "another mode than training ends without a RESULT, and says what it was" {
+  for mode in evaluate benchmark-training benchmark-inference; do
+    MODE=$mode run_and_time --mode "$mode"
+    [ "$status" -eq 0 ]
+    [[ $output == *"No RESULT line: --mode $mode "*"/runs/this one"* ]]
+    [[ $output != *RESULT,* ]]
+  done
 }
 
 @test "restarts go on with the run, and are refused where they would begin anew" {

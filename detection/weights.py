@@ -1,0 +1,51 @@
+"""Files of weights: tensors by name, read without running any code that a file might hold."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection.config import InputError
+
+
+def read(path: Path, *, what_to_do: str) -> dict[str, Any]:
+    """The content of a .npz file, or of one that torch.save has written.
+
+    what_to_do: the end of the message, a sentence. Raises InputError where the file is absent, cut off, damaged,
+    holds more than tensors and plain values, or no table of them.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"its part {damaged} is damaged")
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. {what_to_do}") from None
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a whole file of weights ({reason}). {what_to_do}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no table of weights. {what_to_do}")
+    return content
+
+
+def of_model(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of the model in what `read` gave: under "model" beside others, or by themselves.
+
+    The prefix that a model wrapped for several ranks adds to each name is taken away. Raises InputError where there
+    is something else among them.
+    """
+    table = content.get("model", content)
+    if not isinstance(table, Mapping) or not all(isinstance(tensor, Tensor) for tensor in table.values()):
+        raise InputError(f"{path}: holds no table of weights, by itself or under the name model")
+    return {name.removeprefix("module."): tensor for name, tensor in table.items()}

@@ -1,0 +1,151 @@
+"""Weights of the whole network: our checkpoints, the MLPerf reference's and those of the public SSD300 v1.1."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detection import batch_norm
+from detection import weights as files
+from detection.coco import Category
+from detection.config import InputError
+from ssd import reference
+from ssd.config import Config
+from ssd.model import SSD300
+
+# A file's origin, by what the names of its trunk's tensors start with; and its table of names.
+ORIGINS = {
+    "model.layer": ("the MLPerf reference", reference.NAMES),
+    "feature_extractor.": ("SSD300 v1.1", reference.V1_1_NAMES),
+}
+OURS = "this program"
+
+# A trunk, by whether its blocks are bottlenecks and how many of them layer3 has.
+TRUNKS = {
+    (False, 2): "resnet18",
+    (False, 6): "resnet34",
+    (True, 6): "resnet50",
+    (True, 23): "resnet101",
+    (True, 36): "resnet152",
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a state dict, with our names, is of; a trunk that is none of those known is empty."""
+
+    name: str
+    trunk: str
+    num_classes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.trunk or 'an unknown trunk'} for {self.num_classes} classes"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds. state: under our names. statistics: of batch norm (S,), where they are told apart.
+
+    origin: whose checkpoint it is. settings, categories: of the run that wrote it, where that was one of ours.
+    """
+
+    state: Mapping[str, Tensor]
+    statistics: Tensor | None
+    origin: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    categories: tuple[Category, ...] = ()
+
+    @property
+    def network(self) -> Network:
+        """The network that the weights are of."""
+        return network_of(self.state)
+
+
+def read(path: Path) -> Weights:
+    """Read a checkpoint of any of the three; raises InputError where it is none, damaged, or holds code."""
+    content = files.read(path, what_to_do="Give --checkpoint a file of weights.")
+    state = files.of_model(content, path)
+    if any(name.startswith("backbone.") for name in state):
+        rows = content.get("batch_norm")
+        statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # of each rank, in the midst of an epoch
+        categories = tuple(Category(**category) for category in content.get("categories", ()))
+        return Weights(state, statistics, OURS, json.loads(content.get("config", "{}")), categories)
+    for start, (origin, names) in ORIGINS.items():
+        if any(name.startswith(start) for name in state):
+            try:
+                return Weights(reference.from_reference(state, names), None, origin)
+            except KeyError as error:
+                raise InputError(
+                    f"{path}: looks like a checkpoint of {origin}, but for the tensor {error}, which is missing or "
+                    "unknown there"
+                ) from error
+            except RuntimeError as error:
+                raise InputError(
+                    f"{path}: the heads of this checkpoint of {origin} are of no SSD300 ({error})"
+                ) from error
+    first = next(iter(state), "nothing at all")
+    raise InputError(
+        f"{path}: these are not the weights of an SSD300 (the first is {first}). --checkpoint takes a checkpoint of "
+        f"{OURS}, of the MLPerf reference or of SSD300 v1.1; weights of the trunk alone are for --backbone."
+    )
+
+
+def network_of(state: Mapping[str, Tensor]) -> Network:
+    """The network that a state dict, with our names, is of."""
+    blocks = {match[1] for name in state if (match := re.match(r"backbone\.layer3\.(\d+)\.", name))}
+    bottlenecks = "backbone.layer1.0.conv3.weight" in state
+    head = state.get("heads.0.bias", torch.zeros(0))
+    return Network(
+        name="ssd300-r50" if "extras.0.bn1.weight" in state else "ssd300-r34",
+        trunk=TRUNKS.get((bottlenecks, len(blocks)), ""),
+        num_classes=len(head) // 4 - 4,
+    )
+
+
+def wanted(config: Config) -> dict[str, Tensor]:
+    """The state dict of the network of the settings, without memory behind it."""
+    with torch.device("meta"):
+        return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm).state_dict()
+
+
+def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Raise InputError where the weights are not of the network with the state dict `wanted`."""
+    theirs, ours = weights.network, network_of(wanted)
+    if theirs != ours:
+        raise InputError(
+            f"{path} holds {theirs}, and the settings ask for {ours}. "
+            f"Pass --network {theirs.name} --trunk {theirs.trunk or 'auto'} --num-classes {theirs.num_classes}, or "
+            "another --checkpoint"
+        )
+    # Files older than the counter of batch norm lack it.
+    absent = [name for name in wanted if name not in weights.state and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in weights.state if name not in wanted]
+    shapes = [
+        f"{name}, which is {tuple(tensor.shape)} and not {tuple(wanted[name].shape)}"
+        for name, tensor in weights.state.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    for what, names in (("lacks", absent), ("does not know", unknown), ("has another shape of", shapes)):
+        if names:
+            raise InputError(f"{path}: the {ours} in it {what} {len(names)} tensors (first: {names[0]})")
+
+
+def load(model: SSD300, path: Path) -> Weights:
+    """Load a file into the network, on the CPU; raises InputError where it is of another one, or unfit."""
+    weights = read(path)
+    put(weights, model, path)
+    return weights
+
+
+def put(weights: Weights, model: SSD300, path: Path) -> None:
+    """Put what was read of a file into the network, on the CPU; raises InputError where it is of another one."""
+    fresh = model.state_dict()
+    check(weights, fresh, path)
+    model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in fresh.items()})
+    if weights.statistics is not None:
+        batch_norm.set_statistics(model, weights.statistics)
