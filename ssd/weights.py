@@ -68,7 +68,7 @@ class Weights:
 
 def read(path: Path) -> Weights:
     """Read a checkpoint of any of the three; raises InputError where it is none, damaged, or holds code."""
-    content = files.read(path, what_to_do="Give --checkpoint a file of weights.")
+    content = files.read(path, what_to_do="Name a checkpoint.")
     state = files.of_model(content, path)
     if any(name.startswith("backbone.") for name in state):
         rows = content.get("batch_norm")

@@ -30,6 +30,6 @@ status=0
 find_bats
 if [[ -n $bats ]]; then "$bats" tests/scripts || status=1; fi
 # A process a core with one thread each: OpenMP's threads, waiting for each other's, would take the cores from them.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 "$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@" || status=1
 exit "$status"

@@ -167,8 +167,8 @@ def test_mistakes_are_one_message_and_2(square, tmp_path, capsys):
     (tmp_path / "file").touch()
     Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
     for words, message in (
-        ((tmp_path / "absent.pt", tmp_path / "x.png"), "absent.pt: the checkpoint cannot be read"),
-        ((tmp_path / "x.png", tmp_path / "x.png"), "x.png: the checkpoint is cut off or damaged, or it is none"),
+        ((tmp_path / "absent.pt", tmp_path / "x.png"), "absent.pt: no such file. Name a checkpoint."),
+        ((tmp_path / "x.png", tmp_path / "x.png"), "x.png: not a whole file of weights"),
         ((square, tmp_path / "x.png", "--folder", tmp_path / "file"), "file cannot be written (File exists)"),
     ):
         status, _, err = detect(capsys, *words)

@@ -164,7 +164,7 @@ def test_mistakes_are_one_message_and_2(square, tmp_path, capsys, monkeypatch):
     for words, message in (
         ((square, tmp_path / "model.onnx"), "pip install '.[export]'"),
         ((square, tmp_path / "model.pth"), "should end in .onnx or .pt2"),
-        ((tmp_path / "absent.pt", tmp_path / "model.pt2"), "absent.pt: the checkpoint cannot be read"),
+        ((tmp_path / "absent.pt", tmp_path / "model.pt2"), "absent.pt: no such file. Name a checkpoint."),
         (
             (square, tmp_path / "model.pt2", "--images", tmp_path / "absent.png"),
             "absent.png: this picture cannot be read",

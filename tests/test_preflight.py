@@ -109,7 +109,7 @@ def own_data(pictures):
 
 def test_data_named_by_four_settings_take_the_place_of_datadir(check, pictures, tmp_path):
     status, out, err = check(*own_data(pictures), "--dataset", "shapes", DATADIR=tmp_path / "absent")
-    assert (status, out.splitlines()[2]) == (0, "4")
+    assert (status, out.splitlines()[3]) == (0, "4")
     assert "train: 24 images" in err
     assert "classes: background, disc, square, triangle" in err
 

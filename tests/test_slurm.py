@@ -23,7 +23,7 @@ export WALLTIME=00:10:00
 """
 # The environment's python: no preflight, and the stand-in for ssd.train. All else is the real thing.
 PYTHON = """#!/usr/bin/env bash
-if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train && exit; fi
+if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
 for word in "$@"; do
   [[ $word == ssd.train ]] && words[-1]={stand_in} || words+=("$word")
 done

@@ -1,0 +1,147 @@
+"""The README's commands: every one in its tables "coming from …" is one that this program takes."""
+
+import http.server
+import os
+import re
+import shlex
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from detection import toy
+from ssd.config import load
+from test_config import exported
+
+README = (ROOT / "README.md").read_text()
+
+
+def coming_from() -> list[str]:
+    """The second column of the tables."""
+    section = README.split("## Coming from")[1].split("\n## ")[0]
+    rows = [
+        line.split("|") for line in section.splitlines() if line.startswith("| ") and not line.startswith("| there")
+    ]
+    return [row[2].strip().strip("`") for row in rows]
+
+
+def parts(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables before a command, and its words."""
+    words = shlex.split(command)
+    first = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
+    return dict(word.split("=", 1) for word in words[:first]), words[first:]
+
+
+RUNS = [command for command in coming_from() if "./run_and_time.sh" in command]
+OTHERS = [command for command in coming_from() if "./run_and_time.sh" not in command]
+
+
+def test_the_tables_are_read():
+    assert len(RUNS) >= 15
+    assert len(OTHERS) >= 8
+
+
+@pytest.mark.parametrize("command", [command for command in RUNS if "--help" not in command])
+def test_a_run_takes_the_settings_of_the_readme(command):
+    variables, words = parts(command)
+    environment = exported(variables.pop("DGXSYSTEM", "toy"), **variables)
+    load(words[1:], {name: value for name, value in environment.items() if name != "PATH"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS)
+def test_a_run_of_the_readme_is_what_it_would_start(command, tmp_path):
+    done = bash(command if "--help" in command else f"{command} --dry-run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "launch:" in done.stdout or "--help" in command
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_a_script_of_the_readme_runs(command, tmp_path):
+    """For real, up to where it would need what is not here: a registry, a cluster, an SDK."""
+    folder = tmp_path / "folder"
+    toy.draw(folder / "pictures", toy.Drawing(train_images=1, val_images=1, seed=1))
+    (folder / "corex-1.0.run").write_text('echo "installer $1"; exit 9\n')
+    (folder / "torch-1-py3-none-any.whl").touch()
+    for name in ("docker", "sbatch"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n')
+        (tmp_path / name).chmod(0o755)
+    done = bash(command, tmp_path)
+    said = done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    program = parts(command)[1][0]
+    match program:
+        case "./prepare-json.py":
+            assert done.returncode == 0, said
+            assert (tmp_path / "OUT.json").exists()
+        case "./run_with_docker.sh":
+            assert calls.count("docker run") >= 5, said
+        case "./run.sub":
+            assert "sbatch --nodes=2" in calls, said
+        case "./setup.sh":
+            assert done.returncode == 1
+            assert "installer --silent" in said
+        case "./init_datasets.sh" | "./get_resnet34_backbone.sh":
+            assert done.returncode not in (0, 2)
+            assert "404" in said
+        case _:
+            assert (program, "detect_images" in command, done.returncode) == (".venv/bin/python", True, 2)
+            assert "no such file" in said
+
+
+def bash(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README from the project's folder, with its words for what a user has replaced."""
+    annotations = folder / "folder/pictures/annotations/instances_val2017.json"
+    with loopback() as url:
+        for word, meant in {
+            "URL": url,
+            "IN.json": annotations,
+            "OUT.json": folder / "OUT.json",
+            "DIR": folder / "folder",
+            "FILE": folder / "checkpoint.pt",
+            "F.json": folder / "summary.json",
+            ".venv/bin/python": f"{os.environ.get('VENV', '.venv')}/bin/python",
+        }.items():
+            command = re.sub(rf"(?<![\w.]){re.escape(word)}(?!\w)", str(meant), command)
+        environment = os.environ | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "BACKBONE_URL": f"{url}/resnet34-333f7ec4.pth",
+            "COCO_URL": url,
+            "PRETRAINED_DIR": str(folder / "folder"),
+            "no_proxy": "127.0.0.1",
+        }
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+class loopback:
+    """A server that has nothing."""
+
+    def __enter__(self) -> str:
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Quiet)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
