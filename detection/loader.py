@@ -5,10 +5,11 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config import InputError
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 # (epoch, index in the split): what a batch is asked for by, so that workers need not be told of the epoch.
 Key = tuple[int, int]
+LastBatch = Literal["partial", "padded", "mixed"]
 
 
 class WorkerLost(RuntimeError):
@@ -30,32 +32,48 @@ class EpochSampler(Sampler[list[Key]]):
 
     The images of an epoch are one permutation, a function of (seed, epoch) alone; a global batch is the next
     stretch of it and each rank takes an equal part, so that the number of ranks does not change what is trained.
-    The last global batch is what remains, shared as evenly as it can be; a rank for which nothing is left is
-    given one image again, with weight 0 in the loss, if not in batch norm's statistics. `epoch`, and `samples`,
-    how many of its images are trained already, are set before each epoch.
+    `epoch`, and `samples`, how many images of it are trained already, are set before each epoch.
+
+    last_batch: of the last global batch of an epoch. "partial": what remains, shared as evenly as it can be; a rank
+    for which nothing is left is given one image again, with weight 0 in the loss, if not in batch norm's statistics.
+    "padded": filled up with the epoch's first images, which are trained twice. "mixed": filled up with the first of
+    the next epoch, which begins after them: each image is still trained once per epoch.
     """
 
-    def __init__(self, num_images: int, batch_size: int, *, seed: int, ranks: Ranks):
+    def __init__(self, num_images: int, batch_size: int, *, seed: int, ranks: Ranks, last_batch: LastBatch = "partial"):
         self.num_images, self.batch_size, self.seed, self.ranks = num_images, batch_size, seed, ranks
+        self.last_batch = last_batch
+        self.global_batch_size = batch_size * ranks.world_size
         self.epoch, self.samples = 1, 0
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
-        return -(-self.num_images // (self.batch_size * self.ranks.world_size))
+        """Steps of a whole epoch, as many as an epoch may have."""
+        return -(-self.num_images // self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         """The (epoch, index) of this rank's images in each step that is left of the current epoch."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        following = self.epoch + 1 if self.last_batch == "mixed" else self.epoch
+        keys = [(self.epoch, int(index)) for index in self.order(self.epoch)]
+        keys += [(following, int(index)) for index in self.order(following)[: self.global_batch_size]]
         for start, stop, _ in self.stretches():
-            rows = order[start:stop] if stop > start else order[:1]
-            yield [(self.epoch, int(index)) for index in rows]
+            yield keys[start:stop] if stop > start else keys[:1]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The permutation of all images in an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """Start and stop of this rank's part of each global batch, and the size of that global batch."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        for first in range(self.samples, self.num_images, self.batch_size * world_size):
-            size = min(self.batch_size * world_size, self.num_images - first)
+        for first in range(self.begun() + self.samples, self.num_images, self.global_batch_size):
+            size = self.global_batch_size
+            if self.last_batch == "partial":
+                size = min(size, self.num_images - first)
             yield first + size * rank // world_size, first + size * (rank + 1) // world_size, size
+
+    def begun(self) -> int:
+        """How many of the epoch's images the last batch of the one before it has trained."""
+        return -(self.epoch - 1) * self.num_images % self.global_batch_size if self.last_batch == "mixed" else 0
 
 
 def make_loader(

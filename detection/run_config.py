@@ -99,6 +99,11 @@ class RunConfig:
         help="training images that rehearsal has, and 5,000 of 118,287 as many to evaluate",
     )
     allow_missing: bool = setting(False, help="train without the images that the folder lacks")
+    last_batch: Literal["partial", "padded", "mixed"] = setting(
+        "partial",
+        help="the last global batch of an epoch: what remains; or filled up with the epoch's first images, trained "
+        "twice (padded), or with those of the next epoch, which it then lacks (mixed)",
+    )
     num_workers: int = setting(
         4, ge=0, le=256, unit="processes per rank", help="decode images; 0 decodes in the rank itself"
     )

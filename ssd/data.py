@@ -184,7 +184,7 @@ class SSDData(SSDEvalData):
         super().__init__(config, ranks)
         train = train.with_boxes()
         self.train_samples = len(train)
-        self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks)
+        self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch)
         self.steps_per_epoch = len(self.sampler)
         dataset = TrainImages(
             train,

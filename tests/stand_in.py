@@ -59,7 +59,9 @@ class Data:
 
     def __init__(self, config, ranks, seed):
         self.train_samples, self.eval_samples = config.num_images, 1
-        self.sampler = EpochSampler(config.num_images, config.batch_size, seed=seed, ranks=ranks)
+        self.sampler = EpochSampler(
+            config.num_images, config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch
+        )
         self.steps_per_epoch = len(self.sampler)
         shared_memory.check(config.num_workers * ranks.world_size, config.batch_size * 4 * 3 * 6 * 6)
         dataset = Images(seed, os.getpid())

@@ -20,8 +20,11 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 
 
-def samplers(num_images, batch_size, world_size, epoch=1):
-    made = [EpochSampler(num_images, batch_size, seed=7, ranks=Ranks(r, world_size, CPU)) for r in range(world_size)]
+def samplers(num_images, batch_size, world_size, epoch=1, last_batch="partial"):
+    made = [
+        EpochSampler(num_images, batch_size, seed=7, ranks=Ranks(r, world_size, CPU), last_batch=last_batch)
+        for r in range(world_size)
+    ]
     for sampler in made:
         sampler.epoch = epoch
     return made
@@ -50,6 +53,35 @@ def test_the_number_of_ranks_does_not_change_a_global_batch(num_images, batch_si
         together = [key for part in parts for key in part]
         assert together[: len(whole)] == whole or set(whole) <= set(together)
         assert size == len(whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(12, 60), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["padded", "mixed"]))
+def test_a_filled_last_batch_leaves_every_batch_whole_and_no_image_out(num_images, batch_size, world_size, last_batch):
+    seen, epochs = Counter(), 4
+    for epoch in range(1, epochs + 1):
+        for sampler in samplers(num_images, batch_size, world_size, epoch, last_batch):
+            for keys, (_, _, size) in zip(sampler, sampler.stretches(), strict=True):
+                assert len(keys) == batch_size
+                assert size == batch_size * world_size
+                seen.update(keys)
+    for epoch in range(1, epochs + 1):
+        assert {index for e, index in seen if e == epoch} == set(range(num_images))
+    twice = [key for key, times in seen.items() if times > 1]
+    if last_batch == "mixed":
+        assert not twice
+        assert sum(e == epochs + 1 for e, _ in seen) == -num_images * epochs % (batch_size * world_size)
+    else:
+        assert len(twice) == epochs * (-num_images % (batch_size * world_size))
+        assert all(times <= 2 for times in seen.values())
+
+
+@pytest.mark.parametrize("last_batch", ["partial", "padded", "mixed"])
+def test_an_epoch_goes_on_after_the_images_that_are_trained(last_batch):
+    (whole,) = samplers(22, 5, 1, 3, last_batch)
+    (rest,) = samplers(22, 5, 1, 3, last_batch)
+    rest.samples = 10
+    assert list(rest) == list(whole)[2:]
 
 
 def test_epochs_have_orders_of_their_own():
