@@ -78,9 +78,7 @@ class TrainImages(Dataset[Batch]):
 
         A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
         """
-        pixels = torch.empty(len(keys), 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, dtype=torch.uint8).contiguous(
-            memory_format=torch.channels_last
-        )
+        pixels = no_pixels(len(keys))
         draws, boxes, labels = [], [], []
         for row, (epoch, index) in enumerate(keys):
             path = self.split.image_path(index)
@@ -120,6 +118,11 @@ class TrainImages(Dataset[Batch]):
         return chosen, *augment.crop_boxes(chosen.crop_xyxy, boxes, labels)
 
 
+def no_pixels(count: int) -> Tensor:
+    """Room for images: (count, 3, 300, 300) uint8 in the order that they are decoded in, channels last."""
+    return torch.empty(count, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, dtype=torch.uint8, memory_format=torch.channels_last)
+
+
 def cut(image: Tensor, crop_xyxy: augment.Floats) -> Tensor:
     """The part (3, h, w) of an image (3, H, W) inside a normalised crop, on whole pixels."""
     height, width = image.shape[1:]
@@ -145,17 +148,16 @@ class EvalImages(Dataset[EvalBatch]):
 
     def __getitems__(self, indices: Sequence[int]) -> EvalBatch | InputError:
         """Make the batch of these indices; an image that cannot be read is returned as its error."""
-        pixels, sizes = [], []
-        for index in indices:
+        pixels, sizes = no_pixels(len(indices)), []
+        for row, index in enumerate(indices):
             try:
                 image = images.read(self.split.image_path(index))
             except InputError as error:
                 return error
-            pixels.append(images.resize(image, IMAGE_SIZE_PX))
+            pixels[row] = images.resize(image, IMAGE_SIZE_PX)
             sizes.append((image.shape[2], image.shape[1]))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        stacked = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
-        return EvalBatch(stacked, ids, torch.tensor(sizes))
+        return EvalBatch(pixels, ids, torch.tensor(sizes))
 
 
 class SSDEvalData:
