@@ -1,4 +1,4 @@
-"""The device a rank computes on, and what it is good at. The only module that knows devices by name.
+"""The device a rank computes on, and what it is good at. The only module that treats one kind unlike another.
 
 It works from torch 2.4 on, the newest that some vendors build for. There, what torch.accelerator says since 2.6 is
 asked of the module that every kind of device has, such as torch.cuda.
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from detection.config import InputError
-
-# Collectives by device type; gloo carries whatever is not named here.
-COLLECTIVES = {"cuda": "nccl", "mlu": "cncl", "npu": "hccl", "xpu": "xccl"}
-KINDS = ("cuda", "mlu", "npu", "xpu", "mps")
+from detection.device_kinds import COLLECTIVES, KINDS
 
 
 def choose(name: str, local_rank: int) -> torch.device:
@@ -124,9 +121,9 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def collective_backend(device: torch.device) -> str:
-    """The library that moves tensors between ranks on devices of this type."""
-    return COLLECTIVES.get(device.type, "gloo")
+def collective_backend(device: torch.device) -> str | None:
+    """The library that moves tensors between ranks on devices of this type, if one is known."""
+    return "gloo" if device.type == "cpu" else COLLECTIVES.get(device.type)
 
 
 @dataclass(frozen=True)

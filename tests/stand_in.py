@@ -127,7 +127,7 @@ def train(config: Config, process: start.Process) -> int:
 
         def evaluate(model: nn.Module, _: Data) -> dict[str, float]:
             time.sleep(5 * config.step_s)
-            inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6)
+            inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6).to(ranks.device)
             return {"AP": float(torch.sigmoid(model(inputs).mean()))}
 
         benchmark = engine.Benchmark(
