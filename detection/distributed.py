@@ -79,6 +79,7 @@ class Ranks:
             dist.all_gather_object(values, (self.node, value))
         return next(theirs for node, theirs in values if node == self.node)
 
+    @torch.inference_mode(False)  # gloo of torch 2.4 fills the rows on a thread of its own, which that mode forbids
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows of all ranks, (N_0 + N_1 + ..., C), in the order of ranks; each rank gives (N_rank, C)."""
         if not self.together:

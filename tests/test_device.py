@@ -56,6 +56,15 @@ def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, kind, multiplies
     assert device.precision("auto", torch.device(kind)).name == name
 
 
+def test_an_older_torch_compiles_nothing_and_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(device, "CAN_COMPILE", False)
+    assert not device.compiles("auto", torch.device("cuda"))
+    with pytest.raises(InputError, match=r"--compile on: needs torch 2\.6 or later, this is"):
+        device.compiles("on", CPU)
+    with device.eager():
+        pass
+
+
 def test_collectives_follow_the_device():
     assert device.collective_backend(CPU) == "gloo"
     assert device.collective_backend(torch.device("cuda", 1)) == "nccl"
