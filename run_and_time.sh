@@ -18,6 +18,7 @@ environment (paths are relative to the folder of this script):
   DGXNGPU         ranks on each node (what the config file says)
   MAX_RESTARTS    times that the ranks are started again after one died; with --resume auto they go on (0)
   CLEAR_CACHES    1 drops the machine's file caches before the run, as MLPerf asks; 0 does not (1)
+  RESET_COMMAND   shell command before the run, to reset the accelerators (what the config file says; empty: none)
   BENCHMARK       what is trained (ssd)
   VENV            folder of the Python environment (.venv)
   MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there, and which node this
@@ -110,6 +111,11 @@ fi
 if $dry_run; then
   printf 'launch:' && printf ' %q' "${launch[@]}" && printf '\n'
   exit
+fi
+
+if [[ -n ${RESET_COMMAND:-} ]]; then
+  echo "Resetting the accelerators: $RESET_COMMAND"
+  bash -c "$RESET_COMMAND" || die "RESET_COMMAND=$RESET_COMMAND: it ended with status $?"
 fi
 
 drop_caches() {

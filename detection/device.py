@@ -1,4 +1,4 @@
-"""The device a rank computes on, and what it is good at. The only module that knows devices by name.
+"""The device a rank computes on, and what it is good at. The only module that treats one kind unlike another.
 
 It works from torch 2.4 on, the newest that some vendors build for. There, what torch.accelerator says since 2.6 is
 asked of the module that every kind of device has, such as torch.cuda.
@@ -6,6 +6,7 @@ asked of the module that every kind of device has, such as torch.cuda.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -13,10 +14,7 @@ import torch
 from torch import Tensor
 
 from detection.config import InputError
-
-# Collectives by device type; gloo carries whatever is not named here.
-COLLECTIVES = {"cuda": "nccl", "mlu": "cncl", "npu": "hccl", "xpu": "xccl"}
-KINDS = ("cuda", "mlu", "npu", "xpu", "mps")
+from detection.device_kinds import COLLECTIVES, KINDS
 
 
 def choose(name: str, local_rank: int) -> torch.device:
@@ -52,11 +50,36 @@ def accelerator() -> torch.device | None:
     """The kind of accelerator that torch sees on this machine, if there is one."""
     if hasattr(torch, "accelerator"):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if not hasattr(torch, "_is_device_backend_autoload_enabled"):  # before 2.5 torch loads no vendor's package
-        for backend in entry_points(group="torch.backends"):
+    load_vendors()
+    return next((torch.device(kind) for kind in (*KINDS, privateuse1()) if is_available(kind)), None)
+
+
+@cache
+def load_vendors() -> None:
+    """Import the packages that add a kind of device to torch, as torch itself does from 2.5 on.
+
+    Raises InputError where one of them cannot be loaded.
+    """
+    if hasattr(torch, "_is_device_backend_autoload_enabled"):
+        return
+    for backend in entry_points(group="torch.backends"):
+        try:
             backend.load()()
-    kinds = (kind for kind in KINDS if hasattr(torch, kind))
-    return next((torch.device(kind) for kind in kinds if getattr(torch, kind).is_available()), None)
+        except Exception as error:  # whatever a vendor's package stumbles over
+            raise InputError(f"{backend.name}: this backend of torch cannot be loaded ({error}).") from error
+
+
+def privateuse1() -> str:
+    """What a vendor's package called the kind of device that it adds."""
+    return torch._C._get_privateuse1_backend_name()
+
+
+def is_available(kind: str) -> bool:
+    """Whether a device of this kind is here."""
+    of_kind = getattr(torch, kind, None)
+    if not hasattr(of_kind, "is_available"):  # older ones of torch.mps do not say
+        of_kind = getattr(torch.backends, kind, None)
+    return of_kind is not None and of_kind.is_available()
 
 
 def module(device: torch.device) -> Any:
@@ -98,9 +121,9 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def collective_backend(device: torch.device) -> str:
-    """The library that moves tensors between ranks on devices of this type."""
-    return COLLECTIVES.get(device.type, "gloo")
+def collective_backend(device: torch.device) -> str | None:
+    """The library that moves tensors between ranks on devices of this type, if one is known."""
+    return "gloo" if device.type == "cpu" else COLLECTIVES.get(device.type)
 
 
 @dataclass(frozen=True)

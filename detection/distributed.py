@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from detection import batch_norm
-from detection.config import Topology
+from detection.config import InputError, Topology
 from detection.device import collective_backend
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ class Ranks:
             dist.all_gather_object(values, (self.node, value))
         return next(theirs for node, theirs in values if node == self.node)
 
+    @torch.inference_mode(False)  # gloo of torch 2.4 fills the rows on a thread of its own, which that mode forbids
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows of all ranks, (N_0 + N_1 + ..., C), in the order of ranks; each rank gives (N_rank, C)."""
         if not self.together:
@@ -138,6 +139,20 @@ class Ranks:
             dist.barrier()
 
 
+def backend_of(device: torch.device) -> str:
+    """The library of collectives for a device: the one that is known, or that the device's own package has registered.
+
+    Raises InputError where this torch has none, so that each rank can only be alone.
+    """
+    name = collective_backend(device) or dist.Backend.default_device_backend_map.get(device.type)
+    if name is None or not dist.is_backend_available(name):
+        raise InputError(
+            f"--device {device.type}: ranks cannot speak to each other, since torch {torch.__version__} has no "
+            f"{name or 'library of collectives'} here. Install the vendor's, or train with DGXNGPU=1 and DGXNNODES=1."
+        )
+    return name
+
+
 class PeerLost(RuntimeError):
     """Another rank is gone: the cause is with that one, which tells it."""
 
@@ -162,9 +177,7 @@ def connect(topology: Topology, device: torch.device, *, timeout_s: float, even_
         # torchrun hands the ranks that it starts again the same store, in which the addresses of those before them
         # still are. Every launcher has counted alike: a rank that ends takes those of all nodes along.
         store = dist.PrefixStore(f"restart_{topology.restarts}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(
-            collective_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        dist.init_process_group(backend_of(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield Ranks(topology.rank, topology.world_size, device, topology.rank // topology.local_world_size)
     except RuntimeError as error:

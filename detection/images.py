@@ -28,7 +28,7 @@ def best_decoder() -> Callable[[bytes], Tensor]:
     """
     try:
         from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
-    except (ImportError, RuntimeError):  # RuntimeError: it was built for another torch
+    except (ImportError, OSError, RuntimeError):  # not there; without FFmpeg's libraries; built for another torch
         return decode_with_pillow
 
     def decode(encoded: bytes) -> Tensor:

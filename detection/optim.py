@@ -15,6 +15,7 @@ def make_sgd(
 
     kernels: whose fused update, "torch" or "apex"; both compute the same. decay_biases: whether biases and batch
     norm decay, too; if not, they make a group of their own. InputError where apex is not installed.
+    On devices without torch's it is not fused: the same numbers to a rounding, slower.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, Any]] = [{"params": trained}]
@@ -24,13 +25,25 @@ def make_sgd(
             {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
     if kernels == "torch":
-        return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+        fused = all(fuses_sgd(device) for device in {parameter.device for parameter in trained})
+        return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise InputError(f"--sgd apex: apex cannot be imported ({error}). Install it, or pass --sgd torch.") from error
-    fused: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-    return fused
+    optimizer: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+    return optimizer
+
+
+def fuses_sgd(device: torch.device) -> bool:
+    """Whether torch's fused update runs on a device: tried, since torch lists any third party's as one that does."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        torch.optim.SGD([parameter], lr=0.0, momentum=0.9, fused=True).step()
+    except RuntimeError:  # which NotImplementedError is, too
+        return False
+    return True
 
 
 def learning_rate(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
+from detection import device_kinds
 from detection.config import STRICT, Numbers, setting
 from detection.run_folder import newest_unfinished
 
@@ -119,7 +120,7 @@ class RunConfig:
         "auto",
         pattern=r"^[a-z]+(:\d+)?$",
         heading="Machine",
-        help="auto, cpu, cuda, xpu ...; auto takes the accelerator there is",
+        help=device_kinds.HELP,
     )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
         "auto", help="auto: bf16 where the device is fast in it, else fp16 with loss scaling, else fp32"

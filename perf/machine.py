@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,18 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "system": platform.platform(),
         "driver": driver(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def installed(package: str) -> str | None:
+    """Version of a package; None where it is not installed, as some are not beside an older torch."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detection import device_kinds
 from detection.boxes import xyxy_to_cxcywh
 from detection.config import InputError
 from detection.device import Precision, choose, describe, precision
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> int:
     """Run every part; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssd.conform", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="vectors of the reference (.npz)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--device", default="auto", help=device_kinds.HELP)
     parser.add_argument("--precision", default="fp32", choices=NETWORK_TOLERANCE, help="of the network")
     arguments = parser.parse_args(argv)
     try:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detection import device, drawing, images, pictures, whole_file
+from detection import device, device_kinds, drawing, images, pictures, whole_file
 from detection.config import InputError
 from detection.drawing import Mark
 from detection.pictures import Picture
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--score", type=score, default=0.3, help="detections below are left out, 0 to 1 (.3)")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures that the network sees at once (8)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu ... (auto: the accelerator there is)")
+    parser.add_argument("--device", default="auto", help=device_kinds.HELP)
     return parser.parse_args(argv)
 
 

@@ -20,13 +20,16 @@ class Detector(nn.Module):
     best first, and rows of score 0 and label 0 where it has fewer.
     """
 
+    anchors_cxcywh: Tensor
+    anchors_xyxy: Tensor
+
     def __init__(self, model: nn.Module, *, score_threshold: float, nms_iou: float, max_detections: int) -> None:
         super().__init__()
         self.model = model
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         anchors = make_anchors()
-        self.anchors_cxcywh = nn.Buffer(anchors.boxes_cxcywh)
-        self.anchors_xyxy = nn.Buffer(anchors.boxes_xyxy)
+        self.register_buffer("anchors_cxcywh", anchors.boxes_cxcywh)  # nn.Buffer needs torch 2.5
+        self.register_buffer("anchors_xyxy", anchors.boxes_xyxy)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 300, 300) uint8 RGB to boxes (B, D, 4) xyxy, normalised, not clipped; labels and scores (B, D)."""

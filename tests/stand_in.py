@@ -122,7 +122,7 @@ def train(config: Config, process: start.Process) -> int:
     ranks = process.ranks
     with start.opened(config, process) as run:
         data: list[Data] = []
-        inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6)
+        inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6).to(ranks.device)
 
         def open_data() -> Data:
             data.append(Data(config, ranks, run.seed))

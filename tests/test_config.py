@@ -265,7 +265,13 @@ def test_every_config_file_leaves_folders_and_ranks_to_the_user(system):
 
 @pytest.mark.parametrize(
     ("system", "global_batch_size", "peak_lr", "weight_decay"),
-    [("DGX1", 960, 0.0875, 1.6e-4), ("DGXA100", 912, 0.09, 1.3e-4), ("NF5488", 912, 0.09, 1.3e-4)],
+    [
+        ("DGX1", 960, 0.0875, 1.6e-4),
+        ("V100_1x8", 960, 0.0875, 1.6e-4),
+        ("BI-V100_1x8", 960, 0.0875, 1.6e-4),
+        ("DGXA100", 912, 0.09, 1.3e-4),
+        ("NF5488", 912, 0.09, 1.3e-4),
+    ],
 )
 def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_batch_size, peak_lr, weight_decay):
     environ = exported(system)
@@ -273,6 +279,27 @@ def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_bat
     assert config.global_batch_size(world_size) == global_batch_size
     assert config.peak_lr(world_size) == peak_lr
     assert (config.weight_decay, config.warmup_steps, config.decay_epochs) == (weight_decay, 650, (44, 55))
+
+
+@pytest.mark.parametrize(("system", "ranks"), [("MLU370_1x1", 1), ("MLU370_1x4", 4)])
+def test_cambricons_cards_are_given_the_recipe_of_ssd300_v1_1(system, ranks):
+    environ = exported(system)
+    config = load([], environ).config
+    assert read_system(environ).world_size == ranks
+    assert config.peak_lr(ranks) == pytest.approx(2.6e-3 * ranks)
+    assert (config.epochs, config.decay_epochs, config.warmup_steps) == (65, (43, 54), 300)
+    assert (config.device, config.precision, config.weight_decay) == ("mlu", "fp16", 5e-4)
+
+
+@pytest.mark.parametrize("system", ["BI-V100_1x8", "MLU370_1x1", "MLU370_1x4", "V100_1x8"])
+def test_a_vendors_config_file_says_what_is_the_vendors_and_leaves_that_to_the_user(system):
+    environ = exported(system)
+    assert environ["RESET_COMMAND"] == ""
+    assert {"SSD_DEVICE", "SSD_PRECISION", "SSD_SGD"} <= environ.keys()
+    visible = "MLU_VISIBLE_DEVICES" if "MLU" in system else "CUDA_VISIBLE_DEVICES"
+    assert len(environ[visible].split(",")) == read_system(environ).ranks_per_node
+    assert exported(system, **{visible: "3", "RESET_COMMAND": "reset it"})[visible] == "3"
+    assert exported(system, RESET_COMMAND="reset it")["RESET_COMMAND"] == "reset it"
 
 
 OWN_DATA = ("--train-images", "a", "--train-annotations", "b", "--val-images", "c", "--val-annotations", "d")

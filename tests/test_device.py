@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -54,6 +56,55 @@ def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, kind, multiplies
     assert device.precision("auto", torch.device(kind)).name == name
 
 
+def test_an_older_torch_compiles_nothing_and_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(device, "CAN_COMPILE", False)
+    assert not device.compiles("auto", torch.device("cuda"))
+    with pytest.raises(InputError, match=r"--compile on: needs torch 2\.6 or later, this is"):
+        device.compiles("on", CPU)
+    with device.eager():
+        pass
+
+
 def test_collectives_follow_the_device():
     assert device.collective_backend(CPU) == "gloo"
     assert device.collective_backend(torch.device("cuda", 1)) == "nccl"
+
+
+@pytest.fixture
+def older_torch(monkeypatch):
+    """A torch that has no torch.accelerator and loads no packages of vendors, as 2.4."""
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    monkeypatch.delattr(torch, "_is_device_backend_autoload_enabled", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device.load_vendors.cache_clear()
+    yield monkeypatch
+    device.load_vendors.cache_clear()
+
+
+def vendors_load(monkeypatch, loaded):
+    point = SimpleNamespace(name="vendor", load=lambda: loaded)
+    monkeypatch.setattr(device, "entry_points", lambda group: [point] if group == "torch.backends" else [])
+
+
+def test_an_older_torch_is_given_the_vendors_package_once(older_torch):
+    def load():
+        older_torch.setattr(torch, "privateuseone", SimpleNamespace(is_available=lambda: True), raising=False)
+        loads.append(1)
+
+    loads: list[int] = []
+    vendors_load(older_torch, load)
+    assert [device.accelerator() for _ in range(2)] == [torch.device("privateuseone")] * 2
+    assert len(loads) == 1
+
+
+def test_a_vendors_package_that_breaks_is_named(older_torch):
+    def load():
+        raise OSError("libvendor.so: cannot open shared object file")
+
+    vendors_load(older_torch, load)
+    with pytest.raises(InputError, match=r"vendor: this backend of torch cannot be loaded \(libvendor.so"):
+        device.choose("auto", 0)
+
+
+def test_without_a_device_an_older_torch_says_so(older_torch):
+    assert device.accelerator() is None

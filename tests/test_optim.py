@@ -40,6 +40,18 @@ def test_frozen_batch_norm_neither_trains_nor_moves():
     assert [p.shape for p in trained] == [model[0].weight.shape, model[0].bias.shape]
 
 
+@pytest.mark.parametrize("lacking", [None, "has no such kernel"])
+def test_the_update_is_fused_where_the_device_does_that(monkeypatch, lacking):
+    if lacking:
+
+        def missing(*_, **__):
+            raise NotImplementedError(lacking)
+
+        monkeypatch.setattr(torch, "_fused_sgd_", missing)
+    optimizer = optim.make_sgd(nn.Linear(2, 2), kernels="torch", momentum=0.9, weight_decay=0.1)
+    assert optimizer.defaults["fused"] is (lacking is None)
+
+
 def test_apex_is_asked_for_only_by_name_and_said_to_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     model = nn.Linear(2, 2)

@@ -149,6 +149,7 @@ def test_a_run_below_its_target_exits_3_and_is_logged_as_aborted(environment, tm
     assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
 
 
+@pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
 def test_a_network_that_cannot_be_compiled_is_refused_or_trained_as_it_is(environment, tmp_path, capsys, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
@@ -169,6 +170,7 @@ def test_a_network_that_cannot_be_compiled_is_refused_or_trained_as_it_is(enviro
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
 def test_compiled_training_is_that_of_the_plain_network(environment, tmp_path, monkeypatch, capsys):
     for choice in ("off", "on"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / choice))

@@ -5,7 +5,7 @@ load scripts
 
 setup() {
   unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
-    OMP_NUM_THREADS BENCHMARK
+    OMP_NUM_THREADS BENCHMARK RESET_COMMAND
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
   cp "$repository/run_and_time.sh" "$repository"/config_*.sh "$folder"
@@ -116,6 +116,27 @@ run_and_time() {
   [[ $output == "usage: "*DGXSYSTEM*"exit status"* ]]
   grep -q -- "ssd.preflight --help" "$calls"
   [ "$(grep --count launch "$calls")" -eq 0 ]
+}
+
+@test "the accelerators are reset before the clock, by the command of the config file" {
+  printf '#!/bin/sh\necho "reset $*" >>"$calls"\n' >"$folder/reset_tool"
+  chmod +x "$folder/reset_tool"
+  echo 'export RESET_COMMAND="./reset_tool --all && echo done"' >>"$folder/config_toy.sh"
+  run_and_time
+  [ "$status" -eq 0 ]
+  grep -q "^reset --all$" "$calls"
+  [[ $output == *done*STARTING* ]]
+  [[ $(sed -n '/^reset/,$p' "$calls") == *detection.launch* ]]
+  run_and_time --dry-run
+  [ "$(grep --count ^reset "$calls")" -eq 1 ]
+}
+
+@test "a reset that fails ends the script with its command and status, before the clock" {
+  RESET_COMMAND="exit 7" run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == *"error: RESET_COMMAND=exit 7: it ended with status 7" ]]
+  [[ $output != *STARTING* ]]
+  [ "$(grep --count detection.launch "$calls")" -eq 0 ]
 }
 
 @test "caches that are kept are said to be" {
