@@ -1,6 +1,7 @@
 """Where the time of a call goes: a trace for chrome://tracing or perfetto, and the costliest operations."""
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,15 @@ class Operation(NamedTuple):
     share: float
 
 
+# Newer versions of torch warn where they are not told; older ones cannot be told.
+KEEP_EVENTS: dict[str, Any] = {"acc_events": True} if "acc_events" in signature(profile).parameters else {}
+
+
 def trace(run: Callable[[], object], device: torch.device, path: Path) -> list[Operation]:
     """Warm up, then trace one call: writes a Chrome trace (.json or .json.gz), returns the costliest operations."""
     run()
     synchronize(device)
-    with profile(acc_events=True) as profiler:
+    with profile(**KEEP_EVENTS) as profiler:
         run()
         synchronize(device)
     profiler.export_chrome_trace(str(path))
