@@ -119,6 +119,7 @@ run_and_time() {
 }
 
 @test "the accelerators are reset before the clock, by the command of the config file" {
+  # shellcheck disable=SC2016 # for the tool to expand
   printf '#!/bin/sh\necho "reset $*" >>"$calls"\n' >"$folder/reset_tool"
   chmod +x "$folder/reset_tool"
   echo 'export RESET_COMMAND="./reset_tool --all && echo done"' >>"$folder/config_toy.sh"
