@@ -26,10 +26,19 @@ find_bats() {
   rm "$log"
 }
 
-status=0
+status=0 scripts=''
 find_bats
-if [[ -n $bats ]]; then "$bats" tests/scripts || status=1; fi
+if [[ -n $bats ]]; then # beside the others, since they wait most of the time; shown after them
+  output=$(mktemp)
+  "$bats" tests/scripts &>"$output" &
+  scripts=$!
+  trap 'kill "$scripts" 2>/dev/null || true; rm -f "$output"' EXIT
+fi
 # A process a core with one thread each: OpenMP's threads, waiting for each other's, would take the cores from them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 "$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@" || status=1
+if [[ -n $scripts ]]; then
+  wait "$scripts" || status=1
+  cat "$output"
+fi
 exit "$status"

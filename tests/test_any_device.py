@@ -102,6 +102,7 @@ def test_a_machine_that_loads_no_packages_of_third_parties_refuses_the_device(th
     assert "knows no such device" in err
 
 
+@pytest.mark.slow
 def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, monkeypatch):
     toy.draw(tmp_path / "data", toy.Drawing(train_images=2, val_images=1, seed=1))
     values = {"DATADIR": str(tmp_path / "data"), "SSD_DATASET": "toy", "SSD_DIVISION": "open"}

@@ -55,6 +55,7 @@ def test_the_made_up_logits_have_as_many_candidates(candidates):
     assert (scores > 0.05).sum(dim=(1, 2)).tolist() == [candidates] * growth.BATCH_SIZE
 
 
+@pytest.mark.slow
 def test_a_whole_run_writes_what_it_measured(tmp_path, in_one_process, capsys):
     page = tmp_path / "page.md"
     page.write_text("".join(f"# {name}\n<!-- {name} -->\nold\n<!-- end -->\n" for name in NAMES) + "the end\n")

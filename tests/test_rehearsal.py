@@ -257,6 +257,7 @@ def test_as_many_images_are_without_boxes_as_in_coco() -> None:
         assert any(rehearsal._is_empty(split, index) for index in range(40))
 
 
+@pytest.mark.slow
 def test_boxes_are_distributed_like_those_of_coco(tmp_path: Path) -> None:
     rehearsal.draw(tmp_path, Drawing(images=12_000), pictures=False)
     assert not list(tmp_path.glob("*/*.jpg"))
