@@ -23,7 +23,9 @@ def alone(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize(("ranks", "batch_size", "num_images"), [(2, 4, 28), (4, 2, 28), pytest.param(8, 1, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "num_images"), [(2, 4, 28), (4, 2, 28), pytest.param(8, 1, 24, marks=pytest.mark.slow)]
+)
 def test_shared_batch_norm_makes_every_width_train_alike(alone, tmp_path, ranks, batch_size, num_images):
     flags = ("--batch-size", str(batch_size), "--num-images", str(num_images))
     status, _, err = processes.run(tmp_path, *SAME, *flags, ranks=ranks, timeout_s=120)
