@@ -4,6 +4,7 @@ B images, A anchors, K classes with background 0, D detections over all images.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from ssd.box_coder import decode
 
 # Groups of candidates whose overlaps are computed at once are limited to this many pairs (1 GiB in float32).
 MAX_PAIRS = 2**28
+# Groups up to so many boxes are suppressed together, and apart from larger ones.
+GROUP_SIZES = (4, 16, 64)
 # What rounding may add to the logarithm of a score's odds, and more.
 BOUND_MARGIN = 1e-3
 
@@ -95,12 +98,24 @@ def place_in_group(sorted_group: Tensor) -> Tensor:
 def suppress(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
     """Which of N boxes stay: (N,) bool. boxes_xyxy: (N, 4) sorted by group, best first; group: (N,).
 
-    The groups are padded to the largest and suppressed side by side: a box stays if no better box that stays
-    overlaps it. Applied until nothing changes, this reaches what the sequential greedy rule gives, since after
-    round r at least the first r boxes of every group are final.
+    Groups of like size go together, since a group is padded to the largest beside it, and costs its square.
     """
-    if not len(boxes_xyxy):
-        return torch.zeros(0, dtype=torch.bool, device=boxes_xyxy.device)
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    size = counts[row]
+    keep = torch.empty_like(group, dtype=torch.bool)
+    for least, most in pairwise((0, *GROUP_SIZES, len(group))):
+        (alike,) = ((size > least) & (size <= most)).nonzero(as_tuple=True)
+        if len(alike):
+            keep[alike] = suppress_alike(boxes_xyxy[alike], group[alike], nms_iou)
+    return keep
+
+
+def suppress_alike(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
+    """As `suppress`, of groups that are padded to the largest and suppressed side by side.
+
+    A box stays if no better box that stays overlaps it. Applied until nothing changes, this reaches what the
+    sequential greedy rule gives, since after round r at least the first r boxes of every group are final.
+    """
     _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
     column = place_in_group(group)
     width = int(counts.max())
