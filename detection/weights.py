@@ -31,7 +31,12 @@ def read(path: Path, *, what_to_do: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. {what_to_do}") from None
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose own words are about a setting of torch's
+        raise InputError(
+            f"{path}: not a whole file of weights (torch.save did not write it, or it holds more than tensors; code in "
+            f"it is never run). {what_to_do}"
+        ) from error
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a whole file of weights ({reason}). {what_to_do}") from error
     if not isinstance(content, dict):

@@ -201,7 +201,7 @@ def check_checkpoint(config: Config) -> str:
 
     path = Path(config.checkpoint)
     found = weights.read(path)
-    weights.check(found, weights.wanted(config), path)
+    weights.check(found, weights.wanted(classes.followed(config)), path)
     return f"checkpoint: {path} ({found.origin}; {found.network})"
 
 

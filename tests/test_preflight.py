@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from detection import shared_memory, toy
 from ssd import preflight
+from ssd.model import SSD300
 
 ROOT = Path(__file__).parent.parent
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
@@ -246,3 +248,12 @@ def test_every_config_file_passes_a_dry_run_and_the_rules(system):
     )
     assert (shell.returncode, shell.stderr) == (0, "")
     assert "forbids" not in shell.stdout
+
+
+def test_a_checkpoint_is_held_against_the_classes_of_the_annotations(check, tmp_path):
+    for num_classes, status in ((4, 0), (5, 2)):
+        path = tmp_path / f"{num_classes}.pt"
+        torch.save(SSD300(num_classes, "resnet18").state_dict(), path)
+        got, _, err = check("--mode", "evaluate", "--checkpoint", str(path), "--trunk", "resnet18")
+        assert got == status, err
+        assert f"ssd300-r34 on resnet18 for {num_classes} classes" in err
