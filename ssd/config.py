@@ -114,15 +114,19 @@ class Config(RunConfig):
         return self
 
     @property
+    def named_after(self) -> str:
+        """The ResNet that the network is named after, as torchvision calls it."""
+        return self.network.replace("ssd300-r", "resnet")
+
+    @property
     def trunk_name(self) -> str:
         """The ResNet that the network stands on, as torchvision calls it."""
-        return self.network.replace("ssd300-r", "resnet") if self.trunk == "auto" else self.trunk
+        return self.named_after if self.trunk == "auto" else self.trunk
 
     @property
     def network_name(self) -> str:
         """The network, with its trunk where it is not the one that it is named after."""
-        named_after = self.network.replace("ssd300-r", "resnet")
-        return self.network if self.trunk_name == named_after else f"{self.network} on {self.trunk_name}"
+        return self.network if self.trunk_name == self.named_after else f"{self.network} on {self.trunk_name}"
 
     @property
     def extras_batch_norm(self) -> bool:

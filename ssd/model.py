@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from ssd.anchors import ANCHORS_PER_CELL
+from ssd.config import Config
 
 # (channels between the two convolutions; stride, padding of the second) of each extra block.
 EXTRA_BLOCKS = ((256, 2, 1), (256, 2, 1), (128, 2, 1), (128, 1, 0), (128, 1, 0))
@@ -129,3 +130,8 @@ def make_head(channels_in: int, num_anchors: int, num_classes: int) -> nn.Conv2d
         fresh = torch.empty(part.shape[0] * part.shape[1], *part.shape[2:])
         part.copy_(nn.init.xavier_uniform_(fresh).view_as(part))
     return head
+
+
+def make_model(config: Config) -> SSD300:
+    """The network that the settings name, with random weights."""
+    return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm)

@@ -23,7 +23,7 @@ from ssd.config import Config, load
 from ssd.data import FLIP_DIRECTIONS, Batch, EvalBatch, SSDData, SSDEvalData
 from ssd.evaluation import Evaluation
 from ssd.loss import multibox_loss
-from ssd.model import SSD300
+from ssd.model import SSD300, make_model
 
 
 def main(argv: list[str]) -> int:
@@ -72,11 +72,6 @@ def conclude(outcome: engine.Outcome, config: Config, run: Run, evaluation: Eval
             print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
             return 1
     return 0 if outcome.reached or config.mode == "evaluate" else engine.NOT_REACHED
-
-
-def make_model(config: Config) -> SSD300:
-    """The network that the settings name, with random weights."""
-    return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm)
 
 
 def load_weights(model: SSD300, config: Config, run: Run) -> None:

@@ -16,7 +16,7 @@ from detection.coco import Category
 from detection.config import InputError
 from ssd import reference
 from ssd.config import Config
-from ssd.model import SSD300
+from ssd.model import SSD300, make_model
 
 # A file's origin, by what the names of its trunk's tensors start with; and its table of names.
 ORIGINS = {
@@ -110,7 +110,7 @@ def network_of(state: Mapping[str, Tensor]) -> Network:
 def wanted(config: Config) -> dict[str, Tensor]:
     """The state dict of the network of the settings, without memory behind it."""
     with torch.device("meta"):
-        return SSD300(config.num_classes, config.trunk_name, batch_norm=config.extras_batch_norm).state_dict()
+        return make_model(config).state_dict()
 
 
 def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
