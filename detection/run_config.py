@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection import device_kinds
@@ -21,6 +21,18 @@ def _every(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("an interval of epochs is at least 1")
     return tuple(range(interval, info.data.get("epochs", 0) + 1, interval)) or (interval,)
 
+
+COCO_CLASSES = 81
+
+
+def _not_background_alone(num_classes: int) -> int:
+    if num_classes == 1:
+        raise ValueError("the background is no category; 0 follows the annotations")
+    return num_classes
+
+
+NumClasses = Annotated[int, AfterValidator(_not_background_alone)]
+"""Categories and the background; 0 is as many as there are."""
 
 OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 """The settings that name data in place of DATADIR."""
@@ -62,8 +74,13 @@ class RunConfig:
     momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
     weight_decay: float
     decay_biases: bool = setting(True, help="weight decay on biases and batch norm, too (MLPerf SSD: yes)")
+    bias_lr_factor: float = setting(1.0, gt=0, le=10, help="biases learn so much faster (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
         False, help="use batch norm's running statistics and train neither its weights nor its biases"
+    )
+    backbone: str = setting(
+        "",
+        help="ImageNet weights of the trunk, .pth or .npz (get_resnet34_backbone.sh); empty is random",
     )
     seed: int | None = setting(None, ge=0, lt=2**32, help="of everything random; none takes one from the system")
     epochs: int
@@ -98,6 +115,9 @@ class RunConfig:
         env="REHEARSAL_IMAGES",
         unit="images",
         help="training images that rehearsal has, and 5,000 of 118,287 as many to evaluate",
+    )
+    num_classes: NumClasses = setting(
+        0, ge=0, le=10_000, help="categories and the background; 0: those of the annotations (coco2017: 81)"
     )
     allow_missing: bool = setting(False, help="train without the images that the folder lacks")
     last_batch: Literal["partial", "padded", "mixed"] = setting(
@@ -137,6 +157,9 @@ class RunConfig:
     sgd: Literal["torch", "apex"] = setting("torch", help="whose fused optimiser kernel; apex must be installed by you")
     channels_last: bool = setting(True, help="memory layout of images and weights")
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
+    metric: Literal["auto", "hotcoco", "pycocotools"] = setting(
+        "auto", help="what computes the mAP; auto: hotcoco if it is installed; pycocotools confirms the last figures"
+    )
 
     log_dir: Path = setting(Path("results"), env="LOGDIR", heading="Log", help="run folders are made here")
     run_dir: str = setting("", env="RUN_DIR", help="this run's folder; empty makes log_dir/system/benchmark/start")
@@ -193,6 +216,22 @@ class RunConfig:
         if self.mode != "train" and self.evaluate_first:
             raise ValueError(f"--evaluate-first is for --mode train, not for {self.mode}")
         return self
+
+    @model_validator(mode="after")
+    def _count_classes(self) -> Self:
+        if self.num_classes == 0 and self.dataset == "coco2017":  # known, so that the clock need not wait for the file
+            object.__setattr__(self, "num_classes", COCO_CLASSES)
+        return self
+
+    @property
+    def trunk_name(self) -> str:
+        """The ResNet that the network stands on, as torchvision calls it."""
+        raise NotImplementedError
+
+    @property
+    def trunk_weights(self) -> str:
+        """The ImageNet weights that a run starts from, if it does: not with those of a checkpoint."""
+        return self.backbone if self.mode == "train" and not self.checkpoint else ""
 
     @property
     def network_name(self) -> str:

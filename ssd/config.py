@@ -1,42 +1,14 @@
 """The settings of SSD300: what the benchmark fixes, what a system chooses, and what follows from both."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import STRICT, Numbers, Resolved, resolve, setting
 from detection.run_config import EvalEpochs, RunConfig
 
 PREFIX = "SSD_"
-COCO_CLASSES = 81
-
-
-def _not_background_alone(num_classes: int) -> int:
-    if num_classes == 1:
-        raise ValueError("the background is no category; 0 follows the annotations")
-    return num_classes
-
-
-NumClasses = Annotated[int, AfterValidator(_not_background_alone)]
-"""Categories and the background; 0 is as many as there are."""
-
-# torchvision's ImageNet weights of each trunk (IMAGENET1K_V1), but for resnet34 those that MLPerf Training names.
-BACKBONE_FILES = {
-    "resnet18": "resnet18-f37072fd.pth",
-    "resnet34": "resnet34-333f7ec4.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-    "resnet101": "resnet101-63fe2227.pth",
-    "resnet152": "resnet152-394f9c45.pth",
-}
-
-
-def how_to_fetch(trunk: str) -> str:
-    """The command that fetches the ImageNet weights of a trunk."""
-    file = BACKBONE_FILES[trunk]
-    url = "" if trunk == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
-    return f"{url}./get_resnet34_backbone.sh"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,29 +61,13 @@ class Config(RunConfig):
     trunk: Literal["auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
         "auto", help="torchvision's ResNet below it; auto: the one that the network is named after"
     )
-    num_classes: NumClasses = setting(
-        0, ge=0, le=10_000, help="categories and the background; 0: those of the annotations (coco2017: 81)"
-    )
-    backbone: str = setting(
-        "",
-        help="ImageNet weights of the trunk, .pth or .npz (get_resnet34_backbone.sh); empty is random",
-    )
 
     target: float = setting(
         0.23, ge=0, lt=1, unit="box mAP", heading="SSD: evaluation", help="stop when reached (MLPerf: .23)"
     )
-    metric: Literal["auto", "hotcoco", "pycocotools"] = setting(
-        "auto", help="what computes the mAP; auto: hotcoco if it is installed; pycocotools confirms the last figures"
-    )
     nms_iou: float = setting(0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one")
     score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")
     max_detections: int = setting(200, ge=1, le=8732, unit="per image", help="kept for the metric, the best first")
-
-    @model_validator(mode="after")
-    def _count_classes(self) -> Self:
-        if self.num_classes == 0 and self.dataset == "coco2017":  # known, so that the clock need not wait for the file
-            object.__setattr__(self, "num_classes", COCO_CLASSES)
-        return self
 
     @property
     def named_after(self) -> str:
@@ -132,11 +88,6 @@ class Config(RunConfig):
     def extras_batch_norm(self) -> bool:
         """Whether the extra blocks have batch norm."""
         return self.network == "ssd300-r50"
-
-    @property
-    def trunk_weights(self) -> str:
-        """The ImageNet weights that a run starts from, if it does: not with those of a checkpoint."""
-        return self.backbone if self.mode == "train" and not self.checkpoint else ""
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import device, engine, optim, run_folder, start, throughput
+from detection import backbone, classes, device, engine, optim, run_folder, start, throughput
 from detection.distributed import Ranks
 from detection.metric import to_results
 from detection.state import Run
 from mlperf import check
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
-from ssd import augment, backbone, classes, weights
+from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
@@ -81,7 +81,7 @@ def load_weights(model: SSD300, config: Config, run: Run) -> None:
         run.log.point("checkpoint", Path(config.checkpoint).name)
         run.progress.say(f"{config.checkpoint}: the weights of a checkpoint of {origin}")
     elif config.trunk_weights:
-        backbone.load(model.backbone, Path(config.trunk_weights))
+        backbone.load(model.backbone, config.trunk_name, Path(config.trunk_weights))
 
 
 def make_benchmark(

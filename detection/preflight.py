@@ -1,0 +1,200 @@
+"""Check a run before its clock starts: settings, rules, data, backbone, run folder.
+
+`python -m BENCHMARK.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake found. Its
+report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, the mode, and
+the number of classes, which follows the annotations where it is not set.
+With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
+all settings.
+
+It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
+one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from detection import backbone_files, board, classes, coco, rehearsal, run_folder, shared_memory, toy
+from detection.config import InputError, Resolved, System, describe, read_system
+from detection.run_config import RunConfig
+from mlperf import rules
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Checks(Generic[Config]):
+    """What differs between benchmarks.
+
+    load: settings of flags. recipe: what the rules are about, under the names of `mlperf.rules`, for so many ranks.
+    image_bytes: of an image as workers hand it over. network: says what a checkpoint holds, or raises InputError
+    where it is not of the network of the settings; it may import torch.
+    """
+
+    load: Callable[[Sequence[str]], Resolved[Config]]
+    recipe: Callable[[Config, int], Mapping[str, object]]
+    image_bytes: Callable[[Config], int]
+    network: Callable[[Path, Config], str]
+
+
+def main(argv: Sequence[str], checks: Checks[Config]) -> int:
+    """Run all checks and return the exit status."""
+    dry_run = "--dry-run" in argv
+    try:
+        resolved = checks.load([word for word in argv if word != "--dry-run"])
+        config, system = resolved.config, read_system()
+        report = [describe(resolved), ""] if dry_run else []
+        report += judge(config, checks.recipe(config, system.world_size), everything=dry_run)
+        facts, mistakes = check_input(config, system, checks, draw=not dry_run)
+        report += facts
+        folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        report += [f"run folder: {folder}"]
+        if dry_run:
+            report += [f"warning: {mistake}" for mistake in mistakes]
+            print("\n".join(report))
+            return 0
+        print("\n".join(report), file=sys.stderr, flush=True)
+        if mistakes:
+            raise InputError("\n".join(mistakes))
+        num_classes = classes.followed(config).num_classes
+        if system.node_rank == 0:
+            make(folder, config)
+    except InputError as error:
+        print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
+        return 2
+    print(config.org, folder, config.mode, num_classes, sep="\n")
+    return 0
+
+
+def judge(config: RunConfig, recipe: Mapping[str, object], everything: bool) -> list[str]:
+    """Say what MLPerf's rules say of the recipe; only what they forbid, unless `everything`."""
+    values = {
+        **recipe,
+        "eval_epochs": tuple(block[-1] for block in config.blocks()),
+        "dataset": config.dataset,
+        "network": config.network_name,
+        "checkpoint": config.checkpoint or "none",
+    }
+    if config.mode != "train":
+        return [f"--mode {config.mode} is no MLPerf run: no log, no check and no RESULT"]
+    findings = rules.judge(config.benchmark, config.ruleset, config.division, values)
+    named = f"MLPerf {config.ruleset} {config.division}"
+    return [
+        f"{named}: {finding.rule}: {finding.text}"
+        if finding.ok
+        else f"warning: {named} forbids {finding.rule}: {finding.text}"
+        for finding in findings
+        if everything or not finding.ok
+    ]
+
+
+def check_input(config: Config, system: System, checks: Checks[Config], draw: bool) -> tuple[list[str], list[str]]:
+    """Read all that the run will read; returns facts and mistakes. draw: pictures that are drawn and not there yet."""
+    facts, mistakes = [], []
+    try:
+        drawing = due(config) if config.reads_data else None
+        if drawing and draw:
+            drawing()
+        if not config.reads_data:
+            facts.append("no data set is read: the input is made up")
+        elif drawing and not draw:
+            facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
+        else:
+            facts += check_data(config, system)
+    except InputError as error:
+        mistakes += str(error).splitlines()
+    except OSError as error:
+        mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+    if config.tensorboard:
+        try:
+            board.require()
+        except InputError as error:
+            mistakes.append(str(error))
+    try:
+        shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * checks.image_bytes(config))
+    except InputError as error:
+        mistakes.append(str(error))
+    if config.checkpoint:
+        try:
+            found = checks.network(Path(config.checkpoint), classes.followed(config))
+            facts.append(f"checkpoint: {config.checkpoint} ({found})")
+        except InputError as error:
+            mistakes.append(str(error))
+    elif config.trunk_weights:
+        try:
+            facts.append(backbone_files.check(Path(config.trunk_weights)))
+        except InputError as error:
+            fetch = backbone_files.how_to_fetch(config.trunk_name)
+            mistakes.append(f"{error}. Run {fetch}, or start at random with --backbone ''")
+    return facts, mistakes
+
+
+def due(config: RunConfig) -> Callable[[], bool] | None:
+    """What draws the pictures of this data set, or None: they are there, or are not to be drawn."""
+    if config.dataset == "toy" and not any(config.data_dir.glob("*")):
+        return partial(toy.draw, config.data_dir, toy.Drawing())
+    rehearsed = rehearsal.Drawing(config.rehearsal_images)
+    if config.dataset == "rehearsal" and not rehearsal.is_complete(config.data_dir, rehearsed):
+        return partial(rehearsal.draw, config.data_dir, rehearsed)
+    return None
+
+
+def check_data(config: RunConfig, system: System) -> list[str]:
+    """Read the splits and hold them against the settings; returns their counts, raises InputError."""
+    if not config.train_images and not config.data_dir.is_dir():
+        coco.layout(config.data_dir, "train")
+    facts, mistakes = [], []
+    splits: dict[str, coco.Split] = {}
+    for name in config.reads_data:
+        try:
+            split = coco.read(*coco.files(config, name), allow_missing=config.allow_missing)
+        except InputError as error:
+            mistakes += str(error).splitlines()
+            continue
+        splits[name] = split
+        without_boxes = len(split) - len(split.with_boxes())
+        facts.append(
+            f"{name}: {len(split)} images ({without_boxes} without boxes, {split.missing_images} missing), "
+            f"{len(split.labels)} boxes ({split.dropped_boxes} more of zero size dropped, "
+            f"{split.clipped_boxes} clipped at the border)"
+        )
+    if first := next(iter(splits.values()), None):
+        try:
+            coco.check_classes(config.num_classes, first)
+        except InputError as error:
+            mistakes.append(str(error))
+    if train := splits.get("train"):
+        facts.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
+        batch, images = config.global_batch_size(system.world_size), len(train.with_boxes())
+        if batch > images:
+            mistakes.append(
+                f"batch_size {config.batch_size} on {system.world_size} ranks is {batch} images a step, and "
+                f"{train.annotation_file} has {images} with boxes. Pass a smaller --batch-size"
+            )
+        if "val" in splits and splits["val"].categories != train.categories:
+            mistakes.append(
+                f"{splits['val'].annotation_file} has other categories than {train.annotation_file}. Give both the same"
+            )
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+    return facts
+
+
+def make(folder: Path, config: RunConfig) -> None:
+    """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
+    log = run_folder.log_file(folder, config.experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if log.exists() and config.resume == "none":
+            raise InputError(
+                f"{log} is there already: choose another RUN_DIR or EXPERIMENT, or go on with it by --resume auto"
+            )
+        trial = folder / f".{log.name}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"run folder {folder} cannot be written ({error.strerror}): choose another LOGDIR") from error
