@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from detection import coco
-from detection.config import InputError
 from ssd.config import COCO_CLASSES, Config
 
 
@@ -19,14 +18,3 @@ def followed(config: Config) -> Config:
         return replace(config, num_classes=COCO_CLASSES)
     annotation_file, _ = coco.files(config, config.reads_data[0])
     return replace(config, num_classes=1 + len(coco.read_categories(annotation_file)))
-
-
-def check(config: Config, split: coco.Split) -> None:
-    """Raise InputError where a number of classes is set that is not that of the annotations."""
-    if config.num_classes in (0, split.num_classes):
-        return
-    raise InputError(
-        f"{split.annotation_file} has {len(split.categories)} categories: with the background num_classes is "
-        f"{split.num_classes}, not {config.num_classes}. Pass --num-classes {split.num_classes}, or, for data that "
-        "are not COCO 2017, --dataset with a name of theirs"
-    )

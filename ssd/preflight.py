@@ -149,7 +149,7 @@ def check_data(config: Config, system: System) -> list[str]:
         )
     if first := next(iter(splits.values()), None):
         try:
-            classes.check(config, first)
+            coco.check_classes(config.num_classes, first)
         except InputError as error:
             mistakes.append(str(error))
     if train := splits.get("train"):
