@@ -1,20 +1,23 @@
 """One split of a COCO-format data set as flat arrays, checked before anything is trained on it.
 
-Shapes: N images, M boxes, K classes with background (label 0), so K - 1 categories.
+Shapes: N images, M boxes, K classes with background (label 0), so K - 1 categories; L lines and P points of outlines.
 Format: https://cocodataset.org/#format-data (object detection).
 """
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as mask_api
 
 from detection.config import InputError
 from detection.run_config import RunConfig
@@ -31,12 +34,35 @@ NUMBER: dict[type, str] = {int: "a number", float: "a number"}
 TEXT: dict[type, str] = {str: "text"}
 
 
+class CompressedMask(TypedDict):
+    """The mask of an object as COCO's results format has it: `size` is height and width of the image."""
+
+    size: list[int]
+    counts: str
+
+
 @dataclass(frozen=True)
 class Category:
     """What one label stands for: `id` as in the annotation file, with its name."""
 
     id: int
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Outlines:
+    """The masks of M boxes as lines in the image: x, y in pixels, a pixel reaching from its number to the next.
+
+    A line from a polygon ends where it begins, and has 4 points or more, turning either way round. Lines from run
+    lengths have 2 points each, one above the other: left borders go down and right borders up.
+    """
+
+    line_starts: NDArray[np.int64]
+    """(M + 1,): the lines of box i are line_starts[i] to line_starts[i + 1]; a crowd has none."""
+    point_starts: NDArray[np.int64]
+    """(L + 1,): the points of line i are point_starts[i] to point_starts[i + 1]."""
+    points_xy: NDArray[np.float32]
+    """(P, 2)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +93,8 @@ class Split:
     """Boxes that reached past the border by more than a rounding."""
     missing_images: int
     """Images without a file, left out together with their boxes."""
+    outlines: Outlines | None = None
+    """The masks of the boxes, where they were asked for."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -100,26 +128,47 @@ class Split:
             box_starts=_starts(counts[keep]),
         )
 
+    def without_crowds(self) -> "Split":
+        """The same images without the boxes that stand for groups of objects."""
+        keep = ~self.crowd
+        kept_before = _starts(keep.astype(np.int64))
+        outlines = self.outlines
+        if outlines:  # of which a crowd has none, so that all lines stay
+            outlines = replace(outlines, line_starts=_starts(np.diff(outlines.line_starts)[keep]))
+        return replace(
+            self,
+            box_starts=kept_before[self.box_starts],
+            boxes_xyxy=self.boxes_xyxy[keep],
+            labels=self.labels[keep],
+            crowd=self.crowd[keep],
+            outlines=outlines,
+        )
 
-def files(config: RunConfig, split: Literal["train", "val"]) -> tuple[Path, Path]:
+
+def files(config: RunConfig, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
     """The annotation file and the image folder of a split: those that the settings name, else as DATADIR lies.
 
-    Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
+    segmentations: as of `layout`. Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
     """
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
-    return (Path(annotations), Path(images)) if annotations else layout(config.data_dir, split)
+    return (
+        (Path(annotations), Path(images))
+        if annotations
+        else layout(config.data_dir, split, segmentations=segmentations)
+    )
 
 
-def layout(data_dir: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
+def layout(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a split in COCO 2017's layout.
 
-    The shrunken annotations of prepare-json.py are taken for training where they are there.
+    The shrunken annotations of prepare-json.py are taken for training where they are there, but for `segmentations`,
+    which they lack.
     Raises InputError if the folder, the annotation file or the images are not there.
     """
     annotations, image_folder = data_dir / "annotations", data_dir / f"{split}2017"
     annotation_file = annotations / f"instances_{split}2017.json"
     shrunken = annotations / f"bbox_only_instances_{split}2017.json"
-    if split == "train" and shrunken.is_file():
+    if split == "train" and not segmentations and shrunken.is_file():
         annotation_file = shrunken
     what_to_do = (
         "Run ./init_datasets.sh to fetch COCO 2017, or set DATADIR to a folder that holds "
@@ -151,15 +200,29 @@ def read_categories(annotation_file: Path) -> tuple[Category, ...]:
     return tuple(Category(*pair) for pair in sorted(pairs))
 
 
-def read(annotation_file: Path, image_folder: Path, *, allow_missing: bool = False) -> Split:
+def check_classes(num_classes: int, split: Split) -> None:
+    """Raise InputError where a number of classes is set, so not 0, that is not that of the annotations."""
+    if num_classes in (0, split.num_classes):
+        return
+    raise InputError(
+        f"{split.annotation_file} has {len(split.categories)} categories: with the background num_classes is "
+        f"{split.num_classes}, not {num_classes}. Pass --num-classes {split.num_classes}, or, for data that "
+        "are not COCO 2017, --dataset with a name of theirs"
+    )
+
+
+def read(
+    annotation_file: Path, image_folder: Path, *, allow_missing: bool = False, segmentations: bool = False
+) -> Split:
     """Read and check an annotation file against its folder of images.
 
     Boxes of zero width or height are dropped, boxes that reach past the border clipped; both are counted.
-    Images without a file are an error, or are left out and counted with `allow_missing`.
+    Images without a file are an error, or are left out and counted with `allow_missing`. Masks are read and checked
+    with `segmentations`: polygons, and run lengths plain or compressed.
     Raises InputError with all that is wrong. COCO's 860,001 training boxes take 6 s and 0.7 GiB at the peak
     when shrunken by prepare-json.py, 9 s and 1.1 GiB with their polygons (measured on one core).
     """
-    columns = _read_columns(annotation_file)
+    columns = _read_columns(annotation_file, segmentations)
     present = _present(columns.file_names, image_folder)
     missing_images = len(present) - int(present.sum())
 
@@ -191,6 +254,7 @@ def read(annotation_file: Path, image_folder: Path, *, allow_missing: bool = Fal
     if not len(kept):
         _refuse(annotation_file, ["no box with a width, a height and an image is left: there is nothing to learn"])
     box_counts = np.bincount(box_image[kept], minlength=len(present))[present]
+    outlines = _outlines(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None
     return Split(
         annotation_file=annotation_file,
         image_folder=image_folder,
@@ -205,6 +269,7 @@ def read(annotation_file: Path, image_folder: Path, *, allow_missing: bool = Fal
         dropped_boxes=int((here & empty).sum()),
         clipped_boxes=int((here & ~empty & past_border).sum()),
         missing_images=missing_images,
+        outlines=outlines,
     )
 
 
@@ -222,16 +287,18 @@ class _Columns:
     box_category_ids: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
     crowd: NDArray[np.int64]
+    segmentations: Sequence[Any]
+    """Of each box: its JSON, still to be decoded, or what it holds, or None; empty where none are asked for."""
 
 
-def _read_columns(annotation_file: Path) -> _Columns:
+def _read_columns(annotation_file: Path, segmentations: bool = False) -> _Columns:
     try:
         text = annotation_file.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {AGAIN}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{annotation_file}: broken JSON: {error}. {AGAIN}.") from None
-    return _typed_columns(text) or _checked_columns(annotation_file, text)
+    return _typed_columns(text, segmentations) or _checked_columns(annotation_file, text, segmentations)
 
 
 class _ImageRow(msgspec.Struct, gc=False):
@@ -250,6 +317,10 @@ class _AnnotationRow(msgspec.Struct, gc=False):
     area: float  # unused here, but its lack would end the first evaluation, hours later
 
 
+class _MaskRow(_AnnotationRow, gc=False):
+    segmentation: msgspec.Raw  # its decoded numbers, all at once, would take gigabytes of memory
+
+
 class _CategoryRow(msgspec.Struct, gc=False):
     id: int
     name: str
@@ -265,13 +336,19 @@ class _File(msgspec.Struct, gc=False):
     categories: list[_CategoryRow]
 
 
-def _typed_columns(text: str) -> _Columns | None:
+class _MaskFile(msgspec.Struct, gc=False):
+    images: list[_ImageRow]
+    annotations: list[_MaskRow]
+    categories: list[_CategoryRow]
+
+
+def _typed_columns(text: str, segmentations: bool) -> _Columns | None:
     """The columns of a file that is as it should be; None where it is not, which `_checked_columns` explains.
 
     Five times as fast as a JSON reader without types, since polygons, most of the file, are passed over.
     """
     try:
-        content = msgspec.json.decode(text, type=_File)
+        content = msgspec.json.decode(text, type=_MaskFile) if segmentations else msgspec.json.decode(text, type=_File)
         images, categories, rows = content.images, content.categories, content.annotations
         if not (images and categories and rows):
             return None
@@ -292,13 +369,14 @@ def _typed_columns(text: str) -> _Columns | None:
                 -1, 4
             ),
             crowd=integers((row.iscrowd for row in rows), len(rows)),
+            segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)],
         )
     except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
         return None
 
 
-def _checked_columns(annotation_file: Path, text: str) -> _Columns:
-    content = _parse(annotation_file, text)
+def _checked_columns(annotation_file: Path, text: str, segmentations: bool) -> _Columns:
+    content = _parse(annotation_file, text, segmentations)
     problems: list[str] = []
     images = _Table("images", content, problems)
     categories = _Table("categories", content, problems)
@@ -316,6 +394,7 @@ def _checked_columns(annotation_file: Path, text: str) -> _Columns:
         box_category_ids=annotations.integers("category_id"),
         boxes_xywh=annotations.boxes("bbox"),
         crowd=annotations.integers("iscrowd"),
+        segmentations=[row.get("segmentation") for row in annotations.rows] if segmentations else (),
     )
     _refuse(annotation_file, problems)
     return columns
@@ -375,13 +454,13 @@ def _refuse(annotation_file: Path, problems: list[str]) -> None:
         raise InputError("\n".join([f"{annotation_file}: {len(problems)} mistakes:", *(f"  {p}." for p in problems)]))
 
 
-def _parse(annotation_file: Path, text: str) -> dict[str, Any]:
+def _parse(annotation_file: Path, text: str, segmentations: bool) -> dict[str, Any]:
     def without_polygons(row: dict[str, Any]) -> dict[str, Any]:
         row.pop("segmentation", None)  # most of the file: kept, COCO's polygons would take gigabytes of memory
         return row
 
     try:
-        content = json.loads(text, object_hook=without_polygons)
+        content = json.loads(text, object_hook=None if segmentations else without_polygons)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{annotation_file}, {where}: broken JSON: {error.msg}. {AGAIN}.") from None
@@ -390,6 +469,140 @@ def _parse(annotation_file: Path, text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{annotation_file}: no COCO annotation file: a JSON object is expected. {AGAIN}.")
     return content
+
+
+class _RunLengths(msgspec.Struct, gc=False):
+    """A mask down the columns of its image, as lengths of 0s and 1s in turn, or these in COCO's compressed text."""
+
+    size: tuple[int, int]
+    counts: list[int] | str
+
+
+_Segmentation = list[list[float]] | _RunLengths | None
+_SEGMENTATION = msgspec.json.Decoder(_Segmentation)
+
+
+class _NoMask(ValueError):
+    """What is wrong with a segmentation."""
+
+
+def _outlines(
+    annotation_file: Path, columns: _Columns, rows: NDArray[np.int64], sizes_hw: NDArray[np.int64]
+) -> Outlines:
+    """The masks of these rows of the annotations, in their order; sizes_hw: (rows of the file, 2) of their images."""
+    points, line_lengths = array("f"), array("q")
+    line_counts = np.zeros(len(rows), dtype=np.int64)
+    wrong: list[str] = []
+    for place, row in enumerate(rows.tolist()):
+        before = len(line_lengths)
+        try:
+            mask = _decode_segmentation(columns.segmentations[row])
+            if isinstance(mask, _RunLengths):
+                runs = _runs(mask, sizes_hw[row])
+                if not columns.crowd[row]:
+                    borders = _borders(runs, int(sizes_hw[row, 0]))
+                    points.frombytes(borders.tobytes())
+                    line_lengths.extend([2] * len(borders))
+            else:
+                for polygon in mask:
+                    _check_polygon(polygon)
+                for polygon in () if columns.crowd[row] else mask:
+                    points.extend(polygon)
+                    points.extend(polygon[:2])
+                    line_lengths.append(len(polygon) // 2 + 1)
+        except _NoMask as error:
+            wrong.append(f"annotation {columns.annotation_ids[row]}, image_id {columns.box_image_ids[row]}: {error}")
+        line_counts[place] = len(line_lengths) - before
+    if wrong:
+        _refuse(
+            annotation_file,
+            [f"annotations whose segmentation is no mask: {len(wrong)} of {len(rows)} (first: {wrong[0]})"],
+        )
+    return Outlines(
+        line_starts=_starts(line_counts),
+        point_starts=_starts(np.array(line_lengths)),
+        points_xy=np.array(points).reshape(-1, 2),
+    )
+
+
+def _decode_segmentation(value: Any) -> list[list[float]] | _RunLengths:
+    try:
+        mask = _SEGMENTATION.decode(value) if isinstance(value, msgspec.Raw) else msgspec.convert(value, _Segmentation)
+    except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
+        raise _NoMask("neither polygons nor run lengths") from None
+    if not mask:
+        raise _NoMask("it is missing" if mask is None else "no polygon is in it")
+    return mask
+
+
+def _check_polygon(polygon: list[float]) -> None:
+    if len(polygon) % 2:
+        raise _NoMask(f"a polygon of {len(polygon)} coordinates, which is odd")
+    if len(polygon) < 6:
+        raise _NoMask(f"a polygon of {len(polygon) // 2} points, where 3 are the least")
+    if not all(map(math.isfinite, polygon)):
+        raise _NoMask("a polygon with NaN or infinity")
+
+
+def _runs(mask: _RunLengths, size_hw: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(runs, 2): where the runs of ones start and stop, in pixels counted down the columns of the image."""
+    height, width = size_hw.tolist()
+    if mask.size != (height, width):
+        raise _NoMask(f"run lengths of {mask.size[1]}×{mask.size[0]} pixels, and the image has {width}×{height}")
+    counts = _decompress(mask.counts) if isinstance(mask.counts, str) else mask.counts
+    if min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise _NoMask(f"run lengths that do not add up to {width}×{height} pixels")
+    ends = np.cumsum(counts)
+    return ends[: len(ends) // 2 * 2].reshape(-1, 2)
+
+
+def _decompress(text: str) -> list[int]:
+    """The run lengths of COCO's compressed text: six bits a character, the differences to the last but one.
+
+    pycocotools decodes them, too, but not to numbers, and leaves what a text that is too short does not say undefined.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise _NoMask("run lengths in a text that is not COCO's")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise _NoMask("run lengths in a text that breaks off")
+    return counts
+
+
+def _borders(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
+    """The runs of `_runs` as lines (L, 2, 2) x, y: of each upright rectangle the left border down, the right one up.
+
+    A run that goes on in further columns is cut into its part of the first column, whole columns, and the rest.
+    """
+    runs = runs[runs[:, 0] < runs[:, 1]]
+    (left, top), (right, bottom) = np.divmod(runs[:, 0], height), np.divmod(runs[:, 1] - 1, height)
+    within = left == right
+    none, whole = np.zeros_like(left), np.full_like(left, height)
+    rectangles_xyxy = np.concatenate(
+        [
+            np.stack([left, top, left + 1, np.where(within, bottom + 1, height)], axis=1),
+            np.stack([left + 1, none, right, whole], axis=1)[right > left + 1],
+            np.stack([right, none, right + 1, bottom + 1], axis=1)[~within],
+        ]
+    ).astype(np.float32)
+    return rectangles_xyxy[:, [[[0, 1], [0, 3]], [[2, 3], [2, 1]]]].reshape(-1, 2, 2)
+
+
+def compress(run_lengths: NDArray[np.int64], size_hw: tuple[int, int]) -> CompressedMask:
+    """A mask's run lengths, down the columns, 0s and 1s in turn, beginning with the 0s, in COCO's compressed text."""
+    plain = {"size": list(size_hw), "counts": run_lengths.tolist()}
+    return {"size": list(size_hw), "counts": mask_api.frPyObjects(plain, *size_hw)["counts"].decode()}
 
 
 class _Table:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detection import images
 from detection.distributed import Ranks
+from detection.run_config import RunConfig
 
 GIB = 2**30
 
@@ -49,6 +50,14 @@ class DecodedCache:
             self.filled[index] = 1
         height, width = self.sizes_hw[index]
         return torch.from_numpy(place.reshape(height, width, 3)).permute(2, 0, 1)
+
+
+def make(config: RunConfig, sizes_hw: NDArray[np.int32], ranks: Ranks) -> DecodedCache | None:
+    """The cache that the settings ask for, if they do, of training images of these sizes (N, 2) in pixels."""
+    if config.decoded_cache == "none":
+        return None
+    limit_bytes = int(config.decoded_cache_gib * GIB) or free_memory_bytes() // 2
+    return DecodedCache(sizes_hw, limit_bytes, ranks)
 
 
 def shared_memory(num_bytes: int, ranks: Ranks) -> NDArray[np.uint8]:

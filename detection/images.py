@@ -56,8 +56,8 @@ def read(path: Path) -> Tensor:
         raise InputError(f"{path}: this image cannot be decoded ({reason}). Replace the file.") from error
 
 
-def resize(image: Tensor, size_px: int) -> Tensor:
-    """Resize (3, H, W) uint8 to (3, size_px, size_px) bilinearly with antialiasing, as Pillow does."""
+def resize(image: Tensor, size_hw: int | tuple[int, int]) -> Tensor:
+    """Resize (3, H, W) uint8 to (3, h, w) bilinearly with antialiasing, as Pillow does; one number is both sides."""
     # In the decoder's order: what torch takes a part of an image for is planar, and slower.
     batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)[0]
+    return F.interpolate(batch, size=size_hw, mode="bilinear", antialias=True, align_corners=False)[0]

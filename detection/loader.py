@@ -3,13 +3,14 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config import InputError
@@ -38,11 +39,23 @@ class EpochSampler(Sampler[list[Key]]):
     for which nothing is left is given one image again, with weight 0 in the loss, if not in batch norm's statistics.
     "padded": filled up with the epoch's first images, which are trained twice. "mixed": filled up with the first of
     the next epoch, which begins after them: each image is still trained once per epoch.
+
+    groups: (num_images,) of which kind each image is. Where given, every global batch is of one kind, as far as the
+    images of a kind fill whole ones: what remains of them comes at the end of the epoch.
     """
 
-    def __init__(self, num_images: int, batch_size: int, *, seed: int, ranks: Ranks, last_batch: LastBatch = "partial"):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        ranks: Ranks,
+        last_batch: LastBatch = "partial",
+        groups: NDArray[np.int64] | None = None,
+    ):
         self.num_images, self.batch_size, self.seed, self.ranks = num_images, batch_size, seed, ranks
-        self.last_batch = last_batch
+        self.last_batch, self.groups = last_batch, groups
         self.global_batch_size = batch_size * ranks.world_size
         self.epoch, self.samples = 1, 0
 
@@ -60,20 +73,32 @@ class EpochSampler(Sampler[list[Key]]):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of all images in an epoch."""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        if self.groups is None:
+            return order
+        begun = self.begun(epoch)
+        return np.concatenate([order[:begun], self.grouped(order[begun:], self.groups)])
+
+    def grouped(self, order: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Images (N,) so that whole global batches of one kind come first, each when the last of its images would."""
+        kinds, size = groups[order], self.global_batch_size
+        places = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        whole = np.concatenate([place[: len(place) // size * size].reshape(-1, size) for place in places])
+        rest = np.sort(np.concatenate([place[len(place) // size * size :] for place in places]))
+        return order[np.concatenate([whole[whole[:, -1].argsort()].ravel(), rest])]
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """Start and stop of this rank's part of each global batch, and the size of that global batch."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        for first in range(self.begun() + self.samples, self.num_images, self.global_batch_size):
+        for first in range(self.begun(self.epoch) + self.samples, self.num_images, self.global_batch_size):
             size = self.global_batch_size
             if self.last_batch == "partial":
                 size = min(size, self.num_images - first)
             yield first + size * rank // world_size, first + size * (rank + 1) // world_size, size
 
-    def begun(self) -> int:
-        """How many of the epoch's images the last batch of the one before it has trained."""
-        return -(self.epoch - 1) * self.num_images % self.global_batch_size if self.last_batch == "mixed" else 0
+    def begun(self, epoch: int) -> int:
+        """How many of an epoch's images the last batch of the one before it has trained."""
+        return -(epoch - 1) * self.num_images % self.global_batch_size if self.last_batch == "mixed" else 0
 
 
 def make_loader(
@@ -110,6 +135,15 @@ def heed_only_the_rank(_: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    """Stack (G_i, ...) to (B, G, ...) with zeros below; G is at least 2: compiled code is made anew for a 1."""
+    longest = max(2, *(len(part) for part in rows))
+    stacked = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
+    for row, part in zip(stacked, rows, strict=True):
+        row[: len(part)] = part
+    return stacked
 
 
 def load(loader: DataLoader[Any]) -> Iterator[Any]:

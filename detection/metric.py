@@ -1,16 +1,18 @@
-"""COCO's twelve figures for boxes: by a fast library during a run, by the official one for its last word."""
+"""COCO's twelve figures for boxes, and for masks: by a fast library during a run, by the official one for its last word."""
 
 import contextlib
 import importlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detection.coco import CompressedMask
 from detection.config import InputError
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -36,14 +38,31 @@ class BoxMetric:
 
         Images without detections count as well. AP is over IoU .50 to .95, AR100 with 100 detections an image.
         """
-        if not len(rows):
+        return self.figures(rows, "bbox")
+
+    def figures(self, results: Any, kind: Literal["bbox", "segm"]) -> dict[str, float]:
+        """The figures of results as the libraries take them."""
+        if not len(results):
             return dict.fromkeys(FIGURES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = self.evaluation(self.truth, self.truth.loadRes(rows), "bbox")
+            evaluation = self.evaluation(self.truth, self.truth.loadRes(results), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         return dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
+
+
+class MaskMetric(BoxMetric):
+    """The metric of one annotation file for boxes, and for masks."""
+
+    def masks(self, rows: NDArray[np.float64], masks: Sequence[CompressedMask]) -> dict[str, float]:
+        """The figures of the masks of detections: rows (D, 7) as in `ROW`, whose boxes do not count, and D masks."""
+        # Without boxes: with them, small, medium and large would go by the boxes' areas.
+        results = [
+            {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": {**mask}, "score": row[5]}
+            for row, mask in zip(rows.tolist(), masks, strict=True)
+        ]
+        return self.figures(results, "segm")
 
 
 def open_fast(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
@@ -75,4 +94,17 @@ def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:
             "score": round(float(row[5]), 5),
         }
         for row in rows
+    ]
+
+
+def to_mask_results(rows: NDArray[np.float64], masks: Sequence[CompressedMask]) -> list[dict[str, object]]:
+    """The masks of detections (D, 7) as the list of COCO's results format."""
+    return [
+        {
+            "image_id": int(row[0]),
+            "category_id": int(row[6]),
+            "segmentation": mask,
+            "score": round(float(row[5]), 5),
+        }
+        for row, mask in zip(rows, masks, strict=True)
     ]

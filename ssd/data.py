@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, images
+from detection import coco, decoded_cache, images
 from detection.coco import Split
 from detection.config import InputError
-from detection.decoded_cache import GIB, DecodedCache, free_memory_bytes
+from detection.decoded_cache import DecodedCache
 from detection.distributed import Ranks
 from detection.engine import Share
-from detection.loader import EpochSampler, Key, load, make_loader
+from detection.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import BoxMetric
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
-from ssd.classes import check
 from ssd.config import Config
 
 FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "both": 2}
@@ -131,15 +130,6 @@ def cut(image: Tensor, crop_xyxy: augment.Floats) -> Tensor:
     return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
-def pad(rows: Sequence[Tensor]) -> Tensor:
-    """Stack (G_i, ...) to (B, G, ...) with zeros below; G is at least 2: compiled code is made anew for a 1."""
-    longest = max(2, *(len(part) for part in rows))
-    stacked = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
-    for row, part in zip(stacked, rows, strict=True):
-        row[: len(part)] = part
-    return stacked
-
-
 class EvalImages(Dataset[EvalBatch]):
     """Images to evaluate: read, decode, resize."""
 
@@ -165,7 +155,7 @@ class SSDEvalData:
 
     def __init__(self, config: Config, ranks: Ranks):
         val = coco.read(*coco.files(config, "val"), allow_missing=config.allow_missing)
-        check(config, val)
+        coco.check_classes(config.num_classes, val)
         self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
         self.metric = BoxMetric(val.annotation_file, config.metric) if ranks.is_first else None
         mine = range(ranks.rank, len(val), ranks.world_size)
@@ -182,7 +172,7 @@ class SSDData(SSDEvalData):
 
     def __init__(self, config: Config, ranks: Ranks, seed: int):
         train = coco.read(*coco.files(config, "train"), allow_missing=config.allow_missing)
-        check(config, train)
+        coco.check_classes(config.num_classes, train)
         super().__init__(config, ranks)
         train = train.with_boxes()
         self.train_samples = len(train)
@@ -195,16 +185,9 @@ class SSDData(SSDEvalData):
             flip=config.flip,
             jitter=config.jitter,
             max_samples=config.max_samples,
-            cache=self.make_cache(config, train),
+            cache=decoded_cache.make(config, train.sizes_hw, ranks),
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
-
-    def make_cache(self, config: Config, train: Split) -> DecodedCache | None:
-        """The cache of decoded training images that was asked for, if one was."""
-        if config.decoded_cache == "none":
-            return None
-        limit_bytes = int(config.decoded_cache_gib * GIB) or free_memory_bytes() // 2
-        return DecodedCache(train.sizes_hw, limit_bytes, self.ranks)
 
     def shares(self, epoch: int, samples: int = 0) -> Iterator[Share[Batch]]:
         """This rank's shares of the global batches of an epoch (from 1), but for the first `samples` images of it.

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 
-MODULES = sorted(path for room in ("ssd", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
 
 ONLY_IN = {
     "torch.distributed": {"detection/distributed.py", "detection/launch.py"},

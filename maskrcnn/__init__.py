@@ -1,0 +1,1 @@
+"""Mask R-CNN: what is trained, and what it is trained and evaluated on."""
