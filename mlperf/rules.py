@@ -21,14 +21,15 @@ class Constraint:
     """What the rules allow for one value.
 
     key: the MLPerf key, or one of `UNLOGGED`. allowed: the same in words, for a message.
-    rulesets, divisions: where it binds.
+    rulesets, divisions: where it binds. beside: the key of a second value that `holds` needs.
     """
 
     key: str
     allowed: str
-    holds: Callable[[Any], bool]
+    holds: Callable[..., bool]
     rulesets: tuple[str, ...] = RULESETS
     divisions: tuple[str, ...] = ("closed",)
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class ReferencePoint:
     """How fast the reference converges, as mlperf_logging's rcp_checker computes it from its runs.
 
     global_batch_size: images a step. mean_epochs: to the target, without the fastest and the slowest run.
-    min_epochs: the fewest that the mean of a submission may have.
+    min_epochs: the fewest that the mean of a submission may have. pruned: the checker leaves the point out, as it
+    does by itself with one that converges slower than the line between its neighbours, or than a larger batch.
     """
 
     global_batch_size: int
     mean_epochs: float
     min_epochs: float
     rulesets: tuple[str, ...] = _SINCE_1_0
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,28 @@ class Finding:
 
 
 # What `judge` needs beside the keys of a log.
-UNLOGGED = ("dataset", "network", "checkpoint", "target", "eval_epochs")
+UNLOGGED = ("dataset", "network", "checkpoint", "target", "mask_target", "eval_epochs")
 
 _SSD_TARGET = 0.23
+_BOX_TARGET, _MASK_TARGET = 0.377, 0.339
+
+_DATASET = Constraint("dataset", "coco2017", lambda name: name == "coco2017")
+_CHECKPOINT = Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none")
+_ACCUMULATION = Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0)
+
+
+def _target(key: str, least: float) -> tuple[Constraint, ...]:
+    """What binds the target under `key`, which the rules put at `least`; the open division frees it from 1.0 on."""
+
+    def holds(target: float) -> bool:
+        return least <= target < 1
+
+    allowed = f"≥ {least} and < 1"
+    return (
+        Constraint(key, allowed, holds),
+        Constraint(key, allowed, holds, rulesets=("0.7.0",), divisions=("open",)),
+        Constraint(key, "< 1", lambda target: target < 1, rulesets=_SINCE_1_0, divisions=("open",)),
+    )
 
 
 def _is_decay_of_40_50(epochs: Any) -> bool:
@@ -84,7 +106,7 @@ def _is_decay_of_40_50(epochs: Any) -> bool:
 
 
 SSD = Rules(
-    targets={"bbox": _SSD_TARGET},
+    targets={"AP": _SSD_TARGET},
     eval_every=5,
     fixed_eval_epochs={"0.7.0": (40, 50, 55, 60, 65, 70, 75, 80)},
     constraints=(
@@ -97,29 +119,85 @@ SSD = Rules(
         Constraint("opt_learning_rate_warmup_factor", "≥ 0", lambda factor: factor >= 0),
         Constraint("opt_learning_rate_decay_boundary_epochs", "[40, 50]·(1 + k/10), k an integer", _is_decay_of_40_50),
         Constraint("max_samples", "1 or 50", lambda samples: samples in (1, 50)),
-        Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0),
-        Constraint("dataset", "coco2017", lambda name: name == "coco2017"),
+        _ACCUMULATION,
+        _DATASET,
         Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
-        Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none"),
-        Constraint("target", "≥ 0.23 and < 1", lambda target: _SSD_TARGET <= target < 1),
-        Constraint(
-            "target",
-            "≥ 0.23 and < 1",
-            lambda target: _SSD_TARGET <= target < 1,
-            rulesets=("0.7.0",),
-            divisions=("open",),
-        ),
-        Constraint("target", "< 1", lambda target: target < 1, rulesets=_SINCE_1_0, divisions=("open",)),
+        _CHECKPOINT,
+        *_target("target", _SSD_TARGET),
     ),
     reference_points=(
         ReferencePoint(1024, 50, 50),
         ReferencePoint(1536, 55, 55, rulesets=("1.1.0",)),
-        ReferencePoint(2048, 65.1, 64.2),
+        ReferencePoint(2048, 65.1, 64.2, pruned=True),
         ReferencePoint(4096, 87, 84.5),
     ),
 )
 
-BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD}
+
+def _is_multiple(unit: float) -> Callable[[float], bool]:
+    def holds(value: float) -> bool:
+        return value > 0 and abs(value / unit - round(value / unit)) < 1e-5  # as near as the checker's is_integer
+
+    return holds
+
+
+def _is_decay_of_60000_80000(steps: Any, global_batch_size: int) -> bool:
+    """Whether steps are (60,000, 80,000)·(1 + K/10)·16/GBS with one whole K, rounded up or down.
+
+    This K is not that of the learning rate: the recipes of GBS 48, 64 and 96 have K = 2 here (24,000 and 32,000,
+    18,000 and 24,000, 12,000 and 16,000) and 3, 4 and 6 there. The rule's steps are seldom whole, and its text names
+    no rounding; the reference at GBS 272 cuts 5,294.1 and 7,058.8 (K = 5) to 5,294 and 7,058. So either neighbour is
+    let through. The checker itself only counts the steps.
+    """
+    if len(steps) != 2 or min(*steps, global_batch_size) < 1:
+        return False
+    stretch = steps[1] * global_batch_size / 16 / 80_000
+    near = round(10 * (stretch - 1))
+    return any(
+        all(
+            abs(step - whole * (1 + k / 10) * 16 / global_batch_size) < 1
+            for step, whole in zip(steps, (60_000, 80_000), strict=True)
+        )
+        for k in (near - 1, near, near + 1)
+    )
+
+
+MASKRCNN = Rules(
+    targets={"AP": _BOX_TARGET, "mask_AP": _MASK_TARGET},
+    eval_every=1,
+    fixed_eval_epochs={},
+    constraints=(
+        Constraint("global_batch_size", "≥ 1 image", lambda size: size >= 1),
+        Constraint("opt_base_learning_rate", "0.02·K, K an integer ≥ 1", _is_multiple(0.02)),
+        Constraint("opt_learning_rate_warmup_steps", "≥ 0", lambda steps: steps >= 0),
+        Constraint("opt_learning_rate_warmup_factor", "> 0", lambda factor: factor > 0),
+        Constraint("opt_learning_rate_decay_factor", "0.1", lambda factor: factor == 0.1),
+        Constraint(
+            "opt_learning_rate_decay_steps",
+            "(60000, 80000)·(1 + K/10)·16/global batch, K an integer, rounded up or down",
+            _is_decay_of_60000_80000,
+            beside="global_batch_size",
+        ),
+        Constraint("num_image_candidates", "a multiple of 1000", _is_multiple(1000)),
+        Constraint("min_image_size", "800 px", lambda pixels: pixels == 800),
+        Constraint("max_image_size", "1333 px", lambda pixels: pixels == 1333),
+        _ACCUMULATION,
+        _DATASET,
+        _CHECKPOINT,
+        *_target("target", _BOX_TARGET),
+        *_target("mask_target", _MASK_TARGET),
+    ),
+    reference_points=(
+        ReferencePoint(48, 14, 14),
+        ReferencePoint(64, 14, 11.8),
+        ReferencePoint(96, 14.06, 13.64, pruned=True),
+        ReferencePoint(128, 14, 14),
+        ReferencePoint(256, 17, 16.6, pruned=True),
+        ReferencePoint(272, 17.1, 16.5),
+    ),
+)
+
+BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN}
 
 
 def init_limit_s(ruleset: str) -> int:
@@ -150,8 +228,9 @@ def hyperparameter_keys(benchmark: str) -> tuple[str, ...]:
 def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[str, object]) -> list[Finding]:
     """Say what the rules say about a run before it starts.
 
-    hyperparameters: the values under the keys that the log will have, and `target` (mAP), `eval_epochs`
-    (a sequence) and `dataset` ("coco2017" or another name). A value that is absent or None does not pass.
+    hyperparameters: the values under the keys that the log will have, and what is in `UNLOGGED` and binds this
+    benchmark: `target` (box mAP), `mask_target` (mask mAP, of Mask R-CNN), `eval_epochs` (a sequence), `dataset`
+    ("coco2017" or another name), `network` (of SSD) and `checkpoint` ("none"). What is absent or None does not pass.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """
     _require("benchmark", benchmark, BENCHMARKS)
@@ -164,14 +243,15 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
         if ruleset in constraint.rulesets and division in constraint.divisions:
             value = hyperparameters.get(constraint.key)
             text = "not given" if value is None else f"{value}"
-            ok = value is not None and constraint.holds(value)
+            needed = [value, hyperparameters.get(constraint.beside)] if constraint.beside else [value]
+            ok = None not in needed and constraint.holds(*needed)
             findings.append(Finding(constraint.key, ok, f"{text} (allowed: {constraint.allowed})"))
     if division == "open":
         findings.append(Finding("dataset", True, f"{hyperparameters.get('dataset')} (any, in the open division)"))
         return findings
 
     findings.append(_judge_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
-    points = [point for point in rules.reference_points if ruleset in point.rulesets]
+    points = [point for point in rules.reference_points if ruleset in point.rulesets and not point.pruned]
     batch = hyperparameters.get("global_batch_size")
     if points and isinstance(batch, int):
         findings.append(_judge_convergence(points, batch))
@@ -185,7 +265,8 @@ def _judge_eval_epochs(benchmark: str, ruleset: str, eval_epochs: Any) -> Findin
         return Finding("eval_epochs", True, f"{epochs}, as scheduled in {ruleset}")
     rules = BENCHMARKS[benchmark]
     fixed = rules.fixed_eval_epochs.get(ruleset)
-    allowed = f"after epochs {fixed}" if fixed else f"every {rules.eval_every} epochs"
+    every = "every epoch" if rules.eval_every == 1 else f"every {rules.eval_every} epochs"
+    allowed = f"after epochs {fixed}" if fixed else every
     return Finding("eval_epochs", False, f"{epochs or 'not given'} (allowed: {allowed})")
 
 
@@ -246,6 +327,18 @@ def _tensor(layer: str, index: int, kind: str) -> str:
     if layer in ("bn1", "bn2", "downsample.1"):
         return f"batchnorm{index}_{ {'weight': 'gamma', 'bias': 'beta'}[kind] }"
     return f"conv{index}_{kind}"
+
+
+def maskrcnn_tensor_names() -> tuple[str, ...]:
+    """Return the 21 names that weights_initialization of ruleset 1.1 wants, in the order of the network.
+
+    Each stands for a layer, with its weight and its bias; the trunk, which comes trained, has none.
+    """
+    blocks = (f"FPN_{kind}_block{number}" for number in range(1, 5) for kind in ("inner", "layer"))
+    proposals = (f"RPNHead_{layer}" for layer in ("conv", "cls", "bbox"))
+    box = ("FEATURE_EXTRACTOR_fc6", "FEATURE_EXTRACTOR_fc7", "PREDICTOR_cls", "PREDICTOR_bbox")
+    mask = (*(f"FEATURE_EXTRACTOR_fcn{number}" for number in range(1, 5)), "PREDICTOR_fcn5", "PREDICTOR_fcn_logits")
+    return (*blocks, *proposals, *(f"ROI_BOX_{layer}" for layer in box), *(f"ROI_MASK_{layer}" for layer in mask))
 
 
 def _require(what: str, name: str, known: Any) -> None:

@@ -6,13 +6,15 @@ import pytest
 import yaml
 
 from mlperf.rules import (
+    BENCHMARKS,
     DIVISIONS,
     RULESETS,
-    SSD,
+    UNLOGGED,
     Finding,
     hyperparameter_keys,
     init_limit_s,
     judge,
+    maskrcnn_tensor_names,
     scheduled_eval_epochs,
     ssd_tensor_name,
 )
@@ -34,6 +36,30 @@ DGX1 = {
     "network": "ssd300-r34",
     "checkpoint": "none",
 }
+
+A100 = {
+    "global_batch_size": 96,
+    "opt_base_learning_rate": 0.12,
+    "opt_learning_rate_warmup_steps": 625,
+    "opt_learning_rate_warmup_factor": 0.000192,
+    "opt_learning_rate_decay_factor": 0.1,
+    "opt_learning_rate_decay_steps": (12000, 16000),
+    "num_image_candidates": 6000,
+    "min_image_size": 800,
+    "max_image_size": 1333,
+    "gradient_accumulation_steps": 1,
+    "target": 0.377,
+    "mask_target": 0.339,
+    "dataset": "coco2017",
+    "checkpoint": "none",
+}
+
+RECIPES = {"ssd": DGX1, "maskrcnn": A100}
+
+
+def logged_values(benchmark: str) -> dict[str, Any]:
+    """The values of a published recipe that a log holds, by key."""
+    return {key: value for key, value in RECIPES[benchmark].items() if key not in UNLOGGED}
 
 
 def checker_yaml(name: str) -> list[dict[str, Any]]:
@@ -57,12 +83,22 @@ def parameters_of_ssd300_r34() -> list[str]:
     return names
 
 
+def published_tensor_names(benchmark: str) -> list[str]:
+    checks = checker_yaml(f"training_1.1.0/closed_{benchmark}.yaml")
+    (end,) = (check["END"]["CHECK"] for check in checks if "END" in check)
+    names: list[str] = json.loads(end[end.index("sorted([") + len("sorted(") : end.rindex("]")].rstrip(", \n") + "]")
+    return names
+
+
+def test_mask_rcnn_has_exactly_the_21_names_of_the_1_1_yaml() -> None:
+    assert len(maskrcnn_tensor_names()) == 21
+    assert sorted(maskrcnn_tensor_names()) == sorted(published_tensor_names("maskrcnn"))
+
+
 def test_our_parameters_have_exactly_the_119_names_of_the_1_1_yaml() -> None:
-    (end,) = (check["END"]["CHECK"] for check in checker_yaml("training_1.1.0/closed_ssd.yaml") if "END" in check)
-    published = json.loads(end[end.index("sorted([") + len("sorted(") : end.rindex("]")].rstrip(", \n") + "]")
     ours = [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
     assert len(ours) == 119
-    assert sorted(ours) == sorted(published)
+    assert sorted(ours) == sorted(published_tensor_names("ssd"))
 
 
 @pytest.mark.parametrize(
@@ -86,15 +122,16 @@ def test_a_parameter_of_another_network_is_refused(parameter: str) -> None:
         ssd_tensor_name(parameter)
 
 
-def test_hyperparameter_keys_are_those_that_the_checkers_want_exactly_once() -> None:
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_hyperparameter_keys_are_those_that_the_checkers_want_exactly_once(benchmark: str) -> None:
     wanted = {
         check["KEY"]["NAME"]
         for ruleset in RULESETS
-        for file in ("closed_ssd", "closed_common")
+        for file in (f"closed_{benchmark}", "closed_common")
         for check in checker_yaml(f"training_{ruleset}/{file}.yaml")
         if check.get("KEY", {}).get("REQ") == "EXACTLY_ONE"
     }
-    assert set(hyperparameter_keys("ssd")) == wanted - {"submission_benchmark"}
+    assert set(hyperparameter_keys(benchmark)) == wanted - {"submission_benchmark"}
 
 
 @pytest.mark.parametrize("ruleset", RULESETS)
@@ -102,11 +139,15 @@ def test_the_time_for_init_is_the_one_in_the_checker(ruleset: str) -> None:
     assert f"{init_limit_s(ruleset) // 60}*60*1e3" in (CHECKER / f"training_{ruleset}/common.yaml").read_text()
 
 
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 @pytest.mark.parametrize("ruleset", RULESETS[1:])
-def test_reference_points_are_those_of_the_official_rcp_checker(ruleset: str) -> None:
+def test_reference_points_are_those_of_the_official_rcp_checker(ruleset: str, benchmark: str) -> None:
     rcp_checker = pytest.importorskip("mlperf_logging.rcp_checker.rcp_checker")
-    official = rcp_checker.RCP_Checker("training", ruleset, "ssd", False).rcp_data.values()
-    ours = [point for point in SSD.reference_points if ruleset in point.rulesets]
+    checker = rcp_checker.RCP_Checker("training", ruleset, benchmark, False)
+    official = checker.rcp_data.values()
+    ours = [point for point in BENCHMARKS[benchmark].reference_points if ruleset in point.rulesets]
+    kept = [point.global_batch_size for point in ours if not point.pruned]
+    assert kept == [point["BS"] for point in checker.pruned_rcp_data.values()]
     assert [point.global_batch_size for point in ours] == [point["BS"] for point in official]
     assert [point.mean_epochs for point in ours] == pytest.approx([p["RCP Mean"] for p in official], abs=0.05)
     assert [point.min_epochs for point in ours] == pytest.approx([p["Min Epochs"] for p in official], abs=0.05)
@@ -165,6 +206,64 @@ def test_decay_epochs_are_40_and_50_stretched_by_tenths(epochs: object) -> None:
     assert broken("0.7.0", "closed", opt_learning_rate_decay_boundary_epochs=epochs) == []
 
 
+def broken_mask(ruleset: str = "1.1.0", division: str = "closed", **changes: object) -> list[str]:
+    recipe = A100 | {"eval_epochs": tuple(range(1, 15))} | changes
+    return [finding.rule for finding in judge("maskrcnn", ruleset, division, recipe) if not finding.ok]
+
+
+@pytest.mark.parametrize("ruleset", RULESETS)
+@pytest.mark.parametrize(
+    ("batch", "lr", "steps"),
+    [(96, 0.12, (12000, 16000)), (64, 0.08, (18000, 24000)), (48, 0.06, [24000, 32000]), (16, 0.02, (60000, 80000)),
+     (128, 0.16, (9000, 12000)), (256, 0.24, (5625, 7500)), (272, 0.24, (5294, 7058)), (272, 0.24, (5295, 7059))],
+)  # fmt: skip
+def test_the_published_recipes_of_mask_rcnn_keep_every_rule(ruleset, batch, lr, steps) -> None:
+    changes = {"opt_base_learning_rate": lr, "opt_learning_rate_decay_steps": steps, "global_batch_size": batch}
+    assert broken_mask(ruleset, **changes) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("opt_base_learning_rate", 0.13),
+        ("opt_base_learning_rate", 0),
+        ("opt_base_learning_rate", 0.0025),
+        ("opt_learning_rate_warmup_steps", -1),
+        ("opt_learning_rate_warmup_factor", 0),
+        ("opt_learning_rate_decay_factor", 0.2),
+        ("opt_learning_rate_decay_steps", (12000, 17000)),
+        ("opt_learning_rate_decay_steps", (12500, 16667)),
+        ("opt_learning_rate_decay_steps", (11999, 16000)),
+        ("opt_learning_rate_decay_steps", (12000,)),
+        ("opt_learning_rate_decay_steps", (0, 0)),
+        ("opt_learning_rate_decay_steps", None),
+        ("num_image_candidates", 1500),
+        ("num_image_candidates", 0),
+        ("min_image_size", 600),
+        ("max_image_size", 1344),
+        ("gradient_accumulation_steps", 0),
+        ("target", 0.37),
+        ("mask_target", 0.33),
+        ("mask_target", None),
+        ("dataset", "toy"),
+        ("checkpoint", "trained.pt"),
+        ("eval_epochs", (5, 10)),
+    ],
+)
+def test_a_closed_run_of_mask_rcnn_that_breaks_one_rule_breaks_that_rule_alone(key: str, value: object) -> None:
+    assert broken_mask(**{key: value}) == [key]
+
+
+def test_the_decay_steps_of_mask_rcnn_follow_the_global_batch() -> None:
+    assert broken_mask(global_batch_size=100) == ["opt_learning_rate_decay_steps"]
+
+
+def test_the_open_division_frees_mask_rcnn_but_for_its_targets_in_0_7() -> None:
+    free = {"target": 0.1, "mask_target": 0.1, "opt_base_learning_rate": 0.0025, "dataset": "toy"}
+    assert broken_mask("0.7.0", "open", **free) == ["target", "mask_target"]
+    assert broken_mask("1.1.0", "open", **free) == []
+
+
 def test_every_fifth_epoch_is_the_wrong_schedule_in_0_7() -> None:
     assert broken("0.7.0", "closed", eval_epochs=(5, 10, 15)) == ["eval_epochs"]
     assert broken("0.7.0", "closed", eval_epochs=(40, 50)) == []
@@ -189,6 +288,7 @@ def test_the_open_division_frees_everything_but_the_target_of_0_7() -> None:
         (16, "batch 1024: 50 epochs"),
         (1024, "batch 1024: 50 epochs"),
         (1200, "batch 1024 (50 epochs) and 1536 (55)"),
+        (2048, "batch 1536 (55 epochs) and 4096 (87)"),
         (4096, "batch 4096: 87 epochs, runs must average at least 84.5"),
     ],
 )
