@@ -67,11 +67,13 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     *,
     usage: str | None = None,
+    presets: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
 ) -> Resolved[T]:
     """Build `cls`, a frozen pydantic dataclass, from its defaults, the environment and the flags in `argv`.
 
     prefix: of the benchmark's variables, such as `SSD_`; one that is no field is refused. An empty variable
-    counts as unset. environ: the process's own where None. Raises InputError with every mistake found, a line
+    counts as unset. environ: the process's own where None. presets: of a setting and its value, what other settings
+    are then where they are not given. Raises InputError with every mistake found, a line
     each; what lies between fields is checked once each is right by itself. `--help` prints and exits.
     """
     environ = os.environ if environ is None else environ
@@ -87,6 +89,10 @@ def resolve(
             texts[name], sources[name] = flags[name], _flag(name)
         elif environ.get(variable):
             texts[name], sources[name] = environ[variable], variable
+    for name, choices in (presets or {}).items():
+        for follower, text in choices.get(str(texts.get(name)), {}).items():
+            if follower not in texts:
+                texts[follower], sources[follower] = text, f"{name} {texts[name]}"
 
     values = {
         name: None if text == "none" and NoneType in get_args(fields[name].annotation) else text

@@ -4,6 +4,8 @@ It works from torch 2.4 on, the newest that some vendors build for. There, what 
 asked of the module that every kind of device has, such as torch.cuda.
 """
 
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -195,6 +197,14 @@ def wait(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has taken so far: the device's own where it tells, else the machine's."""
+    if device.type != "cpu" and hasattr(module(device), "max_memory_allocated"):
+        return module(device).max_memory_allocated(*which(device)) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def pci_address(device: torch.device) -> str | None:

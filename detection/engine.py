@@ -63,7 +63,8 @@ class TrainData(EvalData, Protocol[Batch]):
 class Benchmark(Generic[Batch]):
     """What the loop needs to know about what it trains.
 
-    model: on the CPU, with its first weights. loss: sum of the losses of the images of a batch on the device, ().
+    model: on the CPU, with its first weights. loss: the parts (L,) of the loss of a batch on the device, each summed
+    over its images; what is trained is the sum of the parts, which loss_names names.
     made_up_batch: of the real shape, drawn without data, and made_up_eval_batch. learning_rate: of a step (from 0)
     in an epoch (from 1). detect: what the model sees in a batch of evaluation images on the device. evaluate: the
     metrics over all of them, the same numbers on every rank. targets: metrics that end the run when all are reached.
@@ -72,6 +73,7 @@ class Benchmark(Generic[Batch]):
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
+    loss_names: tuple[str, ...]
     made_up_batch: Callable[[], Batch]
     made_up_eval_batch: Callable[[], Any]
     open_data: Callable[[], TrainData[Batch]]
@@ -196,6 +198,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
         "global_batch_size": config.global_batch_size(ranks.world_size),
         "epochs": config.epochs,
         "targets": dict(benchmark.targets),
+        "loss_names": list(benchmark.loss_names),
         "resumed_from": run.resumed.path.name if run.resumed else None,
     }
 
@@ -218,6 +221,7 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay_biases=config.decay_biases,
+            bias_lr_factor=config.bias_lr_factor,
         ),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
@@ -294,16 +298,15 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
 ) -> Tensor:
-    """One optimiser step; returns this rank's part of the loss, (), without waiting for it.
+    """One optimiser step; returns this rank's parts of the loss, (L,), without waiting for them.
 
     The share, on the device, is computed in `accumulation_steps` parts. Each part's loss carries the weight of the
     whole global batch, so that the sum of their gradients is the gradient of its mean. What is compiled is so for
     a full batch: the last of an epoch, which is smaller, is computed without.
     """
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    optim.set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=ranks.device)
+    total = torch.zeros(len(benchmark.loss_names), device=ranks.device)
     parts = split(share.batch, config.accumulation_steps)
     is_full = len(share.batch[0]) == config.batch_size
     with nullcontext() if is_full else device.eager():
@@ -312,7 +315,7 @@ def train_step(
                 with state.precision.autocast(ranks.device):
                     loss = benchmark.loss(state.model, part) * share.weight
                 state.phases.end("forward")
-                state.scaler.scale(loss).backward()
+                state.scaler.scale(loss.sum()).backward()
             total += loss.detach()
             state.phases.end("backward")
     state.scaler.step(state.optimizer)

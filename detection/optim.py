@@ -9,20 +9,29 @@ from detection.config import InputError
 
 
 def make_sgd(
-    model: nn.Module, *, kernels: str, momentum: float, weight_decay: float, decay_biases: bool = True
+    model: nn.Module,
+    *,
+    kernels: str,
+    momentum: float,
+    weight_decay: float,
+    decay_biases: bool = True,
+    bias_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """SGD over all trained parameters; the loop sets the learning rate.
+    """SGD over all trained parameters; the loop sets the learning rate, `set_learning_rate`.
 
     kernels: whose fused update, "torch" or "apex"; both compute the same. decay_biases: whether biases and batch
-    norm decay, too; if not, they make a group of their own. InputError where apex is not installed.
+    norm decay, too; bias_lr_factor: how much faster they learn; where they differ, they make a group of their own.
+    InputError where apex is not installed.
     On devices without torch's it is not fused: the same numbers to a rounding, slower.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, Any]] = [{"params": trained}]
-    if not decay_biases:
+    if not decay_biases or bias_lr_factor != 1:
+        decay = weight_decay if decay_biases else 0.0
+        biases = [parameter for parameter in trained if parameter.dim() <= 1]
         parameters = [
             {"params": [parameter for parameter in trained if parameter.dim() > 1]},
-            {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+            {"params": biases, "weight_decay": decay, "lr_factor": bias_lr_factor},
         ]
     if kernels == "torch":
         fused = all(fuses_sgd(device) for device in {parameter.device for parameter in trained})
@@ -44,6 +53,32 @@ def fuses_sgd(device: torch.device) -> bool:
     except RuntimeError:  # which NotImplementedError is, too
         return False
     return True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter, of those of a group with a factor to so many times as much."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def learning_rate_by_steps(
+    step: int,
+    epoch: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    warmup_share: float,
+    decay_steps: tuple[int, ...],
+    decay_factor: float,
+) -> float:
+    """Learning rate of a step (from 0), whatever its epoch.
+
+    Linear warm-up from peak·share over the first `warmup_steps`, multiplied by `decay_factor` from each of
+    `decay_steps` on (Detectron).
+    """
+    rate = peak * decay_factor ** sum(step >= boundary for boundary in decay_steps)
+    done = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    return rate * (warmup_share * (1 - done) + done)
 
 
 def learning_rate(

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from detection.board import Board
+from detection.device import peak_memory_gib
 from detection.distributed import Ranks
 
 # What the last event of a run repeats from its first, so that each can be read by itself.
@@ -51,13 +53,13 @@ class Progress:
         self.totals = Totals()
         self.epoch_totals = Totals()
         self.last_evaluation: dict[str, object] = {"epoch": None, "metrics": {}}
-        self.loss_sum = torch.zeros((), device=ranks.device)
-        self.steps = self.images = 0
+        self.losses: list[Tensor] = []  # of each step since they were last read, on the device
+        self.images = 0
         self.alone_s = 0.0
         self.mark_s = self.pause_s = self.start_s
         self.slow_epoch = 0
 
-    def start_clock(self, facts: Mapping[str, object]) -> None:
+    def start_clock(self, facts: Mapping[str, Any]) -> None:
         """The clock runs; facts: what the run is, for its first event."""
         self.clock_s = time.monotonic()
         self.facts = facts
@@ -123,44 +125,61 @@ class Progress:
             self.bar = tqdm(total=num_steps, initial=first_step, bar_format=layout, dynamic_ncols=True, leave=False)
 
     def step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float, alone_s: float) -> None:
-        """Count a step; `loss` () is this rank's, on the device, and is not waited for.
+        """Count a step; `loss` (L,) are this rank's parts of it, on the device, and are not waited for.
 
         alone_s: how long the rank worked by itself, before it met the others.
         """
-        self.loss_sum += loss
+        self.losses.append(loss)
         self.alone_s += alone_s
-        self.steps += 1
         self.images += num_images
         if self.bar is not None:
             self.bar.update()
-        if self.steps == self.log_every:
+        if len(self.losses) == self.log_every:
             self.read(step, epoch, lr=lr)
 
     def read(self, step: int, epoch: int, *, lr: float) -> None:
         """Read the mean loss of the steps since the last time; raises Diverged on every rank if it is not finite."""
-        if not self.steps:
+        steps = len(self.losses)
+        if not steps:
             return
-        seconds = torch.full((), self.alone_s, device=self.ranks.device)
-        losses, alone_s = (self.ranks.gather_rows(torch.stack([self.loss_sum, seconds])[None]) / self.steps).T.tolist()
+        seconds = torch.full((1,), self.alone_s / steps, device=self.ranks.device)
+        rows = self.ranks.gather_rows(torch.cat([*self.losses, seconds])[None]).cpu().double()
+        parts, alone_s = rows[:, :-1].unflatten(1, (steps, -1)), rows[:, -1].tolist()
+        losses = parts.sum(dim=2).mean(dim=1).tolist()  # of each rank
         loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+        middle = parts.sum(dim=2).mean(dim=0).median().item()
+        means = dict(zip(self.facts["loss_names"], parts.mean(dim=(0, 1)).tolist(), strict=True))
         now_s = time.monotonic()
-        step_s = (now_s - self.mark_s) / self.steps
+        step_s = (now_s - self.mark_s) / steps
         rate = self.images / (now_s - self.mark_s)
+        memory_gib = peak_memory_gib(self.ranks.device)
         for totals in (self.totals, self.epoch_totals):
-            totals.add(self.steps, self.images, loss * self.steps)
-        self.loss_sum.zero_()
-        self.steps = self.images = 0
+            totals.add(steps, self.images, loss * steps)
+        self.losses = []
+        self.images = 0
         self.alone_s = 0.0
         self.mark_s = now_s
-        self.write("step", step=step, epoch=epoch, lr=lr, loss=loss, images_per_s=rate)
+        self.write(
+            "step",
+            step=step,
+            epoch=epoch,
+            lr=lr,
+            loss=loss,
+            loss_median=middle,
+            losses=means,
+            images_per_s=rate,
+            memory_gib=round(memory_gib, 3),
+        )
         left_s = (now_s - self.start_s) / (step + 1 - self.first_step) * (self.num_steps - step - 1)
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch}/{self.num_epochs}")
             self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2g}, {rate:.1f} img/s")
         elif not self.on_terminal:
+            each = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
             self.say(
-                f"epoch {epoch}/{self.num_epochs}  step {step + 1}/{self.num_steps}  loss {loss:.3f}  "
-                f"lr {lr:.3g}  {rate:.1f} img/s  {clock(left_s)} left"
+                f"epoch {epoch}/{self.num_epochs}  step {step + 1}/{self.num_steps}  loss {loss:.3f} "
+                f"(median {middle:.3f}; {each})  lr {lr:.3g}  {rate:.1f} img/s  {memory_gib:.1f} GiB  "
+                f"{clock(left_s)} left"
             )
         if epoch != self.slow_epoch and (slow := slowest(alone_s, step_s)) is not None:
             self.slow_epoch = epoch  # once an epoch is enough

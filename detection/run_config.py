@@ -1,14 +1,15 @@
 """The settings that every benchmark has: what the loop, the data, the machine and the log need."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection import device_kinds
-from detection.config import STRICT, Numbers, setting
+from detection.config import STRICT, Numbers, Resolved, resolve, setting
 from detection.run_folder import newest_unfinished
 
 
@@ -275,3 +276,26 @@ class RunConfig:
         """Whether a checkpoint is due after so many steps or epochs."""
         number, _, named = self.checkpoint_every.partition(" ")
         return named == unit and count % int(number) == 0
+
+
+T = TypeVar("T", bound=RunConfig)
+
+
+def load(
+    cls: type[T],
+    prefix: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    usage: str,
+    presets: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+) -> Resolved[T]:
+    """Resolve the settings of a benchmark from flags and the environment; raises InputError with every mistake.
+
+    Data that flags name are not those of the config file, nor are they COCO: unless a flag says what they are, too,
+    the data set is called custom. presets: as in `config.resolve`.
+    """
+    flags = {word.split("=")[0] for word in argv}
+    if "--train-images" in flags and "--dataset" not in flags:
+        argv = [*argv, "--dataset", "custom"]
+    return resolve(cls, prefix, argv, environ, usage=usage, presets=presets)

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from detection.config import STRICT, Numbers, Resolved, resolve, setting
+from detection import run_config
+from detection.config import STRICT, Numbers, Resolved, setting
 from detection.run_config import EvalEpochs, RunConfig
 
 PREFIX = "SSD_"
@@ -112,12 +113,5 @@ class Config(RunConfig):
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resolved[Config]:
-    """Resolve the settings from flags and the environment; raises InputError with every mistake.
-
-    Data that flags name are not those of the config file, nor are they COCO: unless a flag says what they are, too,
-    the data set is called custom.
-    """
-    flags = {word.split("=")[0] for word in argv}
-    if "--train-images" in flags and "--dataset" not in flags:
-        argv = [*argv, "--dataset", "custom"]
-    return resolve(Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]")
+    """Resolve the settings from flags and the environment; raises InputError with every mistake."""
+    return run_config.load(Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]")

@@ -141,7 +141,7 @@ def loss_parts(bench: Bench) -> Iterator[Part]:
     while f"loss{case}_seed" in bench.vectors:
         encode_cases = [int(k) for k in bench.vectors[f"loss{case}_encode_cases"]]
         pred_deltas, logits = predictions(bench, bench.number(f"loss{case}_seed"), len(encode_cases))
-        loss = multibox_loss(pred_deltas, logits, *encode(*bench.truth(encode_cases), anchors)).mean()
+        loss = multibox_loss(pred_deltas, logits, *encode(*bench.truth(encode_cases), anchors)).sum(dim=1).mean()
         loss.backward()
         yield Part(f"loss {case}", relative(loss.detach(), bench.tensor(f"loss{case}_value")), 1e-5)
         for name, tensor, stride in (("loc", pred_deltas, 1), ("cls", logits, 9)):
@@ -156,7 +156,7 @@ def loss_parts(bench: Bench) -> Iterator[Part]:
     boxes, labels = bench.truth([bench.number("loss_empty_encode_case")])
     boxes, labels = torch.cat([boxes, torch.zeros_like(boxes)]), torch.cat([labels, torch.zeros_like(labels)])
     pred_deltas, logits = predictions(bench, bench.number("loss_empty_seed"), 2)
-    loss = multibox_loss(pred_deltas, logits, *encode(boxes, labels, anchors)).mean()
+    loss = multibox_loss(pred_deltas, logits, *encode(boxes, labels, anchors)).sum(dim=1).mean()
     yield Part("loss with an empty image", relative(loss.detach(), bench.tensor("loss_empty_value")), 1e-5)
 
 
@@ -231,7 +231,7 @@ def network_parts(bench: Bench) -> Iterator[Part]:
     with bench.precision.autocast(bench.device):
         deltas, logits = model(images)
         targets = encode(*bench.truth([3, 6]), make_anchors(bench.device))
-        loss = multibox_loss(deltas, logits, *targets).mean()
+        loss = multibox_loss(deltas, logits, *targets).sum(dim=1).mean()
     loss.backward()
     yield Part("network, training: loss", relative(loss.detach(), bench.tensor("model_train_loss")), tolerance)
     gradients = reference.to_reference({name: t.grad for name, t in model.named_parameters() if t.grad is not None})

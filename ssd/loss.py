@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOSSES = ("box", "class")
 NEGATIVES_PER_POSITIVE = 3
 
 
 def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor) -> Tensor:
-    """Loss of each image, (B,) float32; 0 for an image without a positive anchor.
+    """Loss of each image, of its boxes and of its classes, (B, 2) float32; 0 without a positive anchor.
 
     pred_deltas: (B, A, 4); logits: (B, A, K); deltas: (B, A, 4) and labels: (B, A) from `box_coder.encode`.
     Smooth L1 over the positives, cross-entropy over the positives and the three times as many negatives that
@@ -31,4 +32,5 @@ def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: T
     mined = (hardest * (rank < NEGATIVES_PER_POSITIVE * num_positive.unsqueeze(1))).sum(dim=1)
     class_loss = (class_loss * positive).sum(dim=1) + mined
 
-    return torch.where(num_positive > 0, (box_loss + class_loss) / num_positive.clamp(min=1), 0)
+    parts = torch.stack([box_loss, class_loss], dim=1)
+    return torch.where(num_positive[:, None] > 0, parts / num_positive.clamp(min=1)[:, None], 0)

@@ -22,7 +22,7 @@ from ssd.box_coder import encode
 from ssd.config import Config, load
 from ssd.data import FLIP_DIRECTIONS, Batch, EvalBatch, SSDData, SSDEvalData
 from ssd.evaluation import Evaluation
-from ssd.loss import multibox_loss
+from ssd.loss import LOSSES, multibox_loss
 from ssd.model import SSD300, make_model
 
 
@@ -91,6 +91,7 @@ def make_benchmark(
     return engine.Benchmark(
         model=model,
         loss=make_loss(ranks.device, compiled=device.compiles(config.compile, ranks.device)),
+        loss_names=LOSSES,
         made_up_batch=partial(made_up_batch, config),
         made_up_eval_batch=partial(made_up_eval_batch, config),
         open_data=partial(SSDData, config, ranks, seed),
@@ -111,7 +112,7 @@ def make_benchmark(
 
 
 def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, Batch], Tensor]:
-    """The sum of the losses of the images of a batch, (), as a function of model and batch: all on the device."""
+    """The losses (2,) of a batch, each summed over its images, as a function of model and batch: all on the device."""
     anchors = make_anchors(device)
     before, after = (torch.compile(prepare), torch.compile(multibox_loss)) if compiled else (prepare, multibox_loss)
 
@@ -121,7 +122,7 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
                 torch._dynamo.mark_dynamic(tensor, 1)
         images, deltas, labels = before(batch, anchors)
         pred_deltas, logits = model(images)
-        return after(pred_deltas, logits, deltas, labels).sum()
+        return after(pred_deltas, logits, deltas, labels).sum(dim=0)
 
     return loss
 

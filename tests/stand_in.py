@@ -134,7 +134,8 @@ def train(config: Config, process: start.Process) -> int:
 
         benchmark = engine.Benchmark(
             model=network(),
-            loss=loss,
+            loss=lambda model, batch: loss(model, batch)[None],
+            loss_names=("error",),
             made_up_batch=lambda: Batch(torch.zeros(config.batch_size, 3, 6, 6), torch.zeros(config.batch_size)),
             made_up_eval_batch=lambda: Batch(inputs, inputs),
             open_data=open_data,

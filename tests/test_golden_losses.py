@@ -65,7 +65,7 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(tiny_toy, steps):
         for sgd in (fast_sgd, plain_sgd):
             sgd.zero_grad()
             sgd.param_groups[0]["lr"] = 3e-4 * min(1, (step + 1) / 20)
-        ours = fast_loss(lambda images: fast(images.double()), batch)
+        ours = fast_loss(lambda images: fast(images.double()), batch).sum()
         sample = plain_sample(batch, 0)
         pred_deltas, logits = (prediction.float() for prediction in plain(sample.image[None].double()))
         theirs = baseline.multibox_loss(pred_deltas, logits, sample.deltas[None], sample.labels[None]).sum()
