@@ -17,8 +17,14 @@ BACKBONE_FILES = {
 }
 
 
-def how_to_fetch(trunk: str) -> str:
-    """The command that fetches the ImageNet weights of a trunk."""
+MSRA = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl"
+"""ResNet-50 as its authors trained it, from Detectron: what the MLPerf reference of Mask R-CNN starts from."""
+
+
+def how_to_fetch(trunk: str, path: Path | None = None) -> str:
+    """The command that fetches the ImageNet weights of a trunk; path: where they are looked for, by its suffix."""
+    if path is not None and path.suffix == ".pkl":
+        return f"curl --fail --location --output {path} {MSRA}"
     file = BACKBONE_FILES[trunk]
     url = "" if trunk == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
     return f"{url}./get_resnet34_backbone.sh"
@@ -36,7 +42,7 @@ def check(path: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             start = file.read(2)
-        # The published .pth is older than torch's zip format, and Detectron's .pkl no archive: bare pickles, without sums.
+        # The published .pth is older than torch's zip format, as is Detectron's .pkl: bare pickles, without sums.
         sound = start == b"\x80\x02" and path.suffix in (".pth", ".pkl")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

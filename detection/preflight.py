@@ -128,7 +128,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         try:
             facts.append(backbone_files.check(Path(config.trunk_weights)))
         except InputError as error:
-            fetch = backbone_files.how_to_fetch(config.trunk_name)
+            fetch = backbone_files.how_to_fetch(config.trunk_name, Path(config.trunk_weights))
             mistakes.append(f"{error}. Run {fetch}, or start at random with --backbone ''")
     return facts, mistakes
 

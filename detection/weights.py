@@ -54,3 +54,18 @@ def of_model(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     if not isinstance(table, Mapping) or not all(isinstance(tensor, Tensor) for tensor in table.values()):
         raise InputError(f"{path}: holds no table of weights, by itself or under the name model")
     return {name.removeprefix("module."): tensor for name, tensor in table.items()}
+
+
+def check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, path: Path) -> None:
+    """Raise InputError where tensors read from `path` are not those of the network `what`, whose own are `wanted`."""
+    # Files older than the counter of batch norm lack it.
+    absent = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name}, which is {tuple(tensor.shape)} and not {tuple(wanted[name].shape)}"
+        for name, tensor in state.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    for how, names in (("lacks", absent), ("does not know", unknown), ("has another shape of", shapes)):
+        if names:
+            raise InputError(f"{path}: the {what} in it {how} {len(names)} tensors (first: {names[0]})")

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     images: (B, 3, H, W) uint8, zeros right of the image and below it, channels last. sizes_hw: (B, 2) pixels of the
     resized image within. boxes_xyxy: (B, G, 4) and edges: (B, G, E, 4), as in `masks.edges_of`, in pixels of the
-    resized image. labels: (B, G), 0 is padding.
+    resized image. labels: (B, G), 0 is padding. seeds: (B,) of 31 bits, of what is drawn at random on the device.
     """
 
     images: Tensor
@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     boxes_xyxy: Tensor
     labels: Tensor
     edges: Tensor
+    seeds: Tensor
 
 
 class EvalBatch(NamedTuple):
@@ -77,7 +78,7 @@ class TrainImages(Dataset[Batch]):
 
         A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
         """
-        pixels, boxes, labels, edges = [], [], [], []
+        pixels, boxes, labels, edges, seeds = [], [], [], [], []
         for epoch, index in keys:
             path = self.split.image_path(index)
             try:
@@ -90,7 +91,8 @@ class TrainImages(Dataset[Batch]):
             scale = np.array([width / size_hw[1], height / size_hw[0]] * 2, dtype=np.float32)
             image_boxes = self.split.boxes(index) * scale
             image_edges = [of_box * scale for of_box in masks.edges_of(self.split, index)]
-            if self.flip and self.is_mirrored(epoch, index):
+            mirrored, drawn = self.draw(epoch, index)
+            if mirrored:
                 image = image.flip(2)
                 image_boxes = mirror(image_boxes, width)[:, [2, 1, 0, 3]]
                 image_edges = [mirror(of_box, width) for of_box in image_edges]
@@ -98,12 +100,13 @@ class TrainImages(Dataset[Batch]):
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(self.split.image_labels(index)))
             edges.append(image_edges)
-        return Batch(lay_out(pixels), sizes(pixels), pad(boxes), pad(labels), pad_edges(edges))
+            seeds.append(drawn)
+        return Batch(lay_out(pixels), sizes(pixels), pad(boxes), pad(labels), pad_edges(edges), torch.tensor(seeds))
 
-    def is_mirrored(self, epoch: int, index: int) -> bool:
-        """Whether an image is mirrored in an epoch: every other one, by chance."""
+    def draw(self, epoch: int, index: int) -> tuple[bool, int]:
+        """Whether an image is mirrored in an epoch, every other one by chance; and a seed of 31 bits for the device."""
         rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
-        return bool(rng.random() < 0.5)
+        return self.flip and bool(rng.random() < 0.5), int(rng.integers(2**31))
 
 
 class EvalImages(Dataset[EvalBatch]):

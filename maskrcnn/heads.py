@@ -1,4 +1,4 @@
-"""What a region shows: its class, a tighter box (Fast R-CNN, on a pyramid) and the object's mask (Mask R-CNN, section 3).
+"""What a region shows: its class, a tighter box (Fast R-CNN, section 2) and the object's mask (Mask R-CNN, section 3).
 
 R regions, K classes with background 0.
 """

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from maskrcnn.detections import Detections
 from torch import Tensor, nn
 from torchvision import ops
 
 from maskrcnn import box_coder, masks, rpn, sampling
 from maskrcnn.anchors import SIZES_PX, STRIDES_PX
+from maskrcnn.config import Config
+from maskrcnn.detections import Detections
 from maskrcnn.heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, BoxHead, MaskHead
 from maskrcnn.pooling import roi_align
 from maskrcnn.rpn import ProposalSettings, RegionProposals
@@ -56,6 +57,38 @@ class Settings:
     nms_iou: float
     max_detections: int
     anchor_sizes_px: tuple[int, ...] = SIZES_PX
+
+
+def make_model(config: Config) -> "MaskRCNN":
+    """The model of the settings, with weights drawn at random; num_classes is known."""
+    return MaskRCNN(
+        Settings(
+            trunk=config.trunk,
+            stride_in_1x1=config.trunk_stride == "1x1",
+            frozen_stages=config.frozen_stages,
+            batch_norm_eps=config.batch_norm_eps,
+            pixels=config.pixels,
+            legacy=config.legacy_boxes,
+            num_classes=config.num_classes,
+            drop_straddling=config.drop_straddling,
+            proposals_per_batch=config.proposals_per_batch,
+            rpn_before_nms=config.rpn_before_nms,
+            rpn_before_nms_eval=config.rpn_before_nms_eval,
+            rpn_after_nms=config.rpn_after_nms,
+            rpn_after_nms_eval=config.rpn_after_nms_eval,
+            rpn_nms_iou=config.rpn_nms_iou,
+            rpn_samples=config.rpn_samples,
+            rpn_positive_share=config.rpn_positive_share,
+            box_samples=config.box_samples,
+            box_positive_share=config.box_positive_share,
+            box_beta=config.box_beta,
+            soft_masks=config.soft_masks,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
+            anchor_sizes_px=config.anchor_sizes,
+        )
+    )
 
 
 class Truth(NamedTuple):
@@ -101,8 +134,6 @@ class MaskRCNN(nn.Module):
         Each is a mean over the batch, as the reference computes them on a rank. Without truth: what is detected.
         """
         pixels = normalise(images, sizes_hw, self.settings.pixels)
-        if self.settings.pixels and images.is_contiguous(memory_format=torch.channels_last):
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
         features = self.backbone(pixels)
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(images)
@@ -252,8 +283,8 @@ class MaskRCNN(nn.Module):
             found.append((of_image[keep], score[keep], label[keep]))
         boxes_xyxy, best, labels = (rpn.pad(list(part)) for part in zip(*found, strict=True))
         images, slot = (labels > 0).nonzero(as_tuple=True)
-        masks_ = boxes_xyxy.new_zeros(*labels.shape, MASK_SIZE, MASK_SIZE)
+        probabilities = boxes_xyxy.new_zeros(*labels.shape, MASK_SIZE, MASK_SIZE)
         if len(images):
             pooled = self.pool(features, Regions(boxes_xyxy[images, slot], images), MASK_CELLS)
-            masks_[images, slot] = self.mask_head(pooled, labels[images, slot]).sigmoid()
-        return Detections(boxes_xyxy, best, labels, masks_)
+            probabilities[images, slot] = self.mask_head(pooled, labels[images, slot]).sigmoid()
+        return Detections(boxes_xyxy, best, labels, probabilities)

@@ -72,7 +72,7 @@ class RegionProposals(nn.Module):
 def propose(
     logits: Tensor, deltas: Tensor, anchors: Tensor, images: Tensor, sizes_hw: Tensor, settings: ProposalSettings
 ) -> Proposals:
-    """The proposals of padded images (B, 3, H, W) with sizes_hw (B, 2) inside, of logits (B, A) and deltas (B, A, 4)."""
+    """The proposals of logits (B, A) and deltas (B, A, 4); images (B, 3, H, W) are padded, sizes_hw (B, 2) inside."""
     legacy, batch = settings.legacy, len(logits)
     boxes, scores, levels = [], [], []
     start = 0

@@ -114,4 +114,6 @@ class Config(RunConfig):
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resolved[Config]:
     """Resolve the settings from flags and the environment; raises InputError with every mistake."""
-    return run_config.load(Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]")
+    return run_config.load(
+        Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]"
+    )

@@ -1,6 +1,5 @@
 """Train SSD300, or what else --mode says: puts model, loss, data and evaluation into detection/engine.py."""
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import backbone, classes, device, engine, optim, run_folder, start, throughput
+from detection import backbone, classes, device, engine, optim, start, throughput
+from detection.conclusion import conclude
 from detection.distributed import Ranks
 from detection.metric import to_results
 from detection.state import Run
-from mlperf import check
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
 from ssd import augment, weights
@@ -54,24 +53,7 @@ def run_mode(config: Config, process: start.Process) -> int:
             case "benchmark-inference":
                 throughput.inference(benchmark, run)
                 return 0
-    return conclude(outcome, config, run, evaluation)
-
-
-def conclude(outcome: engine.Outcome, config: Config, run: Run, evaluation: Evaluation) -> int:
-    """Have the log and the last figures checked, and say where everything lies; returns the exit status."""
-    if run.ranks.is_first:
-        (run.folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
-        if config.mode == "train":
-            report(outcome, config, check.check(run_folder.log_file(run.folder, config.experiment), config.ruleset))
-        show_files(run.folder)
-        if (official := evaluation.confirm()) != outcome.metrics:
-            print(f"error: pycocotools says AP {official['AP']}. Run again with --metric pycocotools.", file=sys.stderr)
-            return 1
-        print("pycocotools confirms the last figures")
-        if run.log.broken:
-            print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
-            return 1
-    return 0 if outcome.reached or config.mode == "evaluate" else engine.NOT_REACHED
+    return conclude(outcome, run, evaluation.confirm, {"detections.json": lambda: to_results(evaluation.rows)})
 
 
 def load_weights(model: SSD300, config: Config, run: Run) -> None:
@@ -167,23 +149,6 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, model: SSD
     named = ssd_tensor_name if config.network_name == "ssd300-r34" else str  # the rules know no other network
     for name, _ in model.named_parameters():
         log.point("weights_initialization", tensor=named(name))
-
-
-def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict) -> None:
-    """Print how the run ended, and the checker's verdict on its log."""
-    reached = "the target is reached" if outcome.reached else f"the {config.epochs} epochs are used up"
-    print(f"AP {outcome.metrics['AP']:.4f} after epoch {outcome.epoch}, target {config.target}: {reached}")
-    print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
-    for message in verdict.messages:
-        print(f"  {message}")
-
-
-def show_files(folder: Path) -> None:
-    """Print where the files of the run are."""
-    print(f"The run lies in {folder}/:")
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            print(f"  {path.relative_to(folder)}")
 
 
 if __name__ == "__main__":

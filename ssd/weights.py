@@ -122,17 +122,7 @@ def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
             f"Pass --network {theirs.name} --trunk {theirs.trunk or 'auto'} --num-classes {theirs.num_classes}, or "
             "another --checkpoint"
         )
-    # Files older than the counter of batch norm lack it.
-    absent = [name for name in wanted if name not in weights.state and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in weights.state if name not in wanted]
-    shapes = [
-        f"{name}, which is {tuple(tensor.shape)} and not {tuple(wanted[name].shape)}"
-        for name, tensor in weights.state.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    for what, names in (("lacks", absent), ("does not know", unknown), ("has another shape of", shapes)):
-        if names:
-            raise InputError(f"{path}: the {ours} in it {what} {len(names)} tensors (first: {names[0]})")
+    files.check(weights.state, wanted, str(ours), path)
 
 
 def load(model: SSD300, path: Path) -> Weights:

@@ -1,0 +1,62 @@
+"""The end of a run: the last figures confirmed, the log checked, and where everything lies."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from detection import run_folder
+from detection.engine import NOT_REACHED, Outcome
+from detection.state import Run
+from mlperf import check
+
+
+def conclude(
+    outcome: Outcome,
+    run: Run,
+    confirm: Callable[[], dict[str, float]],
+    results: Mapping[str, Callable[[], list[dict[str, object]]]],
+) -> int:
+    """Have the log and the last figures checked, write the detections, say where all lies; returns the exit status.
+
+    confirm: the last figures by the official library. results: files of detections in COCO's format, by name.
+    """
+    if run.ranks.is_first:
+        for name, detections in results.items():
+            (run.folder / name).write_text(json.dumps(detections()))
+        if run.config.mode == "train":
+            report(outcome, run)
+        show_files(run.folder)
+        if (official := confirm()) != outcome.metrics:
+            said = shown(official, run)
+            print(f"error: pycocotools says {said}. Run again with --metric pycocotools.", file=sys.stderr)
+            return 1
+        print("pycocotools confirms the last figures")
+        if run.log.broken:
+            print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
+            return 1
+    return 0 if outcome.reached or run.config.mode == "evaluate" else NOT_REACHED
+
+
+def report(outcome: Outcome, run: Run) -> None:
+    """Print how the run ended, and the checker's verdict on its log."""
+    reached = "the target is reached" if outcome.reached else f"the {run.config.epochs} epochs are used up"
+    targets = ", ".join(map(str, run.progress.facts["targets"].values()))
+    print(f"{shown(outcome.metrics, run)} after epoch {outcome.epoch}, target {targets}: {reached}")
+    verdict = check.check(run_folder.log_file(run.folder, run.config.experiment), run.config.ruleset)
+    print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
+    for message in verdict.messages:
+        print(f"  {message}")
+
+
+def shown(metrics: Mapping[str, float], run: Run) -> str:
+    """The figures that the run is held to, for people."""
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in run.progress.facts["targets"])
+
+
+def show_files(folder: Path) -> None:
+    """Print where the files of the run are."""
+    print(f"The run lies in {folder}/:")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"  {path.relative_to(folder)}")

@@ -1,0 +1,37 @@
+"""Check a run of Mask R-CNN before its clock starts: `detection.preflight`, with what is Mask R-CNN's."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from detection import preflight
+from maskrcnn.config import Config, load
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run all checks and return the exit status."""
+    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=image_bytes, network=network)
+    return preflight.main(argv, checks)
+
+
+def recipe(config: Config, world_size: int) -> Mapping[str, object]:
+    """What the rules are about."""
+    return config.hyperparameters(world_size) | {"target": config.target, "mask_target": config.mask_target}
+
+
+def image_bytes(config: Config) -> int:
+    """Of the largest image as workers hand it over."""
+    return 3 * config.min_image_size * config.max_image_size
+
+
+def network(path: Path, config: Config) -> str:
+    """What a checkpoint holds; raises InputError where it is not of the network of the settings."""
+    from maskrcnn import weights  # with torch, which only this check needs
+
+    found = weights.read(path)
+    weights.check(found, config, path)
+    return f"{found.origin}; {config.network_name} for {found.num_classes} classes"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
