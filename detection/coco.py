@@ -151,11 +151,9 @@ def files(config: RunConfig, split: Literal["train", "val"], *, segmentations: b
     segmentations: as of `layout`. Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
     """
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
-    return (
-        (Path(annotations), Path(images))
-        if annotations
-        else layout(config.data_dir, split, segmentations=segmentations)
-    )
+    if annotations:
+        return Path(annotations), Path(images)
+    return layout(config.data_dir, split, segmentations=segmentations)
 
 
 def layout(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:

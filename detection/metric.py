@@ -1,4 +1,4 @@
-"""COCO's twelve figures for boxes, and for masks: by a fast library during a run, by the official one for its last word."""
+"""COCO's twelve figures for boxes and masks: by a fast library during a run, by the official one for its last word."""
 
 import contextlib
 import importlib
