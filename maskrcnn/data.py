@@ -134,10 +134,12 @@ def resized_hw(size_hw: Sequence[int], min_size_px: int, max_size_px: int) -> tu
     down, which may so be one pixel longer or shorter than by torchvision's rule.
     """
     short, long = sorted(size_hw)
+    shorter = min_size_px
     if long / short * min_size_px > max_size_px:
-        min_size_px = max(1, round(max_size_px * short / long))
-    longer = int(min_size_px * long / short)
-    return (min_size_px, longer) if size_hw[0] == short else (longer, min_size_px)
+        shorter = round(max_size_px * short / long)
+    longer = int(shorter * long / short) or max_size_px  # where nothing would be left of the short side
+    shorter = max(1, shorter)
+    return (shorter, longer) if size_hw[0] == short else (longer, shorter)
 
 
 def mirror(rows: masks.Floats, width: int) -> masks.Floats:
