@@ -241,10 +241,12 @@ def test_training_images_may_be_of_other_formats_and_depths(tmp_path, name, deco
     assert np.abs(pixels.numpy().astype(int) - grey).max() <= 1
 
 
-def test_resizing_agrees_with_pillow(tiny_toy):
+@pytest.mark.parametrize("size_hw", [300, (300, 300), (131, 222), (700, 523)])
+def test_resizing_agrees_with_pillow(tiny_toy, size_hw):
     path = min((tiny_toy / "val2017").iterdir())
-    wanted = np.asarray(Image.open(path).convert("RGB").resize((300, 300), Image.Resampling.BILINEAR), dtype=int)
-    got = images.resize(images.read(path), 300).permute(1, 2, 0).numpy().astype(int)
+    size_wh = (300, 300) if size_hw == 300 else size_hw[::-1]
+    wanted = np.asarray(Image.open(path).convert("RGB").resize(size_wh, Image.Resampling.BILINEAR), dtype=int)
+    got = images.resize(images.read(path), size_hw).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - wanted).max() <= 1
 
 
