@@ -124,11 +124,11 @@ def test_a_cell_counts_where_its_middle_is_inside():
     np.testing.assert_array_equal(draw_polygons(rectangle(2.4, 2.4, 5.6, 5.4)), filled(2, 2, 6, 5))
 
 
-def test_a_corner_on_the_middle_of_a_row_counts_once():
-    """A diamond, two of whose corners are there: that row is not empty, nor does it run on to the border."""
-    diamond = [(14, 1.25), (27.25, 14.5), (14, 27.75), (0.75, 14.5)]
+def test_a_corner_on_the_middle_of_a_row_counts_once_or_not_at_all():
+    """A diamond, whose corners are there: their rows run on to no border, and that of two of them is not empty."""
+    diamond = [(14, 1.5), (27, 14.5), (14, 27.5), (1, 14.5)]
     middle = np.arange(SIDE) + 0.5
-    wanted = np.abs(middle - 14) + np.abs(middle - 14.5)[:, None] < 13.25
+    wanted = np.abs(middle - 14) + np.abs(middle - 14.5)[:, None] < 13
     np.testing.assert_array_equal(draw_polygons(diamond), wanted)
 
 
