@@ -93,6 +93,7 @@ class Ranks:
         dist.all_gather(parts, padded)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
+    @torch.inference_mode(False)  # as above
     def gather(self, value: T) -> list[T]:
         """The values of all ranks in their order, on the first rank; none on the others. Anything that pickles."""
         if not self.together:

@@ -282,10 +282,12 @@ def test_run_lengths_become_upright_borders(folder: Path, compressed: bool) -> N
 
 def test_crowds_are_left_out_on_request_and_have_no_outline(folder: Path) -> None:
     data = content()
-    data["annotations"].insert(0, annotation(4, image_id=30, iscrowd=1))
+    spots = {"size": [200, 300], "counts": [5, 10, 59_985]}
+    data["annotations"].insert(0, annotation(4, image_id=30, iscrowd=1, segmentation=spots))
     data["annotations"].append(annotation(5, image_id=30, segmentation=SQUARE))
     split = read(folder, data, segmentations=True)
-    assert lines(split, 1) == []
+    assert [split.crowd[1], split.crowd[3]] == [True, True]
+    assert lines(split, 1) == lines(split, 3) == []
     left = split.without_crowds()
     assert left.image_ids.tolist() == [20, 10, 30]
     assert left.box_starts.tolist() == [0, 1, 1, 3]
