@@ -128,6 +128,16 @@ def test_a_mirrored_image_has_its_boxes_and_masks_mirrored(tiny_toy):
         assert drawn.mean() > 0.3
 
 
+def test_which_images_are_mirrored_is_drawn_anew_for_each_epoch_and_seed(tiny_toy):
+    def mirrored(seed, epoch):
+        dataset = open_data(tiny_toy, seed=seed).train_loader.dataset
+        return [dataset.is_mirrored(epoch, index) for index in range(len(dataset.split))]
+
+    assert mirrored(5, 1) == mirrored(5, 1)
+    assert mirrored(5, 1) != mirrored(5, 2)
+    assert mirrored(5, 1) != mirrored(6, 1)
+
+
 def test_workers_do_not_change_what_is_trained(tiny_toy):
     loaded = [[share.batch for share in open_data(tiny_toy, num_workers=n).shares(2)] for n in (0, 2)]
     assert len(loaded[0]) == len(loaded[1]) > 1

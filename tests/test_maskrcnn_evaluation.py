@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_masks_lie_where_the_objects_are_in_the_original(whole, tiny_toy):
         assert [a["category_id"] for a in near] == [row[6]]
         wanted = mask_api.merge(mask_api.frPyObjects(near[0]["segmentation"], *mask["size"]))
         assert mask_api.iou([mask], [wanted], [0])[0, 0] > 0.88
+
+
+def test_labels_become_the_category_ids_of_the_annotations(whole, tiny_toy, tmp_path):
+    folder = shutil.copytree(tiny_toy, tmp_path / "data")
+    file, _ = coco.layout(folder, "val")
+    content = json.loads(file.read_text())
+    for row in content["annotations"]:
+        row["category_id"] = 30 - 7 * row["category_id"]  # in another order, too
+    for row in content["categories"]:
+        row["id"] = 30 - 7 * row["id"]
+    file.write_text(json.dumps(content))
+    evaluation, figures = evaluated(folder)
+    assert figures == pytest.approx(whole[1])
+    assert set(evaluation.found.rows[:, 6]) == {23, 16, 9}
 
 
 def test_what_is_overlooked_costs_both_figures(whole, tiny_toy):
