@@ -367,7 +367,7 @@ def _typed_columns(text: str, segmentations: bool) -> _Columns | None:
                 -1, 4
             ),
             crowd=integers((row.iscrowd for row in rows), len(rows)),
-            segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)],
+            segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)] if segmentations else (),
         )
     except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
         return None
