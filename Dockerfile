@@ -9,7 +9,7 @@ WORKDIR /workspace/detection-training
 
 # The libraries in a layer of their own: a change of the code does not install them again.
 COPY pyproject.toml README.md setup.sh ./
-RUN mkdir ssd detection mlperf perf && ./setup.sh --system-site-packages
+RUN mkdir ssd maskrcnn detection mlperf perf && ./setup.sh --system-site-packages
 
 COPY . .
 

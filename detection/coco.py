@@ -151,11 +151,9 @@ def files(config: RunConfig, split: Literal["train", "val"], *, segmentations: b
     segmentations: as of `layout`. Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
     """
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
-    return (
-        (Path(annotations), Path(images))
-        if annotations
-        else layout(config.data_dir, split, segmentations=segmentations)
-    )
+    if annotations:
+        return Path(annotations), Path(images)
+    return layout(config.data_dir, split, segmentations=segmentations)
 
 
 def layout(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
@@ -369,7 +367,7 @@ def _typed_columns(text: str, segmentations: bool) -> _Columns | None:
                 -1, 4
             ),
             crowd=integers((row.iscrowd for row in rows), len(rows)),
-            segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)],
+            segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)] if segmentations else (),
         )
     except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
         return None

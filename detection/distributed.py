@@ -93,6 +93,15 @@ class Ranks:
         dist.all_gather(parts, padded)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
+    @torch.inference_mode(False)  # as above
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in their order, on the first rank; none on the others. Anything that pickles."""
+        if not self.together:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.gather_object(value, values if self.is_first else None)
+        return values if self.is_first else []
+
     def average_batch_norm(self, model: nn.Module) -> None:
         """Replace the running statistics of batch norm by their mean over ranks, which saw different images."""
         if self.together:

@@ -1,4 +1,4 @@
-"""COCO's twelve figures for boxes, and for masks: by a fast library during a run, by the official one for its last word."""
+"""COCO's twelve figures for boxes and masks: by a fast library during a run, by the official one for its last word."""
 
 import contextlib
 import importlib
@@ -59,7 +59,7 @@ class MaskMetric(BoxMetric):
         """The figures of the masks of detections: rows (D, 7) as in `ROW`, whose boxes do not count, and D masks."""
         # Without boxes: with them, small, medium and large would go by the boxes' areas.
         results = [
-            {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": {**mask}, "score": row[5]}
+            {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": mask, "score": row[5]}
             for row, mask in zip(rows.tolist(), masks, strict=True)
         ]
         return self.figures(results, "segm")

@@ -86,7 +86,7 @@ class TrainImages(Dataset[Batch]):
             except InputError as error:
                 return error
             size_hw = original.shape[1:]
-            image = images.resize(original, resized_hw(*size_hw, self.min_size_px, self.max_size_px))
+            image = images.resize(original, resized_hw(size_hw, self.min_size_px, self.max_size_px))
             height, width = image.shape[1:]
             scale = np.array([width / size_hw[1], height / size_hw[0]] * 2, dtype=np.float32)
             image_boxes = self.split.boxes(index) * scale
@@ -124,23 +124,25 @@ class EvalImages(Dataset[EvalBatch]):
             except InputError as error:
                 return error
             height, width = original.shape[1:]
-            pixels.append(images.resize(original, resized_hw(height, width, self.min_size_px, self.max_size_px)))
+            pixels.append(images.resize(original, resized_hw((height, width), self.min_size_px, self.max_size_px)))
             originals.append((height, width))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
         return EvalBatch(lay_out(pixels), sizes(pixels), ids, torch.tensor(originals))
 
 
-def resized_hw(height: int, width: int, min_size_px: int, max_size_px: int) -> tuple[int, int]:
+def resized_hw(size_hw: Sequence[int], min_size_px: int, max_size_px: int) -> tuple[int, int]:
     """The size of an image whose short side becomes `min_size_px`, or less where its long side would be too long.
 
     Rounded as by MLPerf's reference (`Resize` of maskrcnn-benchmark): the short side to the nearest, the long one
     down, which may so be one pixel longer or shorter than by torchvision's rule.
     """
-    short, long = min(height, width), max(height, width)
+    short, long = sorted(size_hw)
+    shorter = min_size_px
     if long / short * min_size_px > max_size_px:
-        min_size_px = max(1, round(max_size_px * short / long))
-    longer = int(min_size_px * long / short)
-    return (min_size_px, longer) if height <= width else (longer, min_size_px)
+        shorter = round(max_size_px * short / long)
+    longer = int(shorter * long / short) or max_size_px  # where nothing would be left of the short side
+    shorter = max(1, shorter)
+    return (shorter, longer) if size_hw[0] == short else (longer, shorter)
 
 
 def mirror(rows: masks.Floats, width: int) -> masks.Floats:
@@ -190,7 +192,7 @@ def is_wide(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
 
 def by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.int64]:
     """Order (N,) in which images of like shape, once they are resized, come together."""
-    resized = [resized_hw(*hw, config.min_image_size, config.max_image_size) for hw in sizes_hw.tolist()]
+    resized = [resized_hw(hw, config.min_image_size, config.max_image_size) for hw in sizes_hw.tolist()]
     return np.lexsort(np.array(resized).T)
 
 

@@ -115,7 +115,7 @@ def _run_lengths(region: NDArray[np.bool_], left: int, top: int, size_hw: tuple[
     bordered = np.pad(region, ((1, 1), (0, 0)))
     column, row = np.nonzero((bordered[1:] != bordered[:-1]).T)
     changes = (left + column) * height + top + row
-    repeated = changes[1:] == changes[:-1]  # a column that ends with 1s, before one that begins with them
-    changes = changes[~(np.append(repeated, False) | np.append(False, repeated))]
+    # Twice the same is a column that ends with 1s before one that begins with them.
+    changes = changes[(np.diff(changes, prepend=-1) != 0) & (np.diff(changes, append=-1) != 0)]
     lengths: NDArray[np.int64] = np.diff(changes, prepend=0, append=height * width)
     return lengths if lengths[-1] else lengths[:-1]

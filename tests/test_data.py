@@ -20,9 +20,11 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 
 
-def samplers(num_images, batch_size, world_size, epoch=1, last_batch="partial"):
+def samplers(num_images, batch_size, world_size, epoch=1, last_batch="partial", groups=None):
     made = [
-        EpochSampler(num_images, batch_size, seed=7, ranks=Ranks(r, world_size, CPU), last_batch=last_batch)
+        EpochSampler(
+            num_images, batch_size, seed=7, ranks=Ranks(r, world_size, CPU), last_batch=last_batch, groups=groups
+        )
         for r in range(world_size)
     ]
     for sampler in made:
@@ -80,6 +82,67 @@ def test_a_filled_last_batch_leaves_every_batch_whole_and_no_image_out(num_image
 def test_an_epoch_goes_on_after_the_images_that_are_trained(last_batch):
     (whole,) = samplers(22, 5, 1, 3, last_batch)
     (rest,) = samplers(22, 5, 1, 3, last_batch)
+    rest.samples = 10
+    assert list(rest) == list(whole)[2:]
+
+
+grouped = st.lists(st.integers(0, 2), min_size=1, max_size=60).map(np.array)
+
+
+def indices(step):
+    return [index for _, index in step]
+
+
+@settings(max_examples=60, deadline=None)
+@given(grouped, st.integers(1, 7), st.integers(1, 5))
+def test_global_batches_are_of_one_group_but_for_what_remains_at_the_end(groups, batch_size, epoch):
+    (sampler,) = samplers(len(groups), batch_size, 1, epoch, groups=groups)
+    steps = [indices(step) for step in sampler]
+    assert sorted(index for step in steps for index in step) == list(range(len(groups)))
+    whole = sum(np.bincount(groups) // batch_size)
+    assert all(len(set(groups[step])) == 1 and len(step) == batch_size for step in steps[:whole])
+    assert sum(len(step) for step in steps[whole:]) == sum(np.bincount(groups) % batch_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(grouped, st.integers(1, 4), st.sampled_from([1, 2, 4]))
+def test_the_number_of_ranks_does_not_change_a_global_batch_of_a_group(groups, batch_size, world_size):
+    (alone,) = samplers(len(groups), batch_size * world_size, 1, groups=groups)
+    shares = zip(*samplers(len(groups), batch_size, world_size, groups=groups), strict=True)
+    for whole, parts in zip(alone, shares, strict=True):
+        assert {key for part in parts for key in part} - set(whole) <= {next(iter(alone))[0]}
+        assert {key for part in parts for key in part} >= set(whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(12, 60), st.integers(1, 9), st.integers(0, 3))
+def test_groups_are_whole_too_where_an_epoch_begins_within_a_batch(num_images, batch_size, seed):
+    groups = np.random.default_rng(seed).integers(0, 2, num_images)
+    seen = Counter()
+    for epoch in (1, 2, 3):
+        (sampler,) = samplers(num_images, batch_size, 1, epoch, "mixed", groups)
+        steps = list(sampler)
+        whole = [step for step in steps if len(set(groups[indices(step)])) == 1]
+        assert len(whole) >= (num_images - sampler.begun(epoch)) // batch_size - 2
+        assert all(len(step) == batch_size for step in steps)
+        seen.update(key for step in steps for key in step)
+    assert max(seen.values()) == 1
+    assert {(e, i) for e in (1, 2, 3) for i in range(num_images)} <= set(seen)
+
+
+def test_groups_come_in_turn_as_chance_has_it():
+    groups = np.arange(400) % 2
+    (sampler,) = samplers(400, 10, 1, groups=groups)
+    kinds = [int(groups[indices(step)[0]]) for step in sampler]
+    assert 10 < np.abs(np.diff(kinds)).sum() < 40
+    (other,) = samplers(400, 10, 1, epoch=2, groups=groups)
+    assert list(other) != list(sampler)
+
+
+@pytest.mark.parametrize("last_batch", ["partial", "padded", "mixed"])
+def test_an_epoch_of_groups_goes_on_after_the_images_that_are_trained(last_batch):
+    groups = np.arange(22) % 3 // 2
+    whole, rest = (samplers(22, 5, 1, 3, last_batch, groups)[0] for _ in range(2))
     rest.samples = 10
     assert list(rest) == list(whole)[2:]
 
@@ -178,10 +241,12 @@ def test_training_images_may_be_of_other_formats_and_depths(tmp_path, name, deco
     assert np.abs(pixels.numpy().astype(int) - grey).max() <= 1
 
 
-def test_resizing_agrees_with_pillow(tiny_toy):
+@pytest.mark.parametrize("size_hw", [300, (300, 300), (131, 222), (700, 523)])
+def test_resizing_agrees_with_pillow(tiny_toy, size_hw):
     path = min((tiny_toy / "val2017").iterdir())
-    wanted = np.asarray(Image.open(path).convert("RGB").resize((300, 300), Image.Resampling.BILINEAR), dtype=int)
-    got = images.resize(images.read(path), 300).permute(1, 2, 0).numpy().astype(int)
+    size_wh = (300, 300) if size_hw == 300 else size_hw[::-1]
+    wanted = np.asarray(Image.open(path).convert("RGB").resize(size_wh, Image.Resampling.BILINEAR), dtype=int)
+    got = images.resize(images.read(path), size_hw).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - wanted).max() <= 1
 
 

@@ -3,11 +3,12 @@ import sys
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_api
 
 from conftest import shared
 from detection import coco
 from detection.config import InputError
-from detection.metric import FIGURES, BoxMetric, to_results
+from detection.metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
 
 
 @pytest.fixture
@@ -106,3 +107,71 @@ def test_the_results_file_is_what_pycocotools_reads(truth, tmp_path):
     (tmp_path / "detections.json").write_text(json.dumps(to_results(rows)))
     loaded = COCO(str(truth[0])).loadRes(str(tmp_path / "detections.json"))
     assert len(loaded.anns) == len(rows)
+
+
+def masks_of(content, moved_px=0):
+    """The true masks of `rows_of`, as compressed run lengths; moved by up to so many pixels, each otherwise."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    rng = np.random.default_rng(0)
+    masks = []
+    for annotation in content["annotations"]:
+        if not annotation["iscrowd"]:
+            polygons = [np.add(p, rng.uniform(-moved_px, moved_px)).tolist() for p in annotation["segmentation"]]
+            mask = mask_api.merge(mask_api.frPyObjects(polygons, *sizes[annotation["image_id"]]))
+            masks.append({"size": mask["size"], "counts": mask["counts"].decode()})
+    return masks
+
+
+@pytest.mark.parametrize("library", ["hotcoco", "pycocotools"])
+def test_the_true_masks_score_one_whatever_their_boxes(truth, library):
+    annotation_file, content = truth
+    rows = rows_of(content)
+    rows[:, 1:5] = 1
+    metric = MaskMetric(annotation_file, library)
+    figures = metric.masks(rows, masks_of(content))
+    assert tuple(figures) == FIGURES
+    assert figures["AP"] == pytest.approx(1)
+    assert metric(rows)["AP"] < 0.01
+
+
+@pytest.mark.parametrize("name", ["toy", pytest.param("coco-tiny", marks=pytest.mark.data)])
+def test_the_libraries_agree_on_masks_bit_for_bit(truth, name):
+    annotation_file, content = truth
+    if name != "toy":
+        annotation_file, _ = coco.layout(shared(f"data/{name}"), "val")
+        content = json.loads(annotation_file.read_text())
+    rows = rows_of(content)
+    rows[:, 5] = np.random.default_rng(1).random(len(rows))
+    masks = masks_of(content, moved_px=9)
+    figures = MaskMetric(annotation_file, "hotcoco").masks(rows, masks)
+    assert 0.05 < figures["AP"] < 0.95
+    rows[:, 1:5] = 1  # boxes, and so their areas, do not count
+    assert figures == MaskMetric(annotation_file, "pycocotools").masks(rows, masks)
+
+
+def test_no_mask_scores_zero(truth):
+    assert MaskMetric(truth[0]).masks(np.zeros((0, 7)), [])["AP"] == 0
+
+
+def test_masks_leave_the_figures_of_boxes_and_what_they_were_given_alone(truth):
+    annotation_file, content = truth
+    metric, rows, masks = MaskMetric(annotation_file, "pycocotools"), jittered(content, 0), masks_of(content)
+    wanted = BoxMetric(annotation_file)(rows)
+    first = metric.masks(rows_of(content), masks)
+    assert metric(rows) == wanted
+    assert metric.masks(rows_of(content), masks) == first
+    assert masks == masks_of(content)
+
+
+def test_the_results_file_of_masks_is_what_pycocotools_scores(truth, tmp_path, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotation_file, content = truth
+    (tmp_path / "segm.json").write_text(json.dumps(to_mask_results(rows_of(content), masks_of(content))))
+    official = COCO(str(annotation_file))
+    evaluation = COCOeval(official, official.loadRes(str(tmp_path / "segm.json")), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
