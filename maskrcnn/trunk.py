@@ -56,8 +56,8 @@ class Trunk(nn.Module):
                 module.eps = batch_norm_eps
             elif isinstance(module, resnet.Bottleneck) and stride_in_1x1:
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES))[: frozen_stages + 1]:
-            if frozen_stages:
+        if frozen_stages:
+            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[:frozen_stages])):
                 frozen.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:

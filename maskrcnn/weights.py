@@ -4,6 +4,7 @@ torchvision's are trained with what `--variant torchvision` sets; Detectron's R-
 starts from, with the reference's own settings.
 """
 
+import codecs
 import json
 import pickle
 import re
@@ -165,6 +166,8 @@ class _Arrays(pickle.Unpickler):
             return np.zeros(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

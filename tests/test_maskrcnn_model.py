@@ -21,6 +21,7 @@ from maskrcnn.trunk import Trunk, convolve, normalise
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 128, 192  # multiples of 64: torchvision's anchors of P6 have another stride elsewhere
+SMALL = ("--trunk", "resnet18", "--frozen-stages", "0", "--rpn-after-nms", "100", "--box-samples", "32")
 ALL = "100000"  # so many samples that nothing is left to chance
 BOXES = ([[10, 20, 80, 100], [90, 30, 180, 120]], [[30, 10, 150, 90]])
 LABELS = ([1, 3], [2])
@@ -158,9 +159,7 @@ def test_the_detections_are_torchvisions(ours, torchvisions):
 
 @pytest.mark.parametrize("flags", [(), ("--variant", "torchvision"), ("--no-legacy-boxes",), ("--soft-masks",)])
 def test_it_learns_a_batch_by_heart(flags):
-    config = settings(
-        "--trunk", "resnet18", "--frozen-stages", "0", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5", *flags
-    )
+    config = settings(*SMALL, "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5", *flags)
     torch.manual_seed(0)
     model = make_model(config).train()
     images, sizes_hw, truth, _ = scene()
@@ -178,7 +177,7 @@ def test_it_learns_a_batch_by_heart(flags):
 
 def test_images_without_positives_use_every_weight_for_nothing():
     """DistributedDataParallel waits for the gradient of each."""
-    model = make_model(settings("--trunk", "resnet18", "--frozen-stages", "0"))
+    model = make_model(settings(*SMALL))
     model.train()
     images, sizes_hw, _, _ = scene()
     nothing = Truth(
