@@ -13,7 +13,7 @@ from detection import device, engine, optim, run_folder, start, throughput
 from detection.distributed import Ranks
 from detection.metric import to_results
 from detection.state import Run
-from mlperf import check
+from mlperf import compliance
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
 from ssd import augment, backbone, classes, weights
@@ -62,7 +62,9 @@ def conclude(outcome: engine.Outcome, config: Config, run: Run, evaluation: Eval
     if run.ranks.is_first:
         (run.folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
         if config.mode == "train":
-            report(outcome, config, check.check(run_folder.log_file(run.folder, config.experiment), config.ruleset))
+            report(
+                outcome, config, compliance.check(run_folder.log_file(run.folder, config.experiment), config.ruleset)
+            )
         show_files(run.folder)
         if (official := evaluation.confirm()) != outcome.metrics:
             print(f"error: pycocotools says AP {official['AP']}. Run again with --metric pycocotools.", file=sys.stderr)
@@ -168,7 +170,7 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, model: SSD
         log.point("weights_initialization", tensor=named(name))
 
 
-def report(outcome: engine.Outcome, config: Config, verdict: check.Verdict) -> None:
+def report(outcome: engine.Outcome, config: Config, verdict: compliance.Verdict) -> None:
     """Print how the run ended, and the checker's verdict on its log."""
     reached = "the target is reached" if outcome.reached else f"the {config.epochs} epochs are used up"
     print(f"AP {outcome.metrics['AP']:.4f} after epoch {outcome.epoch}, target {config.target}: {reached}")
