@@ -52,7 +52,7 @@ class Logged:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the folder that the command line asks for, check it, and return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         found = [_read(path) for named in options.runs for path in logs(named)]
         ruleset = _ruleset(found, options.ruleset)
@@ -171,11 +171,12 @@ def show_verdict(folder: Path, name: str, ruleset: str) -> bool:
     return passed
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         prog="python -m mlperf.submission", description="Build the folder of an MLPerf submission, and check it."
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="an MLPerf log, or a folder of result_*.txt, as a run's is")
     add("--org", required=True, help="who submits; the logs must say the same (--org of the runs)")
     add("--system", required=True, help="name of the system in the folder, such as DGXA100")
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--system-file", type=Path, metavar="FILE", help="JSON with fields of the system description; --set comes first"
     )
     add("--repository", type=Path, default=ROOT, help="git repository of this program, with the runs' commit")
-    return parser
+    return made
 
 
 def _read(path: Path) -> Logged:
