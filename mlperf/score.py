@@ -100,7 +100,8 @@ def read_run(path: Path) -> Run:
 
 
 def _images_per_s(events: Sequence[Event]) -> float | None:
-    started, lengths_ms = {}, []
+    started: dict[Any, int] = {}
+    lengths_ms: list[int] = []
     samples = None
     for event in events:
         epoch = event.metadata.get("epoch_num")

@@ -121,9 +121,9 @@ def _disks(root: Path) -> dict[str, str | None]:
 def _accelerators() -> dict[str, str | None]:
     names = [field for field in FIELDS if field.startswith("accelerator")]
     kind = _accelerator()
-    if kind is None:
-        return dict.fromkeys(names, f"{_NONE}: no accelerator") | {"accelerators_per_node": "0"}
     found: dict[str, str | None] = dict.fromkeys(names)
+    if kind is None:
+        return found | dict.fromkeys(names, f"{_NONE}: no accelerator") | {"accelerators_per_node": "0"}
     module = torch.get_device_module(kind)
     found["accelerators_per_node"] = str(module.device_count())
     with suppress(AttributeError, RuntimeError):  # a vendor's module need not have them
