@@ -100,7 +100,8 @@ def judge(checked: Sequence[tuple[Run, Verdict]]) -> Result:
     entry, ruleset = runs[0].entry, verdicts[0].ruleset
     failed = [run.path for run, verdict in checked if not verdict.passed]
     together = convergence.check([run.path for run in runs], ruleset, entry.division) if len(runs) > 1 else []
-    return Result(entry, ruleset, runs, verdicts, score.score(runs, failed), together, published.of(entry.benchmark))
+    others = published.of(entry.benchmark) if entry.dataset == score.DATASET else ()
+    return Result(entry, ruleset, runs, verdicts, score.score(runs, failed), together, others)
 
 
 def table(result: Result) -> list[str]:

@@ -13,20 +13,25 @@ from mlperf.log import Event, read
 RUNS = 5
 """Runs that a result of SSD or Mask R-CNN has; from so many on, the fastest and the slowest are left out."""
 
+DATASET = "coco2017"
+"""What the benchmarks are trained on."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """What runs must have in common to be one result."""
+    """What runs must have in common to be one result. dataset: the benchmark's own where the log names none."""
 
     org: str
     platform: str
     benchmark: str
     division: str
     global_batch_size: int
+    dataset: str
 
     def __str__(self) -> str:
+        trained = self.benchmark if self.dataset == DATASET else f"{self.benchmark} on {self.dataset}"
         batch = f"global batch {self.global_batch_size}"
-        return f"{self.benchmark} on {self.platform} of {self.org}, {self.division} division, {batch}"
+        return f"{trained}, {self.platform} of {self.org}, {self.division} division, {batch}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def read_run(path: Path) -> Run:
             benchmark=str(first["submission_benchmark"].value),
             division=str(first["submission_division"].value),
             global_batch_size=int(first["global_batch_size"].value),
+            dataset=str(first["dataset"].value) if "dataset" in first else DATASET,
         )
     except KeyError as error:
         raise ValueError(f"{path}: it has no line with the key {error.args[0]}") from error

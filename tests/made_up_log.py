@@ -49,6 +49,8 @@ def write_run(
     }
     for key, value in submission.items():
         unless_left_out(log.point, f"submission_{key}", value)
+    if "dataset" in values:
+        log.point("dataset", values["dataset"])
     if "config" in values:
         log.point("config", values["config"])
     if commit:

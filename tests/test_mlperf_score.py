@@ -149,6 +149,15 @@ def test_runs_of_two_systems_or_batches_are_two_results(tmp_path, capsys):
     assert ("score 15.00 minutes" in out, "score 35.00 minutes" in out) == (True, True)
 
 
+def test_runs_on_other_data_are_scored_and_not_held_against_published_ones(tmp_path, capsys):
+    runs(tmp_path / "runs", [10, 20], dataset="toy", division="open")
+    assert main([str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "ssd on toy, a desk of us" in out
+    assert "score 15.00" in out
+    assert "DGX-1" not in out
+
+
 def test_a_folder_without_logs_and_a_file_that_cannot_be_written_end_with_2(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "there is no result_*.txt in it" in capsys.readouterr().err
