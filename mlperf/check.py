@@ -57,12 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     for named in options.runs:
         try:
             for log in logs(named):
-                run = _run_or_none(log)
+                run, why = _run(log)
                 verdict = check(log, options.ruleset or (run and run.ruleset) or RULESETS[-1])
                 _print_verdict(log, verdict)
                 status = max(status, 0 if verdict.passed else 1)
                 if run:
                     checked.append((run, verdict))
+                elif verdict.passed:
+                    print(f"  not scored: {why}")
         except OSError as error:
             print(f"error: {named}: {error.strerror}; name a log that can be read.", file=sys.stderr)
             status = 2
@@ -137,11 +139,12 @@ def table(result: Result) -> list[str]:
     return lines
 
 
-def _run_or_none(log: Path) -> Run | None:
+def _run(log: Path) -> tuple[Run | None, str]:
+    """What a log says of its run, or None and why not."""
     try:
-        return score.read_run(log)
-    except ValueError:  # no MLPerf log, or not whole: the official checker says what is wrong with it
-        return None
+        return score.read_run(log), ""
+    except ValueError as error:  # where it is no MLPerf log, the official checker says what is wrong with it
+        return None, str(error)
 
 
 def _results(checked: Sequence[tuple[Run, Verdict]]) -> list[list[tuple[Run, Verdict]]]:

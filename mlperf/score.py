@@ -118,7 +118,7 @@ def _images_per_s(events: Sequence[Event]) -> float | None:
         elif event.key == "train_samples":
             samples = event.value
     median_ms = statistics.median(lengths_ms) if lengths_ms else 0
-    return samples / median_ms * 1000 if samples and median_ms > 0 else None
+    return samples / median_ms * 1000 if isinstance(samples, int) and median_ms > 0 else None
 
 
 def score(runs: Iterable[Run], failed: Iterable[Path] = ()) -> Score:

@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh")
 """What the folder of an implementation must hold."""
 
-_OF_ONE_RUN = ("seed", "experiment", "run_dir", "log_dir", "resume", "summary", "caches_cleared", "commit")
+_OF_ONE_RUN = frozenset(
+    ("seed", "experiment", "data_dir", "run_dir", "log_dir", "resume", "summary", "caches_cleared", "commit")
+)
 """Settings that may differ between runs of one recipe."""
 
 
@@ -47,7 +49,7 @@ class Logged:
     commit: str | None
     dirty: bool
     values: Mapping[str, Any]
-    config: Mapping[str, Any]
+    recipe: Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,14 +138,13 @@ def build(out: Path, described: Mapping[str, str], found: Sequence[Logged], impl
 
 
 def facts(logged: Logged, framework: str) -> dict[str, Any]:
-    """What the description of an implementation on a system says: the code, and the recipe."""
+    """What the description of an implementation on a system says: the code, and the recipe with all its settings."""
     return {
         "benchmark": logged.run.entry.benchmark,
         "framework": framework,
         "commit": logged.commit,
-        "launch": f"DGXSYSTEM={logged.config.get('system', '<system>')} ./run_and_time.sh",
-        "precision": logged.config.get("precision"),
         "hyperparameters": dict(logged.values),
+        "settings": dict(logged.recipe),
     }
 
 
@@ -198,7 +199,7 @@ def _read(path: Path) -> Logged:
     except ValueError as error:
         raise InputError(f"{error}. Name logs of runs") from error
     first = {event.key: event for event in reversed(events)}
-    config = first["config"].value if "config" in first else {}
+    config = first["config"].value if "config" in first and isinstance(first["config"].value, dict) else {}
     commit = first.get("commit")
     known = rules.hyperparameter_keys(run.entry.benchmark) if run.entry.benchmark in rules.BENCHMARKS else ()
     return Logged(
@@ -207,7 +208,7 @@ def _read(path: Path) -> Logged:
         commit=commit.value if commit and re.fullmatch("[0-9a-f]{40}", str(commit.value)) else None,
         dirty=bool(commit and commit.metadata.get("dirty")),
         values={key: first[key].value for key in known if key in first},
-        config=config if isinstance(config, dict) else {},
+        recipe={key: value for key, value in config.items() if key not in _OF_ONE_RUN},
     )
 
 
@@ -240,10 +241,7 @@ def _differences(found: Sequence[Logged]) -> list[str]:
         mistakes.append("a log is named twice: name each once")
     for benchmark, (first, *others) in _by_benchmark(found).items():
         for other in others:
-            recipes = [
-                {**logged.values, **{key: value for key, value in logged.config.items() if key not in _OF_ONE_RUN}}
-                for logged in (first, other)
-            ]
+            recipes = [{**logged.values, **logged.recipe} for logged in (first, other)]
             keys = sorted(recipes[0].keys() | recipes[1].keys())
             different = [key for key in keys if recipes[0].get(key) != recipes[1].get(key)]
             if different:

@@ -76,6 +76,18 @@ def test_a_run_that_broke_off_has_no_time(tmp_path):
     assert score([run]).seconds is None
 
 
+def test_a_log_whose_values_are_no_numbers_is_not_scored_and_says_so(tmp_path, capsys):
+    log = write_run(tmp_path / "log.txt", global_batch_size="many")  # which the official checker lets pass
+    assert main([str(log)]) == 0
+    assert f"not scored: {log}: global_batch_size is no number" in capsys.readouterr().out
+    odd = write_run(tmp_path / "odd.txt")
+    odd.write_text(odd.read_text().replace('"value": 117266', '"value": "all"'))
+    assert read_run(odd).images_per_s is None
+    odd.write_text(odd.read_text().replace('"metadata": {', '"metadata": null, "more": {', 1))
+    with pytest.raises(ValueError, match="not an MLPerf log line"):
+        read_run(odd)
+
+
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 @pytest.mark.parametrize("ruleset", ["1.0.0", "1.1.0"])
 def test_the_official_checkers_accept_runs_that_converge_as_the_reference(tmp_path, benchmark, ruleset):

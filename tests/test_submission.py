@@ -92,6 +92,7 @@ def test_five_runs_become_a_folder_that_the_official_checkers_accept(
     assert {path.name for path in code.iterdir()} == {*CODE, "train.py", "DESK_pytorch.json"}
     facts = json.loads((code / "DESK_pytorch.json").read_text())
     assert facts["commit"] == git(repository, "rev-parse", "HEAD")
+    assert facts["settings"] == {"ruleset": ruleset, "system": "DESK", "precision": "bf16"}
     assert facts["hyperparameters"]["global_batch_size"] in (96, 960)
     description = json.loads((folder / "systems" / "DESK.json").read_text())
     assert list(description) == list(system.FIELDS)
