@@ -1,6 +1,7 @@
 # The project with its environment made, ready for ./run_and_time.sh.
 #   docker build -t detection .                                                   NVIDIA GPUs
 #   docker build -t detection --build-arg FROM_IMAGE_NAME=python:3.12-slim .      CPU
+# --build-arg COMMIT="$(git describe --always --abbrev=40 --exclude='*' --dirty)" lets its logs name the commit.
 ARG FROM_IMAGE_NAME=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${FROM_IMAGE_NAME}
 ARG PIP_NO_CACHE_DIR=1
@@ -15,6 +16,8 @@ COPY . .
 
 # Any user may run it: run_with_docker.sh passes the caller's, so that the logs are theirs.
 RUN mkdir -p data results && chmod 1777 data results
+ARG COMMIT=
+ENV DETECTION_COMMIT=$COMMIT
 ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 1000:1000
 CMD ["./run_and_time.sh"]

@@ -19,7 +19,7 @@ environment (paths are relative to the folder of this script):
   MAX_RESTARTS    times that the ranks are started again after one died; with --resume auto they go on (0)
   CLEAR_CACHES    1 drops the machine's file caches before the run, as MLPerf asks; 0 does not (1)
   RESET_COMMAND   shell command before the run, to reset the accelerators (what the config file says; empty: none)
-  BENCHMARK       what is trained (ssd)
+  BENCHMARK       what is trained: ssd, or maskrcnn, whose system files are config_${DGXSYSTEM}_maskrcnn.sh (ssd)
   VENV            folder of the Python environment (.venv)
   MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there, and which node this
                   is, from 0; started once on every node (Slurm says all three; 29500)
@@ -50,11 +50,12 @@ if $help; then usage; fi
 
 export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy}
 case $BENCHMARK in
-  ssd) result=SINGLE_STAGE_DETECTOR ;;
-  *) die "BENCHMARK=$BENCHMARK: there is no such benchmark. There are: ssd" ;;
+  ssd) result=SINGLE_STAGE_DETECTOR suffix='' ;;
+  maskrcnn) result=OBJECT_DETECTION suffix=_maskrcnn ;;
+  *) die "BENCHMARK=$BENCHMARK: there is no such benchmark. There are: ssd, maskrcnn" ;;
 esac
-config=config_$DGXSYSTEM.sh
-[[ -f $config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $(printf '%s ' config_*.sh)"
+config=config_$DGXSYSTEM$suffix.sh
+[[ -f $config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $(printf '%s ' config_*"$suffix".sh)"
 
 # The config file is the system's recipe: a variable that contradicts it may be a leftover of another system's.
 declare -A given=()

@@ -193,6 +193,12 @@ class RunConfig:
     org: str = setting("unknown", min_length=1, pattern=r"^[^,\n]+$", help="who runs it")
     platform: str = setting("", help="what it runs on; empty says nodes × system")
     status: Literal["cloud", "onprem", "preview", "research"] = setting("onprem", help="availability of the machine")
+    commit: str = setting(
+        "",
+        env="DETECTION_COMMIT",
+        pattern=r"^([0-9a-f]{40}(-dirty)?)?$",
+        help="of this program, for the log, where it lies without its git repository, as in a container",
+    )
     caches_cleared: bool = setting(False, env="CACHES_CLEARED", help="./run_and_time.sh dropped the system's caches")
 
     @model_validator(mode="after")

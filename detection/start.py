@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import binding, board, device, resume, run_folder
+from detection import binding, board, device, resume, run_folder, source
 from detection.board import Board
 from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
@@ -159,6 +159,8 @@ def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
     log.point("submission_platform", config.submission_platform(num_nodes))
     log.point("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
     log.point("cache_clear", config.caches_cleared)
+    program = source.read(config.commit)
+    log.point("commit", program.commit, dirty=program.dirty)
     log.point("config", json.loads(to_json(config)))
 
 

@@ -175,7 +175,7 @@ def read(path: Path) -> list[Event]:
                     event_type=fields["event_type"],
                     key=fields["key"],
                     value=fields["value"],
-                    metadata=fields["metadata"],
+                    metadata=dict(fields["metadata"]),
                     line=number,
                 )
             except (ValueError, KeyError, TypeError, OverflowError) as error:

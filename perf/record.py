@@ -1,7 +1,8 @@
 """Keep what a run showed: python -m perf.record RUN_FOLDER NAME [--note TEXT]
 
 Writes perf/results/<date>_<name>/ with the run's config, log and metrics, a summary (hardware, versions, commit,
-times, AP by epoch) and the curve as a picture.
+times, AP by epoch) and the curve as a picture. The commit is the one that the run logged; where it logged none, that
+of this repository.
 """
 
 import argparse
@@ -55,8 +56,10 @@ def outcome(log: Path) -> dict[str, Any]:
         strict=False,  # the last epoch of a run that broke off has no end
     )
     lengths_s = sorted((stop - start) / 1000 for start, stop in epochs)
+    commit = next((e for e in events if e.key == "commit"), None)
     (samples,) = (e.value for e in events if e.key == "train_samples")
-    return {
+    named = {} if commit is None else {"commit": commit.value + "-dirty" * bool(commit.metadata["dirty"])}
+    return named | {
         "init_s": (time_ms["init_stop"] - time_ms["init_start"]) / 1000,
         "run_s": (time_ms["run_stop"] - time_ms["run_start"]) / 1000,
         "status": events[-1].metadata["status"],

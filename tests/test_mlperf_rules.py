@@ -1,4 +1,5 @@
 import json
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -62,6 +63,7 @@ def logged_values(benchmark: str) -> dict[str, Any]:
     return {key: value for key, value in RECIPES[benchmark].items() if key not in UNLOGGED}
 
 
+@cache
 def checker_yaml(name: str) -> list[dict[str, Any]]:
     checks: list[dict[str, Any]] = yaml.load((CHECKER / name).read_text(), Loader=yaml.BaseLoader)
     return checks
