@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ MOST_POINTS = 500  # of a line: more cannot be seen
 NAME_CHARS = 34
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names come from files
     "font.size": 10,
@@ -150,12 +151,12 @@ def accuracy(
         )
         told.append(f"the target is {target:g}")
     if name == "AP" and targets:
-        for point in points:
+        for place, point in enumerate(points):
             axes.plot(point.mean_epochs, targets[0], "x", color=INK, ms=6)
             axes.annotate(
                 f"{point.global_batch_size}",
                 (point.mean_epochs, targets[0]),
-                (0, -14),
+                (0, -24 if place % 2 else -14),  # so that neighbours can be read
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
@@ -220,7 +221,7 @@ def by_size(records: Sequence[RunRecord]) -> Plot | None:
         )
     axes.set_xticks(range(len(SIZES)), SIZES.values())
     axes.grid(False, axis="x")
-    axes.margins(y=0.15)
+    axes.set_ylim(0, max(0.1, 1.15 * axes.dataLim.y1))
     legend(axes, [(record.name, index) for index, record in having], [])
     return Plot("AP_by_size", "AP by size of object", "AP by size. " + "; ".join(told) + ".", figure)
 
@@ -263,7 +264,7 @@ def make(height_pt: float = HEIGHT_PT) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def look(index: int) -> dict[str, object]:
+def look(index: int) -> dict[str, Any]:
     """Colour and dashes of the index-th line."""
     round_of_colours = index // len(PALETTE)  # the second time each has other dashes
     return {"color": PALETTE[index % len(PALETTE)][0], "ls": DASHES[(index + round_of_colours) % len(DASHES)]}

@@ -117,7 +117,9 @@ class RunRecord:
 
     @property
     def epoch(self) -> int:
-        """The last epoch that was begun, 0 before the first."""
+        """The epoch after which the target was reached, or else the last that was begun; 0 before the first."""
+        if self.status == "success":
+            return max((series[-1][0] for series in self.accuracies.values()), default=0)
         told = [line.get("epoch") for line in self.metrics] + [e.metadata.get("epoch_num") for e in self.events]
         return max((epoch for epoch in told if isinstance(epoch, int)), default=0)
 

@@ -29,6 +29,7 @@ class Evaluation:
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
+        self.by_class: list[dict[str, object]] = []
 
     def __call__(self, model: nn.Module, data: SSDEvalData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
@@ -57,8 +58,11 @@ class Evaluation:
         )
 
     def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library."""
-        return BoxMetric(self.annotation_file)(self.rows)
+        """The figures of the last time again, by the official library; `by_class` are those of each category."""
+        official = BoxMetric(self.annotation_file)
+        figures = official(self.rows)
+        self.by_class = official.by_class()
+        return figures
 
 
 def to_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:

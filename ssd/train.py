@@ -63,8 +63,10 @@ def conclude(outcome: engine.Outcome, config: Config, run: Run, evaluation: Eval
         (run.folder / "detections.json").write_text(json.dumps(to_results(evaluation.rows)))
         if config.mode == "train":
             report(outcome, config, check.check(run_folder.log_file(run.folder, config.experiment), config.ruleset))
+        official = evaluation.confirm()
+        (run.folder / "classes.json").write_text(json.dumps(evaluation.by_class))
         show_files(run.folder)
-        if (official := evaluation.confirm()) != outcome.metrics:
+        if official != outcome.metrics:
             print(f"error: pycocotools says AP {official['AP']}. Run again with --metric pycocotools.", file=sys.stderr)
             return 1
         print("pycocotools confirms the last figures")
