@@ -174,7 +174,8 @@ class RunRecord:
                 found.append(f"the loss is {line.get('loss')} at step {line.get('step')}")
                 break
         if stopped_by := self.outcome.get("stopped_by"):
-            found.append(f"the run was stopped by {stopped_by}")
+            why = "by a signal or --max-steps" if stopped_by == "Stopped" else str(stopped_by)
+            found.append(f"it was stopped before its end: {why}")
         if self.resumed:
             found.append("the run was resumed: it is no MLPerf result")
         return found + self.remarks

@@ -8,6 +8,7 @@ where there is no run.
 """
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -148,8 +149,9 @@ class Watched:
             if event["event"] in ("epoch", "evaluation"):
                 spent["training" if event["event"] == "epoch" else "evaluation"] += number(event.get("seconds"))
                 mark_s = number(event.get("time_s"))
-        if events[-1]["event"] == "step":
-            spent["training"] += whole_s - mark_s
+        now: dict[str, Any] = next((event for event in reversed(events) if event["event"] != "summary"), {})
+        if now.get("event") == "step":
+            spent["training"] += number(now.get("time_s")) - mark_s
         if not all(map(math.isfinite, spent.values())):
             return {}
         shares = {kind: min(1.0, seconds / whole_s) for kind, seconds in spent.items()}
@@ -214,7 +216,8 @@ def times(run: Watched) -> str:
     """How long the run is on the clock, and how long it may be yet."""
     if run.follower.over:
         outcome = run.record.outcome
-        how = "the target is reached" if outcome.get("converged") else "it ended below its target"
+        below = "it was stopped before its end" if outcome.get("stopped_by") else "it ended below its target"
+        how = "the target is reached" if outcome.get("converged") else below
         return f"{clock(run.record.run_s)} on the clock; {how}"
     try:
         start = datetime.fromisoformat(str(run.record.facts.get("start")))
@@ -323,6 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not folder.is_dir():
         print(f"error: {folder} is no folder. Name that of a run.", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         watch(Watched(folder), Console(highlight=False), lambda: time.sleep(max(0.1, options.every)))
     except (KeyboardInterrupt, BrokenPipeError):  # whoever watched has seen enough

@@ -2,9 +2,11 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,7 +193,7 @@ def test_a_stopped_run_says_by_what(copy):
     (copy / "result_0.txt").write_text(text.replace('"status": "success"', '"status": "aborted"'))
     page = page_of(copy)
     assert "Aborted" in page.text
-    assert "the run was stopped by Diverged" in page.text
+    assert "it was stopped before its end: Diverged" in page.text
     assert "the loss is nan at step 29" in page.text
     assert "metrics.jsonl, line 15: no event; it may be cut off" in page.text
 
@@ -292,6 +294,30 @@ def test_what_is_no_run_is_refused_with_what_to_do(tmp_path, capsys):
     assert report.main([str(TOY), "--out", str(tmp_path / "result_0.txt" / "out.html")]) == 2
     assert "name files that can be read and written" in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
+
+
+def commands() -> list[str]:
+    """Those of the document about the report."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "REPORT.md").read_text(), flags=re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_document_runs(command, tmp_path):
+    (tmp_path / "perf").symlink_to(ROOT / "perf")
+    command = command.replace(".venv/bin/python", sys.executable)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    if "--out" in command:
+        out = command.split("--out ")[1].split()[0]
+        assert done.stdout == f"report: {out}\n"
+        assert Page((tmp_path / out).read_text()).ids == SECTIONS
+    if "--png" in command:
+        assert len(list((tmp_path / "figures").glob("*.png"))) == 6
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def test_a_browser_shows_it_without_sideways_scrolling_on_a_phone(tmp_path):

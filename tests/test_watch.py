@@ -98,10 +98,12 @@ def test_the_view_fits_narrow_terminals_and_those_without_blocks(folder):
     append(folder, *LINES[:-1])
     for width in (40, 80, 200):
         shown(Watched(folder), width)
-    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80, force_terminal=True)
-    run = Watched(folder)
-    run.read()
-    console.print(watch.view(run, ascii_only=console.options.ascii_only))  # would raise UnicodeEncodeError
+    command = [sys.executable, "-m", "mlperf.watch", str(folder)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}
+    append(folder, LINES[-1])
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "+- start ---" in done.stdout
+    assert "4.586  @" in done.stdout
 
 
 def test_the_curve_rises_with_its_values():
@@ -123,6 +125,15 @@ def test_trouble_is_shown(folder):
     assert "the loss is nan at step 29" in text
     assert "nothing new" not in text
     assert "loss nan █▁" in text
+
+
+def test_a_run_that_was_stopped_in_an_epoch_says_so(folder):
+    stopped = json.loads(LINES[-1]) | {"converged": False, "stopped_by": "Stopped", "run_s": 40.0, "time_s": 40.0}
+    append(folder, *LINES[:5], json.dumps(stopped) + "\n")
+    text = shown(Watched(folder))
+    assert "0:00:40 on the clock; it was stopped before its end" in text
+    assert "! it was stopped before its end: by a signal or --max-steps" in text
+    assert "training 95 %" in text
 
 
 def test_it_renews_itself_and_ends_with_the_run(folder):
