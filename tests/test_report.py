@@ -101,6 +101,15 @@ def test_a_report_loads_nothing_and_runs_nothing(toy_page):
     assert not [name for _, values in toy_page.elements for name in values if name.startswith("on")]
 
 
+def test_what_the_figures_refer_to_within_the_page_is_there_once(toy_page):
+    ids = [values["id"] for _, values in toy_page.elements if "id" in values]
+    assert len(set(ids)) == len(ids)
+    text = report.make(read_runs(TOY))
+    referred = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    assert len(referred) >= 6
+    assert referred <= set(ids)
+
+
 def test_every_figure_is_told_in_words_to_those_who_do_not_see_it(toy_page):
     told = [figure["aria-label"] for figure in toy_page.figures()]
     assert [words.split(".")[0] for words in told] == [
@@ -251,6 +260,7 @@ def test_what_a_log_says_is_text_and_never_markup(copy):
 
 
 def test_pictures_outside_of_the_run_are_not_embedded(copy):
+    (copy / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(copy.parent / "secret.jpg")
     (copy / "pictures.json").write_text(json.dumps([{"file": "../../secret.jpg", "caption": "c"}]))
     assert "img" not in {tag for tag, _ in page_of(copy).elements}
