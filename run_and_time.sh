@@ -164,6 +164,14 @@ if $signalled; then wait "$!" && status=0 || status=$?; fi
 end_s=$(date +%s)
 echo "ENDING TIMING RUN AT $(timestamp)"
 
+# Off the clock, and of a run that was broken off, too; what cannot be drawn costs the report, not the run.
+if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
+  if [[ -s $RUN_DIR/detections.json ]]; then
+    "$python" -m detection.showcase "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
+  fi
+  "$python" -m mlperf.report "$RUN_DIR" || echo "warning: no report was made" >&2
+fi
+
 if ((status == 0 && NODE_RANK == 0)); then
   if [[ $mode != train ]]; then
     echo "No RESULT line: --mode $mode trains nothing to a target. What it gave is above, and in $RUN_DIR"

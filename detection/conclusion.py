@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from detection import run_folder
 from detection.engine import NOT_REACHED, Outcome
@@ -11,23 +12,30 @@ from detection.state import Run
 from mlperf import compliance
 
 
-def conclude(
-    outcome: Outcome,
-    run: Run,
-    confirm: Callable[[], dict[str, float]],
-    results: Mapping[str, Callable[[], list[dict[str, object]]]],
-) -> int:
-    """Have the log and the last figures checked, write the detections, say where all lies; returns the exit status.
+class Evaluation(Protocol):
+    """What was found at the last evaluation."""
 
-    confirm: the last figures by the official library. results: files of detections in COCO's format, by name.
-    """
+    by_class: list[dict[str, object]]
+    """Of each category its name, its AP and how many objects the truth has, once the figures are confirmed."""
+
+    def confirm(self) -> dict[str, float]:
+        """The figures again, by the official library."""
+
+    def results(self) -> Mapping[str, list[dict[str, object]]]:
+        """The detections in COCO's format, by the names of their files."""
+
+
+def conclude(outcome: Outcome, run: Run, evaluation: Evaluation) -> int:
+    """Have the log and the last figures checked, write the detections, say where all lies; returns the exit status."""
     if run.ranks.is_first:
-        for name, detections in results.items():
-            (run.folder / name).write_text(json.dumps(detections()))
+        for name, detections in evaluation.results().items():
+            (run.folder / name).write_text(json.dumps(detections))
         if run.config.mode == "train":
             report(outcome, run)
+        official = evaluation.confirm()
+        (run.folder / "classes.json").write_text(json.dumps(evaluation.by_class))
         show_files(run.folder)
-        if (official := confirm()) != outcome.metrics:
+        if official != outcome.metrics:
             said = shown(official, run)
             print(f"error: pycocotools says {said}. Run again with --metric pycocotools.", file=sys.stderr)
             return 1

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ class BoxMetric:
         fast = None if library == "pycocotools" else open_fast(annotation_file, required=library == "hotcoco")
         with contextlib.redirect_stdout(io.StringIO()):
             self.truth, self.evaluation = fast or (COCO(str(annotation_file)), COCOeval)
+        self.last: Any = None
+        """The library's evaluation of the last rows, None where there were none."""
 
     def __call__(self, rows: NDArray[np.float64]) -> dict[str, float]:
         """The figures of detections (D, 7), columns as in `ROW`; -1 where the truth has no box of that size.
@@ -42,6 +45,7 @@ class BoxMetric:
 
     def figures(self, results: Any, kind: Literal["bbox", "segm"]) -> dict[str, float]:
         """The figures of results as the libraries take them."""
+        self.last = None
         if not len(results):
             return dict.fromkeys(FIGURES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -49,7 +53,25 @@ class BoxMetric:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
+        self.last = evaluation
         return dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
+
+    def by_class(self) -> list[dict[str, object]]:
+        """Of each category its name, the AP of the last rows and how many objects the truth has.
+
+        Crowds are no objects. AP is None where there are none.
+        """
+        objects = Counter(a["category_id"] for a in self.truth.dataset["annotations"] if not a.get("iscrowd"))
+        found: list[dict[str, object]] = []
+        for index, category in enumerate(sorted(self.truth.dataset["categories"], key=lambda row: row["id"])):
+            ap = 0.0
+            if self.last is not None:
+                # (IoU thresholds, recalls, categories, sizes, limits): all sizes, 100 an image; -1 is no object
+                precision = self.last.eval["precision"][:, :, index, 0, -1]
+                ap = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+            count = objects[category["id"]]
+            found.append({"name": category["name"], "AP": ap if count and ap >= 0 else None, "objects": count})
+        return found
 
 
 class MaskMetric(BoxMetric):

@@ -16,7 +16,7 @@ from torch import nn
 
 from detection.coco import CompressedMask
 from detection.distributed import Ranks
-from detection.metric import ROW, MaskMetric
+from detection.metric import ROW, MaskMetric, to_mask_results, to_results
 from detection.prefetch import prefetch
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData
@@ -46,6 +46,7 @@ class Evaluation:
     def __init__(self, config: Config, ranks: Ranks, detect: Callable[[nn.Module, EvalBatch], Detections]):
         self.config, self.ranks, self.detect = config, ranks, detect
         self.found = together([])
+        self.by_class: list[dict[str, object]] = []
 
     def __call__(self, model: nn.Module, data: MaskRCNNEvalData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank.
@@ -75,9 +76,16 @@ class Evaluation:
             for future in waiting:
                 yield future.result()
 
+    def results(self) -> dict[str, list[dict[str, object]]]:
+        """The detections of the last time in COCO's format, by the names of their files."""
+        return {"bbox.json": to_results(self.found.rows), "segm.json": to_mask_results(*self.found)}
+
     def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library."""
-        return both(MaskMetric(self.annotation_file), self.found)
+        """The figures of the last time again, by the official library; `by_class` are the masks' of each category."""
+        official = MaskMetric(self.annotation_file)
+        figures = both(official, self.found)
+        self.by_class = official.by_class()
+        return figures
 
 
 def on_original(

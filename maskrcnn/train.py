@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from detection import classes, engine, optim, start, throughput
 from detection.conclusion import conclude
 from detection.distributed import Ranks
-from detection.metric import to_mask_results, to_results
 from detection.state import Run
 from maskrcnn import weights
 from maskrcnn.config import Config, load
@@ -51,11 +50,7 @@ def run_mode(config: Config, process: start.Process) -> int:
             case "benchmark-inference":
                 throughput.inference(benchmark, run)
                 return 0
-    results = {
-        "bbox.json": lambda: to_results(evaluation.found.rows),
-        "segm.json": lambda: to_mask_results(evaluation.found.rows, evaluation.found.masks),
-    }
-    return conclude(outcome, run, evaluation.confirm, results)
+    return conclude(outcome, run, evaluation)
 
 
 def load_weights(model: MaskRCNN, config: Config, run: Run) -> None:

@@ -155,12 +155,13 @@ class Event:
     line: int
 
 
-def read(path: Path) -> list[Event]:
+def read(path: Path, damage: list[str] | None = None) -> list[Event]:
     """Read the MLPerf log lines out of a text file, in the file's order, whatever else is in it.
 
     Published logs hold other output between the lines and before the token, which is skipped, and for some
     events one line per rank, which are all returned. Raises OSError for a file that cannot be read, and
-    ValueError with file and line for a line that has the token and holds no event.
+    ValueError with file and line for a line that has the token and holds no event; where a list is given for
+    `damage`, it gets that message, and reading goes on.
     """
     events = []
     with open(path, encoding="utf-8", errors="replace") as lines:
@@ -179,6 +180,10 @@ def read(path: Path) -> list[Event]:
                     line=number,
                 )
             except (ValueError, KeyError, TypeError, OverflowError) as error:
-                raise ValueError(f"{path}, line {number}: not an MLPerf log line ({error!r}).") from error
+                message = f"{path}, line {number}: not an MLPerf log line ({error!r})."
+                if damage is None:
+                    raise ValueError(message) from error
+                damage.append(message)
+                continue
             events.append(event)
     return events

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detection.device import has_float64
 from detection.distributed import Ranks
-from detection.metric import ROW, BoxMetric
+from detection.metric import ROW, BoxMetric, to_results
 from detection.prefetch import move, prefetch
 from ssd import augment
 from ssd.anchors import make_anchors
@@ -29,6 +29,7 @@ class Evaluation:
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
+        self.by_class: list[dict[str, object]] = []
 
     def __call__(self, model: nn.Module, data: SSDEvalData) -> dict[str, float]:
         """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
@@ -56,9 +57,16 @@ class Evaluation:
             max_detections=self.config.max_detections,
         )
 
+    def results(self) -> dict[str, list[dict[str, object]]]:
+        """The detections of the last time in COCO's format, by the names of their files."""
+        return {"detections.json": to_results(self.rows)}
+
     def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library."""
-        return BoxMetric(self.annotation_file)(self.rows)
+        """The figures of the last time again, by the official library; `by_class` are those of each category."""
+        official = BoxMetric(self.annotation_file)
+        figures = official(self.rows)
+        self.by_class = official.by_class()
+        return figures
 
 
 def to_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from detection import backbone, classes, device, engine, optim, start, throughput
 from detection.conclusion import conclude
 from detection.distributed import Ranks
-from detection.metric import to_results
 from detection.state import Run
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
@@ -53,7 +52,7 @@ def run_mode(config: Config, process: start.Process) -> int:
             case "benchmark-inference":
                 throughput.inference(benchmark, run)
                 return 0
-    return conclude(outcome, run, evaluation.confirm, {"detections.json": lambda: to_results(evaluation.rows)})
+    return conclude(outcome, run, evaluation)
 
 
 def load_weights(model: SSD300, config: Config, run: Run) -> None:

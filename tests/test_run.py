@@ -99,6 +99,9 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, 
     assert json.loads(state["config"])["num_classes"] == 4
     assert (state["epoch"], state["step"]) == (1, 2)
     assert isinstance(json.loads((run / "detections.json").read_text()), list)
+    classes = json.loads((run / "classes.json").read_text())
+    assert [row["name"] for row in classes] == ["disc", "square", "triangle"]
+    assert sum(row["objects"] for row in classes) > 0
     summary = record.outcome(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
     draw.main([str(run), str(tmp_path / "sheet.png"), "--images", "4", "--score", "0"])

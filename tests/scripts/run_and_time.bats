@@ -21,7 +21,8 @@ END
 #!/usr/bin/env bash
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
 case $2 in
-  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "/runs/this one" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
+  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
+  detection.showcase | mlperf.report) exit "${REPORT:-0}" ;;
   detection.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
@@ -66,6 +67,38 @@ run_and_time() {
     [[ $output != *RESULT* ]]
     [[ $output == *ENDING* ]]
   done
+}
+
+@test "every run that has begun is reported on after its clock, and a report that fails changes nothing" {
+  export RUN="$BATS_TEST_TMPDIR/a run"
+  mkdir "$RUN"
+  echo '{"event": "run_start"}' >"$RUN/metrics.jsonl"
+  for expected in 0 1 3 143; do
+    for REPORT in 0 1; do
+      : >"$calls"
+      export REPORT
+      STATUS=$expected run_and_time
+      [ "$status" -eq "$expected" ]
+      [ "$(grep --count RESULT <<<"$output")" -eq $((expected == 0)) ]
+      [ "$(grep --count 'warning: no report' <<<"$output")" -eq "$REPORT" ]
+      [[ $(tail -1 "$calls") == "python -m mlperf.report $RUN ["* ]]
+      [ "$(grep --count showcase "$calls")" -eq 0 ] # there are no detections to show
+    done
+  done
+  echo '[]' >"$RUN/detections.json"
+  run_and_time
+  [ "$(sed -n 's/python -m \([a-z.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.launch\ndetection.showcase\nmlperf.report')" ]
+}
+
+@test "a run that has not begun, and all nodes but the first, have no report" {
+  run_and_time
+  export RUN=$BATS_TEST_TMPDIR
+  : >"$RUN/metrics.jsonl"
+  run_and_time
+  echo '{}' >"$RUN/metrics.jsonl"
+  DGXSYSTEM=DGXA100_multi_2x8x56 NODE_RANK=1 MASTER_ADDR=there run_and_time
+  [ "$(grep --count launch "$calls")" -eq 3 ]
+  [ "$(grep --count report "$calls")" -eq 0 ]
 }
 
 @test "a mistake found before the clock ends the script with 2" {
