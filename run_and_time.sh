@@ -88,9 +88,9 @@ if ((NEXP > 1)) && ! $help; then
     if [[ ! -d ${RUN_DIR:-} ]]; then RUN_DIR=''; fi
   fi
   run=${RUN_DIR:-}
-  while [[ -z $run || (-z ${RUN_DIR:-} && -e $run) ]]; do # another series may have begun in this second
-    if [[ -n $run ]]; then sleep 1; fi
+  while [[ -z $run ]]; do
     run=$parent/$(date +%Y-%m-%d_%H-%M-%S)
+    if [[ -e $run ]]; then run='' && sleep 1; fi # another series has begun in this second
   done
   # shellcheck disable=SC2329 # called by run_series
   single() {

@@ -101,7 +101,7 @@ in_background() {
 # run_series RUN START [FLAG ...]: START NUMBER [FLAG ...] for each experiment that has not come to its end, then a
 # line about each. Sets `status` to that of the first that failed.
 run_series() {
-  local run=$1 start=$2 number result ended=() results=()
+  local run=$1 start=$2 number result ended=() outcomes=()
   shift 2
   # All of them now: nodes that begin together see the same, and an experiment begins when all have.
   for ((number = 0; number < NEXP; number++)); do
@@ -121,18 +121,17 @@ run_series() {
       "$start" "$number" "$@" "${own[@]}" || result=$?
       echo "experiment $((number + 1)) of $NEXP ended with status $result"
     fi
-    results[number]=$result
+    outcomes[number]=$result
     if [[ -e $run/experiment_$number/result_$number.txt ]]; then
       ln -sfn "experiment_$number/result_$number.txt" "$run/result_$number.txt"
     fi
     if ((status == 0)); then status=$result; fi
     if $signalled; then break; fi
-    case $result in
-      2 | 125 | 126 | 127) break ;; # bad configuration, and what cannot be started, would be so every time
-      129 | 130 | 138 | 143) break ;; # a signal that came to the run alone
-    esac
+    # Bad configuration, and what cannot be started, would be so every time; or a signal has come to the run alone.
+    case $result in 2 | 125 | 126 | 127 | 129 | 130 | 138 | 143) break ;; esac
   done
-  summarise "$run" "${results[@]}"
+  trap '' INT TERM HUP USR1 # nothing is left to be ended
+  summarise "$run" "${outcomes[@]}"
 }
 
 # summarise RUN STATUS ...: a line about each experiment; those that were not begun have no status.
