@@ -57,6 +57,7 @@ plan_mounts() {
   mount "$results" /results rw
   data_inside=/data
   if [[ $dataset == toy ]]; then
+    # shellcheck disable=SC2034 # read by the caller
     data_inside=/tmp/toy # drawn in the container
   elif [[ $dataset == rehearsal ]]; then
     mkdir -p "$data" || die "DATADIR=$data cannot be made"
