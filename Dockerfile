@@ -12,12 +12,19 @@ WORKDIR /workspace/detection-training
 COPY pyproject.toml README.md setup.sh ./
 RUN mkdir ssd maskrcnn detection mlperf perf && ./setup.sh --system-site-packages
 
+# Any user may run it: run_with_docker.sh passes the caller's, so that the logs are theirs.
+RUN mkdir -m 1777 data results
+ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+
 COPY . .
 
-# Any user may run it: run_with_docker.sh passes the caller's, so that the logs are theirs.
-RUN mkdir -p data results && chmod 1777 data results
+# Last, since it is another at each build.
 ARG COMMIT=
 ENV DETECTION_COMMIT=$COMMIT
-ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+LABEL org.opencontainers.image.title=detection-training \
+  org.opencontainers.image.version=0.1.0 \
+  org.opencontainers.image.licenses=Apache-2.0 \
+  org.opencontainers.image.revision=$COMMIT
+
 USER 1000:1000
 CMD ["./run_and_time.sh"]

@@ -14,6 +14,7 @@ environment (paths are relative to the folder of this script):
   DATADIR         data set (what the config file says)
   LOGDIR          run folders go to LOGDIR/system/benchmark/start (results)
   RUN_DIR         this run's folder instead
+  NEXP            experiments, one after the other; of a given seed, each takes the next (1)
   PRETRAINED_DIR  folder of the backbone weights (data)
   DGXNGPU         ranks on each node (what the config file says)
   MAX_RESTARTS    times that the ranks are started again after one died; with --resume auto they go on (0)
@@ -21,15 +22,20 @@ environment (paths are relative to the folder of this script):
   RESET_COMMAND   shell command before the run, to reset the accelerators (what the config file says; empty: none)
   BENCHMARK       what is trained: ssd, or maskrcnn, whose system files are config_${DGXSYSTEM}_maskrcnn.sh (ssd)
   VENV            folder of the Python environment (.venv)
-  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there, and which node this
-                  is, from 0; started once on every node (Slurm says all three; 29500)
+  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there (and those that follow,
+                  one an experiment), and which node this is, from 0; started once on every node (Slurm says all
+                  three; 29500)
 
 A setting of the recipe that the config file names is changed by a flag, not by a variable.
+
+NEXP=5 leaves RUN_DIR/experiment_0/ to experiment_4/ and, beside them, their logs result_0.txt to result_4.txt. The same
+command with RUN_DIR, or with --resume auto, goes on: what has come to its end is not repeated. A signal ends all.
 
 Other modes: --mode evaluate --checkpoint FILE prints the twelve figures; --mode benchmark-training and
 benchmark-inference say how fast this machine is. They exit with 0 when they are done, and print no RESULT.
 
-exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target
+exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target; of several
+experiments that of the first that failed
 END
 }
 
@@ -48,7 +54,8 @@ for argument in "$@"; do
 done
 if $help; then usage; fi
 
-export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy}
+export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy} NEXP=${NEXP:-1}
+[[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
 case $BENCHMARK in
   ssd) result=SINGLE_STAGE_DETECTOR suffix='' ;;
   maskrcnn) result=OBJECT_DETECTION suffix=_maskrcnn ;;
@@ -56,6 +63,56 @@ case $BENCHMARK in
 esac
 config=config_$DGXSYSTEM$suffix.sh
 [[ -f $config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $(printf '%s ' config_*"$suffix".sh)"
+
+# NEXP runs of this script, one after the other.
+if ((NEXP > 1)) && ! $help; then
+  # shellcheck source=series.sh
+  source ./series.sh
+  recipe=$(
+    # shellcheck source=/dev/null
+    source "./$config" && seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"
+  )
+  { read -r nodes && read -r seed; } <<<"$recipe" || true
+  check_series "${flags[@]}"
+  [[ -z ${EXPERIMENT:-} ]] || die "EXPERIMENT=$EXPERIMENT is of one run, and there are NEXP=$NEXP: unset one of them"
+  [[ -n ${RUN_DIR:-} ]] || ((nodes == 1)) ||
+    die "NEXP=$NEXP on DGXNNODES=$nodes nodes: name one RUN_DIR on all of them, on a disk that all see"
+
+  parent=${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK
+  if [[ -z ${RUN_DIR:-} && $(value_of --resume "${flags[@]}") == auto ]]; then
+    for folder in "$parent"/*/experiment_0; do # the last remains
+      folder=${folder%/*}
+      for ((number = 0; number < NEXP; number++)); do
+        status_of "$folder/experiment_$number/result_$number.txt" >/dev/null || RUN_DIR=$folder
+      done
+    done
+    if [[ ! -d ${RUN_DIR:-} ]]; then RUN_DIR=''; fi
+  fi
+  run=${RUN_DIR:-}
+  while [[ -z $run ]]; do
+    run=$parent/$(date +%Y-%m-%d_%H-%M-%S)
+    if [[ -e $run ]]; then run='' && sleep 1; fi # another series has begun in this second
+  done
+  # shellcheck disable=SC2329 # called by run_series
+  single() {
+    NEXP=1 EXPERIMENT=$1 RUN_DIR=$run/experiment_$1 in_background ./run_and_time.sh "${@:2}"
+  }
+  # shellcheck disable=SC2329 # called by the traps
+  end_step() {
+    kill -s "$1" -- "-$step"
+  }
+  if $dry_run; then
+    echo "run folder of the NEXP=$NEXP experiments: $run"
+    flags_of "$run" 0 "${flags[@]}"
+    NEXP=1 EXPERIMENT=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${own[@]}"
+  fi
+  take_signals
+  run_series "$run" single "${flags[@]}"
+  if $signalled || ((status != 0 && status != 3)); then
+    printf 'To go on: RUN_DIR=%q NEXP=%s, and otherwise the same command\n' "$run" "$NEXP"
+  fi
+  exit "$status"
+fi
 
 # The config file is the system's recipe: a variable that contradicts it may be a leftover of another system's.
 declare -A given=()
@@ -97,7 +154,8 @@ if ((DGXNNODES > 1)); then
   [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR names no node. Set it to the address of node 0"
   # Two jobs of Slurm on one node take two ports.
   : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"
-  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+  # A port for each experiment: a node that is ahead must not meet the ranks of the one before.
+  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + ${EXPERIMENT:-0})))
 fi
 if ((${MAX_RESTARTS:-0} > 0)); then
   [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would begin anew"

@@ -6,16 +6,21 @@ usage() {
   cat <<'END'
 usage: CONT=image [NAME=value ...] ./run_with_docker.sh [flags of run_and_time.sh]
 
+Files that the flags name (--checkpoint, --train-images and the like) are mounted, read-only but for --summary.
+
 environment:
   CONT            image, made by: docker build -t detection .
   DGXSYSTEM       system, config_${DGXSYSTEM}.sh is its file (toy)
   DATADIR         data set (what the config file says)
   PRETRAINED_DIR  folder of the backbone weights (data)
-  LOGDIR          where logs and run folders go (results)
-  NEXP            experiments (5)
+  LOGDIR          where logs and run folders go (results); the run folder is LOGDIR/system/benchmark/DATESTAMP
+  NEXP            experiments (5); of a given seed, each takes the next
   CLEAR_CACHES    1 drops the machine's file caches before each experiment, as MLPerf asks; 0 does not (1)
-  DATESTAMP       beginning of the logs' names, DATESTAMP_1.log to DATESTAMP_NEXP.log (now)
+  DATESTAMP       name of the run folder, and beginning of the logs' names, DATESTAMP_1.log to DATESTAMP_NEXP.log
+                  (now); with that of an older call, what it left undone is done
   DOCKER          docker or podman (the first there is)
+
+A signal lets the run save and end, and none follows. The container is removed whatever happens.
 
 exit status: that of the first experiment that failed, 0 when all reached the target
 END
@@ -34,20 +39,21 @@ config=$here/config_$DGXSYSTEM.sh
 [[ -f $config ]] ||
   die "DGXSYSTEM=$DGXSYSTEM: there is no config_$DGXSYSTEM.sh. There are: $(cd "$here" && printf '%s ' config_*.sh)"
 [[ -n ${CONT:-} ]] || die "CONT names no image. Make one (docker build -t detection .) and name it: CONT=detection $0"
-[[ ${NEXP:=5} =~ ^[1-9][0-9]*$ ]] || die "NEXP=$NEXP is no number of experiments"
+export BENCHMARK=${BENCHMARK:-ssd}
+NEXP=${NEXP:-5}
+# shellcheck source=series.sh
+. "$here/series.sh"
+# shellcheck source=mounts.sh
+. "$here/mounts.sh"
 # shellcheck source=/dev/null
 . "$config"
+check_series "$@"
 ((${DGXNNODES:-1} == 1)) || die "config_$DGXSYSTEM.sh is for $DGXNNODES nodes: containers are started on one only"
 
 docker=${DOCKER:-$(command -v docker || command -v podman || true)}
 [[ -n $docker ]] || die "neither docker nor podman is on PATH. Install one, or run without: ./run_and_time.sh"
 "$docker" image inspect "$CONT" >/dev/null 2>&1 ||
   die "$docker has no image $CONT, or is not running ('$docker image inspect $CONT' says which)"
-
-# folder NAME PATH: the absolute path of a folder that is there.
-folder() {
-  (cd "$2" 2>/dev/null && pwd) || die "$1=$2 is no folder"
-}
 
 # What the config file names by a relative path is beside this script.
 cd "$here"
@@ -57,21 +63,18 @@ log_dir=$(folder LOGDIR "$log_dir")
 options=(
   --rm --init --ipc=host --ulimit memlock=-1 --ulimit stack=67108864
   --user "$(id -u):$(id -g)"
-  --mount "type=bind,source=$log_dir,target=/results"
-  --env LOGDIR=/results --env DGXSYSTEM --env DGXNGPU
+  --env LOGDIR=/results --env BENCHMARK --env DGXSYSTEM --env DGXNGPU
 )
 if [[ $("$docker" --version) == podman* ]]; then options+=(--userns=keep-id); fi
-if [[ ${SSD_DATASET:-} == toy ]]; then
-  options+=(--env DATADIR=/tmp/toy) # drawn in the container
-else
-  data=$(folder DATADIR "${DATADIR:-data/coco}")
-  options+=(--mount "type=bind,source=$data,target=/data,readonly" --env DATADIR=/data)
-fi
-pretrained=${PRETRAINED_DIR:-data}
-if [[ -d $pretrained ]]; then
-  pretrained=$(folder PRETRAINED_DIR "$pretrained")
-  options+=(--mount "type=bind,source=$pretrained,target=/pretrained,readonly" --env PRETRAINED_DIR=/pretrained)
-fi
+dataset=${BENCHMARK^^}_DATASET
+plan_mounts "$log_dir" "${!dataset:-}" "${DATADIR:-data/coco}" "$@"
+options+=(--env DATADIR="$data_inside")
+for ((i = 0; i < ${#mounts[@]}; i += 3)); do
+  mount=type=bind,source=${mounts[i]},target=${mounts[i + 1]}
+  if [[ ${mounts[i + 2]} == ro ]]; then mount+=,readonly; fi
+  options+=(--mount "$mount")
+  if [[ ${mounts[i + 1]} == /pretrained ]]; then options+=(--env PRETRAINED_DIR=/pretrained); fi
+done
 if [[ -e /dev/nvidiactl ]]; then
   if [[ ${options[*]} == *keep-id* ]]; then options+=(--device nvidia.com/gpu=all); else options+=(--gpus all); fi
 elif [[ -e /dev/kfd ]]; then
@@ -79,6 +82,7 @@ elif [[ -e /dev/kfd ]]; then
 fi
 
 # A container may not drop the machine's caches, so it is told whether they were.
+# shellcheck disable=SC2329 # called by experiment
 clear_caches() {
   sync
   if [[ -w /proc/sys/vm/drop_caches ]]; then
@@ -88,11 +92,32 @@ clear_caches() {
   fi
 }
 
-stamp=${DATESTAMP:-$(date +%Y-%m-%d_%H-%M-%S)}
-status=0
-for ((i = 1; i <= NEXP; i++)); do
-  log=$log_dir/${stamp}_$i.log
-  cleared=0
+container=''
+# shellcheck disable=SC2329 # called by the trap
+remove_container() {
+  if [[ -n $container ]]; then "$docker" rm --force "$container" >/dev/null 2>&1 || true; fi
+}
+trap remove_container EXIT
+
+# SIGTERM, for which the run saves, and SIGKILL where it has not ended in two minutes.
+# shellcheck disable=SC2329 # called by the traps
+end_step() {
+  until "$docker" stop -t 120 "$container" >/dev/null 2>&1; do # it may not be there yet
+    kill -0 "$step" 2>/dev/null || return 0
+    sleep 0.2
+  done
+}
+
+# shellcheck disable=SC2329 # called by in_background
+logged() {
+  "$@" 2>&1 | tee --append "$log"
+}
+
+# experiment NUMBER [FLAG ...]: its status.
+# shellcheck disable=SC2329 # called by run_series
+experiment() {
+  local number=$1 log=$log_dir/${stamp}_$(($1 + 1)).log cleared=0 result=0
+  shift
   if [[ ${CLEAR_CACHES:-1} == 1 ]]; then
     if clear_caches; then
       cleared=1
@@ -100,12 +125,19 @@ for ((i = 1; i <= NEXP; i++)); do
       echo "run_with_docker.sh: the caches could not be dropped (needs root, or sudo without a password); CLEAR_CACHES=0 ends this line"
     fi
   fi
-  echo "run_with_docker.sh: experiment $i of $NEXP, log in $log"
-  result=0
-  "$docker" run "${options[@]}" --env CACHES_CLEARED=$cleared --env EXPERIMENT=$((i - 1)) \
-    "$CONT" ./run_and_time.sh "$@" 2>&1 | tee "$log" || result=$?
-  if ((status == 0)); then status=$result; fi
-  # Bad configuration would be so every time; a run below the target is one of the results.
-  if ((result == 2 || result > 3)); then break; fi
-done
+  container=detection_${stamp//[^[:alnum:]_.-]/_}_$((number + 1))_$$
+  in_background logged "$docker" run --name "$container" "${options[@]}" --env CACHES_CLEARED="$cleared" \
+    --env EXPERIMENT="$number" --env RUN_DIR="/results/$name/experiment_$number" "$CONT" ./run_and_time.sh "$@" || result=$?
+  remove_container
+  container=''
+  return "$result"
+}
+
+stamp=${DATESTAMP:-$(date +%Y-%m-%d_%H-%M-%S)}
+name=$DGXSYSTEM/$BENCHMARK/$stamp
+take_signals
+run_series "$log_dir/$name" experiment "${inside[@]}"
+if $signalled || ((status != 0 && status != 3)); then
+  printf 'To go on: DATESTAMP=%q NEXP=%s, and otherwise the same command\n' "$stamp" "$NEXP"
+fi
 exit "$status"

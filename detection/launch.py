@@ -11,11 +11,27 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
 SPOKEN = (2, 3)  # bad input, epochs used up: the ranks end by themselves and say why
+
+
+class Agent(LocalElasticAgent):
+    """Starts ranks again that died, but not those that have said why they ended: they would end so again."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode in SPOKEN for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+
+launcher.LocalElasticAgent = Agent  # type: ignore  # the launcher has no parameter for it
 
 
 def main(argv: Sequence[str]) -> int:

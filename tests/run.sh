@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Makes the environment where it is missing and runs all tests: those of the scripts (bats), then those of the
 # program (pytest, which gets the arguments: ./tests/run.sh -m gpu, ./tests/run.sh -k anchors).
+# ./tests/run.sh --container builds the container image and trains in it instead.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ ${1:-} == --container ]]; then exec tests/container.sh "${@:2}"; fi
 ./setup.sh --dev --quiet
 venv=${VENV:-.venv}
 

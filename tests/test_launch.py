@@ -16,6 +16,7 @@ RANK = """
 import os, sys, time
 rank = int(os.environ["RANK"])
 open(f"pid_{rank}", "w").write(f"{os.getpid()} {os.environ['WORLD_SIZE']} {sys.argv[1:]}")
+open("starts", "a").write("x")
 end = sys.argv[1:][rank]
 if end.startswith("-"):
     os.kill(os.getpid(), int(end[1:]))
@@ -25,9 +26,9 @@ sys.exit(int(end))
 """
 
 
-def start(folder: Path, *ends: str, ranks: int | None = None) -> subprocess.Popen[str]:
+def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
-    flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends))]
+    flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
     return subprocess.Popen(
         [sys.executable, "-m", "detection.launch", *flags, "-m", "rank", *ends],
         cwd=folder,
@@ -63,6 +64,14 @@ def test_the_status_of_the_rank_that_failed_is_the_status_of_the_run(tmp_path):
 
 def test_epochs_used_up_pass_in_silence(tmp_path):
     assert result(tmp_path, "3") == (3, "")
+
+
+@pytest.mark.parametrize(("end", "starts"), [("3", 1), ("2", 1), ("7", 2)])
+def test_only_a_rank_that_died_is_started_again(tmp_path, end, starts):
+    process = start(tmp_path, end, restarts=1)
+    process.communicate(timeout=60)
+    assert process.returncode == int(end)
+    assert len((tmp_path / "starts").read_text()) == starts
 
 
 def test_a_rank_killed_by_a_signal_is_named_with_the_signal(tmp_path):

@@ -79,7 +79,7 @@ class Slurm:
         return (self.folder / f"slurm-{job}.out").read_text()
 
     def run(self, job: str, number: int) -> Path:
-        return self.folder / f"logs/pair/ssd/job_{job}_{number}"
+        return self.folder / f"logs/pair/ssd/job_{job}/experiment_{number - 1}"
 
     def log(self, job: str, number: int) -> Path:
         return self.folder / f"logs/job_{job}_{number}.log"
@@ -111,7 +111,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture
 def slurm(conf, tmp_path):
-    for script in ("run.sub", "run_and_time.sh"):
+    for script in ("run.sub", "run_and_time.sh", "series.sh", "mounts.sh"):
         shutil.copy(ROOT / script, tmp_path)
     (tmp_path / "config_pair.sh").write_text(CONFIG)
     for name, text in (

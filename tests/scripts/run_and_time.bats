@@ -5,10 +5,10 @@ load scripts
 
 setup() {
   unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
-    OMP_NUM_THREADS BENCHMARK RESET_COMMAND
+    OMP_NUM_THREADS BENCHMARK RESET_COMMAND NEXP EXPERIMENT
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
-  cp "$repository/run_and_time.sh" "$repository"/config_*.sh "$folder"
+  cp "$repository/run_and_time.sh" "$repository/series.sh" "$repository"/config_*.sh "$folder"
   # shellcheck source=/dev/null
   batch=$(. "$repository/config_toy.sh" && echo "$SSD_BATCH_SIZE")
   export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0

@@ -5,11 +5,11 @@
 load scripts
 
 setup() {
-  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
+  unset EXPERIMENT "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/the data" "$bin"
-  cp "$repository/run.sub" "$repository/run_and_time.sh" "$project/"
+  cp "$repository"/{run.sub,run_and_time.sh,series.sh,mounts.sh} "$project/"
   printf 'export %s\n' DGXNNODES=2 DGXNGPU=8 WALLTIME=00:20:30 DATADIR="\${DATADIR:-data/coco}" SSD_BATCH_SIZE=7 >"$project/config_pair.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 WALLTIME=2-01:00:00 SSD_DATASET=toy >"$project/config_toy.sh"
   printf 'export %s\n' DGXNNODES=1 WALLTIME=soon >"$project/config_soon.sh"
@@ -77,7 +77,7 @@ job() {
   [ "$(grep --count --line-regexp srun "$CALLS")" -eq 5 ]
   for i in 1 2 3 4 5; do
     [ "$(<"$LOGDIR/job_42_$i.log")" = "output of the run" ]
-    grep --quiet --line-regexp -e "$((i - 1)) 0 $LOGDIR/pair/ssd/job_42_$i \[\] --seed 5" "$RUNS"
+    grep --quiet --line-regexp -e "$((i - 1)) 0 $LOGDIR/pair/ssd/job_42/experiment_$((i - 1)) \[\] --seed 5 --seed $((i + 4))" "$RUNS"
   done
   [ "$(head -n 5 "$CALLS" | xargs)" = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none" ]
 }
@@ -115,12 +115,24 @@ job() {
   CONT=image.sqsh DATADIR="the data" PRETRAINED_DIR=weights NEXP=1 job --note "a b"
   [ "$status" -eq 0 ]
   grep --quiet --line-regexp -e '--container-image=image.sqsh' "$CALLS"
-  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results,$project/the data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
-  [ "$(<"$RUNS")" = "0 0 /results/pair/ssd/job_42_1 [/data] --note a b" ]
+  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$project/the data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
+  [ "$(<"$RUNS")" = "0 0 /results/pair/ssd/job_42/experiment_0 [/data] --note a b" ]
   CONT=image.sqsh DATADIR=nowhere NEXP=1 job
   [[ $status -eq 2 && $output == "error: DATADIR=nowhere is no folder" ]]
   DGXSYSTEM=toy SLURM_JOB_NUM_NODES=1 CONT=image.sqsh NEXP=1 job
-  [ "$(tail -n 1 "$RUNS")" = "0 0 /results/toy/ssd/job_42_1 [/tmp/toy]" ]
+  [ "$(tail -n 1 "$RUNS")" = "0 0 /results/toy/ssd/job_42/experiment_0 [/tmp/toy]" ]
+}
+
+@test "with an image, files that the flags name are mounted, and named as they are in there" {
+  mkdir "$project/pictures"
+  touch "$project/a.json" "$BATS_TEST_TMPDIR/w.pt"
+  CONT=image NEXP=1 job --train-images pictures --train-annotations a.json --val-images pictures --val-annotations=a.json \
+    --checkpoint "$BATS_TEST_TMPDIR/w.pt"
+  [ "$status" -eq 0 ]
+  own=$project/pictures:/own/train-images:ro,$project/a.json:/own/train-annotations/a.json:ro
+  own+=,$project/pictures:/own/val-images:ro,$project/a.json:/own/val-annotations/a.json:ro,$BATS_TEST_TMPDIR/w.pt:/own/checkpoint/w.pt:ro
+  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$own" "$CALLS"
+  [[ $(<"$RUNS") == *"--train-images /own/train-images "*"--checkpoint /own/checkpoint/w.pt" ]]
 }
 
 @test "another number of nodes or accelerators than the config file's is refused, with both" {
@@ -148,21 +160,22 @@ job() {
   [ ! -s "$CALLS" ]
 }
 
-# ended FOLDER NUMBER STATUS [epoch_num]: the last line of a run's log.
+# ended NUMBER STATUS [epoch_num]: the last line of a run's log.
 ended() {
-  mkdir -p "$LOGDIR/pair/ssd/$1"
-  echo ":::MLLOG {\"key\": \"run_stop\", \"value\": null, \"metadata\": {\"status\": \"$3\"${4:+, \"epoch_num\": $4}}}" \
-    >"$LOGDIR/pair/ssd/$1/result_$2.txt"
+  local run=$LOGDIR/pair/ssd/job_42/experiment_$1
+  mkdir -p "$run"
+  echo ":::MLLOG {\"key\": \"run_stop\", \"value\": null, \"metadata\": {\"status\": \"$2\"${3:+, \"epoch_num\": $3}}}" \
+    >"$run/result_$1.txt"
 }
 
 @test "a requeued job repeats no experiment that has ended, and goes on with what was broken off" {
-  ended job_42_1 0 success 50
-  ended job_42_2 1 aborted 80
-  ended job_42_3 2 aborted
+  ended 0 success 50
+  ended 1 aborted 80
+  ended 2 aborted
   echo "first part" >"$LOGDIR/job_42_3.log"
   NEXP=4 SLURM_RESTART_COUNT=1 job --seed 5
   [ "$status" -eq 3 ]
-  [ "$(sed 's/ .*\]/:/' "$RUNS")" = "$(printf '%s\n' '2: --seed 5 --resume auto' '3: --seed 5')" ]
+  [ "$(sed 's/ .*\]/:/' "$RUNS")" = "$(printf '%s\n' '2: --seed 5 --seed 7 --resume auto' '3: --seed 5 --seed 8')" ]
   [ "$(<"$LOGDIR/job_42_3.log")" = "$(printf 'first part\noutput of the run')" ]
 }
 

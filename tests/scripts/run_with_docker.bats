@@ -7,9 +7,10 @@ setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/the data" "$bin"
-  cp "$repository/run_with_docker.sh" "$project/"
+  cp "$repository"/{run_with_docker,series,mounts}.sh "$project/"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=8 DATADIR="\${DATADIR:-data/coco}" >"$project/config_big.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 SSD_DATASET=toy >"$project/config_toy.sh"
+  printf 'export %s\n' DGXNNODES=1 SSD_DATASET=rehearsal DATADIR="\${DATADIR:-data/rehearsal}" >"$project/config_rehearsal.sh"
   printf 'export %s\n' DGXNNODES=2 >"$project/config_two.sh"
   export CALLS=$BATS_TEST_TMPDIR/calls
   cat >"$bin/docker" <<'END'
@@ -17,9 +18,22 @@ setup() {
 case $1 in
   --version) echo "${VERSION:-Docker version 28}" ;;
   image) [[ $3 == detection ]] ;;
+  stop) echo "$*" >>"$CALLS.ends" && touch "$CALLS.stop" ;;
+  rm) echo "$*" >>"$CALLS.ends" ;;
   run)
     printf '%s\n' "$@" --end-- >>"$CALLS"
     echo "output of the run"
+    number=$(sed -n 's/^EXPERIMENT=//p' "$CALLS" | tail -n 1)
+    if [[ $number == "${WAIT:-}" && ! -e $CALLS.waits ]]; then
+      touch "$CALLS.waits"
+      until [[ -e $CALLS.stop ]]; do sleep 0.05; done
+      exit 143
+    fi
+    run=$LOGDIR/$(sed -n 's|^RUN_DIR=/results/||p' "$CALLS" | tail -n 1)
+    mkdir -p "$run"
+    if [[ -z ${STATUSES:-} ]]; then
+      echo ':::MLLOG {"time_ms": 1, "key": "run_stop", "metadata": {"status": "success", "epoch_num": 1}}' >"$run/result_$number.txt"
+    fi
     statuses=(${STATUSES:-0})
     exit "${statuses[$(grep --count '^--end--' "$CALLS") - 1]:-0}"
     ;;
@@ -29,7 +43,7 @@ END
   PATH=$bin:$PATH
   : >"$CALLS"
   export CONT=detection CLEAR_CACHES=0 DATESTAMP=now LOGDIR="$BATS_TEST_TMPDIR/the logs"
-  unset DGXSYSTEM DATADIR NEXP PRETRAINED_DIR DOCKER
+  unset "${!SSD_@}" DGXSYSTEM DATADIR NEXP PRETRAINED_DIR DOCKER BENCHMARK
 }
 
 calls() {
@@ -84,7 +98,7 @@ calls() {
   CONT=other run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: $bin/docker has no image other"* ]]
   DGXSYSTEM=none run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_big.sh config_toy.sh config_two.sh"* ]]
+  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_big.sh config_rehearsal.sh config_toy.sh config_two.sh"* ]]
   DGXSYSTEM=big run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: DATADIR=data/coco is no folder" ]]
   DGXSYSTEM=two run "$project/run_with_docker.sh"
@@ -92,4 +106,91 @@ calls() {
   NEXP=none run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: NEXP=none is no number"* ]]
   [ "$(calls)" -eq 0 ]
+}
+
+@test "data of one's own, a checkpoint and a backbone are mounted read-only, and the flags name them as they are in there" {
+  mkdir "$project/my pictures" "$project/val"
+  touch "$project/my train.json" "$project/val.json" "$BATS_TEST_TMPDIR/some weights.pt" "$project/trunk.pth"
+  DGXSYSTEM=big NEXP=1 run "$project/run_with_docker.sh" --train-images "my pictures" --train-annotations="my train.json" \
+    --val-images val --val-annotations val.json --checkpoint "$BATS_TEST_TMPDIR/some weights.pt" --backbone trunk.pth
+  [ "$status" -eq 0 ]
+  for pair in "my pictures,target=/own/train-images" "my train.json,target=/own/train-annotations/my train.json" \
+    "val,target=/own/val-images" "val.json,target=/own/val-annotations/val.json" "trunk.pth,target=/own/backbone/trunk.pth"; do
+    grep --quiet --line-regexp "type=bind,source=$project/$pair,readonly" "$CALLS"
+  done
+  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/some weights.pt,target=/own/checkpoint/some weights.pt,readonly" "$CALLS"
+  [ "$(sed -n '/^detection$/,$p' "$CALLS" | xargs)" = "detection ./run_and_time.sh --train-images /own/train-images \
+--train-annotations /own/train-annotations/my train.json --val-images /own/val-images --val-annotations /own/val-annotations/val.json \
+--checkpoint /own/checkpoint/some weights.pt --backbone /own/backbone/trunk.pth --end--" ]
+  [ "$(grep --count 'target=/data' "$CALLS")" -eq 0 ] # it has all it needs
+}
+
+@test "an empty backbone stays empty, and the folder of a summary can be written" {
+  NEXP=2 run "$project/run_with_docker.sh" --backbone '' --summary "$BATS_TEST_TMPDIR/sums/speed.json"
+  [ "$status" -eq 0 ]
+  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/sums,target=/own/summary" "$CALLS"
+  [ "$(grep -o '^/own/summary/speed_.*' "$CALLS" | xargs)" = "/own/summary/speed_0.json /own/summary/speed_1.json" ]
+  [ "$(grep --after-context=1 -e --backbone "$CALLS" | sed -n 2p)" = "" ]
+}
+
+@test "the drawn data of a rehearsal are kept outside, in a folder that can be written" {
+  DGXSYSTEM=rehearsal NEXP=1 run "$project/run_with_docker.sh"
+  [ "$status" -eq 0 ]
+  [ -d "$project/data/rehearsal" ]
+  grep --quiet --line-regexp "type=bind,source=$project/data/rehearsal,target=/data" "$CALLS"
+}
+
+@test "files that are not there, and names that cannot be mounted, are one message and status 2" {
+  run "$project/run_with_docker.sh" --checkpoint nowhere.pt
+  [[ $status -eq 2 && $output == "error: --checkpoint nowhere.pt is no file" ]]
+  run "$project/run_with_docker.sh" --val-images nowhere
+  [[ $status -eq 2 && $output == "error: --val-images=nowhere is no folder" ]]
+  mkdir "$project/a,b"
+  run "$project/run_with_docker.sh" --val-images a,b
+  [[ $status -eq 2 && $output == "error: $project/a,b: a name with a comma or a colon cannot be mounted"* ]]
+  [ "$(calls)" -eq 0 ]
+}
+
+@test "all experiments share a run folder; seeds differ" {
+  NEXP=3 run "$project/run_with_docker.sh" --seed 7
+  [ "$(grep '^RUN_DIR=' "$CALLS" | xargs)" = "RUN_DIR=/results/toy/ssd/now/experiment_0 RUN_DIR=/results/toy/ssd/now/experiment_1 RUN_DIR=/results/toy/ssd/now/experiment_2" ]
+  [ "$(grep --after-context=1 -e --seed "$CALLS" | grep '^[0-9]' | xargs)" = "7 7 7 8 7 9" ]
+  for i in 0 1 2; do grep --quiet run_stop "$LOGDIR/toy/ssd/now/result_$i.txt"; done
+}
+
+@test "a failed third does not lose the others; what the engine cannot start ends all" {
+  STATUSES="0 0 137 0 3" run "$project/run_with_docker.sh"
+  [ "$status" -eq 137 ]
+  [ "$(calls)" -eq 5 ]
+  : >"$CALLS"
+  DATESTAMP=other STATUSES="125" run "$project/run_with_docker.sh"
+  [[ $status -eq 125 && $(calls) -eq 1 ]]
+}
+
+@test "a signal stops the container with time to save, removes it, and the same command goes on at the third of five" {
+  for signal in INT TERM HUP; do
+    rm -f "$CALLS".* && : >"$CALLS"
+    export DATESTAMP="of $signal"
+    WAIT=2 env --default-signal=INT "$project/run_with_docker.sh" --seed 7 >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    script=$!
+    until [[ -e $CALLS.waits ]]; do sleep 0.05; done
+    kill -s "$signal" "$script"
+    wait "$script" && status=0 || status=$?
+    [ "$status" -eq 143 ]
+    [ "$(calls)" -eq 3 ]
+    container=$(grep --after-context=1 --line-regexp -e --name "$CALLS" | tail -n 1)
+    [ "$(tail -n 2 "$CALLS.ends")" = "stop -t 120 $container
+rm --force $container" ]
+    grep --quiet --fixed-strings "To go on: DATESTAMP=of\ $signal NEXP=5" "$BATS_TEST_TMPDIR/out"
+    : >"$CALLS"
+    run "$project/run_with_docker.sh" --seed 7
+    [ "$status" -eq 0 ]
+    [ "$(grep '^EXPERIMENT=' "$CALLS" | xargs)" = "EXPERIMENT=2 EXPERIMENT=3 EXPERIMENT=4" ]
+  done
+}
+
+@test "no terminal is asked for, and the caller's user owns what is left" {
+  NEXP=1 run "$project/run_with_docker.sh" </dev/null
+  [ "$(grep --count --line-regexp -e '-it\|-t\|--tty\|-i\|--interactive' "$CALLS")" -eq 0 ]
+  grep --quiet --line-regexp "$(id -u):$(id -g)" "$CALLS"
 }
