@@ -54,15 +54,11 @@ for argument in "$@"; do
 done
 if $help; then usage; fi
 
-export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy} NEXP=${NEXP:-1}
+export NEXP=${NEXP:-1}
 [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
-case $BENCHMARK in
-  ssd) result=SINGLE_STAGE_DETECTOR suffix='' ;;
-  maskrcnn) result=OBJECT_DETECTION suffix=_maskrcnn ;;
-  *) die "BENCHMARK=$BENCHMARK: there is no such benchmark. There are: ssd, maskrcnn" ;;
-esac
-config=config_$DGXSYSTEM$suffix.sh
-[[ -f $config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $(printf '%s ' config_*"$suffix".sh)"
+# shellcheck source=systems.sh
+source ./systems.sh
+find_system .
 
 # NEXP runs of this script, one after the other.
 if ((NEXP > 1)) && ! $help; then
@@ -224,7 +220,7 @@ echo "ENDING TIMING RUN AT $(timestamp)"
 
 # Off the clock, and of a run that was broken off, too; what cannot be drawn costs the report, not the run.
 if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
-  if [[ -s $RUN_DIR/detections.json ]]; then
+  if [[ -s $RUN_DIR/detections.json || -s $RUN_DIR/segm.json ]]; then
     "$python" -m detection.showcase "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
   fi
   "$python" -m mlperf.report "$RUN_DIR" || echo "warning: no report was made" >&2

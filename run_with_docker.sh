@@ -34,21 +34,19 @@ die() {
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage && exit; fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export DGXSYSTEM=${DGXSYSTEM:-toy}
-config=$here/config_$DGXSYSTEM.sh
-[[ -f $config ]] ||
-  die "DGXSYSTEM=$DGXSYSTEM: there is no config_$DGXSYSTEM.sh. There are: $(cd "$here" && printf '%s ' config_*.sh)"
+# shellcheck source=systems.sh
+. "$here/systems.sh"
+find_system "$here"
 [[ -n ${CONT:-} ]] || die "CONT names no image. Make one (docker build -t detection .) and name it: CONT=detection $0"
-export BENCHMARK=${BENCHMARK:-ssd}
 NEXP=${NEXP:-5}
 # shellcheck source=series.sh
 . "$here/series.sh"
 # shellcheck source=mounts.sh
 . "$here/mounts.sh"
 # shellcheck source=/dev/null
-. "$config"
+. "$here/$config"
 check_series "$@"
-((${DGXNNODES:-1} == 1)) || die "config_$DGXSYSTEM.sh is for $DGXNNODES nodes: containers are started on one only"
+((${DGXNNODES:-1} == 1)) || die "$config is for $DGXNNODES nodes: containers are started on one only"
 
 docker=${DOCKER:-$(command -v docker || command -v podman || true)}
 [[ -n $docker ]] || die "neither docker nor podman is on PATH. Install one, or run without: ./run_and_time.sh"

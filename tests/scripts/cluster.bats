@@ -11,7 +11,7 @@ setup() {
   folder="$BATS_TEST_TMPDIR/a clone"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$folder/venv/bin" "$bin"
-  cp "$repository"/{run_and_time,series,mounts,run_with_docker,config_toy,config_DGXA100,config_DGXA100_multi_2x8x56}.sh \
+  cp "$repository"/{run_and_time,systems,series,mounts,run_with_docker,config_toy,config_DGXA100,config_DGXA100_multi_2x8x56}.sh \
     "$repository/run.sub" "$folder"
   export CALLS=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0
   : >"$CALLS"

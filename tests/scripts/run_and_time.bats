@@ -8,7 +8,7 @@ setup() {
     OMP_NUM_THREADS BENCHMARK RESET_COMMAND NEXP EXPERIMENT
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
-  cp "$repository/run_and_time.sh" "$repository/series.sh" "$repository"/config_*.sh "$folder"
+  cp "$repository/run_and_time.sh" "$repository"/{series,systems}.sh "$repository"/config_*.sh "$folder"
   # shellcheck source=/dev/null
   batch=$(. "$repository/config_toy.sh" && echo "$SSD_BATCH_SIZE")
   export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0

@@ -7,7 +7,7 @@ setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/the data" "$bin"
-  cp "$repository"/{run_with_docker,series,mounts}.sh "$project/"
+  cp "$repository"/{run_with_docker,series,systems,mounts}.sh "$project/"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=8 DATADIR="\${DATADIR:-data/coco}" >"$project/config_big.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 SSD_DATASET=toy >"$project/config_toy.sh"
   printf 'export %s\n' DGXNNODES=1 SSD_DATASET=rehearsal DATADIR="\${DATADIR:-data/rehearsal}" >"$project/config_rehearsal.sh"

@@ -8,7 +8,7 @@ setup() {
     OMP_NUM_THREADS BENCHMARK RESET_COMMAND EXPERIMENT
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
-  cp "$repository/run_and_time.sh" "$repository/series.sh" "$repository/config_toy.sh" "$folder"
+  cp "$repository/run_and_time.sh" "$repository"/{series,systems}.sh "$repository/config_toy.sh" "$folder"
   export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0 NEXP=5 LOGDIR="$BATS_TEST_TMPDIR/the logs"
   : >"$calls"
   printf '#!/bin/sh\n' >"$folder/setup.sh"
