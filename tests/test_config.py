@@ -12,7 +12,7 @@ from detection.config import InputError, Topology, describe, read_system, read_t
 from ssd.config import Config, load
 
 ROOT = Path(__file__).parent.parent
-SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh"))
+SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
 
 
 def settings(*argv: str, **environ: str) -> Config:
