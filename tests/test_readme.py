@@ -12,7 +12,8 @@ import pytest
 
 from conftest import ROOT
 from detection import toy
-from ssd.config import load
+from maskrcnn import config as maskrcnn_config
+from ssd import config as ssd_config
 from test_config import exported
 
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,10 @@ def test_the_tables_are_read():
 @pytest.mark.parametrize("command", [command for command in RUNS if "--help" not in command])
 def test_a_run_takes_the_settings_of_the_readme(command):
     variables, words = parts(command)
-    environment = exported(variables.pop("DGXSYSTEM", "toy"), **variables)
+    benchmark = variables.pop("BENCHMARK", "ssd")
+    suffix = "" if benchmark == "ssd" else f"_{benchmark}"
+    environment = exported(variables.pop("DGXSYSTEM", "toy") + suffix, **variables)
+    load = {"ssd": ssd_config, "maskrcnn": maskrcnn_config}[benchmark].load
     load(words[1:], {name: value for name, value in environment.items() if name != "PATH"})
 
 
