@@ -54,7 +54,7 @@ def test_a_batch_holds_each_image_resized_in_its_corner_and_zeros_around_it(tiny
     split = data.train_loader.dataset.split
     seen = samples(data)
     assert len(seen) == data.train_samples
-    for index, (pixels, size_hw, boxes, labels, _) in seen.items():
+    for index, (pixels, size_hw, boxes, labels, *_) in seen.items():
         original = images.read(split.image_path(index))
         wanted_hw = resized_hw(original.shape[1:], 128, 160)
         height, width = size_hw.tolist()
@@ -94,7 +94,7 @@ def test_masks_follow_their_image_in_size_and_place(tiny_toy):
         (a["image_id"], round(a["bbox"][0], 2)): a["area"]
         for a in json.loads(split.annotation_file.read_text())["annotations"]
     }
-    for index, (_, size_hw, boxes, labels, edges) in samples(data).items():
+    for index, (_, size_hw, boxes, labels, edges, _) in samples(data).items():
         height, width = size_hw.tolist()
         whole = torch.tensor([[0.0, 0, width, height]]).expand(len(edges), 4)
         drawn = masks.rasterise(edges, whole, size=320)
@@ -114,7 +114,7 @@ def test_a_mirrored_image_has_its_boxes_and_masks_mirrored(tiny_toy):
     mirrored = [i for i in plain if not torch.equal(plain[i][0], chance[i][0])]
     assert 0.2 < len(mirrored) / len(plain) < 0.8
     for index in mirrored:
-        pixels, size_hw, boxes, labels, edges = plain[index]
+        pixels, size_hw, boxes, labels, edges, _ = plain[index]
         height, width = size_hw.tolist()
         got = chance[index]
         assert torch.equal(got[0][:, :height, :width], pixels[:, :height, :width].flip(2))
@@ -131,7 +131,7 @@ def test_a_mirrored_image_has_its_boxes_and_masks_mirrored(tiny_toy):
 def test_which_images_are_mirrored_is_drawn_anew_for_each_epoch_and_seed(tiny_toy):
     def mirrored(seed, epoch):
         dataset = open_data(tiny_toy, seed=seed).train_loader.dataset
-        return [dataset.is_mirrored(epoch, index) for index in range(len(dataset.split))]
+        return [dataset.draw(epoch, index)[0] for index in range(len(dataset.split))]
 
     assert mirrored(5, 1) == mirrored(5, 1)
     assert mirrored(5, 1) != mirrored(5, 2)
@@ -149,10 +149,10 @@ def trained(folder, ranks, **settings):
     """Pixels and masks of each image, without the padding, that depends on its batch."""
     seen = Counter()
     for share in open_data(folder, ranks, **settings).shares(1):
-        for pixels, (height, width), _, labels, edges in zip(*share.batch, strict=True):
+        for pixels, (height, width), _, labels, edges, seed in zip(*share.batch, strict=True):
             rows = edges[labels > 0].flatten(0, 1)
             rows = rows[rows.any(dim=1)]
-            seen[pixels[:, :height, :width].numpy().tobytes(), rows.numpy().tobytes()] += 1
+            seen[pixels[:, :height, :width].numpy().tobytes(), rows.numpy().tobytes(), int(seed)] += 1
     return seen
 
 

@@ -152,14 +152,14 @@ def test_statistics_without_a_counter_load(tmp_path):
 def test_a_checkpoint_of_another_network_is_refused_with_the_settings_that_fit(published, flags, said):
     config = load([*flags, "--checkpoint", str(published)], {}).config
     with pytest.raises(InputError, match="holds ssd300-r50 on resnet50 for 5 classes, and the settings ask") as caught:
-        preflight.check_checkpoint(config)
+        preflight.network(published, config)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_that_fits_passes_before_the_clock(published):
     config = load(["--network", "ssd300-r50", "--num-classes", "5", "--checkpoint", str(published)], {}).config
-    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in preflight.check_checkpoint(config)
+    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in preflight.network(published, config)
 
 
 class Evil:
