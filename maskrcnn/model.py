@@ -126,7 +126,7 @@ class MaskRCNN(nn.Module):
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile what has no shapes that depend on the data: as a whole it would break into some fifty graphs."""
         for part in (self.backbone, self.rpn, self.box_head, self.mask_head):
-            part.compile(*args, **kwargs)
+            part.compile(*args, dynamic=True, **kwargs)
 
     def forward(self, images: Tensor, sizes_hw: Tensor, truth: Truth | None = None) -> Tensor | Detections:
         """The five losses (5,) of images (B, 3, H, W) uint8 with sizes_hw (B, 2) inside, in the order of `LOSSES`.
