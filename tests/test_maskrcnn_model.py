@@ -128,7 +128,7 @@ def test_the_gradients_are_torchvisions(ours, torchvisions):
     for name, parameter in ours.named_parameters():
         if parameter.grad is not None:
             error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
-            assert error < 1e-3, name
+            assert error < 3e-3, name  # float32 through fifty layers: .0012 with torch 2.4
             compared += 1
     assert compared > 60
     assert all(
