@@ -125,7 +125,8 @@ class Split:
         for box in range(*self.box_starts[index : index + 2].tolist()):
             first, last = outlines.line_starts[box : box + 2].tolist()
             ends = outlines.point_starts[first : last + 1].tolist()
-            lines = [outlines.points_xy[start:end].astype(np.float64) for start, end in pairwise(ends)]
+            # To the decimals that float32 has blurred: pycocotools rounds fifths of a pixel, where many are ties.
+            lines = [outlines.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
             masks.append(_filled(lines, (height, width)) if lines else None)
         return masks
 

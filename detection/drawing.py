@@ -57,7 +57,7 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
 
 def tint(drawn: Image.Image, mask: CompressedMask, colour: tuple[int, int, int]) -> None:
-    """Lay a colour over the part of a picture that is in the mask, which is decoded here: all at once take gigabytes."""
+    """Lay a colour over what is in the mask; decoded here, since all masks of a huge picture at once take gigabytes."""
     share = Image.fromarray(coco.bitmap(mask) * np.uint8(round(255 * MASK_ALPHA)))
     drawn.paste(colour, (0, 0), share.resize(drawn.size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
