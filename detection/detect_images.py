@@ -64,7 +64,7 @@ class Detector(Protocol):
     def categories(self) -> Sequence[Category]:
         """What its labels stand for: label i is categories[i - 1]."""
 
-    def __call__(self, images: Sequence[Tensor]) -> list[Seen]:
+    def __call__(self, images: Sequence[Tensor], /) -> list[Seen]:
         """What is seen on each of some images (3, H, W) uint8 RGB, which are on the CPU and of any sizes."""
 
 
@@ -242,7 +242,7 @@ def entries_and_marks(
 ) -> Iterator[tuple[dict[str, Any], Mark]]:
     """Each detection on a picture of that size: its entry in the results, and how it is drawn."""
     inside = seen.boxes_xyxy.astype(np.float64).clip(0, [*size_wh, *size_wh]).tolist()
-    masks = seen.masks or [None] * len(inside)
+    masks: Sequence[CompressedMask | None] = seen.masks or [None] * len(inside)
     for (left, top, right, bottom), certainty, label, mask in zip(
         inside, seen.scores.tolist(), seen.labels.tolist(), masks, strict=True
     ):
