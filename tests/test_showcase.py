@@ -160,7 +160,7 @@ def test_masks_are_drawn_on_both_sides(mask_run, tiny_toy):
 
 def test_a_mask_stays_with_its_box_when_they_are_ordered():
     box = [0.0, 0, 9, 9]
-    rows = [detection(10, box, 3, score) | {"segmentation": f"of {score}"} for score in (0.2, 0.9, 0.4)]
+    rows = [detection(10, box, 3, score) | {"segmentation": f"of {score}"} for score in (0.2, 0.4, 0.9)]
     (judged,) = showcase.judge(split_of([(box, 1, False)]), rows, 0.3)
     assert judged.masks == ["of 0.9", "of 0.4"]
 
