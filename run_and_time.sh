@@ -5,9 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'END'
-usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run] [--name value ...]
+usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run] [--describe] [--name value ...]
 
   --dry-run  only say what would be run, with which settings, and what the rules say of it
+  --describe only list the layers of the network: shapes, parameters, trained or frozen
 
 environment (paths are relative to the folder of this script):
   DGXSYSTEM       system, config_${DGXSYSTEM}.sh is its file (toy)
@@ -44,11 +45,12 @@ die() {
   exit 2
 }
 
-dry_run=false help=false flags=()
+dry_run=false describe=false help=false flags=()
 for argument in "$@"; do
   case $argument in
     -h | --help) help=true ;;
     --dry-run) dry_run=true ;;
+    --describe) describe=true ;;
     *) flags+=("$argument") ;;
   esac
 done
@@ -61,7 +63,7 @@ source ./systems.sh
 find_system .
 
 # NEXP runs of this script, one after the other.
-if ((NEXP > 1)) && ! $help; then
+if ((NEXP > 1)) && ! $help && ! $describe; then
   # shellcheck source=series.sh
   source ./series.sh
   recipe=$(
@@ -129,6 +131,7 @@ export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
 if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
+if $describe; then exec "$python" -m "$BENCHMARK.preflight" --describe "${flags[@]}"; fi
 
 # Before the clock, in a process of its own: the mistakes of user and data end here, with 2.
 if $dry_run; then

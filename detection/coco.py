@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -115,6 +115,20 @@ class Split:
     def image_labels(self, index: int) -> NDArray[np.int64]:
         """The labels of the boxes of image `index`: (G,), a view."""
         return self.labels[self.box_starts[index] : self.box_starts[index + 1]]
+
+    def masks(self, index: int) -> list[CompressedMask | None]:
+        """The masks of the boxes of image `index`, None where a box has none; the split was read with segmentations."""
+        outlines = self.outlines
+        assert outlines is not None, "the split was read without masks"
+        height, width = self.sizes_hw[index].tolist()
+        masks: list[CompressedMask | None] = []
+        for box in range(*self.box_starts[index : index + 2].tolist()):
+            first, last = outlines.line_starts[box : box + 2].tolist()
+            ends = outlines.point_starts[first : last + 1].tolist()
+            # To the decimals that float32 has blurred: pycocotools rounds fifths of a pixel, where many are ties.
+            lines = [outlines.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
+            masks.append(_filled(lines, (height, width)) if lines else None)
+        return masks
 
     def with_boxes(self) -> "Split":
         """The images that have a box, a crowd's included: those that are trained on."""
@@ -597,10 +611,27 @@ def _borders(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
     return rectangles_xyxy[:, [[[0, 1], [0, 3]], [[2, 3], [2, 1]]]].reshape(-1, 2, 2)
 
 
+def _filled(lines: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> CompressedMask:
+    """What is inside of a box's lines, those of `Outlines`."""
+    if len(lines[0]) == 2:  # left and right borders in turn, as `_borders` makes them
+        corners = np.concatenate(lines).reshape(-1, 4, 2)
+        shapes: Any = np.concatenate([corners[:, 0], corners[:, 2] - corners[:, 0]], axis=1)
+    else:
+        shapes = [line[:-1].ravel().tolist() for line in lines]
+    merged = mask_api.merge(mask_api.frPyObjects(shapes, *size_hw))
+    return {"size": list(size_hw), "counts": merged["counts"].decode()}
+
+
 def compress(run_lengths: NDArray[np.int64], size_hw: tuple[int, int]) -> CompressedMask:
     """A mask's run lengths, down the columns, 0s and 1s in turn, beginning with the 0s, in COCO's compressed text."""
     plain = {"size": list(size_hw), "counts": run_lengths.tolist()}
     return {"size": list(size_hw), "counts": mask_api.frPyObjects(plain, *size_hw)["counts"].decode()}
+
+
+def bitmap(mask: CompressedMask) -> NDArray[np.uint8]:
+    """A mask as (H, W) of 0 and 1."""
+    pixels: NDArray[np.uint8] = mask_api.decode(mask)
+    return pixels
 
 
 class _Table:

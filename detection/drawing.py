@@ -1,10 +1,14 @@
-"""Detections drawn on pictures: boxes, names and scores that can be read on any ground."""
+"""Detections drawn on pictures: boxes, names and scores that can be read on any ground, and masks to look through."""
 
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from detection import coco
+from detection.coco import CompressedMask
 
 # What the longer side of a drawn picture is at least and at most: text needs room, and a viewer has an end.
 LEAST_SIDE_PX = 300
@@ -13,6 +17,7 @@ MOST_SIDE_PX = 4096
 TEXT_SHARE = 1 / 28
 LINE_SHARE = 1 / 200
 LEAST_TEXT_PX = 11
+MASK_ALPHA = 0.5  # less is lost on a ground of the same colour, more hides what is under it
 PADDING_PX = 2
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -21,12 +26,13 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 class Mark:
     """What is drawn: a box, left, top, right, bottom in pixels of the picture, and what stands above it.
 
-    label: from 1, chooses the colour.
+    label: from 1, chooses the colour. mask: of the whole picture, if it has one; at any scale.
     """
 
     box_xyxy: tuple[float, float, float, float]
     label: int
     text: str
+    mask: CompressedMask | None = None
 
 
 def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
@@ -35,6 +41,9 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
     drawn = image.resize(size, resample, reducing_gap=2.0)
+    for mark in reversed(marks):  # before all boxes, so that no line is tinted
+        if mark.mask is not None:
+            tint(drawn, mark.mask, colour(mark.label))
     pen = ImageDraw.Draw(drawn)
     width = max(2, round(min(size) * LINE_SHARE))
     font = ImageFont.load_default(size=max(LEAST_TEXT_PX, round(min(size) * TEXT_SHARE)))
@@ -45,6 +54,12 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     for mark in reversed(marks):  # after all boxes, so that no line crosses a text
         write(pen, drawn.size, [scale * side for side in mark.box_xyxy], mark, font)
     return drawn
+
+
+def tint(drawn: Image.Image, mask: CompressedMask, colour: tuple[int, int, int]) -> None:
+    """Lay a colour over what is in the mask; decoded here, since all masks of a huge picture at once take gigabytes."""
+    share = Image.fromarray(coco.bitmap(mask) * np.uint8(round(255 * MASK_ALPHA)))
+    drawn.paste(colour, (0, 0), share.resize(drawn.size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def scale_of(width_px: int, height_px: int) -> float:

@@ -4,7 +4,7 @@
 report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, the mode, and
 the number of classes, which follows the annotations where it is not set.
 With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
-all settings.
+all settings. With --describe nothing is checked but the settings, and the layers of the network go to stdout.
 
 It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
 one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
@@ -12,7 +12,7 @@ one that is timed, and the caches are dropped in between. It imports no torch, s
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,20 +32,25 @@ class Checks(Generic[Config]):
 
     load: settings of flags. recipe: what the rules are about, under the names of `mlperf.rules`, for so many ranks.
     image_bytes: of an image as workers hand it over. network: says what a checkpoint holds, or raises InputError
-    where it is not of the network of the settings; it may import torch.
+    where it is not of the network of the settings; it may import torch. layers: those of the network of the settings,
+    whose num_classes is known, as a table; it may, too.
     """
 
     load: Callable[[Sequence[str]], Resolved[Config]]
     recipe: Callable[[Config, int], Mapping[str, object]]
     image_bytes: Callable[[Config], int]
     network: Callable[[Path, Config], str]
+    layers: Callable[[Config], str]
 
 
 def main(argv: Sequence[str], checks: Checks[Config]) -> int:
     """Run all checks and return the exit status."""
     dry_run = "--dry-run" in argv
     try:
-        resolved = checks.load([word for word in argv if word != "--dry-run"])
+        resolved = checks.load([word for word in argv if word not in ("--dry-run", "--describe")])
+        if "--describe" in argv:
+            print(checks.layers(with_classes(resolved.config)))
+            return 0
         config, system = resolved.config, read_system()
         report = [describe(resolved), ""] if dry_run else []
         report += judge(config, checks.recipe(config, system.world_size), everything=dry_run)
@@ -68,6 +73,14 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
         return 2
     print(config.org, folder, config.mode, num_classes, sep="\n")
     return 0
+
+
+def with_classes(config: Config) -> Config:
+    """The settings with their number of classes, before pictures that the program draws are there, too."""
+    if config.num_classes == 0 and due(config):
+        categories = {"toy": toy.SHAPES, "rehearsal": rehearsal.COCO}[config.dataset]
+        return replace(config, num_classes=1 + len(categories))
+    return classes.followed(config)
 
 
 def judge(config: RunConfig, recipe: Mapping[str, object], everything: bool) -> list[str]:

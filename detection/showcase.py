@@ -2,7 +2,8 @@
 
 Chooses a dozen evaluation images at most (the best, typical ones, large objects that were missed, mistakes made with
 confidence), and writes them to pictures/ in the run's folder, with captions in pictures.json. It reads the run's
-config.json and detections.json, and the data; no network and no torch, so it is done in seconds.
+config.json and detections.json, or bbox.json and segm.json, whose masks are drawn, too, and the data; no network and no
+torch, so it is done in seconds. Objects are found by their boxes.
 
 N images, G ground-truth boxes, D detections of one image.
 """
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import coco, drawing, run_folder
+from detection.coco import CompressedMask
 from detection.config import InputError
 from detection.drawing import Mark
 
@@ -34,14 +36,16 @@ JPEG_QUALITY = 80
 class Judged:
     """One image, and what became of its boxes.
 
-    boxes_xyxy: (D, 4) pixels, with scores (D,) and labels (D,), the highest score first. found: (G,) whether a
-    detection matches the object. wrong: (D,) whether the detection matches none. is_object: (G,), all but crowds.
+    boxes_xyxy: (D, 4) pixels, with scores (D,), labels (D,) and D masks, None without, the highest score first.
+    found: (G,) whether a detection matches the object. wrong: (D,) whether the detection matches none. is_object: (G,),
+    all but crowds.
     """
 
     index: int
     boxes_xyxy: NDArray[np.float64]
     scores: NDArray[np.float64]
     labels: NDArray[np.int64]
+    masks: Sequence[CompressedMask | None]
     found: NDArray[np.bool_]
     wrong: NDArray[np.bool_]
     is_object: NDArray[np.bool_]
@@ -64,10 +68,11 @@ class Judged:
 def make(folder: Path) -> int:
     """Choose and draw the pictures of a run; returns how many. Raises InputError where something is not there."""
     config = read_json(folder / run_folder.CONFIG)
-    detections = read_json(folder / "detections.json")
+    masks = (folder / "segm.json").is_file()
+    detections = with_masks(folder) if masks else read_json(folder / "detections.json")
     named = config.get("val_annotations")
     files = (Path(named), Path(config["val_images"])) if named else coco.layout(Path(config["data_dir"]), "val")
-    split = coco.read(*files, allow_missing=config["allow_missing"])
+    split = coco.read(*files, allow_missing=config["allow_missing"], segmentations=masks)
     least = threshold(split, detections)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -88,6 +93,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}). Name the folder of a run that was evaluated") from error
+
+
+def with_masks(folder: Path) -> list[dict[str, Any]]:
+    """The boxes of a run, each with its mask; raises InputError."""
+    boxes, masks = read_json(folder / "bbox.json"), read_json(folder / "segm.json")
+    if len(boxes) != len(masks):
+        raise InputError(
+            f"{folder}: bbox.json has {len(boxes)} detections and segm.json {len(masks)}; a run leaves both alike. "
+            "Evaluate its checkpoint again"
+        )
+    return [box | {"segmentation": mask["segmentation"]} for box, mask in zip(boxes, masks, strict=True)]
 
 
 def threshold(split: coco.Split, detections: Sequence[dict[str, Any]]) -> float:
@@ -111,7 +127,8 @@ def judge(split: coco.Split, detections: Sequence[dict[str, Any]], least_score: 
         found_labels = np.array([labels.get(row["category_id"], 0) for row in rows], dtype=np.int64)
         if len(rows) or len(split.boxes(index)):
             scores = np.array([row["score"] for row in rows], dtype=np.float64)
-            yield match(split, index, boxes, scores, found_labels)
+            masks = [row.get("segmentation") for row in rows]
+            yield match(split, index, boxes, scores, found_labels, masks)
 
 
 def match(
@@ -120,6 +137,7 @@ def match(
     boxes_xyxy: NDArray[np.float64],
     scores: NDArray[np.float64],
     labels: NDArray[np.int64],
+    masks: Sequence[CompressedMask | None],
 ) -> Judged:
     """Give each object the best detection of its class that overlaps it by half or more, the highest score first.
 
@@ -142,7 +160,7 @@ def match(
             wrong[row] = not in_crowd[row]
     sides = truth[:, 2:] - truth[:, :2]
     missed = (sides[:, 0] * sides[:, 1])[~found & ~crowd]
-    return Judged(index, boxes_xyxy, scores, labels, found, wrong, ~crowd, float(missed.max(initial=0.0)))
+    return Judged(index, boxes_xyxy, scores, labels, masks, found, wrong, ~crowd, float(missed.max(initial=0.0)))
 
 
 def overlaps(
@@ -189,22 +207,25 @@ def draw(split: coco.Split, judged: Judged) -> Image.Image:
     scale = min(1.0, SIDE_PX / max(image.size))
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), reducing_gap=2.0)
     names = ["?", *(category.name for category in split.categories)]
+    true_masks = split.masks(judged.index) if split.outlines else [None] * len(judged.found)
     truth = [
-        Mark(tuple(box), label, names[label] + ("" if found else ", missed"))
-        for box, label, found in zip(
+        Mark(tuple(box), label, names[label] + ("" if found else ", missed"), mask)
+        for box, label, found, mask in zip(
             (split.boxes(judged.index) * scale).tolist(),
             split.image_labels(judged.index).tolist(),
             (judged.found | ~judged.is_object).tolist(),
+            true_masks,
             strict=True,
         )
     ]
     detected = [
-        Mark(tuple(box), label, f"{names[label]} {score:.2f}" + (", false" if wrong else ""))
-        for box, label, score, wrong in zip(
+        Mark(tuple(box), label, f"{names[label]} {score:.2f}" + (", false" if wrong else ""), mask)
+        for box, label, score, wrong, mask in zip(
             (judged.boxes_xyxy * scale).tolist(),
             judged.labels.tolist(),
             judged.scores.tolist(),
             judged.wrong.tolist(),
+            judged.masks,
             strict=True,
         )
     ]

@@ -10,7 +10,7 @@ from maskrcnn.config import Config, load
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=image_bytes, network=network)
+    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=image_bytes, network=network, layers=layers)
     return preflight.main(argv, checks)
 
 
@@ -31,6 +31,14 @@ def network(path: Path, config: Config) -> str:
     found = weights.read(path)
     weights.check(found, config, path)
     return f"{found.origin}; {config.network_name} for {found.num_classes} classes"
+
+
+def layers(config: Config) -> str:
+    """The layers of the network of the settings."""
+    from detection import layers  # with torch, which only this needs
+    from maskrcnn.model import make_model
+
+    return layers.describe(make_model, config)
 
 
 if __name__ == "__main__":

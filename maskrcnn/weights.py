@@ -124,12 +124,17 @@ def check(weights: Weights, config: Config, path: Path) -> None:
 def load(model: MaskRCNN, config: Config, path: Path) -> Weights:
     """Load a file into the network of the settings, on the CPU; raises InputError where it is of another one."""
     weights = read(path)
+    put(weights, model, config, path)
+    return weights
+
+
+def put(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:
+    """Put weights read from `path` into the network of the settings; raises InputError where they are of another."""
     check(weights, config, path)
     fresh = model.state_dict()
     model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in fresh.items()})
     if weights.statistics is not None:
         batch_norm.set_statistics(model, weights.statistics)
-    return weights
 
 
 def check_trunk(config: Config) -> None:

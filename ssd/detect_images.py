@@ -1,221 +1,60 @@
 """Detect on pictures: python -m ssd.detect_images CHECKPOINT IMAGE... [--folder D] [--score .3]
 
-Draws boxes, names and scores on copies of pictures of any size and format that Pillow reads, and writes
-detections.json:
-
-    format      1
-    checkpoint  the file's name
-    score       the threshold: detections below are left out
-    categories  [{id, name}], as in the annotations that were trained on
-    images      one entry a picture, in the order given: file, as given, and either error, why it could not be read, or
-                drawn (the copy's name), width, height (pixels, as it is shown), mode (of the file, in Pillow's words),
-                frames (in the file; the first is taken), and detections, the best first:
-                {category_id, name, score, bbox: [x, y, width, height] in pixels of the picture as it is shown}
-
-Pictures are turned as their EXIF orientation says. A picture that cannot be read is named and left out, the others go
-on, and the exit status is 2. Nothing is overwritten but what an earlier call left in the same folder.
+What it reads and writes is said in `detection/detect_images.py`.
 """
 
-import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from detection import device, device_kinds, drawing, images, pictures, whole_file
-from detection.config import InputError
-from detection.drawing import Mark
-from detection.pictures import Picture
+from detection import detect_images, images
+from detection.coco import Category
+from detection.detect_images import Seen
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.detect import detect
-from ssd.trained import Trained
-
-FORMAT = 1
-RESULTS = "detections.json"
-MOST_PIXELS = 100_000_000  # of a batch: 0.3 GB, and as much again to resize them
 
 
 def main(argv: Sequence[str]) -> int:
     """Detect, draw and write; returns the exit status."""
-    arguments = parse(argv)
-    try:
-        network = trained.load(arguments.checkpoint)
-        paths = pictures.find(arguments.images)
-        names = Names(arguments.folder, paths)
-        entries = run(network, paths, names, arguments)
-        content = {
-            "format": FORMAT,
-            "checkpoint": arguments.checkpoint.name,
-            "score": arguments.score,
-            "categories": [{"id": category.id, "name": category.name} for category in network.categories],
-            "images": entries,
-        }
-        with whole_file.writing(arguments.folder / RESULTS) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or arguments.folder}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    unread = sum("error" in entry for entry in entries)
-    count = sum(len(entry.get("detections", ())) for entry in entries)
-    print(f"{count} detections on {len(entries) - unread} pictures, in {arguments.folder}/")
-    if unread:
-        print(f"error: {unread} of {len(entries)} pictures could not be read", file=sys.stderr)
-    return 2 if unread else 0
+    return detect_images.main(argv, detect_images.Command("ssd", Detector, score=0.3, batch_size=8))
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; a mistake in it ends the process with 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ssd.detect_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture, or a folder of them")
-    default = Path("results/detections") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    parser.add_argument(
-        "--folder", type=Path, default=default, help="where the results go (results/detections/<start>)"
-    )
-    parser.add_argument("--score", type=score, default=0.3, help="detections below are left out, 0 to 1 (.3)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="pictures that the network sees at once (8)")
-    parser.add_argument("--device", default="auto", help=device_kinds.HELP)
-    return parser.parse_args(argv)
+class Detector:
+    """The network of a checkpoint, on pictures of any size; raises InputError where the file is of none."""
 
+    def __init__(self, checkpoint: Path, score: float, device: torch.device):
+        self.network, self.score, self.device = trained.load(checkpoint), score, device
+        self.network.model.to(device)
 
-def score(text: str) -> float:
-    """A threshold of scores."""
-    if not 0 <= (number := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: should be at least 0 and below 1")
-    return number
+    @property
+    def categories(self) -> Sequence[Category]:
+        """What its labels stand for: label i is categories[i - 1]."""
+        return self.network.categories
 
-
-def positive(text: str) -> int:
-    """A whole number from 1 up."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: should be at least 1")
-    return number
-
-
-class Names:
-    """The names of the drawn copies in a folder, none of them twice, none that of a picture given or of another file.
-
-    Raises InputError where the folder cannot be made or holds another program's results.
-    """
-
-    def __init__(self, folder: Path, inputs: Sequence[Path]):
-        self.folder = folder
-        self.inputs = {path.resolve() for path in inputs}
-        self.ours, self.taken = set[str](), set[str]()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f".{RESULTS}").touch()
-            (folder / f".{RESULTS}").unlink()
-            if (folder / RESULTS).exists():
-                content = json.loads((folder / RESULTS).read_text())
-                self.ours = {entry["drawn"] for entry in content["images"] if "drawn" in entry}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: its {RESULTS} is another program's. Choose another --folder") from None
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --folder") from None
-
-    def choose(self, path: Path) -> str:
-        """The name of a picture's copy: its stem, with a number where that is taken."""
-        number = 1
-        while True:
-            name = f"{path.stem}{'' if number == 1 else f'_{number}'}.png"
-            file = self.folder / name
-            occupied = file.resolve() in self.inputs or (file.exists() and name not in self.ours)
-            if name.lower() not in self.taken and not occupied:  # some disks take Photo and photo for one
-                self.taken.add(name.lower())
-                return name
-            number += 1
-
-
-def run(network: Trained, paths: Sequence[Path], names: Names, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Detect on all pictures and write their drawn copies; returns the entry of each in the results."""
-    chosen = device.choose(arguments.device, 0)
-    network.model.to(chosen)
-    entries: dict[Path, dict[str, Any]] = {path: {"file": str(path)} for path in paths}
-    for batch in batches(paths, arguments.batch_size):
-        read = [picture for picture in batch if isinstance(picture, Picture)]
-        for path, error in (part for part in batch if not isinstance(part, Picture)):
-            print(f"error: {error}", file=sys.stderr)
-            entries[path]["error"] = str(error)
-        for picture, detections in zip(read, find(network, read, arguments.score, chosen), strict=True):
-            name = names.choose(picture.path)
-            entries[picture.path] |= {
-                "drawn": name,
-                "width": picture.image.width,
-                "height": picture.image.height,
-                "mode": picture.mode,
-                "frames": picture.frames,
-                "detections": [entry for entry, _ in detections],
-            }
-            with whole_file.writing(arguments.folder / name) as partial:
-                drawn = drawing.draw(picture.image, [mark for _, mark in detections])
-                drawn.save(partial, "PNG", compress_level=3)
-    return list(entries.values())
-
-
-def batches(paths: Sequence[Path], batch_size: int) -> Iterator[list[Picture | tuple[Path, InputError]]]:
-    """The pictures, or why they cannot be read, in batches of at most so many, and of not too many pixels."""
-    batch: list[Picture | tuple[Path, InputError]] = []
-    pixels = 0
-    for path in paths:
-        try:
-            picture = pictures.read(path)
-            batch.append(picture)
-            pixels += picture.image.width * picture.image.height
-        except InputError as error:
-            batch.append((path, error))
-        if len(batch) == batch_size or pixels > MOST_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def find(
-    network: Trained, batch: Sequence[Picture], score: float, device: torch.device
-) -> list[list[tuple[dict[str, Any], Mark]]]:
-    """What the network detects on each picture, the best first: its entry in the results, and how it is drawn."""
-    found: list[list[tuple[dict[str, Any], Mark]]] = [[] for _ in batch]
-    if not batch:
-        return found
-    pixels = [torch.from_numpy(np.array(picture.image)).permute(2, 0, 1) for picture in batch]
-    resized = torch.stack([images.resize(image, IMAGE_SIZE_PX) for image in pixels]).to(device)
-    deltas, logits = network.model(augment.normalise(augment.to_unit(resized)))
-    detections = detect(
-        deltas,
-        logits,
-        make_anchors(device),
-        score_threshold=score,
-        nms_iou=network.nms_iou,
-        max_detections=network.max_detections,
-    )
-    for index, box, label, certainty in zip(*(part.tolist() for part in detections), strict=True):
-        width, height = batch[index].image.size
-        left, right = (min(max(side, 0.0), 1.0) * width for side in box[::2])
-        top, bottom = (min(max(side, 0.0), 1.0) * height for side in box[1::2])
-        if right <= left or bottom <= top:
-            continue  # wholly outside
-        category = network.categories[label - 1]
-        entry = {
-            "category_id": category.id,
-            "name": category.name,
-            "score": round(certainty, 5),
-            "bbox": [round(number, 2) for number in (left, top, right - left, bottom - top)],
-        }
-        found[index].append((entry, Mark((left, top, right, bottom), label, f"{category.name} {certainty:.2f}")))
-    return found
+    @torch.inference_mode()
+    def __call__(self, pixels: Sequence[Tensor]) -> list[Seen]:
+        """What is seen on each of some images (3, H, W) uint8 RGB, on the CPU."""
+        resized = torch.stack([images.resize(image, IMAGE_SIZE_PX) for image in pixels]).to(self.device)
+        deltas, logits = self.network.model(augment.normalise(augment.to_unit(resized)))
+        detections = detect(
+            deltas,
+            logits,
+            make_anchors(self.device),
+            score_threshold=self.score,
+            nms_iou=self.network.nms_iou,
+            max_detections=self.network.max_detections,
+        )
+        of_image, boxes, labels, scores = (part.cpu().numpy() for part in detections)
+        sizes_whwh = [image.shape[:0:-1] * 2 for image in pixels]
+        return [
+            Seen(boxes[rows] * np.array(size), scores[rows], labels[rows])
+            for rows, size in zip((of_image == index for index in range(len(pixels))), sizes_whwh, strict=True)
+        ]
 
 
 if __name__ == "__main__":

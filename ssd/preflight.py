@@ -12,7 +12,9 @@ IMAGE_BYTES = 3 * 300 * 300
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network)
+    checks = preflight.Checks(
+        load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers
+    )
     return preflight.main(argv, checks)
 
 
@@ -28,6 +30,14 @@ def network(path: Path, config: Config) -> str:
     found = weights.read(path)
     weights.check(found, weights.wanted(config), path)
     return f"{found.origin}; {found.network}"
+
+
+def layers(config: Config) -> str:
+    """The layers of the network of the settings."""
+    from detection import layers  # with torch, which only this needs
+    from ssd.model import make_model
+
+    return layers.describe(make_model, config)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
 
+from conftest import shared
 from detection import coco
 from detection.config import InputError
 
@@ -278,6 +280,44 @@ def test_run_lengths_become_upright_borders(folder: Path, compressed: bool) -> N
     down = [[1, 2], [1, 4]], [[2, 0], [2, 5]], [[3, 0], [3, 1]]
     up = [[2, 4], [2, 2]], [[3, 5], [3, 0]], [[4, 1], [4, 0]]
     assert sorted(found) == sorted([list(line) for line in (*down, *up)])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_mask_of_run_lengths_is_given_back(folder: Path, compressed: bool) -> None:
+    data = content()
+    data["images"][1].update(width=4, height=5)
+    mask = {"size": [5, 4], "counts": [1, 2, 4, 9, 1, 1, 2]}
+    whole = mask_api.frPyObjects(mask, 5, 4)
+    if compressed:
+        mask["counts"] = whole["counts"].decode()
+    data["annotations"].append(annotation(4, image_id=10, bbox=[0, 0, 4, 5], segmentation=mask))
+    (found,) = read(folder, data, segmentations=True).masks(1)
+    assert found == {"size": [5, 4], "counts": whole["counts"].decode()}
+
+
+def check_masks(annotation_file: Path, image_folder: Path) -> None:
+    """Hold the masks of all boxes against those of pycocotools."""
+    split = coco.read(annotation_file, image_folder, allow_missing=True, segmentations=True)
+    official = COCO(str(annotation_file))
+    seen = 0
+    for index, image_id in enumerate(split.image_ids.tolist()):
+        rows = [row for row in official.imgToAnns[image_id] if min(row["bbox"][2:]) > 0]
+        for mask, row in zip(split.masks(index), rows, strict=True):
+            assert (mask is None) == row["iscrowd"]
+            if mask:
+                seen += 1
+                assert mask["counts"] == official.annToRLE(row)["counts"].decode()
+    assert seen > 10
+
+
+def test_masks_are_those_of_pycocotools(tiny_toy: Path) -> None:
+    check_masks(*coco.layout(tiny_toy, "val", segmentations=True))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_of_photos_are_those_of_pycocotools(split: Literal["train", "val"]) -> None:
+    check_masks(*coco.layout(shared("data/coco-tiny"), split, segmentations=True))
 
 
 def test_crowds_are_left_out_on_request_and_have_no_outline(folder: Path) -> None:

@@ -124,6 +124,53 @@ def test_the_pictures_show_truth_and_detections_beside_each_other(run, tiny_toy,
         assert max(sheet.height, (sheet.width - showcase.GAP_PX) // 2) <= showcase.SIDE_PX
 
 
+@pytest.fixture
+def mask_run(run, tiny_toy) -> Path:
+    """The same of a network with masks, each of which is what the truth says."""
+    split = coco.read(*coco.layout(tiny_toy, "val"), segmentations=True)
+    rows = json.loads((run / "detections.json").read_text())
+    (run / "detections.json").rename(run / "bbox.json")
+    masks = [row | {"segmentation": mask} for row, mask in zip(rows, split.masks(0), strict=True)]
+    (run / "segm.json").write_text(json.dumps(masks))
+    return run
+
+
+def best_of(run: Path) -> np.ndarray:
+    """The picture of the image whose objects were all found."""
+    (best,) = (row for row in json.loads((run / "pictures.json").read_text()) if row["caption"].startswith("best"))
+    with Image.open(run / "pictures" / best["file"]) as sheet:
+        return np.asarray(sheet, dtype=int)
+
+
+def test_masks_are_drawn_on_both_sides(mask_run, tiny_toy):
+    showcase.make(mask_run)
+    with_masks = best_of(mask_run)
+    (mask_run / "bbox.json").rename(mask_run / "detections.json")
+    (mask_run / "segm.json").unlink()
+    showcase.make(mask_run)
+    tinted = np.abs(with_masks - best_of(mask_run)).max(axis=2) > 30
+    half = (tinted.shape[1] - showcase.GAP_PX) // 2
+    left, right = tinted[:, :half], tinted[:, half + showcase.GAP_PX :]
+    split = coco.read(*coco.layout(tiny_toy, "val"), segmentations=True)
+    inside = np.any([coco.bitmap(mask) for mask in split.masks(0) if mask], axis=0)
+    for side in (left, right):
+        assert 0.5 * inside.mean() < side.mean() < 1.1 * inside.mean()
+    assert (left & right).sum() > 0.8 * left.sum()  # where texts do not cover it
+
+
+def test_a_mask_stays_with_its_box_when_they_are_ordered():
+    box = [0.0, 0, 9, 9]
+    rows = [detection(10, box, 3, score) | {"segmentation": f"of {score}"} for score in (0.2, 0.4, 0.9)]
+    (judged,) = showcase.judge(split_of([(box, 1, False)]), rows, 0.3)
+    assert judged.masks == ["of 0.9", "of 0.4"]
+
+
+def test_boxes_and_masks_that_are_not_of_one_run_are_refused(mask_run, capsys):
+    (mask_run / "bbox.json").write_text("[]")
+    assert showcase.main([str(mask_run)]) == 2
+    assert "bbox.json has 0 detections and segm.json" in capsys.readouterr().err
+
+
 def test_a_second_time_leaves_no_picture_of_the_first(run):
     showcase.make(run)
     (run / "pictures" / "11_old.jpg").write_bytes(b"")

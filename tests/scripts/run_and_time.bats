@@ -143,6 +143,16 @@ run_and_time() {
   [ "$(grep --count detection.launch "$calls")" -eq 0 ]
 }
 
+@test "--describe lists the layers once, of several experiments too, and launches nothing" {
+  NEXP=3 run_and_time --describe --trunk resnet50
+  [ "$status" -eq 0 ]
+  [[ $output != *STARTING* ]]
+  [ "$(grep --count python "$calls")" -eq 1 ]
+  grep -qF -- "-m ssd.preflight --describe --trunk resnet50 [" "$calls"
+  PREFLIGHT=2 run_and_time --describe --typo
+  [ "$status" -eq 2 ]
+}
+
 @test "--help says how to call it and launches nothing" {
   run_and_time --help
   [ "$status" -eq 0 ]
