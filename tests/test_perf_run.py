@@ -34,6 +34,9 @@ TINY = Scale(
     eval_images_plain=2,
     epoch_images=2,
     epoch_images_plain=2,
+    maskrcnn_batch_size=1,
+    maskrcnn_image_px=(64, 96),
+    maskrcnn_eval_images=2,
     read_images=(32, 128),
     data_sizes=(10,),
     compiled=False,
@@ -160,6 +163,8 @@ ENOUGH = {
     "detection_early_scores": 9.5,
     "metric": 120.0,
     "end_to_end": 4.0,
+    "maskrcnn_step": 1.1,
+    "maskrcnn_evaluation": 3.1,
 }
 
 
