@@ -8,8 +8,8 @@ B images, A anchors, D detections of an image, S side of a mask (28).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import NamedTuple
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from perf.timing import Side
 
 DETECTIONS_PER_IMAGE = 100
 PASTED_IMAGES = 4
-SLOW_ROUNDS = 3  # samples of what takes many seconds
+SLOW_ROUNDS = 3
 
 # Of the regions of an image that are trained at most 512, those with an object at most 128: half of those, as in the
 # midst of training.
@@ -77,7 +77,7 @@ def time_step(bench: Bench) -> Iterator[Result]:
             work=count(ours.run, ours.images),
             limits=bench.limits(precision_name=name),
             requirement="maskrcnn step" if is_usual else "",
-            rounds=None if is_usual else SLOW_ROUNDS,
+            rounds=None if is_usual else few(bench),
         )
     for choice in ("off", "on") if bench.scale.compiled and compiles("auto", bench.device) else ("off",):
         yield from reference_step(bench, choice)
@@ -86,32 +86,34 @@ def time_step(bench: Bench) -> Iterator[Result]:
 def reference_step(bench: Bench, compile: str) -> Iterator[Result]:
     """The step with the reference's settings, as a run makes it; nothing where it cannot be compiled."""
     config = configured(bench, "--compile", compile)
-    step = Side(f"the reference's settings, {shape(bench)}", our_step(bench, config), config.batch_size)
-    work = count(our_step(bench, replace(config, compile="off")), config.batch_size)
+    run = our_step(bench, config, torchvisions(bench, config))
+    step = Side(f"the reference's settings, {bench.precision.name}, {shape(bench)}", run, config.batch_size)
     if compile == "on":
         step = step._replace(variant=f"{step.variant}, compiled")
         first = first_step("maskrcnn_step", step, bench.device)
         if not first:
             return
         yield first
-    yield from bench.compare("maskrcnn_step", step, unit="img/s", work=work, rounds=SLOW_ROUNDS)
+    work = None if compile == "on" else count(run, config.batch_size)
+    yield from bench.compare("maskrcnn_step", step, unit="img/s", work=work, rounds=few(bench))
 
 
 def step_sides(bench: Bench, config: Config) -> Sides:
     """The step of the settings, and torchvision's on the same images from the same weights; both give five losses."""
     size = config.batch_size
     theirs = torchvisions(bench, config)
+    run = our_step(bench, config, theirs)
     step = baseline.make_step(theirs.to(bench.device), baseline.to_target(ready_batch(bench)))
     return Sides(
-        Side(f"{config.precision}, channels last, {shape(bench)}", our_step(bench, config), size),
+        Side(f"{config.precision}, channels last, {shape(bench)}", run, size),
         (plain_side(bench, f"torchvision's, float32, channels first, {shape(bench)}", step, size),),
     )
 
 
-def our_step(bench: Bench, config: Config) -> Callable[[], object]:
-    """The run's own step on a batch on the device."""
-    model = ours_of(bench, config)
-    benchmark = make_benchmark(config, bench.ranks, bench.seed, model, Evaluation(config, bench.ranks, detect))
+def our_step(bench: Bench, config: Config, theirs: nn.Module) -> Callable[[], object]:
+    """The run's own step on a batch on the device, from the weights of torchvision's model."""
+    evaluation = Evaluation(config, bench.ranks, detect)
+    benchmark = make_benchmark(config, bench.ranks, bench.seed, ours_like(theirs, config), evaluation)
     state = engine.build(benchmark, config, bench.ranks)
     share = Share(ready_batch(bench), config.batch_size, 1 / config.batch_size)
 
@@ -131,9 +133,10 @@ def trunk_sides(bench: Bench, config: Config) -> Sides:
     """The trunk, torchvision's, and torchvision's in our precision and layout; each gives P2 to P6."""
     batch = ready_batch(bench)
     pixels = torch.randn(batch.images.shape, device=bench.device)
-    ours = ours_of(bench, config).backbone.to(bench.device, memory_format=torch.channels_last)
-    theirs, tuned = (torchvisions(bench, config).backbone.to(bench.device).train() for _ in range(2))
-    tuned = tuned.to(memory_format=torch.channels_last)
+    model = torchvisions(bench, config)
+    ours = ours_like(model, config).backbone.to(bench.device).to(memory_format=torch.channels_last)
+    theirs = model.backbone.to(bench.device)
+    tuned = deepcopy(theirs).to(memory_format=torch.channels_last)
 
     def features(trunk: nn.Module, images: Tensor) -> list[Tensor]:
         trunk.zero_grad()
@@ -167,7 +170,8 @@ def align_sides(bench: Bench, cells: int, per_image: int) -> Sides:
     """Regions of cells × cells cut out of P2 to P5; each gives them, and the gradient of the finest level."""
     batch = ready_batch(bench)
     size, (height, width) = len(batch.images), batch.images.shape[2:]
-    of_image = [jittered(boxes[labels > 0], per_image) for boxes, labels in zip(batch[2], batch[3], strict=True)]
+    truth = zip(batch.boxes_xyxy, batch.labels, strict=True)
+    of_image = [jittered(boxes[labels > 0], per_image) for boxes, labels in truth]
     boxes = torch.cat(of_image)
     numbers = torch.arange(size, device=bench.device).repeat_interleave(per_image)
     plain = [torch.randn(size, NUM_CHANNELS, height // s, width // s, device=bench.device) for s in POOLED_STRIDES_PX]
@@ -230,7 +234,7 @@ def proposal_sides(bench: Bench) -> Sides:
         per_batch=False,
         legacy=False,
     )
-    network = torchvisions(bench, config).rpn.train()
+    network = torchvisions(bench, config).rpn
     maps = [torch.empty(1, 0, -(-height // s), -(-width // s), device=bench.device) for s in STRIDES_PX]
     counts = [3 * level.shape[2] * level.shape[3] for level in maps]
     as_list = ImageList(batch.images, [tuple(hw) for hw in batch.sizes_hw.tolist()])
@@ -306,21 +310,18 @@ def mask_head_sides(bench: Bench) -> Sides:
 
 def time_paste(bench: Bench) -> Iterator[Result]:
     """Mask R-CNN's masks onto their images as run lengths, 100 an image, beside torchvision's and pycocotools'."""
-    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed))
+    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed), bench.device)
     yield from bench.compare("maskrcnn_paste", ours, *bench.plain(plain))
 
 
-def paste_sides(scenes: list[Scene]) -> Sides:
+def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
     """Masks of made-up detections to run lengths; each gives those of every image."""
 
     def ours() -> list[list[coco.CompressedMask]]:
         return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
 
     def torchvision() -> list[list[coco.CompressedMask]]:
-        return [
-            baseline.paste(torch.from_numpy(scene.masks), torch.from_numpy(scene.boxes_xyxy), scene.size_hw)
-            for scene in scenes
-        ]
+        return [baseline.paste_scene(scene, device) for scene in scenes]
 
     return Sides(
         Side(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
@@ -336,7 +337,7 @@ def time_evaluation(bench: Bench) -> Iterator[Result]:
         ours,
         *bench.plain(plain),
         requirement="maskrcnn evaluation",
-        rounds=min(bench.scale.rounds, SLOW_ROUNDS),
+        rounds=few(bench),
         warm=False,
     )
 
@@ -353,7 +354,13 @@ def evaluation_sides(bench: Bench) -> Sides:
     what = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
     return Sides(
         Side(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
-        (Side(f"torchvision's paste, pycocotools, {what}", lambda: baseline.evaluate(scenes, official), len(scenes)),),
+        (
+            Side(
+                f"torchvision's paste, pycocotools, {what}",
+                lambda: baseline.evaluate(scenes, official, bench.device),
+                len(scenes),
+            ),
+        ),
     )
 
 
@@ -452,16 +459,16 @@ def configured(bench: Bench, *flags: str) -> Config:
     return load([*(str(word) for pair in known.items() for word in pair), *flags], {}).config
 
 
-def torchvisions(bench: Bench, config: Config) -> baseline.MaskRCNN:
-    """torchvision's model: of one seed always the same."""
+def torchvisions(bench: Bench, config: Config) -> Any:
+    """torchvision's model in training, of one seed always the same."""
     torch.manual_seed(bench.seed)
-    return baseline.make_model(config)
+    return baseline.make_model(config).train()
 
 
-def ours_of(bench: Bench, config: Config) -> MaskRCNN:
-    """Our model with torchvision's weights, in training."""
+def ours_like(theirs: nn.Module, config: Config) -> MaskRCNN:
+    """Our model in training, with the weights of torchvision's."""
     model = make_model(config)
-    model.load_state_dict(model.state_dict() | from_torchvision(torchvisions(bench, config).state_dict()))
+    model.load_state_dict(model.state_dict() | from_torchvision(theirs.state_dict()))
     model.train()
     freeze_batch_norm(model)
     return model
@@ -476,6 +483,11 @@ def ready_batch(bench: Bench) -> Batch:
     batch = images.__getitems__([(1, index) for index in wide.tolist()])
     assert isinstance(batch, Batch)  # drawn here, so that each can be read
     return move(batch, bench.device)
+
+
+def few(bench: Bench) -> int:
+    """Samples of what takes many seconds, or answers no requirement."""
+    return min(bench.scale.rounds, SLOW_ROUNDS)
 
 
 def masked_truth(bench: Bench, num_images: int) -> Split:

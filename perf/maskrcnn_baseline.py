@@ -104,8 +104,7 @@ def to_target(batch: Batch) -> Target:
 
 
 def make_step(model: nn.Module, target: Target) -> Callable[[], Tensor]:
-    """A training step on the device, as a function that gives the five losses (5,), in the order of `LOSSES`."""
-    model.train()
+    """A step of a model in training, on the device: a function that gives the losses (5,) in the order of `LOSSES`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
@@ -121,19 +120,24 @@ def make_step(model: nn.Module, target: Target) -> Callable[[], Tensor]:
 
 def paste(probabilities: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> list[CompressedMask]:
     """Lay masks (D, S, S) onto their image, each as COCO's compressed run lengths; boxes_xyxy: (D, 4) pixels."""
-    whole = (paste_masks_in_image(probabilities[:, None], boxes_xyxy, size_hw) > 0.5).numpy()
+    whole = (paste_masks_in_image(probabilities[:, None], boxes_xyxy, size_hw) > 0.5).cpu().numpy()
     encoded = [mask_api.encode(np.array(mask[0, :, :, None], dtype=np.uint8, order="F"))[0] for mask in whole]
     return [{"size": list(size_hw), "counts": rle["counts"].decode()} for rle in encoded]
 
 
-def evaluate(scenes: Sequence[Scene], metric: MaskMetric) -> dict[str, float]:
-    """COCO's figures of the detections of many images, for boxes and for masks."""
-    return both(metric, together([found(scene) for scene in scenes]))
+def paste_scene(scene: Scene, device: torch.device) -> list[CompressedMask]:
+    """The same of made-up detections."""
+    return paste(*(torch.from_numpy(part).to(device) for part in (scene.masks, scene.boxes_xyxy)), scene.size_hw)
 
 
-def found(scene: Scene) -> Found:
+def evaluate(scenes: Sequence[Scene], metric: MaskMetric, device: torch.device) -> dict[str, float]:
+    """COCO's figures of the detections of many images, for boxes and for masks, which are laid on by the device."""
+    return both(metric, together([found(scene, device) for scene in scenes]))
+
+
+def found(scene: Scene, device: torch.device) -> Found:
     """The detections of an image as the metric takes them."""
     low, high = np.split(scene.boxes_xyxy.astype(np.float64), 2, axis=1)
     ids = np.full(len(low), scene.image_id)
     rows = np.column_stack([ids, low, high - low, scene.scores, scene.category_ids])
-    return Found(rows, paste(torch.from_numpy(scene.masks), torch.from_numpy(scene.boxes_xyxy), scene.size_hw))
+    return Found(rows, paste_scene(scene, device))
