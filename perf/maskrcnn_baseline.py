@@ -127,7 +127,8 @@ def paste(probabilities: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -
 
 def paste_scene(scene: Scene, device: torch.device) -> list[CompressedMask]:
     """The same of made-up detections."""
-    return paste(*(torch.from_numpy(part).to(device) for part in (scene.masks, scene.boxes_xyxy)), scene.size_hw)
+    probabilities, boxes_xyxy = (torch.from_numpy(part).to(device) for part in (scene.masks, scene.boxes_xyxy))
+    return paste(probabilities, boxes_xyxy, scene.size_hw)
 
 
 def evaluate(scenes: Sequence[Scene], metric: MaskMetric, device: torch.device) -> dict[str, float]:
