@@ -38,10 +38,11 @@ class Scale:
     compared. workers: numbers of them that are compared. input_images: per worker, in a sample of the input.
     predictions: images of a call of detection. metric_images: each a comparison; full_metric_rounds: samples on
     COCO's 5,000. eval_images: evaluated, in batches of eval_batch_size, and eval_images_plain the plain way.
-    epoch_images: trained on from end to end, and epoch_images_plain the plain way. read_images: after how many the
-    memory of a worker is read, and after how many again. data_sizes: images of data sets that are compared.
-    compiled: whether compiled steps are measured. traced_steps: of an epoch, for --profile. matrix_side, copy_bytes:
-    what the limits are measured with.
+    epoch_images: trained on from end to end, and epoch_images_plain the plain way. maskrcnn_batch_size: of Mask R-CNN's
+    training, with images of maskrcnn_image_px: the short side, and the long one at most. maskrcnn_eval_images: whose
+    detections are evaluated. read_images: after how many the memory of a worker is read, and after how many again.
+    data_sizes: images of data sets that are compared. compiled: whether compiled steps are measured. traced_steps: of
+    an epoch, for --profile. matrix_side, copy_bytes: what the limits are measured with.
     """
 
     rounds: int
@@ -60,6 +61,9 @@ class Scale:
     eval_images_plain: int
     epoch_images: int
     epoch_images_plain: int
+    maskrcnn_batch_size: int
+    maskrcnn_image_px: tuple[int, int]
+    maskrcnn_eval_images: int
     read_images: tuple[int, int]
     data_sizes: tuple[int, ...]
     compiled: bool
@@ -92,6 +96,9 @@ def whole(on_cpu: bool) -> Scale:
         eval_images_plain=32 if on_cpu else 256,
         epoch_images=64 if on_cpu else 228 * 80,
         epoch_images_plain=32 if on_cpu else 228 * 8,
+        maskrcnn_batch_size=2 if on_cpu else 4,
+        maskrcnn_image_px=(320, 533) if on_cpu else (800, 1333),
+        maskrcnn_eval_images=500,
         read_images=(1000, 10_000),
         data_sizes=(100, 1000, 10_000),
         compiled=True,
@@ -115,6 +122,9 @@ def quick(on_cpu: bool) -> Scale:
         full_metric_rounds=1,
         epoch_images=32 if on_cpu else 228 * 40,
         epoch_images_plain=16 if on_cpu else 228 * 4,
+        maskrcnn_batch_size=1 if on_cpu else 4,
+        maskrcnn_image_px=(256, 426) if on_cpu else (800, 1333),
+        maskrcnn_eval_images=50,
         compiled=not on_cpu,
     )
 
@@ -181,6 +191,12 @@ class Bench:
     def photos(self) -> Photos:
         """The real photos, or else the made-up ones."""
         return self.sources[-1]
+
+    def outlined(self) -> coco.Split:
+        """The made-up photos with the outlines of what is on them, as Mask R-CNN trains on."""
+        folder = self.scratch / "drawn"
+        make_up(folder, self.scale.photos, self.seed)
+        return coco.read(*coco.layout(folder, "train"), segmentations=True).without_crowds().with_boxes()
 
     def truth(self, num_images: int) -> coco.Split:
         """Boxes of as many images, without their pictures."""

@@ -183,15 +183,23 @@ def step_of(bench: Bench, size: int, **settings: str) -> Iterator[Result]:
     step = Side(f"all of it, {config.precision}, batch {size}", whole_step(bench, config), size)
     if config.compile == "on":
         step = step._replace(variant=f"{step.variant}, compiled")
-        try:
-            first_s = seconds(step, 1, bench.device)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"no compiled step: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        first = first_step("step", step, bench.device)
+        if not first:
             return
-        yield Result("step", "compiling it, and the first step", "s", spread([first_s]))
+        yield first
     work = count_network(SSD300, precision(config.precision, bench.device).dtype, backward=True, batch_size=size)
     limits = bench.limits(precision_name=config.precision)
     yield from bench.compare("step", step, unit="img/s", work=work, limits=limits)
+
+
+def first_step(part: str, step: Side, device: torch.device) -> Result | None:
+    """What compiling a step takes; None, and a line that says so, where that is not possible."""
+    try:
+        first_s = seconds(step, 1, device)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"no compiled step: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return None
+    return Result(part, "compiling it, and the first step", "s", spread([first_s]))
 
 
 def plain_steps(bench: Bench, ready: baseline.Sample) -> Iterator[Side]:

@@ -89,13 +89,13 @@ def make_up(folder: Path, count: int, seed: int) -> Photos:
     return from_layout(folder, "made up", count)
 
 
-def make_up_truth(folder: Path, count: int, seed: int) -> coco.Split:
-    """Boxes of as many images, as COCO has them, in a new folder; their pictures are not drawn."""
+def make_up_truth(folder: Path, count: int, seed: int, *, segmentations: bool = False) -> coco.Split:
+    """Boxes of as many images, as COCO has them, in a new folder, with outlines where asked; no picture is drawn."""
     rehearsal.draw(folder, rehearsal.Drawing(images=count, seed=seed), pictures=False)
     annotation_file, image_folder = coco.layout(folder, "train")
     for image in json.loads(annotation_file.read_text())["images"]:
         (image_folder / image["file_name"]).touch()
-    return coco.read(annotation_file, image_folder)
+    return coco.read(annotation_file, image_folder, segmentations=segmentations)
 
 
 def open_photos(folder: Path, limit: int) -> Photos:

@@ -25,7 +25,7 @@ import torch
 
 from detection.config import InputError
 from detection.device import choose, describe, tune
-from perf import evaluation, input, network, table, training
+from perf import evaluation, input, maskrcnn, network, table, training
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine
 from perf.photos import open_photos
@@ -46,6 +46,13 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "evaluate": evaluation.time_evaluate,
     "end-to-end": training.time_end_to_end,
     "scaling": training.time_scaling,
+    "maskrcnn_step": maskrcnn.time_step,
+    "maskrcnn_trunk": maskrcnn.time_trunk,
+    "maskrcnn_align": maskrcnn.time_align,
+    "maskrcnn_proposals": maskrcnn.time_proposals,
+    "maskrcnn_mask_head": maskrcnn.time_mask_head,
+    "maskrcnn_paste": maskrcnn.time_paste,
+    "maskrcnn_evaluation": maskrcnn.time_evaluation,
 }
 
 
@@ -54,7 +61,7 @@ def main(argv: list[str], scale: Scale | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.list:
-            print("\n".join(f"{name:<12}{first_line(part)}" for name, part in PARTS.items()))
+            print("\n".join(f"{name:<21}{first_line(part)}" for name, part in PARTS.items()))
             return 0
         if arguments.compare:
             first, second = (table.read(path)["results"] for path in arguments.compare)
@@ -98,7 +105,7 @@ def open_bench(arguments: argparse.Namespace, scale: Scale | None, scratch: Path
     if arguments.batch_size is not None:
         if arguments.batch_size < 1:
             raise InputError(f"--batch-size {arguments.batch_size}: should be at least 1")
-        chosen = replace(chosen, batch_size=arguments.batch_size)
+        chosen = replace(chosen, batch_size=arguments.batch_size, maskrcnn_batch_size=arguments.batch_size)
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: should be at least 0")
     if arguments.check and arguments.no_baseline:

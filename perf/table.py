@@ -51,6 +51,8 @@ REQUIREMENTS = (
     Requirement("detection, early scores", "detect", on_cpu=True, least=9),
     Requirement("metric", "metric", on_cpu=True, least=100),
     Requirement("end to end", "end-to-end", on_cpu=True, least=4),
+    Requirement("maskrcnn step", "maskrcnn_step", on_cpu=True, least=1),
+    Requirement("maskrcnn evaluation", "maskrcnn_evaluation", on_cpu=True, least=3),
     Requirement("end to end rate", "end-to-end", on_cpu=False, least=4000),
 )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detection.config import InputError
-from perf import table
+from perf import maskrcnn, table
 from perf.bench import Result, Scale, quick, whole
 from perf.limits import count_network
 from perf.run import PARTS, main
@@ -17,6 +17,7 @@ from ssd.model import SSD300
 from test_perf_baseline import Trunk
 
 CPU = torch.device("cpu")
+configured = maskrcnn.configured
 TINY = Scale(
     rounds=1,
     limit_s=0,
@@ -34,6 +35,9 @@ TINY = Scale(
     eval_images_plain=2,
     epoch_images=2,
     epoch_images_plain=2,
+    maskrcnn_batch_size=1,
+    maskrcnn_image_px=(64, 96),
+    maskrcnn_eval_images=2,
     read_images=(32, 128),
     data_sizes=(10,),
     compiled=False,
@@ -52,6 +56,10 @@ def measured(tmp_path_factory, tiny_toy):
         patch.setattr("ssd.model.Backbone", Trunk)
         patch.setattr("perf.baseline.Backbone", Trunk)
         patch.setattr("perf.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
+        for name in ("BOX_REGIONS", "MASK_REGIONS", "DETECTIONS_PER_IMAGE"):
+            patch.setattr(f"perf.maskrcnn.{name}", 4)
+        less = ("--trunk", "resnet18", "--box-samples", "16")
+        patch.setattr(maskrcnn, "configured", lambda bench, *flags: configured(bench, *flags, *less))
         assert main(argv, TINY) == 0
     by_part = {}
     for result in read(file)["results"]:
@@ -62,7 +70,8 @@ def measured(tmp_path_factory, tiny_toy):
 def test_every_part_is_measured_beside_the_plain_way(measured):
     by_part, _ = measured
     assert list(by_part) == list(PARTS)
-    for part in ("decode", "resize", "jitter", "encode", "input", "forward", "loss", "step", "detect", "metric"):
+    plain = {"decode", "resize", "jitter", "encode", "input", "forward", "loss", "step", "detect", "metric"}
+    for part in plain | {name for name in PARTS if name.startswith("maskrcnn")}:
         assert any(result.beside and result.times.median > 0 for result in by_part[part])
     for part in ("evaluate", "end-to-end"):
         assert sum(result.beside for result in by_part[part]) >= 2
@@ -88,7 +97,8 @@ def test_every_requirement_has_a_result_that_answers_it(measured):
 
 def test_limits_are_given_for_what_is_bound_by_them(measured):
     by_part, file = measured
-    for part in ("jitter", "encode", "forward", "loss", "step", "end-to-end"):
+    counted = ("jitter", "encode", "forward", "loss", "step", "end-to-end")
+    for part in (*counted, "maskrcnn_step", "maskrcnn_trunk", "maskrcnn_mask_head"):
         ours = next(result for result in by_part[part] if not result.beside)
         better = max if ours.unit.endswith("/s") else min
         assert ours.bytes > 0
@@ -160,6 +170,8 @@ ENOUGH = {
     "detection_early_scores": 9.5,
     "metric": 120.0,
     "end_to_end": 4.0,
+    "maskrcnn_step": 1.1,
+    "maskrcnn_evaluation": 3.1,
 }
 
 

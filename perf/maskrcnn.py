@@ -1,0 +1,500 @@
+"""Mask R-CNN: its training step and the parts of it, and its evaluation, each beside torchvision's.
+
+Ours runs with `--variant torchvision` where torchvision's runs beside it, so that both compute the same, from the same
+weights: the ratio is of speed alone. A network that nobody has trained finds fewer regions with an object than one in
+mid-training, so the step shows little of the mask head; `maskrcnn_mask_head` does.
+
+B images, A anchors, D detections of an image, S side of a mask (28).
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
+
+from detection import coco, engine, rehearsal
+from detection.coco import Split
+from detection.device import compiles
+from detection.engine import Share
+from detection.metric import MaskMetric
+from detection.optim import freeze_batch_norm
+from detection.prefetch import move
+from maskrcnn import box_coder, masks, rpn
+from maskrcnn.anchors import STRIDES_PX, make_anchors
+from maskrcnn.config import Config, load
+from maskrcnn.data import Batch, EvalBatch, MaskRCNNEvalData, TrainImages, is_wide
+from maskrcnn.detections import Detections
+from maskrcnn.evaluation import Evaluation
+from maskrcnn.heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, MaskHead
+from maskrcnn.model import POOLED_STRIDES_PX, MaskRCNN, make_model
+from maskrcnn.pooling import roi_align
+from maskrcnn.rpn import ProposalSettings
+from maskrcnn.train import detect, make_benchmark
+from maskrcnn.trunk import NUM_CHANNELS
+from maskrcnn.weights import from_torchvision
+from perf import maskrcnn_baseline as baseline
+from perf.bench import Bench, Result
+from perf.limits import count
+from perf.maskrcnn_baseline import Scene
+from perf.network import first_step, in_precision, plain_side
+from perf.photos import make_up_truth
+from perf.predictions import make_rows
+from perf.timing import Side
+
+DETECTIONS_PER_IMAGE = 100
+PASTED_IMAGES = 4
+SLOW_ROUNDS = 3
+
+# Of the regions of an image that are trained at most 512, those with an object at most 128: half of those, as in the
+# midst of training.
+BOX_REGIONS, MASK_REGIONS = 512, 64
+
+
+class Sides(NamedTuple):
+    """Ours, and what is beside it; a run gives what it has computed, so that both can be compared."""
+
+    ours: Side
+    plain: tuple[Side, ...]
+
+
+def time_step(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's training step, from pixels to updated weights, beside torchvision's."""
+    for name in dict.fromkeys((bench.precision.name, "fp32")):
+        ours, plain = step_sides(bench, configured(bench, "--variant", "torchvision", "--precision", name))
+        is_usual = name == bench.precision.name
+        yield from bench.compare(
+            "maskrcnn_step",
+            ours,
+            *bench.plain(plain),
+            unit="img/s",
+            work=count(ours.run, ours.images),
+            limits=bench.limits(precision_name=name),
+            requirement="maskrcnn step" if is_usual else "",
+            rounds=None if is_usual else few(bench),
+        )
+    for choice in ("off", "on") if bench.scale.compiled and compiles("auto", bench.device) else ("off",):
+        yield from reference_step(bench, choice)
+
+
+def reference_step(bench: Bench, compile: str) -> Iterator[Result]:
+    """The step with the reference's settings, as a run makes it; nothing where it cannot be compiled."""
+    config = configured(bench, "--compile", compile)
+    run = our_step(bench, config, torchvisions(bench, config))
+    step = Side(f"the reference's settings, {bench.precision.name}, {shape(bench)}", run, config.batch_size)
+    if compile == "on":
+        step = step._replace(variant=f"{step.variant}, compiled")
+        first = first_step("maskrcnn_step", step, bench.device)
+        if not first:
+            return
+        yield first
+    work = None if compile == "on" else count(run, config.batch_size)
+    yield from bench.compare("maskrcnn_step", step, unit="img/s", work=work, rounds=few(bench))
+
+
+def step_sides(bench: Bench, config: Config) -> Sides:
+    """The step of the settings, and torchvision's on the same images from the same weights; both give five losses."""
+    size = config.batch_size
+    theirs = torchvisions(bench, config)
+    run = our_step(bench, config, theirs)
+    step = baseline.make_step(theirs.to(bench.device), baseline.to_target(ready_batch(bench)))
+    return Sides(
+        Side(f"{config.precision}, channels last, {shape(bench)}", run, size),
+        (plain_side(bench, f"torchvision's, float32, channels first, {shape(bench)}", step, size),),
+    )
+
+
+def our_step(bench: Bench, config: Config, theirs: nn.Module) -> Callable[[], object]:
+    """The run's own step on a batch on the device, from the weights of torchvision's model."""
+    evaluation = Evaluation(config, bench.ranks, detect)
+    benchmark = make_benchmark(config, bench.ranks, bench.seed, ours_like(theirs, config), evaluation)
+    state = engine.build(benchmark, config, bench.ranks)
+    share = Share(ready_batch(bench), config.batch_size, 1 / config.batch_size)
+
+    def step() -> Tensor:
+        return engine.train_step(state, share, baseline.LEARNING_RATE, benchmark, config, bench.ranks)
+
+    return in_precision(config.precision, bench, step)
+
+
+def time_trunk(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's ResNet and pyramid, forward and backward: frozen norms folded beside modules of their own."""
+    config = configured(bench, "--variant", "torchvision")
+    yield from compare(bench, "maskrcnn_trunk", trunk_sides(bench, config), counted=True)
+
+
+def trunk_sides(bench: Bench, config: Config) -> Sides:
+    """The trunk, torchvision's, and torchvision's in our precision and layout; each gives P2 to P6."""
+    batch = ready_batch(bench)
+    pixels = torch.randn(batch.images.shape, device=bench.device)
+    model = torchvisions(bench, config)
+    ours = ours_like(model, config).backbone.to(bench.device).to(memory_format=torch.channels_last)
+    theirs = model.backbone.to(bench.device)
+    tuned = deepcopy(theirs).to(memory_format=torch.channels_last)
+
+    def features(trunk: nn.Module, images: Tensor) -> list[Tensor]:
+        trunk.zero_grad()
+        levels = trunk(images)
+        levels = list(levels.values()) if isinstance(levels, dict) else levels
+        sum(level.float().sum() for level in levels).backward()
+        return [level.detach() for level in levels]
+
+    last = pixels.contiguous(memory_format=torch.channels_last)
+    size, what = len(pixels), f"float32, channels first, {shape(bench)}"
+    return Sides(
+        Side(f"{bench.precision.name}, folded, {shape(bench)}", fast(bench, lambda: features(ours, last)), size),
+        (
+            plain_side(bench, f"torchvision's, {what}", lambda: features(theirs, pixels), size),
+            Side(
+                f"torchvision's, {bench.precision.name}, channels last",
+                fast(bench, lambda: features(tuned, last)),
+                size,
+            ),
+        ),
+    )
+
+
+def time_align(bench: Bench) -> Iterator[Result]:
+    """RoIAlign over Mask R-CNN's pyramid, forward and backward, beside torchvision's."""
+    for cells, regions in ((BOX_CELLS, BOX_REGIONS), (MASK_CELLS, MASK_REGIONS)):
+        yield from compare(bench, "maskrcnn_align", align_sides(bench, cells, regions))
+
+
+def align_sides(bench: Bench, cells: int, per_image: int) -> Sides:
+    """Regions of cells × cells cut out of P2 to P5; each gives them, and the gradient of the finest level."""
+    batch = ready_batch(bench)
+    size, (height, width) = len(batch.images), batch.images.shape[2:]
+    truth = zip(batch.boxes_xyxy, batch.labels, strict=True)
+    of_image = [jittered(boxes[labels > 0], per_image) for boxes, labels in truth]
+    boxes = torch.cat(of_image)
+    numbers = torch.arange(size, device=bench.device).repeat_interleave(per_image)
+    plain = [torch.randn(size, NUM_CHANNELS, height // s, width // s, device=bench.device) for s in POOLED_STRIDES_PX]
+    dtype = bench.precision.dtype or torch.float32
+    levels = [level.to(dtype, memory_format=torch.channels_last) for level in plain]
+    upstream = torch.randn(len(boxes), NUM_CHANNELS, cells, cells, device=bench.device)
+    pooler = MultiScaleRoIAlign([str(number) for number in range(len(plain))], cells, sampling_ratio=2)
+    for level in (*plain, *levels):
+        level.requires_grad_()
+
+    def ours() -> tuple[Tensor, Tensor]:
+        pooled = roi_align(levels, boxes, numbers, cells, strides_px=POOLED_STRIDES_PX, legacy=False)
+        return pooled.detach(), torch.autograd.grad(pooled, levels, upstream.to(dtype))[0]
+
+    def torchvision() -> tuple[Tensor, Tensor]:
+        named = {str(number): level for number, level in enumerate(plain)}
+        pooled = pooler(named, of_image, [(height, width)] * size)
+        return pooled.detach(), torch.autograd.grad(pooled, plain, upstream)[0]
+
+    what = f"{per_image} regions of {cells} × {cells} an image"
+    return Sides(
+        Side(f"{bench.precision.name}, {what}", in_precision(bench.precision.name, bench, ours), size),
+        (plain_side(bench, f"torchvision's, float32, {what}", torchvision, size),),
+    )
+
+
+def jittered(boxes_xyxy: Tensor, count: int) -> Tensor:
+    """As many regions (count, 4) around the boxes (G, 4)."""
+    rows = boxes_xyxy[torch.arange(count, device=boxes_xyxy.device) % len(boxes_xyxy)]
+    sides = (rows[:, 2:] - rows[:, :2]).repeat(1, 2)
+    moved = rows + 0.1 * sides * torch.rand(rows.shape, device=rows.device)
+    return torch.cat([moved[:, :2], moved[:, 2:].maximum(moved[:, :2] + 1)], dim=1)
+
+
+def time_proposals(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's region proposals of given answers of the network, beside torchvision's."""
+    yield from compare(bench, "maskrcnn_proposals", proposal_sides(bench))
+
+
+def proposal_sides(bench: Bench) -> Sides:
+    """Answers to proposals; each gives the boxes (P, 4) of the first image.
+
+    As of a trained network: anchors that overlap an object are likelier, and their boxes lean towards it.
+    """
+    config = configured(bench, "--variant", "torchvision")
+    batch = ready_batch(bench)
+    size, (height, width) = len(batch.images), batch.images.shape[2:]
+    anchors = make_anchors(height, width, bench.device, legacy=False)
+    overlap, index = box_coder.pairwise_iou(batch.boxes_xyxy, anchors, legacy=False).max(dim=1)  # (B, A)
+    nearest = batch.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)).maximum(anchors.new_tensor([0, 0, 1, 1]))
+    logits = 8 * overlap - 4 + torch.randn(overlap.shape, device=bench.device)
+    towards = box_coder.encode(nearest, anchors, box_coder.RPN_WEIGHTS, legacy=False)
+    deltas = torch.where(overlap[..., None] > 0.3, 0.8 * towards, 0.0) + 0.05 * torch.randn(
+        towards.shape, device=bench.device
+    )
+    settings = ProposalSettings(
+        before_nms=config.rpn_before_nms,
+        after_nms=config.rpn_after_nms,
+        nms_iou=config.rpn_nms_iou,
+        per_batch=False,
+        legacy=False,
+    )
+    network = torchvisions(bench, config).rpn
+    maps = [torch.empty(1, 0, -(-height // s), -(-width // s), device=bench.device) for s in STRIDES_PX]
+    counts = [3 * level.shape[2] * level.shape[3] for level in maps]
+    as_list = ImageList(batch.images, [tuple(hw) for hw in batch.sizes_hw.tolist()])
+
+    def ours() -> Tensor:
+        made = rpn.propose(logits, deltas, anchors, batch.images, batch.sizes_hw, settings)
+        return made.boxes_xyxy[0, made.is_proposal[0]]
+
+    @torch.no_grad()
+    def torchvision() -> Tensor:
+        on_images = network.anchor_generator(as_list, maps)
+        decoded = network.box_coder.decode(deltas.flatten(0, 1), on_images).view(size, -1, 4)
+        boxes: list[Tensor] = network.filter_proposals(decoded, logits, as_list.image_sizes, counts)[0]
+        return boxes[0]
+
+    return Sides(Side(f"by level, {shape(bench)}", ours, size), (Side("torchvision's", torchvision, size),))
+
+
+def time_mask_head(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's mask head and its loss, forward and backward: masks of one class beside those of all."""
+    yield from compare(bench, "maskrcnn_mask_head", mask_head_sides(bench), counted=True)
+
+
+def mask_head_sides(bench: Bench) -> Sides:
+    """Regions to the loss of their masks; each gives it, and the gradient of the first layer."""
+    config = configured(bench)
+    size, count_regions = config.batch_size, config.batch_size * MASK_REGIONS
+    regions = torch.randn(count_regions, NUM_CHANNELS, MASK_CELLS, MASK_CELLS, device=bench.device)
+    labels = torch.randint(1, config.num_classes, (count_regions,), device=bench.device)
+    wanted = torch.randint(0, 2, (count_regions, MASK_SIZE, MASK_SIZE), device=bench.device).float()
+    head, theirs, tuned = (MaskHead(config.num_classes).to(bench.device) for _ in range(3))
+    for other in (theirs, tuned):
+        other.load_state_dict(head.state_dict())
+    for fast_one in (head, tuned):
+        fast_one.to(memory_format=torch.channels_last)
+
+    def of_one_class(head: MaskHead, x: Tensor) -> Tensor:
+        return head(x, labels)
+
+    def of_all_classes(head: MaskHead, x: Tensor) -> Tensor:
+        logits: Tensor = head.predictor(head.features(x))
+        return logits[torch.arange(len(labels), device=labels.device), labels].float()
+
+    def trained(way: Callable[[MaskHead, Tensor], Tensor], head: MaskHead, x: Tensor) -> tuple[Tensor, Tensor]:
+        head.zero_grad()
+        x = x.detach().requires_grad_()
+        loss = F.binary_cross_entropy_with_logits(way(head, x), wanted)
+        loss.backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad
+
+    last = regions.contiguous(memory_format=torch.channels_last)
+    what = f"{MASK_REGIONS} regions an image"
+    return Sides(
+        Side(
+            f"{bench.precision.name}, one class, {what}", fast(bench, lambda: trained(of_one_class, head, last)), size
+        ),
+        (
+            plain_side(
+                bench,
+                "torchvision's, float32, channels first, all classes",
+                lambda: trained(of_all_classes, theirs, regions),
+                size,
+            ),
+            Side(
+                f"torchvision's, {bench.precision.name}, channels last, all classes",
+                fast(bench, lambda: trained(of_all_classes, tuned, last)),
+                size,
+            ),
+        ),
+    )
+
+
+def time_paste(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's masks onto their images as run lengths, 100 an image, beside torchvision's and pycocotools'."""
+    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed), bench.device)
+    yield from bench.compare("maskrcnn_paste", ours, *bench.plain(plain))
+
+
+def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
+    """Masks of made-up detections to run lengths; each gives those of every image."""
+
+    def ours() -> list[list[coco.CompressedMask]]:
+        return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
+
+    def torchvision() -> list[list[coco.CompressedMask]]:
+        return [baseline.paste_scene(scene, device) for scene in scenes]
+
+    return Sides(
+        Side(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
+        (Side("torchvision's, whole images", torchvision, len(scenes)),),
+    )
+
+
+def time_evaluation(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's evaluation from made-up detections, 100 an image, to COCO's figures, beside torchvision's."""
+    ours, plain = evaluation_sides(bench)
+    yield from bench.compare(
+        "maskrcnn_evaluation",
+        ours,
+        *bench.plain(plain),
+        requirement="maskrcnn evaluation",
+        rounds=few(bench),
+        warm=False,
+    )
+
+
+def evaluation_sides(bench: Bench) -> Sides:
+    """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
+    config = configured(bench)
+    truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
+    scenes = make_scenes(truth, bench.seed)
+    official = MaskMetric(truth.annotation_file)
+    data = MadeUpData(truth, scenes, config, bench.device)
+    evaluation = Evaluation(config, bench.ranks, data.answer)
+    no_network = nn.Identity()
+    what = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
+    return Sides(
+        Side(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
+        (
+            Side(
+                f"torchvision's paste, pycocotools, {what}",
+                lambda: baseline.evaluate(scenes, official, bench.device),
+                len(scenes),
+            ),
+        ),
+    )
+
+
+class MadeUpData(MaskRCNNEvalData):
+    """Evaluation data whose images nobody looks at, and the answers to them."""
+
+    def __init__(self, truth: Split, scenes: list[Scene], config: Config, device: torch.device):
+        self.val, self.eval_samples, self.categories = truth, len(truth), truth.categories
+        self.metric = MaskMetric(truth.annotation_file, config.metric)
+        label_of = {category.id: label for label, category in enumerate(truth.categories, 1)}
+        self.batches: list[EvalBatch] = []
+        self.answers: dict[int, Detections] = {}
+        for start in range(0, len(scenes), config.eval_batch_size):
+            together = scenes[start : start + config.eval_batch_size]
+            sizes_hw = torch.tensor([scene.size_hw for scene in together])
+            ids = torch.tensor([scene.image_id for scene in together])
+            self.batches.append(EvalBatch(torch.zeros(len(ids), 3, 1, 1, dtype=torch.uint8), sizes_hw, ids, sizes_hw))
+            labels = [[label_of[number] for number in scene.category_ids.tolist()] for scene in together]
+            boxes, scores, seen = (
+                torch.from_numpy(np.stack(parts))
+                for parts in zip(*((s.boxes_xyxy, s.scores, s.masks) for s in together), strict=True)
+            )
+            self.answers[together[0].image_id] = move(Detections(boxes, scores, torch.tensor(labels), seen), device)
+
+    def eval_batches(self) -> Iterator[EvalBatch]:
+        """All of them."""
+        return iter(self.batches)
+
+    def answer(self, model: nn.Module, batch: EvalBatch) -> Detections:
+        """What was made up for a batch, whatever the model."""
+        return self.answers[int(batch.image_ids[0])]
+
+
+def make_scenes(truth: Split, seed: int) -> list[Scene]:
+    """Detections of each image, a third around objects of the truth, with masks of blots that have lobes."""
+    rng = np.random.default_rng(seed)
+    rows = make_rows(truth, DETECTIONS_PER_IMAGE, seed).reshape(len(truth), DETECTIONS_PER_IMAGE, -1)
+    scenes = []
+    for image_id, (height, width), of_image in zip(truth.image_ids, truth.sizes_hw.tolist(), rows, strict=True):
+        low = of_image[:, 1:3].clip(0, (width - 2, height - 2))
+        high = np.minimum((of_image[:, 1:3] + of_image[:, 3:5]).clip(low + 1), (width, height))
+        scenes.append(
+            Scene(
+                image_id=int(image_id),
+                size_hw=(height, width),
+                boxes_xyxy=np.concatenate([low, high], axis=1).astype(np.float32),
+                scores=of_image[:, 5].astype(np.float32),
+                category_ids=of_image[:, 6].astype(np.int64),
+                masks=blots(DETECTIONS_PER_IMAGE, rng),
+            )
+        )
+    return scenes
+
+
+def blots(count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Masks (count, S, S) as a network gives them: sure within and without, and in doubt at a rim that has lobes."""
+    place = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE * 2 - 1
+    x, y = np.meshgrid(place, place)
+    turned, depth = rng.uniform(0, 2 * np.pi, (count, 1, 1)), rng.uniform(0, 0.3, (count, 1, 1))
+    rim = 0.95 - depth * (1 + np.sin(rng.integers(2, 7, (count, 1, 1)) * np.arctan2(y, x) + turned))
+    logits = 12 * (rim - np.hypot(x, y)) + rng.normal(0, 0.5, (count, MASK_SIZE, MASK_SIZE))
+    probabilities: NDArray[np.float32] = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    return probabilities
+
+
+def compare(bench: Bench, part: str, sides: Sides, *, counted: bool = False) -> Iterator[Result]:
+    """A part of the step beside torchvision's. counted: whether its operations are ones that can be."""
+    work = count(sides.ours.run, sides.ours.images) if counted else None
+    yield from bench.compare(part, sides.ours, *bench.plain(sides.plain), work=work)
+
+
+def fast(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
+    """A call in the precision of the bench, as the loop makes it."""
+
+    def within() -> object:
+        with bench.precision.autocast(bench.device):
+            return run()
+
+    return in_precision(bench.precision.name, bench, within)
+
+
+def configured(bench: Bench, *flags: str) -> Config:
+    """The settings of a run on this bench, of COCO's classes, not compiled."""
+    min_px, max_px = bench.scale.maskrcnn_image_px
+    known = {
+        "--device": bench.device,
+        "--precision": bench.precision.name,
+        "--seed": bench.seed,
+        "--batch-size": bench.scale.maskrcnn_batch_size,
+        "--num-workers": bench.num_workers,
+        "--num-classes": 1 + len(rehearsal.COCO),
+        "--min-image-size": min_px,
+        "--max-image-size": max_px,
+        "--compile": "off",
+    }
+    return load([*(str(word) for pair in known.items() for word in pair), *flags], {}).config
+
+
+def torchvisions(bench: Bench, config: Config) -> Any:
+    """torchvision's model in training, of one seed always the same."""
+    torch.manual_seed(bench.seed)
+    return baseline.make_model(config).train()
+
+
+def ours_like(theirs: nn.Module, config: Config) -> MaskRCNN:
+    """Our model in training, with the weights of torchvision's."""
+    model = make_model(config)
+    model.load_state_dict(model.state_dict() | from_torchvision(theirs.state_dict()))
+    model.train()
+    freeze_batch_norm(model)
+    return model
+
+
+def ready_batch(bench: Bench) -> Batch:
+    """Made-up photos with outlines, as a run gets them on the device, all of them wide."""
+    split = bench.outlined()
+    min_px, max_px = bench.scale.maskrcnn_image_px
+    images = TrainImages(split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False)
+    wide = np.resize(np.flatnonzero(is_wide(split.sizes_hw)), bench.scale.maskrcnn_batch_size)
+    batch = images.__getitems__([(1, index) for index in wide.tolist()])
+    assert isinstance(batch, Batch)  # drawn here, so that each can be read
+    return move(batch, bench.device)
+
+
+def few(bench: Bench) -> int:
+    """Samples of what takes many seconds, or answers no requirement."""
+    return min(bench.scale.rounds, SLOW_ROUNDS)
+
+
+def masked_truth(bench: Bench, num_images: int) -> Split:
+    """Outlines of as many images, without their pictures."""
+    return make_up_truth(bench.scratch / f"outlines_{num_images}", num_images, bench.seed, segmentations=True)
+
+
+def shape(bench: Bench) -> str:
+    """How many images, and how large their short sides are."""
+    return f"batch {bench.scale.maskrcnn_batch_size}, {bench.scale.maskrcnn_image_px[0]} px"
