@@ -32,8 +32,9 @@ class Batch(NamedTuple):
     """One rank's share of a global batch of training images; a mirrored image comes with all of it mirrored.
 
     images: (B, 3, H, W) uint8, zeros right of the image and below it, channels last. sizes_hw: (B, 2) pixels of the
-    resized image within. boxes_xyxy: (B, G, 4) and edges: (B, G, E, 4), as in `masks.edges_of`, in pixels of the
-    resized image. labels: (B, G), 0 is padding. seeds: (B,) of 31 bits, of what is drawn at random on the device.
+    resized image within. boxes_xyxy: (B, G, 4), legacy ones up to their last pixel, and edges: (B, G, E, 4), as in
+    `masks.edges_of`, in pixels of the resized image. labels: (B, G), 0 is padding. seeds: (B,) of 31 bits, of what is
+    drawn at random on the device.
     """
 
     images: Tensor
@@ -68,9 +69,10 @@ class TrainImages(Dataset[Batch]):
         min_size_px: int,
         max_size_px: int,
         flip: bool,
+        legacy: bool,
         cache: DecodedCache | None = None,
     ):
-        self.split, self.seed, self.cache = split, seed, cache
+        self.split, self.seed, self.cache, self.legacy = split, seed, cache, legacy
         self.min_size_px, self.max_size_px, self.flip = min_size_px, max_size_px, flip
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
@@ -89,12 +91,13 @@ class TrainImages(Dataset[Batch]):
             image = images.resize(original, resized_hw(size_hw, self.min_size_px, self.max_size_px))
             height, width = image.shape[1:]
             scale = np.array([width / size_hw[1], height / size_hw[0]] * 2, dtype=np.float32)
-            image_boxes = self.split.boxes(index) * scale
+            # As the reference does it: the pixel that a legacy box is shorter by is one of the original image.
+            image_boxes = (self.split.boxes(index) - np.array([0, 0, self.legacy, self.legacy], np.float32)) * scale
             image_edges = [of_box * scale for of_box in masks.edges_of(self.split, index)]
             mirrored, drawn = self.draw(epoch, index)
             if mirrored:
                 image = image.flip(2)
-                image_boxes = mirror(image_boxes, width)[:, [2, 1, 0, 3]]
+                image_boxes = mirror(image_boxes, width - int(self.legacy))[:, [2, 1, 0, 3]]
                 image_edges = [mirror(of_box, width) for of_box in image_edges]
             pixels.append(image)
             boxes.append(torch.from_numpy(image_boxes))
@@ -235,6 +238,7 @@ class MaskRCNNData(MaskRCNNEvalData):
             min_size_px=config.min_image_size,
             max_size_px=config.max_image_size,
             flip=config.flip,
+            legacy=config.legacy_boxes,
             cache=decoded_cache.make(config, train.sizes_hw, ranks),
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)

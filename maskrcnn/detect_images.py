@@ -70,6 +70,7 @@ class Detector:
                 np.int64(image),
                 np.array(original_hw),
                 category_ids=label_ids,
+                legacy=self.network.model.settings.legacy,
             )
             left_top, extents = rows[:, 1:3], rows[:, 3:5]
             boxes_xyxy = np.concatenate([left_top, left_top + extents], axis=1)

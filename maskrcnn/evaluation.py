@@ -70,7 +70,11 @@ class Evaluation:
                 numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy knows no bfloat16
                 arrays = [tensor.cpu().numpy() for tensor in (*numbers, *batch[1:])]
                 for of_image in zip(*arrays, strict=True):
-                    waiting.append(threads.submit(partial(on_original, *of_image, category_ids=category_ids)))
+                    waiting.append(
+                        threads.submit(
+                            partial(on_original, *of_image, category_ids=category_ids, legacy=self.config.legacy_boxes)
+                        )
+                    )
                 while len(waiting) > WAITING * num_threads:
                     yield waiting.popleft().result()
             for future in waiting:
@@ -98,8 +102,12 @@ def on_original(
     original_size_hw: NDArray[np.int64],
     *,
     category_ids: NDArray[np.int64],
+    legacy: bool,
 ) -> Found:
-    """The detections of one image, a row of `Detections` and of `EvalBatch`; category_ids: (K,) of labels."""
+    """The detections of one image, a row of `Detections` and of `EvalBatch`.
+
+    category_ids: (K,) of labels. legacy: boxes include their last pixel, here one of the original image.
+    """
     (seen,) = labels.nonzero()
     scale = np.tile(original_size_hw[::-1] / size_hw[::-1], 2)
     boxes = boxes_xyxy[seen] * scale
@@ -107,7 +115,7 @@ def on_original(
         [
             np.full((len(seen), 1), float(image_id)),
             boxes[:, :2],
-            boxes[:, 2:] - boxes[:, :2],
+            boxes[:, 2:] - boxes[:, :2] + int(legacy),
             scores[seen, None],
             category_ids[labels[seen], None],
         ],

@@ -478,7 +478,7 @@ def ready_batch(bench: Bench) -> Batch:
     """Made-up photos with outlines, as a run gets them on the device, all of them wide."""
     split = bench.outlined()
     min_px, max_px = bench.scale.maskrcnn_image_px
-    images = TrainImages(split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False)
+    images = TrainImages(split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False, legacy=False)
     wide = np.resize(np.flatnonzero(is_wide(split.sizes_hw)), bench.scale.maskrcnn_batch_size)
     batch = images.__getitems__([(1, index) for index in wide.tolist()])
     assert isinstance(batch, Batch)  # drawn here, so that each can be read
