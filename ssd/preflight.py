@@ -12,8 +12,7 @@ IMAGE_BYTES = 3 * 300 * 300
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network)
-    return preflight.main(argv, checks)
+    return preflight.main(argv, CHECKS)
 
 
 def recipe(config: Config, world_size: int) -> Mapping[str, object]:
@@ -29,6 +28,8 @@ def network(path: Path, config: Config) -> str:
     weights.check(found, weights.wanted(config), path)
     return f"{found.origin}; {found.network}"
 
+
+CHECKS = preflight.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
