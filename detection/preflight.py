@@ -121,7 +121,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         elif drawing and not draw:
             facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
         else:
-            facts += check_data(config, system, segmentations=checks.segmentations)
+            facts += check_data(config, system, segmentations=checks.segmentations)[1]
     except InputError as error:
         mistakes += str(error).splitlines()
     except OSError as error:
@@ -143,10 +143,9 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
             mistakes.append(str(error))
     elif config.trunk_weights:
         try:
-            facts.append(backbone_files.check(Path(config.trunk_weights)))
+            facts.append(check_backbone(config))
         except InputError as error:
-            fetch = backbone_files.how_to_fetch(config.trunk_name, Path(config.trunk_weights))
-            mistakes.append(f"{error}. Run {fetch}, or start at random with --backbone ''")
+            mistakes.append(str(error))
     return facts, mistakes
 
 
@@ -160,8 +159,25 @@ def due(config: RunConfig) -> Callable[[], bool] | None:
     return None
 
 
-def check_data(config: RunConfig, system: System, *, segmentations: bool = False) -> list[str]:
-    """Read the splits and hold them against the settings; returns their counts, raises InputError.
+def check_backbone(config: RunConfig) -> str:
+    """Look for damage to the weights that the trunk starts from, where it does; says what was found.
+
+    Raises InputError, with how to fetch them.
+    """
+    if not config.trunk_weights:
+        return "no ImageNet weights are read"
+    path = Path(config.trunk_weights)
+    try:
+        return backbone_files.check(path)
+    except InputError as error:
+        fetch = backbone_files.how_to_fetch(config.trunk_name, path)
+        raise InputError(f"{error}. Run {fetch}, or start at random with --backbone ''") from error
+
+
+def check_data(
+    config: RunConfig, system: System, *, segmentations: bool = False
+) -> tuple[dict[str, coco.Split], list[str]]:
+    """Read the splits and hold them against the settings; returns them and their counts, raises InputError.
 
     segmentations: with their masks.
     """
@@ -202,7 +218,7 @@ def check_data(config: RunConfig, system: System, *, segmentations: bool = False
             )
     if mistakes:
         raise InputError("\n".join(mistakes))
-    return facts
+    return splits, facts
 
 
 def make(folder: Path, config: RunConfig) -> None:
