@@ -4,6 +4,7 @@
 Each check is a function of what was read or measured, and returns a `Finding`. Exit status 0, or 2 if something fails.
 """
 
+import json
 import platform
 import resource
 import shutil
@@ -41,6 +42,7 @@ TENSORS_OF_A_BATCH = 8  # each is a file while it waits in shared memory
 ALL_REDUCE_BYTES = 64 * MIB
 ROUNDS = 5
 TIMEOUT_S = 600
+FOLDERS = ("data_dir", "log_dir", "run_dir", "backbone")
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,14 @@ def with_classes(config: Config) -> Config:
 
 
 def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
-    """Whether all ranks have the versions and settings of the first."""
-    mine = {"torch": torch.__version__, "Python": platform.python_version(), "settings": to_json(config)}
-    first: Mapping[str, str] = ranks.broadcast(mine)
-    other = [name for name in mine if mine[name] != first[name]]
+    """Whether this rank has the versions and settings of the first; folders may have other names on other machines."""
+    mine = json.loads(to_json(config)) | {"torch": torch.__version__, "Python": platform.python_version()}
+    first: Mapping[str, object] = ranks.broadcast(mine)
+    other = [name for name in mine if name not in FOLDERS and mine[name] != first[name]]
     if other:
-        what = f"not those of rank 0: {', '.join(other)} (torch {mine['torch']}, Python {mine['Python']})"
+        what = "not as on rank 0: " + ", ".join(f"{name} {mine[name]} for {first[name]}" for name in other)
         return Finding("versions", "fail", what, "Install the same on every node, and pass the same settings.")
-    return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, the same on every rank")
+    return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, settings as on rank 0")
 
 
 def check_driver(driver: device.Driver, on: torch.device) -> Finding:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,44 @@ def test_a_mistake_of_settings_is_one_message(handful, capsys):
     assert main([*flags_of(handful), "--epochs", "0"]) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("error:")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({}, "pass"), ({"data_dir": "/elsewhere"}, "pass"), ({"torch": "2.4.0"}, "fail"), ({"batch_size": 8}, "fail")],
+)
+def test_a_rank_with_other_versions_or_settings_fails_and_says_which(handful, monkeypatch, changes, verdict):
+    monkeypatch.setattr(Ranks, "broadcast", lambda _, mine: mine | changes)
+    found = inspection.check_alike(settings(handful), Ranks(1, 2, CPU))
+    assert found.verdict == verdict
+    if verdict == "fail":
+        ((name, value),) = changes.items()
+        assert f"{name} " in found.what
+        assert f"for {value}" in found.what
+
+
+@pytest.mark.slow
+def test_two_nodes_inspect_together(handful):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    launch = [sys.executable, "-m", "detection.launch", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(node), "-m", "ssd.inspection", *flags_of(handful)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "over 2 ranks" in said[0]
+    assert said[1] == ""
 
 
 def test_means_that_come_out_wrong_are_seen(monkeypatch):
