@@ -39,7 +39,6 @@ class Trial:
     step_ms: float = 0.0
     data_share: float = 0.0
     precision: str = ""
-    device: str = ""
     why: str = ""
 
 
@@ -102,7 +101,6 @@ def run(
         step_ms=result["latency_ms"]["median"],
         data_share=result["share"]["data"],
         precision=found["precision"],
-        device=found["device"],
     )
 
 

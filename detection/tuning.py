@@ -36,10 +36,9 @@ FOLDER = Path()  # config files are where ./run_and_time.sh is
 
 @dataclass(frozen=True)
 class Subject(Generic[Config]):
-    """What differs between benchmarks: the module that trains, its settings, and how these spell a recipe."""
+    """What differs between benchmarks: the module that trains, its settings' prefix, checks, and how it spells a recipe."""
 
     module: str
-    cls: type[Config]
     prefix: str
     checks: Checks[Config]
     settings: Callable[[Recipe], dict[str, str]]

@@ -3,14 +3,14 @@
 import sys
 
 from detection import tuning
-from maskrcnn.config import PREFIX, Config
+from maskrcnn.config import PREFIX
 from maskrcnn.preflight import CHECKS
 from mlperf.recipes import Recipe
 
 
 def main(argv: list[str]) -> int:
     """Measure, and write the config file; returns the exit status."""
-    return tuning.main(argv, tuning.Subject("maskrcnn.train", Config, PREFIX, CHECKS, settings))
+    return tuning.main(argv, tuning.Subject("maskrcnn.train", PREFIX, CHECKS, settings))
 
 
 def settings(recipe: Recipe) -> dict[str, str]:

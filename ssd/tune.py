@@ -4,13 +4,13 @@ import sys
 
 from detection import tuning
 from mlperf.recipes import Recipe
-from ssd.config import PREFIX, Config
+from ssd.config import PREFIX
 from ssd.preflight import CHECKS
 
 
 def main(argv: list[str]) -> int:
     """Measure, and write the config file; returns the exit status."""
-    return tuning.main(argv, tuning.Subject("ssd.train", Config, PREFIX, CHECKS, settings))
+    return tuning.main(argv, tuning.Subject("ssd.train", PREFIX, CHECKS, settings))
 
 
 def settings(recipe: Recipe) -> dict[str, str]:

@@ -31,7 +31,7 @@ BASE = {
 
 
 def measured(settings, rate):
-    return Trial(settings, "measured", spent_s=0.0, images_per_s=rate, step_ms=1e6, precision="bf16", device="x")
+    return Trial(settings, "measured", spent_s=0.0, images_per_s=rate, step_ms=1e6, precision="bf16")
 
 
 def bench(rates, seconds=100.0):
