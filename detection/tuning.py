@@ -36,7 +36,7 @@ FOLDER = Path()  # config files are where ./run_and_time.sh is
 
 @dataclass(frozen=True)
 class Subject(Generic[Config]):
-    """What differs between benchmarks: the module that trains, its settings' prefix, checks, and how it spells a recipe."""
+    """What differs between benchmarks: what trains, prefix and checks of the settings, and a recipe as these."""
 
     module: str
     prefix: str
