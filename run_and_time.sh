@@ -5,10 +5,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'END'
-usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run] [--describe] [--name value ...]
+usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --describe | --preflight | --tune [SECONDS]] [--name value ...]
 
-  --dry-run  only say what would be run, with which settings, and what the rules say of it
-  --describe only list the layers of the network: shapes, parameters, trained or frozen
+  --dry-run    only say what would be run, with which settings, and what the rules say of it
+  --describe   only list the layers of the network: shapes, parameters, trained or frozen
+  --preflight  only check the machine, or on each node all machines: data, disk, memory, driver, collectives, clocks
+  --tune       only measure what is fastest here, for 300 s or as many as are given, and write a config file of it:
+               config_NAME.sh with --name NAME, else named after the hardware; --force writes over one that is there
 
 environment (paths are relative to the folder of this script):
   DGXSYSTEM       system, config_${DGXSYSTEM}.sh is its file (toy)
@@ -45,12 +48,14 @@ die() {
   exit 2
 }
 
-dry_run=false describe=false help=false flags=()
+dry_run=false describe=false help=false module=train flags=()
 for argument in "$@"; do
   case $argument in
     -h | --help) help=true ;;
     --dry-run) dry_run=true ;;
     --describe) describe=true ;;
+    --preflight) module=inspection ;;
+    --tune) module=tune flags+=("$argument") ;;
     *) flags+=("$argument") ;;
   esac
 done
@@ -63,7 +68,7 @@ source ./systems.sh
 find_system .
 
 # NEXP runs of this script, one after the other.
-if ((NEXP > 1)) && ! $help && ! $describe; then
+if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
   # shellcheck source=series.sh
   source ./series.sh
   recipe=$(
@@ -133,8 +138,12 @@ python=${VENV:-.venv}/bin/python
 if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
 if $describe; then exec "$python" -m "$BENCHMARK.preflight" --describe "${flags[@]}"; fi
 
+if [[ $module == tune ]]; then exec "$python" -m "$BENCHMARK.tune" "${flags[@]}"; fi
+
 # Before the clock, in a process of its own: the mistakes of user and data end here, with 2.
-if $dry_run; then
+if [[ $module == inspection ]]; then
+  : # which tells them in its table
+elif $dry_run; then
   "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
 else
   checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
@@ -160,7 +169,7 @@ if ((${MAX_RESTARTS:-0} > 0)); then
   [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would begin anew"
   launch+=(--max-restarts "$MAX_RESTARTS")
 fi
-launch+=(-m "$BENCHMARK.train" "${flags[@]}")
+launch+=(-m "$BENCHMARK.$module" "${flags[@]}")
 if ((DGXNGPU > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores > DGXNGPU ? cores / DGXNGPU : 1))
@@ -170,6 +179,8 @@ if $dry_run; then
   printf 'launch:' && printf ' %q' "${launch[@]}" && printf '\n'
   exit
 fi
+
+if [[ $module == inspection ]]; then exec "${launch[@]}"; fi
 
 if [[ -n ${RESET_COMMAND:-} ]]; then
   echo "Resetting the accelerators: $RESET_COMMAND"

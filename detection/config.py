@@ -119,6 +119,11 @@ def describe(resolved: Resolved[Any]) -> str:
     return "\n".join(f"{name:<{wide[0]}}  {value:<{wide[1]}}  {source}" for name, value, source in rows)
 
 
+def names(cls: type, prefix: str) -> dict[str, tuple[str, str]]:
+    """Of each setting of a class, its name in the environment and the unit of its value, which may be empty."""
+    return {name: (_variable(prefix, name, field), _note(field)["unit"]) for name, field in _fields(cls).items()}
+
+
 def to_json(config: Any) -> str:
     """Write a configuration as indented JSON, one field a line, in the order of the class."""
     return TypeAdapter(type(config)).dump_json(config, indent=2).decode()

@@ -4,12 +4,14 @@ It works from torch 2.4 on, the newest that some vendors build for. There, what 
 asked of the module that every kind of device has, such as torch.cuda.
 """
 
+import re
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,6 +207,50 @@ def peak_memory_gib(device: torch.device) -> float:
         return module(device).max_memory_allocated(*which(device)) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def total_memory_gib(device: torch.device) -> float | None:
+    """The memory of the device; None where torch does not tell."""
+    if device.type == "cpu":
+        return None
+    properties = module(device).get_device_properties(device.index)
+    size = getattr(properties, "total_memory", None)
+    return None if size is None else size / 2**30
+
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE
+)
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message, of whatever device, says that memory was used up."""
+    return OUT_OF_MEMORY.search(text) is not None
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What torch was built for, and the newest that the accelerator's driver runs: (major, minor), None if not told."""
+
+    kind: str
+    built_for: tuple[int, int] | None
+    runs: tuple[int, int] | None
+
+
+def driver() -> Driver:
+    """The versions of CUDA, or of ROCm, that this torch and this machine's driver have."""
+    kind, text = ("ROCm", torch.version.hip) if torch.version.hip else ("CUDA", torch.version.cuda)
+    if not text:
+        return Driver("", None, None)
+    major, minor = (int(part) for part in text.split(".")[:2])
+    number = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 12040 is CUDA 12.4, 60032830 ROCm 6.0
+    runs = divmod(number // (100_000 if kind == "ROCm" else 10), 100)
+    return Driver(kind, (major, minor), runs if number else None)
+
+
+def has_card() -> bool:
+    """Whether the system has loaded the driver of an accelerator, which torch may be unable to use."""
+    return any(Path("/sys/module", name).exists() for name in ("nvidia", "amdgpu"))
 
 
 def pci_address(device: torch.device) -> str | None:

@@ -4,7 +4,8 @@
 report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, the mode, and
 the number of classes, which follows the annotations where it is not set.
 With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
-all settings. With --describe nothing is checked but the settings, and the layers of the network go to stdout.
+all settings. What the closed division forbids is a mistake in both; the open division is told what the closed one would
+refuse. With --describe nothing is checked but the settings, and the layers of the network go to stdout.
 
 It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
 one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
@@ -33,7 +34,7 @@ class Checks(Generic[Config]):
     load: settings of flags. recipe: what the rules are about, under the names of `mlperf.rules`, for so many ranks.
     image_bytes: of an image as workers hand it over. network: says what a checkpoint holds, or raises InputError
     where it is not of the network of the settings; it may import torch. layers: those of the network of the settings,
-    whose num_classes is known, as a table; it may, too.
+    whose num_classes is known, as a table; it may, too. segmentations: whether it trains masks.
     """
 
     load: Callable[[Sequence[str]], Resolved[Config]]
@@ -41,6 +42,7 @@ class Checks(Generic[Config]):
     image_bytes: Callable[[Config], int]
     network: Callable[[Path, Config], str]
     layers: Callable[[Config], str]
+    segmentations: bool = False
 
 
 def main(argv: Sequence[str], checks: Checks[Config]) -> int:
@@ -53,18 +55,20 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
             return 0
         config, system = resolved.config, read_system()
         report = [describe(resolved), ""] if dry_run else []
-        report += judge(config, checks.recipe(config, system.world_size), everything=dry_run)
+        judged, broken = judge(config, checks.recipe(config, system.world_size), system.world_size)
         facts, mistakes = check_input(config, system, checks, draw=not dry_run)
-        report += facts
+        report += judged + facts
         folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
         report += [f"run folder: {folder}"]
         if dry_run:
             report += [f"warning: {mistake}" for mistake in mistakes]
-            print("\n".join(report))
+            print("\n".join(report), flush=True)
+            if broken:
+                raise InputError("\n".join(broken))
             return 0
         print("\n".join(report), file=sys.stderr, flush=True)
-        if mistakes:
-            raise InputError("\n".join(mistakes))
+        if mistakes or broken:
+            raise InputError("\n".join(broken + mistakes))
         num_classes = classes.followed(config).num_classes
         if system.node_rank == 0:
             make(folder, config)
@@ -83,26 +87,39 @@ def with_classes(config: Config) -> Config:
     return classes.followed(config)
 
 
-def judge(config: RunConfig, recipe: Mapping[str, object], everything: bool) -> list[str]:
-    """Say what MLPerf's rules say of the recipe; only what they forbid, unless `everything`."""
+def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> tuple[list[str], list[str]]:
+    """Say what MLPerf's rules make of the recipe: all that they look at, and what the closed division forbids."""
+    if config.mode != "train":
+        return [f"--mode {config.mode} is no MLPerf run: no log, no check and no RESULT"], []
+    fixed = rules.BENCHMARKS[config.benchmark].fixed
     values = {
+        **{name: getattr(config, name) for name in fixed},
         **recipe,
         "eval_epochs": tuple(block[-1] for block in config.blocks()),
         "dataset": config.dataset,
         "network": config.network_name,
         "checkpoint": config.checkpoint or "none",
     }
-    if config.mode != "train":
-        return [f"--mode {config.mode} is no MLPerf run: no log, no check and no RESULT"]
-    findings = rules.judge(config.benchmark, config.ruleset, config.division, values)
     named = f"MLPerf {config.ruleset} {config.division}"
-    return [
-        f"{named}: {finding.rule}: {finding.text}"
-        if finding.ok
-        else f"warning: {named} forbids {finding.rule}: {finding.text}"
-        for finding in findings
-        if everything or not finding.ok
-    ]
+    said, broken, kept = [], [], []
+    for finding in rules.judge(config.benchmark, config.ruleset, config.division, values):
+        if not finding.ok:
+            broken.append(f"{named} forbids {finding.rule}: {finding.text}")
+        elif finding.rule in fixed:
+            kept.append(finding.rule)
+        else:
+            said.append(f"{named}: {finding.rule}: {finding.text}")
+    if kept:
+        said.append(f"{named}: as in the reference: {', '.join(kept)}")
+    exact, peak = config.exact_lr(world_size), config.peak_lr(world_size)
+    rounded = f"rounded from {exact:.6g} by lr_multiple" if peak != exact else "not rounded"
+    said.append(f"peak learning rate {peak:.6g}: {rounded}")
+    if config.division == "closed":
+        return said, [f"{rule}. Change it, or pass --division open" for rule in broken]
+    closed = rules.judge(config.benchmark, config.ruleset, "closed", values)
+    said += [f"warning: {rule}" for rule in broken]
+    said += [f"note: closed would refuse {finding.rule}: {finding.text}" for finding in closed if not finding.ok]
+    return said, []
 
 
 def check_input(config: Config, system: System, checks: Checks[Config], draw: bool) -> tuple[list[str], list[str]]:
@@ -117,7 +134,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         elif drawing and not draw:
             facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
         else:
-            facts += check_data(config, system)
+            facts += check_data(config, system, segmentations=checks.segmentations)[1]
     except InputError as error:
         mistakes += str(error).splitlines()
     except OSError as error:
@@ -139,10 +156,9 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
             mistakes.append(str(error))
     elif config.trunk_weights:
         try:
-            facts.append(backbone_files.check(Path(config.trunk_weights)))
+            facts.append(check_backbone(config))
         except InputError as error:
-            fetch = backbone_files.how_to_fetch(config.trunk_name, Path(config.trunk_weights))
-            mistakes.append(f"{error}. Run {fetch}, or start at random with --backbone ''")
+            mistakes.append(str(error))
     return facts, mistakes
 
 
@@ -156,15 +172,36 @@ def due(config: RunConfig) -> Callable[[], bool] | None:
     return None
 
 
-def check_data(config: RunConfig, system: System) -> list[str]:
-    """Read the splits and hold them against the settings; returns their counts, raises InputError."""
+def check_backbone(config: RunConfig) -> str:
+    """Look for damage to the weights that the trunk starts from, where it does; says what was found.
+
+    Raises InputError, with how to fetch them.
+    """
+    if not config.trunk_weights:
+        return "no ImageNet weights are read"
+    path = Path(config.trunk_weights)
+    try:
+        return backbone_files.check(path)
+    except InputError as error:
+        fetch = backbone_files.how_to_fetch(config.trunk_name, path)
+        raise InputError(f"{error}. Run {fetch}, or start at random with --backbone ''") from error
+
+
+def check_data(
+    config: RunConfig, system: System, *, segmentations: bool = False
+) -> tuple[dict[str, coco.Split], list[str]]:
+    """Read the splits and hold them against the settings; returns them and their counts, raises InputError.
+
+    segmentations: with their masks.
+    """
     if not config.train_images and not config.data_dir.is_dir():
-        coco.layout(config.data_dir, "train")
+        coco.layout(config.data_dir, "train", segmentations=segmentations)
     facts, mistakes = [], []
     splits: dict[str, coco.Split] = {}
     for name in config.reads_data:
         try:
-            split = coco.read(*coco.files(config, name), allow_missing=config.allow_missing)
+            files = coco.files(config, name, segmentations=segmentations)
+            split = coco.read(*files, allow_missing=config.allow_missing, segmentations=segmentations)
         except InputError as error:
             mistakes += str(error).splitlines()
             continue
@@ -194,7 +231,7 @@ def check_data(config: RunConfig, system: System) -> list[str]:
             )
     if mistakes:
         raise InputError("\n".join(mistakes))
-    return facts
+    return splits, facts
 
 
 def make(folder: Path, config: RunConfig) -> None:

@@ -252,6 +252,14 @@ class RunConfig:
             return ()
         return ("val",) if self.mode in ("evaluate", "benchmark-inference") else ("train", "val")
 
+    def exact_lr(self, world_size: int) -> float:
+        """Learning rate after warm-up before it is rounded, if it is."""
+        raise NotImplementedError
+
+    def peak_lr(self, world_size: int) -> float:
+        """Learning rate after warm-up."""
+        raise NotImplementedError
+
     def global_batch_size(self, world_size: int) -> int:
         """Images per optimiser step on all ranks together."""
         return self.batch_size * world_size

@@ -135,11 +135,15 @@ class Config(RunConfig):
         trunk = self.trunk.replace("resnet", "r")
         return f"maskrcnn-{trunk}-fpn" + ("" if self.variant == "reference" else f" ({self.variant})")
 
+    def exact_lr(self, world_size: int) -> float:
+        """Learning rate after warm-up, linear in the global batch, before it is rounded to a multiple."""
+        return round(self.base_lr * self.global_batch_size(world_size) / 16, 12)
+
     def peak_lr(self, world_size: int) -> float:
-        """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""
-        lr = self.base_lr * self.global_batch_size(world_size) / 16
+        """Learning rate after warm-up, rounded where the recipe says so."""
+        lr = self.exact_lr(world_size)
         if not self.lr_multiple:
-            return round(lr, 12)
+            return lr
         return round(max(1, round(lr / self.lr_multiple)) * self.lr_multiple, 12)
 
     def decay_steps(self, world_size: int) -> tuple[int, ...]:

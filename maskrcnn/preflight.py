@@ -10,8 +10,7 @@ from maskrcnn.config import Config, load
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    checks = preflight.Checks(load=load, recipe=recipe, image_bytes=image_bytes, network=network, layers=layers)
-    return preflight.main(argv, checks)
+    return preflight.main(argv, CHECKS)
 
 
 def recipe(config: Config, world_size: int) -> Mapping[str, object]:
@@ -20,8 +19,13 @@ def recipe(config: Config, world_size: int) -> Mapping[str, object]:
 
 
 def image_bytes(config: Config) -> int:
-    """Of the largest image as workers hand it over."""
-    return 3 * config.min_image_size * config.max_image_size
+    """Of the largest image as workers hand it over, padded.
+
+    Sides are multiples of 32, and where batches are not grouped by shape the short side of one image may be padded to
+    the long side of another.
+    """
+    short, long = (-(-size // 32) * 32 for size in (config.min_image_size, config.max_image_size))
+    return 3 * long * (short if config.aspect_groups else long)
 
 
 def network(path: Path, config: Config) -> str:
@@ -40,6 +44,10 @@ def layers(config: Config) -> str:
 
     return layers.describe(make_model, config)
 
+
+CHECKS = preflight.Checks(
+    load=load, recipe=recipe, image_bytes=image_bytes, network=network, layers=layers, segmentations=True
+)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

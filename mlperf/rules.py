@@ -53,13 +53,15 @@ class Rules:
     """The rules of one benchmark.
 
     targets: metric to the least value that ends a run. fixed_eval_epochs: ruleset to the epochs after which
-    it evaluates; in the other rulesets it does so every `eval_every` epochs.
+    it evaluates; in the other rulesets it does so every `eval_every` epochs. fixed: what the closed division leaves as
+    the reference has it, and no log says: the name of a setting to its value.
     """
 
     targets: Mapping[str, float]
     eval_every: int
     fixed_eval_epochs: Mapping[str, tuple[int, ...]]
     constraints: tuple[Constraint, ...]
+    fixed: Mapping[str, object]
     reference_points: tuple[ReferencePoint, ...]
 
 
@@ -125,6 +127,19 @@ SSD = Rules(
         _CHECKPOINT,
         *_target("target", _SSD_TARGET),
     ),
+    fixed={
+        "momentum": 0.9,
+        "decay_factor": 0.1,
+        "decay_biases": True,
+        "bias_lr_factor": 1.0,
+        "freeze_batch_norm": False,
+        "crop": True,
+        "flip": "horizontal",
+        "jitter": True,
+        "nms_iou": 0.5,
+        "score_threshold": 0.05,
+        "max_detections": 200,
+    },
     reference_points=(
         ReferencePoint(1024, 50, 50),
         ReferencePoint(1536, 55, 55, rulesets=("1.1.0",)),
@@ -187,6 +202,31 @@ MASKRCNN = Rules(
         *_target("target", _BOX_TARGET),
         *_target("mask_target", _MASK_TARGET),
     ),
+    fixed={
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "decay_biases": False,
+        "bias_lr_factor": 2.0,
+        "freeze_batch_norm": True,
+        "trunk": "resnet50",
+        "trunk_stride": "1x1",
+        "frozen_stages": 1,
+        "pixels": "bgr-255",
+        "batch_norm_eps": 0.0,
+        "legacy_boxes": True,
+        "anchor_sizes": (32, 64, 128, 256, 512),
+        "drop_straddling": True,
+        "rpn_nms_iou": 0.7,
+        "rpn_samples": 256,
+        "rpn_positive_share": 0.5,
+        "box_samples": 512,
+        "box_positive_share": 0.25,
+        "box_beta": 1.0,
+        "flip": True,
+        "nms_iou": 0.5,
+        "score_threshold": 0.05,
+        "max_detections": 100,
+    },
     reference_points=(
         ReferencePoint(48, 14, 14),
         ReferencePoint(64, 14, 11.8),
@@ -231,6 +271,7 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
     hyperparameters: the values under the keys that the log will have, and what is in `UNLOGGED` and binds this
     benchmark: `target` (box mAP), `mask_target` (mask mAP, of Mask R-CNN), `eval_epochs` (a sequence), `dataset`
     ("coco2017" or another name), `network` (of SSD) and `checkpoint` ("none"). What is absent or None does not pass.
+    Of the settings that the benchmark has `fixed`, those that are given are judged, too.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """
     _require("benchmark", benchmark, BENCHMARKS)
@@ -250,10 +291,16 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
         findings.append(Finding("dataset", True, f"{hyperparameters.get('dataset')} (any, in the open division)"))
         return findings
 
+    for name, reference in rules.fixed.items():
+        if name in hyperparameters:
+            value = hyperparameters[name]
+            findings.append(Finding(name, value == reference, f"{value} (allowed: {reference}, as in the reference)"))
     findings.append(_judge_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
     points = [point for point in rules.reference_points if ruleset in point.rulesets and not point.pruned]
     batch = hyperparameters.get("global_batch_size")
-    if points and isinstance(batch, int):
+    if not points:
+        findings.append(Finding("reference_convergence", True, f"ruleset {ruleset} has no reference points"))
+    elif isinstance(batch, int):
         findings.append(_judge_convergence(points, batch))
     return findings
 

@@ -90,9 +90,13 @@ class Config(RunConfig):
         """Whether the extra blocks have batch norm."""
         return self.network == "ssd300-r50"
 
+    def exact_lr(self, world_size: int) -> float:
+        """Learning rate after warm-up, linear in the global batch, before it is rounded."""
+        return self.base_lr * self.global_batch_size(world_size) / 32
+
     def peak_lr(self, world_size: int) -> float:
-        """Learning rate after warm-up: linear in the global batch, then rounded where the recipe says so."""
-        lr = self.base_lr * self.global_batch_size(world_size) / 32
+        """Learning rate after warm-up, rounded where the recipe says so."""
+        lr = self.exact_lr(world_size)
         if not self.lr_multiple:
             return lr
         return round(max(1, round(lr / self.lr_multiple)) * self.lr_multiple, 12)

@@ -12,10 +12,7 @@ IMAGE_BYTES = 3 * 300 * 300
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    checks = preflight.Checks(
-        load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers
-    )
-    return preflight.main(argv, checks)
+    return preflight.main(argv, CHECKS)
 
 
 def recipe(config: Config, world_size: int) -> Mapping[str, object]:
@@ -39,6 +36,8 @@ def layers(config: Config) -> str:
 
     return layers.describe(make_model, config)
 
+
+CHECKS = preflight.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detection import shared_memory, toy
+from maskrcnn import preflight as maskrcnn_preflight
 from ssd import preflight
 from ssd.model import SSD300
 
@@ -232,16 +233,101 @@ def test_only_the_first_node_makes_the_run_folder(check, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_what_the_rules_forbid_is_warned_of(check):
-    status, _, err = check("--division", "closed", "--target", "0.1", "--decay-epochs", "3,5")
+def closed(pictures, *flags):
+    """A recipe of the closed division on the drawn pictures."""
+    return (*own_data(pictures), "--dataset", "coco2017", "--num-classes", "4", "--division", "closed", *flags)
+
+
+EVERY_FIFTH = ("--eval-epochs", "every 5")
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_a_closed_run_that_breaks_a_rule_is_refused_with_its_name(check, pictures, dry_run, tmp_path):
+    flags = closed(pictures, *EVERY_FIFTH, "--target", "0.1", "--decay-epochs", "3,5", "--flip", "both")
+    status, out, err = check(*flags, *dry_run)
+    assert status == 2
+    mistakes = [line for line in err.splitlines() if line.startswith("error:")]
+    rules = ("target", "opt_learning_rate_decay_boundary_epochs", "flip")
+    assert sorted(line.split("forbids ")[1].split(":")[0] for line in mistakes) == sorted(rules)
+    assert all(line.endswith("Change it, or pass --division open") for line in mistakes)
+    assert bool(out) == bool(dry_run)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("ruleset", "schedule", "points"),
+    [("0.7.0", "40,50,55,60,65,70,75,80", "ruleset 0.7.0 has no reference points"),
+     ("1.0.0", "every 5", "held to the reference at batch 1024: 50 epochs"),
+     ("1.1.0", "every 5", "held to the reference at batch 1024: 50 epochs")],
+)  # fmt: skip
+def test_every_start_says_what_the_ruleset_makes_of_each_value(check, pictures, ruleset, schedule, points):
+    status, _, err = check(*closed(pictures, "--ruleset", ruleset, "--eval-epochs", schedule))
+    assert status == 0, err
+    assert f"MLPerf {ruleset} closed: " in err
+    for part in (
+        "global_batch_size: 4",
+        "opt_base_learning_rate: 0.0003125 (allowed: > 0",
+        "opt_learning_rate_decay_boundary_epochs: [44, 55] (allowed: [40, 50]·(1 + k/10)",
+        "opt_learning_rate_warmup_steps: 300",
+        "max_samples: 1 (allowed: 1 or 50)",
+        f"as scheduled in {ruleset}",
+        "target: 0.23",
+        f"reference_convergence: {points}",
+    ):
+        assert part in err
+    assert "as in the reference: momentum, decay_factor" in err
+    assert "forbids" not in err
+    assert check(*closed(pictures, "--ruleset", ruleset, "--eval-epochs", "7"))[0] == 2
+
+
+def test_the_open_division_starts_and_notes_what_the_closed_one_would_refuse(check):
+    status, _, err = check("--momentum", "0.8")
     assert status == 0
-    for rule in ("target", "dataset", "opt_learning_rate_decay_boundary_epochs"):
-        assert f"forbids {rule}" in err
+    assert "note: closed would refuse dataset: toy" in err
+    assert "note: closed would refuse momentum: 0.8" in err
+    assert "refuse target" not in err
+
+
+def test_a_rate_that_is_rounded_is_said_to_be(check):
+    assert "peak learning rate 0.0003125: not rounded" in check()[2]
+    rounded = check("--lr-multiple", "0.0025")[2]
+    assert "peak learning rate 0.0025: rounded from 0.0003125 by lr_multiple" in rounded
+
+
+def test_mask_rcnn_is_held_to_its_own_rules_and_its_masks_are_read(check, pictures, tmp_path, capsys):
+    check()
+    flags = ["--dataset", "coco2017", "--num-classes", "4", "--batch-size", "1", "--num-workers", "0"]
+    status = maskrcnn_preflight.main([*own_data(pictures), *flags])
+    err = capsys.readouterr().err
+    assert status == 2
+    forbidden = [line.split("forbids ")[1].split(":")[0] for line in err.splitlines() if "forbids" in line]
+    assert forbidden == ["opt_base_learning_rate"]  # of one image a step
+    folder = tmp_path / "no masks"
+    shutil.copytree(pictures, folder)
+    file = folder / "annotations/instances_train2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = "none"
+    file.write_text(json.dumps(content))
+    assert check(*own_data(folder), "--dataset", "shapes")[0] == 0  # boxes alone are there
+    flags = ["--dataset", "shapes", "--division", "open", "--batch-size", "2", "--num-workers", "0"]
+    assert maskrcnn_preflight.main([*own_data(folder), *flags]) == 2
+    assert "segmentation" in capsys.readouterr().err
+    assert maskrcnn_preflight.main([*own_data(pictures), *flags, "--run-dir", str(tmp_path / "run")]) == 0
+
+
+def test_shared_memory_is_sized_by_the_padded_images_of_mask_rcnn():
+    def image_bytes(*flags):
+        return maskrcnn_preflight.CHECKS.image_bytes(maskrcnn_preflight.load(flags).config)
+
+    assert image_bytes() == 3 * 800 * 1344
+    assert image_bytes("--no-aspect-groups") == 3 * 1344 * 1344
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_config_file_passes_a_dry_run_and_the_rules(system):
-    script = f'source ./config_{system}.sh; exec "$0" -m ssd.preflight --dry-run'
+    benchmark = "maskrcnn" if system.endswith("_maskrcnn") else "ssd"
+    script = f'source ./config_{system}.sh; exec "$0" -m {benchmark}.preflight --dry-run'
     environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system}
     shell = subprocess.run(
         ["bash", "-euc", script, sys.executable], cwd=ROOT, env=environ, capture_output=True, text=True

@@ -153,6 +153,24 @@ run_and_time() {
   [ "$status" -eq 2 ]
 }
 
+@test "--preflight launches the inspection on all ranks, without the clock, and ends with its status" {
+  for expected in 0 2; do
+    : >"$calls"
+    STATUS=$expected DGXNGPU=2 run_and_time --preflight --batch-size 8
+    [ "$status" -eq "$expected" ]
+    [[ $output != *STARTING* && $output != *RESULT* ]]
+    grep -q -- "--nproc-per-node 2 -m ssd.inspection --batch-size 8 " "$calls"
+    [ "$(grep --count ssd.preflight "$calls")" -eq 0 ]
+  done
+}
+
+@test "--tune hands all flags to the tuning, which starts no run" {
+  run_and_time --batch-size 8 --tune 60 --name mine
+  [ "$status" -eq 0 ]
+  grep -q -- "python -m ssd.tune --batch-size 8 --tune 60 --name mine " "$calls"
+  [[ $(<"$calls") != *launch* && $(<"$calls") != *preflight* ]]
+}
+
 @test "--help says how to call it and launches nothing" {
   run_and_time --help
   [ "$status" -eq 0 ]

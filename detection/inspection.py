@@ -1,0 +1,409 @@
+"""Whether the machines of a run are ready for it: what every rank finds, as one table.
+
+`python -m detection.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run and starts none.
+Each check is a function of what was read or measured, and returns a `Finding`. Exit status 0, or 2 if something fails.
+"""
+
+import json
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from detection import classes, coco, coco_files, device, engine, images, preflight, shared_memory
+from detection.coco import Split
+from detection.coco_files import Published
+from detection.config import InputError, System, Topology, read_topology, to_json
+from detection.decoded_cache import GIB, free_memory_bytes
+from detection.distributed import PeerLost, Ranks, connect
+from detection.engine import Benchmark, Share
+from detection.interruption import end_with_parent
+from detection.prefetch import move
+from detection.preflight import Checks
+from detection.run_config import COCO_CLASSES, RunConfig
+
+Config = TypeVar("Config", bound=RunConfig)
+Verdict = Literal["pass", "warn", "fail"]
+
+MIB = 2**20
+SAMPLES = 4  # images of each split that are decoded
+KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written
+LOGS_BYTES = 64 * MIB
+FILES_OF_A_RANK = 256  # libraries, sockets and logs that a rank holds open, with room
+TENSORS_OF_A_BATCH = 8  # each is a file while it waits in shared memory
+ALL_REDUCE_BYTES = 64 * MIB
+ROUNDS = 5
+TIMEOUT_S = 600
+FOLDERS = ("data_dir", "log_dir", "run_dir", "backbone")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: its name, whether that will do, what was seen, and what to do about it."""
+
+    name: str
+    verdict: Verdict
+    what: str
+    what_to_do: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training step on noise, on this rank alone: its time, the most memory so far, and what it would send."""
+
+    step_s: float
+    peak_gib: float
+    gradient_bytes: int
+
+
+def main(argv: Sequence[str], checks: Checks[Config], make_benchmark: Callable[[Config, Ranks], Benchmark[Any]]) -> int:
+    """Inspect as one of the launched ranks; the first prints the table. Returns the exit status."""
+    topology = Topology()
+    try:
+        config, topology = checks.load(argv).config, read_topology()
+        if topology.launched:
+            end_with_parent()
+        of_device, on = choose(config.device, topology.local_rank)
+        with connect(topology, on, timeout_s=TIMEOUT_S) as ranks:
+            found = [of_device, *check_rank(config, topology, checks, ranks, make_benchmark)]
+            gathered = ranks.gather(found)
+            failed = any(finding.verdict == "fail" for findings in gathered for finding in findings)
+            if ranks.is_first:
+                print(table(gathered), flush=True)
+            return 2 if ranks.broadcast(failed) else 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PeerLost as error:
+        print(f"error: rank {topology.rank}: {error}", file=sys.stderr)
+        return 2
+
+
+def check_rank(
+    config: Config,
+    topology: Topology,
+    checks: Checks[Config],
+    ranks: Ranks,
+    make_benchmark: Callable[[Config, Ranks], Benchmark[Any]],
+) -> list[Finding]:
+    """All that one rank checks; what is of the whole machine, the first on it."""
+    found = [check_alike(config, ranks), check_driver(device.driver(), ranks.device), check_clock(ranks)]
+    alone = Ranks(0, 1, ranks.device)
+    benchmark = make_benchmark(with_classes(config), alone)
+    parameter_bytes = sum(tensor.nbytes for tensor in benchmark.model.parameters())
+    ranks.barrier()  # all of a machine take their memory at once, as in a run
+    tried, of_step = check_step(benchmark, config, alone)
+    found += of_step
+    found.append(check_bandwidth(measure_all_reduce(ranks), tried, ranks.world_size))
+    if topology.local_rank == 0:
+        system = System(nodes=topology.nodes, ranks_per_node=topology.local_world_size)
+        found += check_data(config, system, segmentations=checks.segmentations)
+        found += check_machine(config, topology, checks.image_bytes(config), parameter_bytes)
+    return found
+
+
+def choose(name: str, local_rank: int) -> tuple[Finding, torch.device]:
+    """The device of a rank, or the CPU for what else can be checked where that is not there."""
+    try:
+        on = device.choose(name, local_rank)
+    except InputError as error:
+        return Finding("device", "fail", str(error), "See that this torch is the accelerator's."), torch.device("cpu")
+    if on.type == "cpu" and name == "auto" and device.has_card():
+        what = "an accelerator's driver is loaded, and torch sees no accelerator: this would train on the CPU"
+        return Finding("device", "warn", what, "Install the torch that is built for it (./setup.sh --help)."), on
+    return Finding("device", "pass", device.describe(on)), on
+
+
+def with_classes(config: Config) -> Config:
+    """The settings with a number of classes, COCO's where the annotations cannot be read."""
+    try:
+        return classes.followed(config)
+    except InputError:
+        return replace(config, num_classes=COCO_CLASSES)
+
+
+def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
+    """Whether this rank has the versions and settings of the first; folders may have other names on other machines."""
+    mine = json.loads(to_json(config)) | {"torch": torch.__version__, "Python": platform.python_version()}
+    first: Mapping[str, object] = ranks.broadcast(mine)
+    other = [name for name in mine if name not in FOLDERS and mine[name] != first[name]]
+    if other:
+        what = "not as on rank 0: " + ", ".join(f"{name} {mine[name]} for {first[name]}" for name in other)
+        return Finding("versions", "fail", what, "Install the same on every node, and pass the same settings.")
+    return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, settings as on rank 0")
+
+
+def check_driver(driver: device.Driver, on: torch.device) -> Finding:
+    """Whether the driver runs what torch was built for: of an older major version it cannot, of a minor one it may."""
+    if on.type == "cpu":
+        return Finding("driver", "pass", "none is needed: the CPU computes")
+    if driver.built_for is None or driver.runs is None:
+        return Finding("driver", "pass", f"{on.type}: torch computes on it, and tells no versions")
+    built, runs = (".".join(map(str, version)) for version in (driver.built_for, driver.runs))
+    what = f"torch is built for {driver.kind} {built}, the driver runs up to {runs}"
+    if driver.runs[0] < driver.built_for[0]:
+        return Finding("driver", "fail", what, f"Install a newer driver, or the torch for {driver.kind} {runs}.")
+    if driver.runs < driver.built_for:
+        todo = "It may lack what was added since: a newer driver is safer."
+        return Finding("driver", "warn", what, todo)
+    return Finding("driver", "pass", what)
+
+
+def check_clock(ranks: Ranks) -> Finding:
+    """How far this rank's clock is from the first rank's, the median of some readings after a barrier each."""
+    readings = []
+    for _ in range(ROUNDS):
+        ranks.barrier()
+        readings.append(time.time())
+    first: list[float] = ranks.broadcast(readings)
+    return judge_clock(statistics.median(mine - theirs for mine, theirs in zip(readings, first, strict=True)))
+
+
+def judge_clock(skew_s: float) -> Finding:
+    """Whether a clock is near enough to the first rank's, for logs of several machines to be read side by side."""
+    what = f"at most {max(0.01, abs(skew_s)):.2f} s from that of rank 0"
+    todo = "Let NTP or chrony set the clocks of all nodes."
+    if abs(skew_s) < 1:
+        return Finding("clock", "pass", what)
+    return Finding("clock", "warn" if abs(skew_s) < 60 else "fail", what, todo)
+
+
+def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tuple[Trial | None, list[Finding]]:
+    """Train two steps on noise, the second timed, and say what memory they took."""
+    fewer = "Pass a smaller --batch-size, or more --accumulation-steps, which compute it in parts."
+    of_batch = f"{config.batch_size} images in {config.accumulation_steps} parts"
+    try:
+        trial = try_step(benchmark, config, alone)
+    except InputError as error:
+        return None, [Finding("training step", "fail", str(error), "Change that setting.")]
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if isinstance(error, MemoryError) or device.is_out_of_memory(str(error)):
+            return None, [Finding("training step", "fail", f"{of_batch} do not fit: {lines[0]}", fewer)]
+        return None, [Finding("training step", "fail", lines[0], "See what `--mode benchmark-training` says.")]
+    what = f"{of_batch} in {trial.step_s:.3g} s"
+    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device)]
+
+
+def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Trial:
+    """Train two steps on noise at a learning rate of 0; raises what comes up, out of memory too."""
+    state = engine.build(benchmark, config, alone)
+    share = move(Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), alone.device)
+    for _ in range(2):  # the first lays out memory, and compiles
+        start_s = time.monotonic()
+        engine.train_step(state, share, 0.0, benchmark, config, alone)
+        device.synchronize(alone.device)
+    step_s = time.monotonic() - start_s
+    sent = sum(tensor.nbytes for tensor in state.model.parameters() if tensor.requires_grad)
+    return Trial(step_s, device.peak_memory_gib(alone.device), sent // (1 if config.gradient_dtype == "fp32" else 2))
+
+
+def check_device_memory(trial: Trial, on: torch.device, total_gib: float | None = None) -> Finding:
+    """Whether the device has room beside a step; total_gib: in place of what the device has."""
+    total_gib = total_gib or device.total_memory_gib(on)
+    if total_gib is None:
+        return Finding("device memory", "pass", f"a step takes {trial.peak_gib:.2f} GiB, of the machine's")
+    what = f"a step takes {trial.peak_gib:.1f} of {total_gib:.1f} GiB"
+    if trial.peak_gib > 0.9 * total_gib:
+        return Finding("device memory", "warn", what, "Larger batches of boxes may not fit: a smaller --batch-size.")
+    return Finding("device memory", "pass", what)
+
+
+def measure_all_reduce(ranks: Ranks) -> tuple[float, bool]:
+    """Seconds of the mean of 64 MiB over all ranks, the median of some; and whether that came out right."""
+    if not ranks.together:
+        return 0.0, True
+    spent_s = []
+    right = True
+    for number in range(1 + ROUNDS):  # the first makes the connections
+        tensor = torch.full((ALL_REDUCE_BYTES // 4,), float(ranks.rank), device=ranks.device)
+        ranks.barrier()
+        device.synchronize(ranks.device)
+        start_s = time.monotonic()
+        ranks.mean(tensor)
+        device.synchronize(ranks.device)
+        if number:
+            spent_s.append(time.monotonic() - start_s)
+        right &= bool(torch.allclose(tensor, torch.full_like(tensor, (ranks.world_size - 1) / 2)))
+    return statistics.median(spent_s), right
+
+
+def check_bandwidth(measured: tuple[float, bool], trial: Trial | None, world_size: int) -> Finding:
+    """Whether ranks add up, and whether a step's gradient travels in a small part of the time of the step."""
+    spent_s, right = measured
+    if world_size == 1:
+        return Finding("collectives", "pass", "one rank, which speaks to nobody")
+    rate = f"{ALL_REDUCE_BYTES / 2**30 / spent_s:.3g} GiB/s over {world_size} ranks"
+    if not right:
+        todo = "The collective library or its transport is broken: update it, or try another transport."
+        return Finding("collectives", "fail", f"the mean over {world_size} ranks is wrong", todo)
+    if trial is None:
+        return Finding("collectives", "pass", rate)
+    gradient_s = spent_s * trial.gradient_bytes / ALL_REDUCE_BYTES
+    what = f"{rate}: {size(trial.gradient_bytes)} of gradient take {gradient_s:.3g} s, a step {trial.step_s:.3g} s"
+    if gradient_s > 0.5 * trial.step_s:
+        todo = "See that the ranks use their fast links (NCCL_DEBUG=INFO); --gradient-dtype bf16 sends half."
+        return Finding("collectives", "warn", what, todo)
+    return Finding("collectives", "pass", what)
+
+
+def check_data(config: RunConfig, system: System, *, segmentations: bool) -> list[Finding]:
+    """Whether the data set is whole and can be decoded, and the backbone's weights are what they should be."""
+    try:
+        backbone = [Finding("backbone", "pass", preflight.check_backbone(config))]
+    except InputError as error:
+        backbone = [Finding("backbone", "fail", str(error))]
+    try:
+        if not config.reads_data:
+            return [Finding("data", "pass", "none are read: the input is made up"), *backbone]
+        if preflight.due(config):
+            return [Finding("data", "pass", f"{config.data_dir}: drawn when the run starts"), *backbone]
+        splits, facts = preflight.check_data(config, system, segmentations=segmentations)
+    except InputError as error:
+        return [Finding("data", "fail", line) for line in str(error).splitlines()] + backbone
+    except OSError as error:
+        what = f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}"
+        return [Finding("data", "fail", what, "See that the folder can be read."), *backbone]
+    found = [Finding("data", "pass", fact) for fact in facts]
+    for name, split in splits.items():
+        found.append(check_sample(name, split))
+        if config.dataset == "coco2017":
+            full, _ = coco.files(config, "train" if name == "train" else "val", segmentations=True)
+            found += check_published(name, split, full, coco_files.PUBLISHED[name])
+    return found + backbone
+
+
+def check_sample(name: str, split: Split) -> Finding:
+    """Decode a few images from the first to the last of a split."""
+    for index in sorted({round(number * (len(split) - 1) / (SAMPLES - 1)) for number in range(SAMPLES)}):
+        path = split.image_path(index)
+        try:
+            size_hw = tuple(images.read(path).shape[1:])
+        except InputError as error:
+            return Finding("sample", "fail", str(error), "Fetch it again: ./init_datasets.sh.")
+        if size_hw != tuple(split.sizes_hw[index].tolist()):
+            stated = "x".join(map(str, split.sizes_hw[index].tolist()))
+            what = f"{path}: {'x'.join(map(str, size_hw))} pixels, and {stated} in {split.annotation_file.name}"
+            return Finding("sample", "fail", what, "Images and annotations are not of one data set: fetch both again.")
+    return Finding("sample", "pass", f"{name}: {SAMPLES} images from the first to the last are decoded")
+
+
+def check_published(name: str, split: Split, file: Path, published: Published) -> list[Finding]:
+    """Whether a split has as much as COCO 2017's, and the file of its annotations that file's sum."""
+    again = "Remove it and run ./init_datasets.sh, or give data that are not COCO 2017 another --dataset."
+    counts = (len(split) + split.missing_images, len(split.labels) + split.dropped_boxes)
+    wanted = (published.images, published.annotations)
+    what = f"{name}: {counts[0]} images and {counts[1]} annotations"
+    if counts == wanted:
+        found = [Finding("COCO 2017", "pass", what)]
+    else:
+        found = [Finding("COCO 2017", "fail", f"{what}, and COCO 2017 has {wanted[0]} and {wanted[1]}", again)]
+    if not file.exists():
+        return [*found, Finding("checksum", "warn", f"{file} is not there to be summed", "Keep it beside the other.")]
+    digest = coco_files.sha256(file)
+    if digest != published.sha256:
+        what = f"{file}: SHA-256 {digest[:8]}..., and COCO 2017's is {published.sha256[:8]}..."
+        return [*found, Finding("checksum", "fail", what, again)]
+    return [*found, Finding("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]
+
+
+def check_machine(config: RunConfig, topology: Topology, image_bytes: int, parameter_bytes: int) -> list[Finding]:
+    """Disk, shared memory, open files and memory of this machine."""
+    num_workers = config.num_workers * topology.local_world_size
+    batches = shared_memory.needed_bytes(num_workers, config.batch_size * image_bytes)
+    folder = Path(config.run_dir) if config.run_dir else config.log_dir
+    # A checkpoint holds the weights and a momentum for each of them.
+    return [
+        check_disk(folder, free_disk_bytes(folder), KEPT * 2 * parameter_bytes + LOGS_BYTES),
+        check_shared_memory(shared_memory.free_bytes(), batches, num_workers),
+        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers),
+        check_memory(free_memory_bytes(), batches + cache_bytes(config)),
+    ]
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What is free where a folder is, or would be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def cache_bytes(config: RunConfig) -> int:
+    """What decoded images are asked to take, where the settings say how much; else they take what is free."""
+    return int(config.decoded_cache_gib * GIB) if config.decoded_cache == "host" else 0
+
+
+def check_disk(folder: Path, free: int, needed: int) -> Finding:
+    """Whether checkpoints and logs find room."""
+    what = f"{folder}: {size(free)} free, a run's checkpoints and logs take up to {size(needed)}"
+    return compare("disk", free, needed, what, "Make room, or name another folder by LOGDIR.")
+
+
+def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Finding:
+    """Whether the batches of all data workers find room."""
+    if free is None:
+        return Finding("shared memory", "pass", f"{shared_memory.FOLDER} is not there: nothing limits it")
+    what = f"{size(free)} free, {num_workers} data workers take up to {size(needed)}"
+    todo = "Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers."
+    return compare("shared memory", free, needed, what, todo)
+
+
+def check_open_files(limit: int, num_workers: int) -> Finding:
+    """Whether a rank may open as many files as its workers' batches are."""
+    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * TENSORS_OF_A_BATCH
+    if limit == resource.RLIM_INFINITY:
+        return Finding("open files", "pass", f"no limit, a rank holds up to {needed}")
+    what = f"ulimit -n is {limit}, a rank with {num_workers} data workers holds up to {needed}"
+    return compare("open files", limit, needed, what, f"Say `ulimit -n {max(4096, 4 * needed)}` before the run.")
+
+
+def check_memory(free: int, needed: int) -> Finding:
+    """Whether the batches ahead and the decoded images fit beside what the ranks hold already."""
+    what = f"{size(free)} free beside the ranks, batches ahead and decoded images take {size(needed)}"
+    todo = "Pass fewer --num-workers, or a smaller --decoded-cache-gib."
+    return compare("memory", free, needed, what, todo)
+
+
+def compare(name: str, there: int, needed: int, what: str, what_to_do: str) -> Finding:
+    """Fail where there is less than is needed, warn where there is less than twice that."""
+    if there >= 2 * needed:
+        return Finding(name, "pass", what)
+    return Finding(name, "fail" if there < needed else "warn", what, what_to_do)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
+
+
+def table(gathered: Sequence[Sequence[Finding]]) -> str:
+    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict."""
+    rows: dict[tuple[str, int, Verdict], list[tuple[int, Finding]]] = {}
+    for rank, findings in enumerate(gathered):
+        seen: dict[str, int] = {}
+        for finding in findings:
+            number = seen[finding.name] = seen.get(finding.name, -1) + 1
+            rows.setdefault((finding.name, number, finding.verdict), []).append((rank, finding))
+    askers = {name: sum(any(f.name == name for f in findings) for findings in gathered) for name, _, _ in rows}
+    wide = max(len(name) for name, _, _ in rows)
+    lines = []
+    for (name, _, verdict), found in sorted(rows.items(), key=lambda row: order(row[0][0], gathered)):
+        whose = "" if len(found) == askers[name] else f"rank {', '.join(str(rank) for rank, _ in found)}: "
+        lines.append(f"{verdict}  {name:<{wide}}  {whose}{found[0][1].what}")
+        if found[0][1].what_to_do:
+            lines.append(f"      {'':<{wide}}  {found[0][1].what_to_do}")
+    counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("pass", "warn", "fail")}
+    end = "not ready" if counts["fail"] else "ready"
+    return "\n".join([*lines, f"{end}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"])
+
+
+def order(name: str, gathered: Iterable[Sequence[Finding]]) -> int:
+    """The place of a check among those of the first rank that made it."""
+    return min((f.index(name) for f in ([one.name for one in of] for of in gathered) if name in f), default=0)

@@ -1,0 +1,27 @@
+"""Whether the machines of a run of Mask R-CNN are ready for it: `detection.inspection`, with what is Mask R-CNN's."""
+
+import sys
+
+from detection import inspection, start
+from detection.distributed import Ranks
+from detection.engine import Benchmark
+from maskrcnn.config import Config
+from maskrcnn.data import Batch
+from maskrcnn.evaluation import Evaluation
+from maskrcnn.model import make_model
+from maskrcnn.preflight import CHECKS
+from maskrcnn.train import detect, make_benchmark
+
+
+def main(argv: list[str]) -> int:
+    """Inspect on this rank; returns the exit status."""
+    return inspection.main(argv, CHECKS, benchmark)
+
+
+def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:
+    """Mask R-CNN with random weights, as the loop sees it."""
+    return make_benchmark(config, ranks, 0, make_model(config), Evaluation(config, ranks, detect))
+
+
+if __name__ == "__main__":
+    start.end(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""Whether the machines of a run of SSD300 are ready for it: `detection.inspection`, with what is SSD300's."""
+
+import sys
+
+from detection import inspection, start
+from detection.distributed import Ranks
+from detection.engine import Benchmark
+from ssd.config import Config
+from ssd.data import Batch
+from ssd.evaluation import Evaluation
+from ssd.model import make_model
+from ssd.preflight import CHECKS
+from ssd.train import make_benchmark
+
+
+def main(argv: list[str]) -> int:
+    """Inspect on this rank; returns the exit status."""
+    return inspection.main(argv, CHECKS, benchmark)
+
+
+def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:
+    """SSD300 with random weights, as the loop sees it."""
+    return make_benchmark(config, ranks, 0, make_model(config), Evaluation(config, ranks))
+
+
+if __name__ == "__main__":
+    start.end(main(sys.argv[1:]))
