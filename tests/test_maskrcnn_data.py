@@ -22,6 +22,7 @@ SIZES = {"min_image_size": 128, "max_image_size": 160}
 
 def open_data(folder, ranks=ALONE, seed=5, **settings):
     known = {"dataset": "toy", "num_classes": 4, "batch_size": 4, "eval_batch_size": 3, "num_workers": 0}
+    known["legacy_boxes"] = False
     return MaskRCNNData(Config(data_dir=folder, **known | SIZES | settings), ranks, seed)
 
 
@@ -126,6 +127,22 @@ def test_a_mirrored_image_has_its_boxes_and_masks_mirrored(tiny_toy):
         apart = masks.rasterise(got[4][there], got[2][there]) != drawn.flip(2)
         assert apart.float().mean() < 0.01
         assert drawn.mean() > 0.3
+
+
+def test_a_legacy_box_ends_with_its_last_pixel_before_and_after_it_is_mirrored(tiny_toy):
+    for flip in (False, True):
+        plain, legacy = (samples(open_data(tiny_toy, flip=flip, legacy_boxes=on)) for on in (False, True))
+        split = open_data(tiny_toy).train_loader.dataset.split
+        for index, (_, size_hw, boxes, labels, edges, _) in plain.items():
+            pixel = size_hw.flip(0) / torch.tensor(split.sizes_hw[index].tolist()).flip(0)  # one of the original
+            there = labels > 0
+            got, wanted = legacy[index][2][there], boxes[there]
+            torch.testing.assert_close(got[:, 2:] - got[:, :2], wanted[:, 2:] - wanted[:, :2] - pixel)
+            whole = torch.equal(legacy[index][4], edges)
+            assert whole
+            moved = got[:, 0] - wanted[:, 0]
+            # Mirrored, it ends where it began: the pixel is lost on its other side, and the last pixel is W - 1.
+            assert (moved.abs() < 1e-3).all() or torch.allclose(moved, pixel[0] - 1, atol=1e-3)
 
 
 def test_which_images_are_mirrored_is_drawn_anew_for_each_epoch_and_seed(tiny_toy):
