@@ -344,7 +344,7 @@ def time_evaluation(bench: Bench) -> Iterator[Result]:
 
 def evaluation_sides(bench: Bench) -> Sides:
     """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
-    config = configured(bench)
+    config = configured(bench, "--no-legacy-boxes")  # as torchvision writes them
     truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
     scenes = make_scenes(truth, bench.seed)
     official = MaskMetric(truth.annotation_file)
