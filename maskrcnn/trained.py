@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from torch import nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from detection.coco import Category
@@ -11,7 +10,7 @@ from detection.config import InputError
 from detection.run_config import COCO_CLASSES, RunConfig
 from maskrcnn import config, weights
 from maskrcnn.config import Config
-from maskrcnn.model import make_model
+from maskrcnn.model import MaskRCNN, make_model
 from maskrcnn.weights import COCO_IDS, TORCHVISION, UNUSED_COCO_IDS, Weights
 
 
@@ -22,7 +21,7 @@ class Trained:
     min_size_px, max_size_px: what the sides of its images are resized to, as `data.resized_hw` takes them.
     """
 
-    model: nn.Module
+    model: MaskRCNN
     categories: tuple[Category, ...]
     min_size_px: int
     max_size_px: int
