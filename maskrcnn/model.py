@@ -194,7 +194,7 @@ class MaskRCNN(nn.Module):
         wanted = box_coder.encode(
             truth.boxes_xyxy[of_truth], inside.boxes_xyxy, box_coder.HEAD_WEIGHTS, legacy=s.legacy
         )
-        off = F.smooth_l1_loss(deltas[positives, own_class], wanted, beta=s.box_beta, reduction="sum")
+        off = F.smooth_l1_loss(deltas[positives, own_class], wanted, beta=s.box_beta, reduction="none").sum()
 
         with torch.no_grad():
             edges = truth.edges[of_truth]

@@ -110,9 +110,17 @@ def suppress(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor, eligible: Tenso
     kept = []
     for group in groups.unique().tolist():
         index = ((groups == group) & eligible).nonzero()[:, 0]
-        kept.append(index[nms(written[index], scores[index], iou)])
+        kept.append(index[nms_there(written[index], scores[index], iou)])
     keep = torch.cat(kept) if kept else groups.new_zeros(0)
     return keep[scores[keep].argsort(descending=True, stable=True)]
+
+
+def nms_there(boxes_xyxy: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """torchvision's NMS; for a device that it has no kernel for, such as another vendor's, by way of the CPU."""
+    try:
+        return nms(boxes_xyxy, scores, iou)
+    except NotImplementedError:
+        return nms(boxes_xyxy.cpu(), scores.cpu(), iou).to(boxes_xyxy.device)
 
 
 def pad(rows: list[Tensor]) -> Tensor:

@@ -59,7 +59,8 @@ def noise(seeds: Tensor, count: int) -> Tensor:
 
     They are murmur3's finaliser over a counter, in 64-bit integers, which every kind of device has.
     """
-    golden, first, second, mask = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0xFFFFFFFF
+    golden, first, second = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+    mask = torch.full((), 0xFFFFFFFF, device=seeds.device)
     bits = seeds[:, None] * golden + torch.arange(count, device=seeds.device) * first
     for shift, factor in ((16, first), (13, second)):
         bits = bits & mask

@@ -80,8 +80,13 @@ def outcome(log: Path) -> dict[str, Any]:
 def draw(summary: dict[str, Any], path: Path) -> None:
     """AP by epoch."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(list(summary["ap_by_epoch"]), list(summary["ap_by_epoch"].values()), marker="o")
-    axes.set(xlabel="epoch", ylabel="box AP (IoU .50:.95)", ylim=(0, None))
+    accuracies = summary["ap_by_epoch"]
+    for kind, name in (("BBOX", "box"), ("SEGM", "mask")):
+        values = [value.get(kind) if isinstance(value, dict) else value for value in accuracies.values()]
+        if kind == "BBOX" or all(isinstance(value, dict) for value in accuracies.values()):
+            axes.plot(list(accuracies), values, marker="o", label=name)
+    axes.legend()
+    axes.set(xlabel="epoch", ylabel="AP (IoU .50:.95)", ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

@@ -12,8 +12,10 @@ from torch.utils import backend_registration
 
 import processes
 import stand_in_device
+import test_maskrcnn_run
 from conftest import ROOT
 from detection import checkpoint, run_folder, toy
+from maskrcnn import train as maskrcnn_train
 from ssd import train
 
 pytestmark = pytest.mark.skipif(
@@ -122,3 +124,19 @@ def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, mo
     there, here = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("there", "cpu"))
     assert len(here) > 0
     assert abs(len(there) - len(here)) <= len(here) // 50  # scores on the threshold
+
+
+@pytest.mark.slow
+def test_mask_rcnn_trains_and_detects_there_as_on_the_cpu(third_party, handful, tmp_path, monkeypatch):
+    for name, value in test_maskrcnn_run.SMALL.items():
+        monkeypatch.setenv(f"MASKRCNN_{name}", value)
+    monkeypatch.setenv("DATADIR", str(handful))
+    flags = ["--precision", "fp32", "--compile", "off"]
+    assert maskrcnn_train.main([*flags, "--run-dir", str(tmp_path / "cpu")]) == 0
+    command = [sys.executable, "-m", "maskrcnn.train", *flags, "--device", "auto", "--run-dir", str(tmp_path / "there")]
+    environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (saved,) = run_folder.checkpoints(tmp_path / "there")
+    assert "device" in checkpoint.load(saved.path, benchmark="maskrcnn")["random"], "it was not on the device"
+    np.testing.assert_allclose(processes.losses(tmp_path / "there"), processes.losses(tmp_path / "cpu"), rtol=1e-3)
