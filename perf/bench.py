@@ -109,7 +109,7 @@ def whole(on_cpu: bool) -> Scale:
 
 
 def quick(on_cpu: bool) -> Scale:
-    """What two cores do in ten minutes."""
+    """What two cores do in ten minutes, of SSD's parts."""
     return replace(
         whole(on_cpu),
         rounds=5,

@@ -55,6 +55,8 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "maskrcnn_evaluation": maskrcnn.time_evaluation,
 }
 
+MASK_RCNN = "maskrcnn"  # what the names of its parts begin with
+
 
 def main(argv: list[str], scale: Scale | None = None) -> int:
     """Measure, or compare what was measured; returns the exit status. scale: in place of what the flags ask for."""
@@ -79,9 +81,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m perf.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="parts to measure (--list); all if none")
+    names_help = "parts to measure (--list), or maskrcnn for all of its; all if none"
+    parser.add_argument("names", metavar="NAME", nargs="*", help=names_help)
     parser.add_argument("--list", action="store_true", help="the parts and what they measure")
-    parser.add_argument("--quick", action="store_true", help="less of it: ten minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="less of it: SSD's in ten minutes on two cores")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a requirement is not met")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="two files of results side by side")
     parser.add_argument("--photos", metavar="DIR", type=Path, help="measure on these too: COCO's layout, or JPEG files")
@@ -123,7 +126,7 @@ def open_bench(arguments: argparse.Namespace, scale: Scale | None, scratch: Path
 
 def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     """Measure the parts, show and write the results, each part's as soon as it is done; returns the exit status."""
-    names = chosen_parts(arguments, bench)
+    names = chosen_parts(arguments, on_cpu=bench.device.type == "cpu")
     tune(bench.device)
     facts = machine(bench.device)
     path = out_file(arguments.out, bench, facts["commit"])
@@ -161,15 +164,24 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     return 0 if passed else 1
 
 
-def chosen_parts(arguments: argparse.Namespace, bench: Bench) -> list[str]:
-    """The parts named, else those that --check needs, else all; InputError for a name that is none."""
-    for name in arguments.names:
+def chosen_parts(arguments: argparse.Namespace, *, on_cpu: bool) -> list[str]:
+    """The parts named, else those that --check needs, else all, if quick those of SSD; InputError for no such name.
+
+    The name maskrcnn stands for all of Mask R-CNN's.
+    """
+    of_maskrcnn = [name for name in PARTS if name.startswith(MASK_RCNN)]
+    names = [part for name in arguments.names for part in (of_maskrcnn if name == MASK_RCNN else [name])]
+    for name in names:
         if name not in PARTS:
             nearest = difflib.get_close_matches(name, PARTS, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "--list names them"
             raise InputError(f"{name}: no such part; {hint}")
-    required = {requirement.part for requirement in table.required_of(bench.device.type == "cpu")}
-    return arguments.names or [name for name in PARTS if name in required or not arguments.check]
+    required = {requirement.part for requirement in table.required_of(on_cpu)}
+    if arguments.check:
+        default = [name for name in PARTS if name in required]
+    else:
+        default = [name for name in PARTS if not (arguments.quick and name in of_maskrcnn)]
+    return names or default
 
 
 def out_file(out: Path, bench: Bench, commit: str) -> Path:

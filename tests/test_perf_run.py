@@ -10,7 +10,7 @@ from detection.config import InputError
 from perf import maskrcnn, table
 from perf.bench import Result, Scale, quick, whole
 from perf.limits import count_network
-from perf.run import PARTS, main
+from perf.run import PARTS, chosen_parts, main, parse
 from perf.table import REQUIREMENTS, check, compare, read
 from perf.timing import Side, Spread, in_turns, spread, threads
 from ssd.model import SSD300
@@ -266,3 +266,15 @@ def test_scales_are_for_the_device():
         assert scale(True).batch_size in scale(True).batch_sizes
         assert scale(False).epoch_images % scale(False).batch_size == 0
     assert max(whole(True).metric_images) == 5000
+
+
+def test_quick_is_ssds_parts_and_a_benchmark_can_be_named():
+    def parts(*argv):
+        return chosen_parts(parse(list(argv)), on_cpu=True)
+
+    of_maskrcnn = [name for name in PARTS if name.startswith("maskrcnn_")]
+    assert parts("maskrcnn") == of_maskrcnn
+    assert parts("step", "maskrcnn") == ["step", *of_maskrcnn]
+    assert parts("--quick") == [name for name in PARTS if name not in of_maskrcnn]
+    assert parts() == list(PARTS)
+    assert {"step", "maskrcnn_step", "maskrcnn_evaluation"} <= set(parts("--quick", "--check"))
