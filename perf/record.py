@@ -80,11 +80,13 @@ def outcome(log: Path) -> dict[str, Any]:
 def draw(summary: dict[str, Any], path: Path) -> None:
     """AP by epoch."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    accuracies = summary["ap_by_epoch"]
-    for kind, name in (("BBOX", "box"), ("SEGM", "mask")):
-        values = [value.get(kind) if isinstance(value, dict) else value for value in accuracies.values()]
-        if kind == "BBOX" or all(isinstance(value, dict) for value in accuracies.values()):
-            axes.plot(list(accuracies), values, marker="o", label=name)
+    accuracies: dict[int, Any] = summary["ap_by_epoch"]
+    both = all(isinstance(value, dict) for value in accuracies.values())
+    curves = {"box": [value["BBOX"] if both else value for value in accuracies.values()]}
+    if both:
+        curves["mask"] = [value["SEGM"] for value in accuracies.values()]
+    for name, values in curves.items():
+        axes.plot(list(accuracies), values, marker="o", label=name)
     axes.legend()
     axes.set(xlabel="epoch", ylabel="AP (IoU .50:.95)", ylim=(0, None))
     axes.grid(alpha=0.3)
