@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What to run first on a new accelerator: conformance in each precision, the tests that need one, then the toy run
-# to its target. Takes a few minutes. VECTORS names the conformance vectors, OUT the folder for the outputs.
+# What to run first on a new accelerator: conformance in each precision, the tests that need one, the toy runs of both
+# benchmarks to their targets, then the bench. Takes some minutes; BENCH=0 leaves out the bench, which takes most of
+# them. VECTORS names the conformance vectors, OUT the folder for the outputs.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${OUT:-results/accelerator}
@@ -19,10 +20,23 @@ else
   echo "no vectors at $vectors: conformance is skipped (VECTORS names them)"
 fi
 "$python" -m pytest -q -m gpu | tee "$out/pytest_gpu.txt" || status=1
-# shellcheck source=/dev/null
-. ./config_toy.sh
-export RUN_DIR=$out/toy DATADIR=${TOY_DIR:-$out/toy_data}
+export DATADIR=${TOY_DIR:-$out/toy_data} DGXSYSTEM=toy
 "$python" -m detection.toy "$DATADIR" || status=1
-"$python" -m detection.launch -m ssd.train | tee "$out/toy.txt" | grep -v MLLOG || status=1
+for benchmark in ssd maskrcnn; do
+  suffix=
+  if [[ $benchmark == maskrcnn ]]; then suffix=_maskrcnn; fi
+  (
+    # shellcheck source=/dev/null
+    . "./config_toy$suffix.sh"
+    export RUN_DIR=$out/toy$suffix BENCHMARK=$benchmark
+    "$python" -m detection.launch -m "$benchmark.train" | tee "$out/toy$suffix.txt" | grep -v MLLOG
+    exit "${PIPESTATUS[0]}"
+  ) || status=1
+done
+"$python" -m ssd.inspection >"$out/preflight.txt" || status=1
+if [[ ${BENCH:-1} == 1 ]]; then
+  "$python" -m perf.run --quick --check --out "$out/bench.json" | tee "$out/bench.txt" || status=1
+  "$python" -m perf.run maskrcnn --quick --out "$out/bench_maskrcnn.json" | tee "$out/bench_maskrcnn.txt" || status=1
+fi
 "$python" -m torch.utils.collect_env >"$out/environment.txt" 2>&1
 exit "$status"

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from detection import device
 from detection.config import InputError
 from detection.optim import freeze_batch_norm
 from maskrcnn import box_coder, masks, rpn, sampling, weights
@@ -155,6 +156,23 @@ def test_the_detections_are_torchvisions(ours, torchvisions):
         x0, y0, x1, y1 = theirs["boxes"][0].round().int().tolist()
         shown = theirs["masks"][0, 0, y0:y1, x0:x1].mean()
         assert abs(got.masks[image, 0].mean() - shown) < 0.05
+
+
+@pytest.mark.gpu
+def test_the_device_computes_the_losses_and_detections_of_the_cpu(ours):
+    accelerator = device.choose("auto", local_rank=0)
+    assert accelerator.type != "cpu"
+    images, sizes_hw, truth, _ = scene()
+    there = make_model(settings("--variant", "torchvision", "--rpn-samples", ALL, "--box-samples", ALL)).to(accelerator)
+    there.load_state_dict(ours.state_dict())
+    freeze_batch_norm(ours.train())
+    freeze_batch_norm(there.train())
+    on_device = Truth(*(tensor.to(accelerator) for tensor in truth))
+    got = there(images.to(accelerator), sizes_hw.to(accelerator), on_device).cpu()
+    torch.testing.assert_close(got, ours(images, sizes_hw, truth), rtol=1e-2, atol=1e-4)
+    with torch.no_grad():
+        seen = there.eval()(images.to(accelerator), sizes_hw.to(accelerator)).scores.cpu()
+        torch.testing.assert_close(seen[:, :5], ours.eval()(images, sizes_hw).scores[:, :5], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("flags", [(), ("--variant", "torchvision")])
