@@ -85,7 +85,7 @@ class Evaluation:
         return {"bbox.json": to_results(self.found.rows), "segm.json": to_mask_results(*self.found)}
 
     def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library; `by_class` are the masks' of each category."""
+        """The figures of the last time again, by the official library; `by_class` are the boxes' of each category."""
         official = MaskMetric(self.annotation_file)
         figures = both(official, self.found)
         self.by_class = official.by_class()

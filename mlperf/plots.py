@@ -163,10 +163,9 @@ def accuracy(
                 fontsize=8,
             )
             told.append(f"the reference takes {point.mean_epochs:g} epochs at batch {point.global_batch_size}")
-    axes.set(xlabel="epoch", ylim=(0, None))
+    axes.set(xlabel="epoch", ylim=(0, 1.12 * max(0.01, axes.dataLim.y1, *targets)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.set_xlim(0, 1.06 * axes.dataLim.x1)
-    axes.margins(y=0.12)
     legend(axes, [(record.name, index) for index, record in enumerate(records)], list(others.items()))
     return Plot(name, f"{name} by epoch", f"{name} by epoch. " + "; ".join(told) + ".", figure)
 
