@@ -121,7 +121,9 @@ def build(out: Path, described: Mapping[str, str], found: Sequence[Logged], impl
             code = draft / "benchmarks" / benchmark / "implementations" / implementation
             code.mkdir(parents=True)
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                tar.extractall(code, filter="data")
+                # An attribute, since Python 3.11 takes the argument only from 3.11.4 on; git has made the archive.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(code)
             if absent := [file for file in CODE if not (code / file).is_file()]:
                 raise InputError(f"commit {commit} of {source} has no {', '.join(absent)}: it is not this program")
             _write_json(code / f"{name}_{implementation}.json", facts(runs[0], described["framework"]))
