@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import classes, engine, optim, start, throughput
+from detection import classes, engine, modes, optim, start
 from detection.conclusion import conclude
 from detection.distributed import Ranks
 from detection.state import Run
@@ -37,20 +37,8 @@ def run_mode(config: Config, process: start.Process) -> int:
         if not run.resumed:
             load_weights(model, config, run)
         benchmark = make_benchmark(config, ranks, run.seed, model, evaluation)
-        match config.mode:
-            case "train":
-                if not run.continues:
-                    log_hyperparameters(run.log, config, ranks)
-                outcome = engine.run(benchmark, run)
-            case "evaluate":
-                outcome = engine.evaluate_only(benchmark, run)
-            case "benchmark-training":
-                throughput.training(benchmark, run)
-                return 0
-            case "benchmark-inference":
-                throughput.inference(benchmark, run)
-                return 0
-    return conclude(outcome, run, evaluation)
+        outcome = modes.do(benchmark, run, partial(log_hyperparameters, run.log, config, ranks))
+    return conclude(outcome, run, evaluation) if outcome else 0
 
 
 def load_weights(model: MaskRCNN, config: Config, run: Run) -> None:

@@ -24,7 +24,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch_size", "num_images"), [(2, 4, 28), (4, 2, 28), pytest.param(8, 1, 24, marks=pytest.mark.slow)]
+    ("ranks", "batch_size", "num_images"),
+    [(2, 4, 28), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 2, 28), (8, 1, 24)))],
 )
 def test_shared_batch_norm_makes_every_width_train_alike(alone, tmp_path, ranks, batch_size, num_images):
     flags = ("--batch-size", str(batch_size), "--num-images", str(num_images))
@@ -38,6 +39,7 @@ def test_shared_batch_norm_makes_every_width_train_alike(alone, tmp_path, ranks,
             torch.testing.assert_close(processes.weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_group_of_half_the_ranks_trains_otherwise_than_all_and_than_one(alone, tmp_path):
     """Two groups of two ranks share what two ranks of batches twice as large have each for itself."""
     half = ("--batch-size", "2", "--bn-group", "2")

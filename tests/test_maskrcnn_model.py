@@ -175,7 +175,7 @@ def test_the_device_computes_the_losses_and_detections_of_the_cpu(ours):
         torch.testing.assert_close(seen[:, :5], ours.eval()(images, sizes_hw).scores[:, :5], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("flags", [(), ("--variant", "torchvision")])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--variant", "torchvision"), marks=pytest.mark.slow)])
 def test_it_learns_a_batch_by_heart(flags):
     config = settings(*SMALL, "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5", *flags)
     torch.manual_seed(0)

@@ -127,6 +127,7 @@ def test_the_benchmark_modes_say_how_fast_it_is(run, tmp_path, mode):
     assert all(result["images_per_s"]["median"] > 0 for result in results)
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_same_weights_and_figures(handful, tmp_path):
     environ = os.environ | {f"MASKRCNN_{name}": value for name, value in SMALL.items()}
     environ |= {"DATADIR": str(handful), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}

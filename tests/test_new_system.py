@@ -70,6 +70,7 @@ def test_a_copied_file_is_what_a_dry_run_shows(clone, handful):
     assert "launch:" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_preflight_of_a_copied_file_checks_the_machine_and_starts_no_run(clone, handful):
     run(COMMANDS[1], clone, handful)
     done = run(f"{COMMANDS[3]} {SMALL} --backbone ''", clone, handful)

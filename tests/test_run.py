@@ -280,6 +280,7 @@ def test_two_ranks_train_like_one_of_twice_the_batch_and_like_one_in_parts(
         np.testing.assert_allclose(found[name], found["one"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
     toy.draw(data, toy.Drawing(train_images=2, val_images=1, seed=1))

@@ -291,6 +291,7 @@ with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_send_each_other_one_gradient_and_half_of_it_in_bf16(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(CHILD)

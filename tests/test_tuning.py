@@ -271,6 +271,7 @@ def test_a_trial_that_fails_says_why(tmp_path, monkeypatch):
     assert (found.ending, found.why) == ("failed", "error: --sgd apex: it is not installed")
 
 
+@pytest.mark.slow
 def test_a_trial_that_takes_too_long_is_ended_with_all_its_processes(tmp_path, monkeypatch):
     mark = tmp_path / "pid"
     text = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(100)"

@@ -1,0 +1,27 @@
+"""What --mode asks for."""
+
+from collections.abc import Callable
+from typing import Any
+
+from detection import engine, throughput
+from detection.engine import Benchmark, Outcome
+from detection.state import Run
+
+
+def do(benchmark: Benchmark[Any], run: Run, log_recipe: Callable[[], None]) -> Outcome | None:
+    """Do what the mode of the run says; returns how it ended, or None where it only measured how fast it is.
+
+    log_recipe: says in the MLPerf log what the run is made of; called where a run begins.
+    """
+    match run.config.mode:
+        case "train":
+            if not run.continues:
+                log_recipe()
+            return engine.run(benchmark, run)
+        case "evaluate":
+            return engine.evaluate_only(benchmark, run)
+        case "benchmark-training":
+            throughput.training(benchmark, run)
+        case "benchmark-inference":
+            throughput.inference(benchmark, run)
+    return None
