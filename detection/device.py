@@ -195,12 +195,6 @@ def tune(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
-def wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory that this process has taken so far: the device's own where it tells, else the machine's."""
     if device.type != "cpu" and hasattr(module(device), "max_memory_allocated"):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config import InputError
 from detection.distributed import Ranks
+from detection.engine import Share
 from detection.interruption import SIGNALS
 
 T = TypeVar("T")
@@ -152,6 +153,16 @@ def load(loader: DataLoader[Any]) -> Iterator[Any]:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def shares(loader: DataLoader[Any], sampler: EpochSampler, epoch: int, samples: int) -> Iterator[Share[Any]]:
+    """A rank's shares of the global batches of an epoch (from 1), but for the first `samples` images of it.
+
+    InputError names an unreadable image.
+    """
+    sampler.epoch, sampler.samples = epoch, samples
+    for batch, (start, stop, size) in zip(load(loader), sampler.stretches(), strict=True):
+        yield Share(batch, size, sampler.ranks.world_size / size if stop > start else 0.0)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Phases:
     def end(self, phase: str) -> None:
         """What was done since the last phase ended, or since the beginning, was this one."""
         if self.wait_for is not None:
-            device.wait(self.wait_for)
+            device.synchronize(self.wait_for)
         now_s = self.end_s[phase] = time.monotonic()
         self.spent_s[phase] += now_s - self.mark_s
         self.mark_s = now_s

@@ -113,7 +113,7 @@ def steps(batches: Iterable[T], work: Callable[[T], int], count: int, state: Sta
     for row, batch in zip(rows, batches, strict=False):  # the rows first: no batch is taken that is not used
         state.phases.end("data")
         num_images = work(batch)
-        device.wait(run.ranks.device)
+        device.synchronize(run.ranks.device)
         end_s = time.monotonic()
         row[:] = num_images, end_s - start_s
         start_s = end_s

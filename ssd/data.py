@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, decoded_cache, images
+from detection import coco, decoded_cache, images, loader
 from detection.coco import Split
 from detection.config import InputError
 from detection.decoded_cache import DecodedCache
@@ -194,6 +194,4 @@ class SSDData(SSDEvalData):
 
         InputError names an unreadable image.
         """
-        self.sampler.epoch, self.sampler.samples = epoch, samples
-        for batch, (start, stop, size) in zip(load(self.train_loader), self.sampler.stretches(), strict=True):
-            yield Share(batch, size, self.ranks.world_size / size if stop > start else 0.0)
+        return loader.shares(self.train_loader, self.sampler, epoch, samples)
