@@ -88,7 +88,8 @@ def test_a_signal_ends_all_ranks(tmp_path, number):
     assert not any(alive(int(file.read_text().split()[0])) for file in files)
 
 
-def test_a_wrong_number_of_ranks_is_refused(capsys):
+def test_a_wrong_number_of_ranks_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)  # in this process, which is other tests' too
     assert launch.main(["--nnodes", "1", "--nproc-per-node", "many", "-m", "rank"]) == 2
     assert "many" in capsys.readouterr().err
 
