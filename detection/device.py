@@ -212,6 +212,19 @@ def total_memory_gib(device: torch.device) -> float | None:
     return None if size is None else size / 2**30
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory of an accelerator that nobody has taken; None where torch does not tell."""
+    if not hasattr(module(device), "mem_get_info"):
+        return None
+    free: int = module(device).mem_get_info(device)[0]
+    return free
+
+
+def decodes_jpeg(device: torch.device) -> bool:
+    """Whether torchcodec decodes JPEG files on the device."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE
 )

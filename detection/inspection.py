@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from detection import classes, coco, coco_files, device, engine, images, preflight, shared_memory
+from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight, shared_memory
 from detection.coco import Split
 from detection.coco_files import Published
 from detection.config import InputError, System, Topology, read_topology, to_json
@@ -27,7 +27,7 @@ from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Benchmark, Share
 from detection.interruption import end_with_parent
 from detection.prefetch import move
-from detection.preflight import Checks
+from detection.preflight import Checks, batch_bytes
 from detection.run_config import COCO_CLASSES, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -38,7 +38,8 @@ SAMPLES = 4  # images of each split that are decoded
 KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written
 LOGS_BYTES = 64 * MIB
 FILES_OF_A_RANK = 256  # libraries, sockets and logs that a rank holds open, with room
-TENSORS_OF_A_BATCH = 8  # each is a file while it waits in shared memory
+# A tensor of a batch is a file while it waits in shared memory; there are more where the device makes the images.
+FILES_OF_A_BATCH = {"host": 8, "device": 20}
 ALL_REDUCE_BYTES = 64 * MIB
 ROUNDS = 5
 TIMEOUT_S = 600
@@ -72,6 +73,8 @@ def main(argv: Sequence[str], checks: Checks[Config], make_benchmark: Callable[[
         if topology.launched:
             end_with_parent()
         of_device, on = choose(config.device, topology.local_rank)
+        if of_device.verdict != "fail":
+            device_cache.check(config, on)
         with connect(topology, on, timeout_s=TIMEOUT_S) as ranks:
             found = [of_device, *check_rank(config, topology, checks, ranks, make_benchmark)]
             gathered = ranks.gather(found)
@@ -106,7 +109,7 @@ def check_rank(
     if topology.local_rank == 0:
         system = System(nodes=topology.nodes, ranks_per_node=topology.local_world_size)
         found += check_data(config, system, segmentations=checks.segmentations)
-        found += check_machine(config, topology, checks.image_bytes(config), parameter_bytes)
+        found += check_machine(config, topology, batch_bytes(config, checks), parameter_bytes)
     return found
 
 
@@ -190,7 +193,8 @@ def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tu
             return None, [Finding("training step", "fail", f"{of_batch} do not fit: {lines[0]}", fewer)]
         return None, [Finding("training step", "fail", lines[0], "See what `--mode benchmark-training` says.")]
     what = f"{of_batch} in {trial.step_s:.3g} s"
-    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device)]
+    kept_gib = config.decoded_cache_gib if config.decoded_cache == "device" else 0.0
+    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device, kept_gib)]
 
 
 def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Trial:
@@ -206,14 +210,19 @@ def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Tria
     return Trial(step_s, device.peak_memory_gib(alone.device), sent // (1 if config.gradient_dtype == "fp32" else 2))
 
 
-def check_device_memory(trial: Trial, on: torch.device, total_gib: float | None = None) -> Finding:
-    """Whether the device has room beside a step; total_gib: in place of what the device has."""
+def check_device_memory(
+    trial: Trial, on: torch.device, kept_gib: float = 0.0, total_gib: float | None = None
+) -> Finding:
+    """Whether the device has room beside a step and the images kept there; total_gib: in place of what it has."""
     total_gib = total_gib or device.total_memory_gib(on)
     if total_gib is None:
         return Finding("device memory", "pass", f"a step takes {trial.peak_gib:.2f} GiB, of the machine's")
     what = f"a step takes {trial.peak_gib:.1f} of {total_gib:.1f} GiB"
-    if trial.peak_gib > 0.9 * total_gib:
-        return Finding("device memory", "warn", what, "Larger batches of boxes may not fit: a smaller --batch-size.")
+    if kept_gib:
+        what += f", decoded images {kept_gib:.1f}"
+    if trial.peak_gib + kept_gib > 0.9 * total_gib:
+        smaller = "--batch-size or --decoded-cache-gib" if kept_gib else "--batch-size"
+        return Finding("device memory", "warn", what, f"Larger batches of boxes may not fit: a smaller {smaller}.")
     return Finding("device memory", "pass", what)
 
 
@@ -315,16 +324,17 @@ def check_published(name: str, split: Split, file: Path, published: Published) -
     return [*found, Finding("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]
 
 
-def check_machine(config: RunConfig, topology: Topology, image_bytes: int, parameter_bytes: int) -> list[Finding]:
+def check_machine(config: RunConfig, topology: Topology, batch_bytes: int, parameter_bytes: int) -> list[Finding]:
     """Disk, shared memory, open files and memory of this machine."""
     num_workers = config.num_workers * topology.local_world_size
-    batches = shared_memory.needed_bytes(num_workers, config.batch_size * image_bytes)
+    batches = shared_memory.needed_bytes(num_workers, batch_bytes)
+    files = FILES_OF_A_BATCH["device" if config.images_on_device else "host"]
     folder = Path(config.run_dir) if config.run_dir else config.log_dir
     # A checkpoint holds the weights and a momentum for each of them.
     return [
         check_disk(folder, free_disk_bytes(folder), KEPT * 2 * parameter_bytes + LOGS_BYTES),
         check_shared_memory(shared_memory.free_bytes(), batches, num_workers),
-        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers),
+        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers, files),
         check_memory(free_memory_bytes(), batches + cache_bytes(config)),
     ]
 
@@ -355,9 +365,9 @@ def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Find
     return compare("shared memory", free, needed, what, todo)
 
 
-def check_open_files(limit: int, num_workers: int) -> Finding:
+def check_open_files(limit: int, num_workers: int, files_of_a_batch: int) -> Finding:
     """Whether a rank may open as many files as its workers' batches are."""
-    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * TENSORS_OF_A_BATCH
+    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * files_of_a_batch
     if limit == resource.RLIM_INFINITY:
         return Finding("open files", "pass", f"no limit, a rank holds up to {needed}")
     what = f"ulimit -n is {limit}, a rank with {num_workers} data workers holds up to {needed}"

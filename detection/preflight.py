@@ -26,6 +26,10 @@ from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)
 
+# COCO's images have sides of at most 640 pixels, and few files of it are longer.
+LARGEST_IMAGE_BYTES = 3 * 640 * 640
+LARGEST_FILE_BYTES = 2**19
+
 
 @dataclass(frozen=True)
 class Checks(Generic[Config]):
@@ -43,6 +47,14 @@ class Checks(Generic[Config]):
     network: Callable[[Path, Config], str]
     layers: Callable[[Config], str]
     segmentations: bool = False
+
+
+def batch_bytes(config: Config, checks: Checks[Config]) -> int:
+    """Of a batch as a worker hands it over: of its first epoch, where the device makes the images."""
+    image_bytes = checks.image_bytes(config)
+    if config.images_on_device:
+        image_bytes = LARGEST_FILE_BYTES if config.decoder == "device" else LARGEST_IMAGE_BYTES
+    return config.batch_size * image_bytes
 
 
 def main(argv: Sequence[str], checks: Checks[Config]) -> int:
@@ -145,7 +157,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         except InputError as error:
             mistakes.append(str(error))
     try:
-        shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * checks.image_bytes(config))
+        shared_memory.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
     except InputError as error:
         mistakes.append(str(error))
     if config.checkpoint:

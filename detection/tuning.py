@@ -27,7 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 Settings = Mapping[str, str]
 
 SECONDS = 300
-TUNED = ("batch_size", "accumulation_steps", "num_workers", "precision", "compile", "decoded_cache")
+TUNED = ("batch_size", "accumulation_steps", "num_workers", "precision", "compile", "decoded_cache", "decoder")
 GAIN = 1.03  # less may be chance
 WORKERS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 20, 24, 32)
 STEPS, MOST_STEPS = 3, 50
@@ -198,7 +198,9 @@ def tune(
     best = first
     for direction in directions(best, config, system, num_images, published):
         best = bench.follow(best, direction)
-    best = try_cache(bench, best, num_images // (int(best.settings["batch_size"]) * system.world_size))
+    memories = ("host",) if device.choose(config.device, 0).type == "cpu" else ("host", "device")
+    steps_per_epoch = num_images // (int(best.settings["batch_size"]) * system.world_size)
+    best = try_cache(bench, best, max(1, steps_per_epoch), memories)
     write(best, first, resolved, subject, system, path, order, train_s(best), epochs(best.settings), published)
 
 
@@ -264,26 +266,42 @@ def directions(first: Trial, config: RunConfig, system: System, num_images: int,
         Direction("num_workers", tuple(str(count) for count in WORKERS if workers < count <= most)),
         Direction("num_workers", tuple(str(count) for count in reversed(WORKERS) if count < workers)),
     ]
+    if device.decodes_jpeg(on):
+        others.append(Direction("decoder", ("device",)))
     if device.CAN_COMPILE:
         others.append(Direction("compile", ("off" if compiled else "on",)))
     return [batches, *others] if published else [*others, batches]
 
 
-def try_cache(bench: Bench, best: Trial, steps_per_epoch: int) -> Trial:
-    """Measure decoded images kept in memory, after the epoch that fills it, where there is time for that."""
+def try_cache(bench: Bench, best: Trial, steps_per_epoch: int, memories: Sequence[str]) -> Trial:
+    """Measure decoded images kept in each memory, after the epoch that fills it, where there is time for that."""
     if best.settings["decoded_cache"] != "none":
         return best
-    fill_s = best.spent_s + steps_per_epoch * best.step_ms / 1000
-    if fill_s > bench.end_s - time.monotonic():
-        print(f"the cache of decoded images is not measured: the epoch that fills it takes some {fill_s:.0f} s")
-        return best
-    one = bench.try_out({**best.settings, "decoded_cache": "host"}, warmup=max(1, steps_per_epoch))
-    if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
-        return one
+    plain, settings = best, best.settings
+    for memory in memories:
+        fill_s = plain.spent_s + steps_per_epoch * plain.step_ms / 1000
+        if fill_s > bench.end_s - time.monotonic():
+            print(f"decoded images kept by the {memory} are not measured: the epoch before takes some {fill_s:.0f} s")
+            return best
+        decoder = settings["decoder"] if memory == "device" else "host"
+        one = bench.try_out({**settings, "decoded_cache": memory, "decoder": decoder}, warmup=steps_per_epoch)
+        if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
+            best = one
     return best
 
 
-COLUMNS = ("batch", "parts", "workers", "precision", "compile", "cache", "img/s", "ms a step", "waits for data")
+COLUMNS = (
+    "batch",
+    "parts",
+    "workers",
+    "precision",
+    "compile",
+    "cache",
+    "decoder",
+    "img/s",
+    "ms a step",
+    "waits for data",
+)
 
 
 def heading() -> str:

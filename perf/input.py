@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 from detection import images
+from detection.pixels import Original, Part
 from detection.prefetch import move, prefetch
 from perf import baseline
 from perf.bench import Bench, Result
@@ -23,9 +24,9 @@ from perf.limits import Work, moved
 from perf.photos import Photos
 from perf.timing import Side, spread, threads
 from ssd import augment
-from ssd.anchors import IMAGE_SIZE_PX, make_anchors
+from ssd.anchors import make_anchors
 from ssd.box_coder import encode
-from ssd.data import Batch, SSDData, TrainImages, cut
+from ssd.data import SIZE_HW, Batch, SSDData, TrainImages, box_px
 from ssd.train import prepare
 
 # Photos that are held decoded, at .8 MB each.
@@ -80,8 +81,9 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
     def ours() -> None:
         epoch = next(epochs)
         for index, image in enumerate(tensors):
-            draw, _, _ = dataset.draw(epoch, index, image.shape[1], image.shape[2])
-            images.resize(cut(image, draw.crop_xyxy), IMAGE_SIZE_PX)
+            size_hw = image.shape[1], image.shape[2]
+            draw, _, _ = dataset.draw(epoch, index, *size_hw)
+            dataset.pixels.make(Part(Original(index, size_hw, image), box_px(draw.crop_xyxy, size_hw), SIZE_HW))
 
     def plain() -> None:
         for index, picture in enumerate(pictures):

@@ -25,6 +25,7 @@ from detection.device import compiles
 from detection.engine import Share
 from detection.metric import MaskMetric
 from detection.optim import freeze_batch_norm
+from detection.pixels import HostPixels
 from detection.prefetch import move
 from maskrcnn import box_coder, masks, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
@@ -478,7 +479,9 @@ def ready_batch(bench: Bench) -> Batch:
     """Made-up photos with outlines, as a run gets them on the device, all of them wide."""
     split = bench.outlined()
     min_px, max_px = bench.scale.maskrcnn_image_px
-    images = TrainImages(split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False, legacy=False)
+    images = TrainImages(
+        split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False, legacy=False, pixels=HostPixels()
+    )
     wide = np.resize(np.flatnonzero(is_wide(split.sizes_hw)), bench.scale.maskrcnn_batch_size)
     batch = images.__getitems__([(1, index) for index in wide.tolist()])
     assert isinstance(batch, Batch)  # drawn here, so that each can be read

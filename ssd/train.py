@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import backbone, classes, device, engine, modes, optim, start
+from detection import backbone, classes, device, device_cache, engine, modes, optim, start
 from detection.conclusion import conclude
 from detection.distributed import Ranks
 from detection.state import Run
@@ -18,7 +18,7 @@ from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
-from ssd.data import FLIP_DIRECTIONS, Batch, EvalBatch, SSDData, SSDEvalData
+from ssd.data import FLIP_DIRECTIONS, SIZE_HW, Batch, EvalBatch, SSDData, SSDEvalData
 from ssd.evaluation import Evaluation
 from ssd.loss import LOSSES, multibox_loss
 from ssd.model import SSD300, make_model
@@ -61,7 +61,7 @@ def make_benchmark(
         model=model,
         loss=make_loss(ranks.device, compiled=device.compiles(config.compile, ranks.device)),
         loss_names=LOSSES,
-        made_up_batch=partial(made_up_batch, config),
+        made_up_batch=partial(made_up_batch, config, ranks),
         made_up_eval_batch=partial(made_up_eval_batch, config),
         open_data=partial(SSDData, config, ranks, seed),
         open_eval_data=partial(SSDEvalData, config, ranks),
@@ -104,8 +104,9 @@ def prepare(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
         return images, *encode(boxes_xyxy, batch.labels, anchors)
 
 
-def made_up_batch(config: Config) -> Batch:
+def made_up_batch(config: Config, ranks: Ranks) -> Batch:
     """A batch of noise with two boxes an image, in the shape of the real ones."""
+    device_cache.warm_up(config, ranks, SIZE_HW)
     size = config.batch_size
     return Batch(
         images=noise(size),

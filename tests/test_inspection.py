@@ -52,7 +52,7 @@ def test_shared_memory_that_is_not_there_limits_nothing():
 
 @pytest.mark.parametrize(("limit", "verdict"), [(704, "pass"), (703, "warn"), (351, "fail"), (-1, "pass")])
 def test_the_limit_of_open_files_is_held_against_what_workers_hold(limit, verdict):
-    found = inspection.check_open_files(limit, num_workers=4)  # 256 + 4·3·8 = 352
+    found = inspection.check_open_files(limit, num_workers=4, files_of_a_batch=8)  # 256 + 4·3·8 = 352
     assert found.verdict == verdict
     assert ("ulimit -n 4096" in found.what_to_do) == (verdict != "pass")
 
@@ -82,10 +82,14 @@ def test_clocks_that_are_apart_are_told_by_how_much(skew_s, verdict):
     assert skew_s == 0 or f"{abs(skew_s):.2f} s" in found.what
 
 
-@pytest.mark.parametrize(("total_gib", "verdict"), [(10.0, "pass"), (4.0, "warn")])
-def test_a_step_that_fills_the_device_is_warned_of(total_gib, verdict):
-    found = inspection.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, total_gib)
+@pytest.mark.parametrize(
+    ("total_gib", "kept_gib", "verdict"),
+    [(10.0, 0.0, "pass"), (4.0, 0.0, "warn"), (10.0, 5.0, "pass"), (10.0, 6.0, "warn")],
+)
+def test_a_step_that_fills_the_device_is_warned_of(total_gib, kept_gib, verdict):
+    found = inspection.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, kept_gib, total_gib)
     assert found.verdict == verdict
+    assert ("--decoded-cache-gib" in found.what_to_do) == (kept_gib == 6)
 
 
 @pytest.mark.parametrize(
