@@ -236,17 +236,21 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
     config, ranks = run.config, run.ranks
     start_s = time.monotonic()
     fresh = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    share = move(Share(benchmark.made_up_batch(), 1, 1.0), ranks.device)
     how = "compiled" if device.compiles(config.compile, ranks.device) else "not compiled"
-    try:
+
+    def step() -> None:
+        share = move(Share(benchmark.made_up_batch(), 1, 1.0), ranks.device)
         train_step(state, share, 0.0, benchmark, config, ranks)
+
+    try:
+        step()
     except torch._dynamo.exc.TorchDynamoException as error:
         why = " ".join(str(error).split("\n\n")[0].split())
         if config.compile == "on":
             raise InputError(f"--compile on: that is not possible here ({why}). Pass --compile off.") from error
         how = f"not compiled, since that is not possible here ({why})"
         device.eager()
-        train_step(state, share, 0.0, benchmark, config, ranks)
+        step()
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
     state.optimizer.state.clear()

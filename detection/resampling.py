@@ -126,7 +126,8 @@ def weigh(pixels_of: Callable[[int], Tensor], weights: Tensor, shift: Tensor) ->
     for tap in range(1, weights.shape[-1]):
         total = total + pixels_of(tap) * weights[..., tap, None].int()
     shift = shift[:, None, None, None]
-    return ((total + (1 << (shift - 1))) >> shift).clamp(0, 255).to(torch.uint8)
+    rounded = ((total >> (shift - 1)) + 1) >> 1
+    return rounded.clamp(0, 255).to(torch.uint8)
 
 
 def resample_by_parts(pixels: Tensor, starts: Tensor, widths: Tensor, cuts: Cuts) -> Tensor:
