@@ -99,8 +99,9 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
 def prepare(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
     """What the network sees and is to say: images (B, 3, 300, 300), deltas (B, A, 4), labels (B, A)."""
     with torch.autocast(batch.images.device.type, enabled=False):
-        images, boxes_xyxy = augment.flip(augment.to_unit(batch.images), batch.boxes_xyxy, batch.flips)
-        images = augment.normalise(augment.jitter(images, batch.jitter, batch.jitter_order))
+        flipped, boxes_xyxy = augment.flip(batch.images, batch.boxes_xyxy, batch.flips)  # as bytes: a quarter to move
+        images = augment.jitter(augment.to_unit(flipped), batch.jitter, batch.jitter_order)
+        images = augment.normalise(images)
         return images, *encode(boxes_xyxy, batch.labels, anchors)
 
 
