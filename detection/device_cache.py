@@ -26,6 +26,8 @@ from detection.run_config import RunConfig
 
 # Of the memory that is free once a step was made: what is left is for larger batches of boxes, and evaluation.
 SHARE_OF_FREE = 0.75
+# Beyond these a pixel's place takes more than 32 bits, and code is compiled anew.
+MANY_PIXELS = 2**31
 
 
 class DeviceCache:
@@ -119,19 +121,22 @@ def make(config: RunConfig, split: Split, ranks: Ranks) -> tuple[Pixels, DeviceC
     """What the workers do to the training images, as the settings say; and what the rank does, if it does anything."""
     if not config.images_on_device:
         return HostPixels(decoded_cache.make(config, split.sizes_hw, ranks)), None
-    limit_bytes = 0
-    if config.decoded_cache == "device":
-        free_bytes = device.free_memory_bytes(ranks.device) or 0
-        limit_bytes = int(config.decoded_cache_gib * GIB) or int(SHARE_OF_FREE * free_bytes)
     cache = DeviceCache(
         split.sizes_hw,
-        limit_bytes,
+        limit_bytes(config, ranks.device),
         split.image_path,
         ranks.device,
         device_decodes=config.decoder == "device",
         compiled=device.compiles(config.compile, ranks.device),
     )
     return cache.worker, cache
+
+
+def limit_bytes(config: RunConfig, on: torch.device) -> int:
+    """The memory of the device that images may be kept in."""
+    if config.decoded_cache != "device":
+        return 0
+    return int(config.decoded_cache_gib * GIB) or int(SHARE_OF_FREE * (device.free_memory_bytes(on) or 0))
 
 
 def shares(of_workers: Iterator[Share[Any]], cache: DeviceCache | None) -> Iterator[Share[Any]]:
@@ -149,8 +154,10 @@ def warm_up(config: RunConfig, ranks: Ranks, size_hw: tuple[int, int]) -> None:
     if not config.images_on_device:
         return
     count, (height, width) = config.batch_size, size_hw
-    pixels = torch.zeros(CHANNELS * height * width, dtype=torch.uint8)
     zeros, rows = torch.zeros(count, dtype=torch.int64), torch.arange(height)
     across, down = (side_of([taps(side, side)] * count, side) for side in (width, height))
-    there = move((pixels, zeros, zeros + width, Cuts(zeros, rows, across, down)), ranks.device)
-    resampler(compiled=device.compiles(config.compile, ranks.device))(*there)
+    there = move((zeros, zeros + width, Cuts(zeros, rows, across, down)), ranks.device)
+    for size in (CHANNELS * height * width, MANY_PIXELS):
+        if size < MANY_PIXELS or limit_bytes(config, ranks.device) >= MANY_PIXELS:
+            pixels = torch.zeros(size, dtype=torch.uint8, device=ranks.device)
+            resampler(compiled=device.compiles(config.compile, ranks.device))(pixels, *there)
