@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from detection import coco, engine, rehearsal
+from detection import engine, rehearsal
 from detection.coco import Split
 from detection.device import compiles
 from detection.engine import Share
 from detection.metric import MaskMetric
 from detection.optim import freeze_batch_norm
 from detection.prefetch import move
+from detection.run_lengths import CompressedMask
 from maskrcnn import box_coder, masks, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
 from maskrcnn.config import Config, load
@@ -317,10 +318,10 @@ def time_paste(bench: Bench) -> Iterator[Result]:
 def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
     """Masks of made-up detections to run lengths; each gives those of every image."""
 
-    def ours() -> list[list[coco.CompressedMask]]:
+    def ours() -> list[list[CompressedMask]]:
         return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
 
-    def torchvision() -> list[list[coco.CompressedMask]]:
+    def torchvision() -> list[list[CompressedMask]]:
         return [baseline.paste_scene(scene, device) for scene in scenes]
 
     return Sides(
