@@ -13,11 +13,11 @@ from torch import Tensor
 from detection.config import InputError
 
 
-def read(path: Path, *, what_to_do: str) -> dict[str, Any]:
-    """The content of a .npz file, or of one that torch.save has written.
+def read(path: Path, *, what: str = "file of weights", what_to_do: str) -> dict[str, Any]:
+    """The content of a .npz file, or of one that torch.save has written, on the CPU.
 
-    what_to_do: the end of the message, a sentence. Raises InputError where the file is absent, cut off, damaged,
-    holds more than tensors and plain values, or no table of them.
+    what: the name of such a file, and what_to_do: a sentence, for the message. Raises InputError where the file is
+    absent, cut off, damaged, holds more than tensors and plain values, or no table of them.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -33,12 +33,12 @@ def read(path: Path, *, what_to_do: str) -> dict[str, Any]:
         raise InputError(f"{path}: no such file. {what_to_do}") from None
     except pickle.UnpicklingError as error:  # whose own words are about a setting of torch's
         raise InputError(
-            f"{path}: not a whole file of weights (torch.save did not write it, or it holds more than tensors; code in "
+            f"{path}: not a whole {what} (torch.save did not write it, or it holds more than tensors; code in "
             f"it is never run). {what_to_do}"
         ) from error
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever zipfile or torch stumbles over in a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a whole file of weights ({reason}). {what_to_do}") from error
+        raise InputError(f"{path}: not a whole {what} ({reason}). {what_to_do}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no table of weights. {what_to_do}")
     return content
