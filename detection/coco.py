@@ -171,6 +171,11 @@ def read_categories(annotation_file: Path) -> tuple[Category, ...]:
     return tuple(Category(*pair) for pair in sorted(annotations.read_categories(annotation_file)))
 
 
+def numbered(num_classes: int) -> tuple[Category, ...]:
+    """Categories for as many labels that nobody has named: called by number."""
+    return tuple(Category(label, str(label)) for label in range(1, num_classes))
+
+
 def check_classes(num_classes: int, split: Split) -> None:
     """Raise InputError where a number of classes is set, so not 0, that is not that of the annotations."""
     if num_classes in (0, split.num_classes):
