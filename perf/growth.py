@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detection import coco, engine, rehearsal
+from detection import coco, engine, scenes
 from detection.config import InputError
 from detection.device import choose
 from detection.distributed import Ranks
@@ -127,7 +127,7 @@ def axes() -> tuple[Axis, ...]:
             "images",
             "images",
             (
-                Curve("read annotations", (*images, rehearsal.TRAIN_IMAGES), few_images, read),
+                Curve("read annotations", (*images, scenes.TRAIN_IMAGES), few_images, read),
                 Curve("open for the metric", images, few_images, open_metric),
                 Curve("metric, 10 detections an image", images, few_images, judge_images),
             ),
@@ -156,7 +156,7 @@ def axes() -> tuple[Axis, ...]:
             (
                 Curve("100 images", (), (0, 1), partial(load, 100)),
                 Curve("1,000 images", (0, 1, 2, 4), (), partial(load, 1000)),
-                Curve(f"{rehearsal.TRAIN_IMAGES:,} images", (0, 1, 2, 4), (), partial(load, rehearsal.TRAIN_IMAGES)),
+                Curve(f"{scenes.TRAIN_IMAGES:,} images", (0, 1, 2, 4), (), partial(load, scenes.TRAIN_IMAGES)),
             ),
         ),
         Axis("batch", "images in a batch", (Curve("training step", batches, (1,), step),)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from detection import engine, rehearsal
+from detection import engine, scenes
 from detection.coco import Split
 from detection.device import compiles
 from detection.engine import Share
@@ -452,7 +452,7 @@ def configured(bench: Bench, *flags: str) -> Config:
         "--seed": bench.seed,
         "--batch-size": bench.scale.maskrcnn_batch_size,
         "--num-workers": bench.num_workers,
-        "--num-classes": 1 + len(rehearsal.COCO),
+        "--num-classes": 1 + len(scenes.COCO),
         "--min-image-size": min_px,
         "--max-image-size": max_px,
         "--compile": "off",

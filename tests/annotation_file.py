@@ -1,5 +1,6 @@
-"""A small annotation file with its folder of images, to be changed by a test and read."""
+"""A small annotation file with its folder of images, to be changed by a test and read; and what others hold."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,14 @@ def data_folder(folder: Path) -> Path:
     for image in content()["images"]:
         (folder / "train2017" / image["file_name"]).write_bytes(b"not looked at")
     return folder
+
+
+def contents(folder: Path, split: str) -> dict[str, Any]:
+    """The annotation file of a split in COCO 2017's layout."""
+    return json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A sum of each file below a folder, by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import batch_norm, checkpoint, drawing, rehearsal, run_lengths
+from detection import batch_norm, checkpoint, drawing, run_lengths, scenes
 from detection.config import InputError, to_json
 from detection.distributed import Ranks
 from detection.drawing import Mark
@@ -143,7 +143,7 @@ def test_torchvisions_checkpoint_takes_its_own_settings_and_cocos_names(tmp_path
     config = trained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
     assert (config.variant, config.trunk_stride, config.pixels) == ("torchvision", "3x3", "rgb-unit")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
-    wanted = [(category.id, category.name) for category in rehearsal.COCO]
+    wanted = [(category.id, category.name) for category in scenes.COCO]
     assert [(category.id, category.name) for category in trained.coco_categories()] == wanted
 
 
