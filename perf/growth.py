@@ -9,7 +9,6 @@ its calls; reported are the median over rounds, the least and the greatest. What
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from perf import footprint
 from perf.curves import Axis, axes
 from perf.footprint import PEAK_RESET, Values
 from perf.machine import machine
+from perf.page import fill, place
 from perf.timing import spread
 
 matplotlib.use("Agg")
@@ -182,24 +182,6 @@ def cell(point: dict[str, float]) -> str:
 def digits(value: float) -> str:
     """A number with three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def fill(page: Path, name: str, text: str) -> None:
-    """Put a table in its place on a page."""
-    before, after = place(page, name)
-    page.write_text(f"{before}{text}\n{after}")
-
-
-def place(page: Path, name: str) -> tuple[str, str]:
-    """What is before and after a table on a page, which two comments mark; InputError where they are missing."""
-    try:
-        text = page.read_text()
-    except OSError as error:
-        raise InputError(f"--page {page}: {error.strerror}.") from None
-    found = re.fullmatch(rf"(.*<!-- {name} -->\n).*?(<!-- end -->.*)", text, re.DOTALL)
-    if not found:
-        raise InputError(f"--page {page}: has no place for a table: <!-- {name} --> and, further down, <!-- end -->.")
-    return found[1], found[2]
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ from conftest import ROOT
 from detection.config import InputError
 from detection.distributed import Ranks
 from perf import curves, footprint, growth
+from perf.page import place
 from ssd.config import Config
 from ssd.data import SSDData
 
@@ -104,7 +105,7 @@ def test_a_mistake_is_one_message_before_anything_is_measured(flags, message, tm
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "page.md").write_text("<!-- boxes -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="no place for a table: <!-- images -->"):
-        growth.place(tmp_path / "page.md", "images")
+        place(tmp_path / "page.md", "images")
 
 
 def test_workers_have_no_copy_of_the_annotations(tiny_toy):
