@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, classes, coco, rehearsal, run_folder, shared_memory, toy
+from detection import backbone_files, board, classes, coco, rehearsal, run_folder, scenes, shared_memory, toy
 from detection.config import InputError, Resolved, System, describe, read_system
 from detection.run_config import RunConfig
 from mlperf import rules
@@ -94,7 +94,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
 def with_classes(config: Config) -> Config:
     """The settings with their number of classes, before pictures that the program draws are there, too."""
     if config.num_classes == 0 and due(config):
-        categories = {"toy": toy.SHAPES, "rehearsal": rehearsal.COCO}[config.dataset]
+        categories = {"toy": toy.SHAPES, "rehearsal": scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
     return classes.followed(config)
 

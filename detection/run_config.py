@@ -306,6 +306,11 @@ class RunConfig:
         return named == unit and count % int(number) == 0
 
 
+def to_multiple(lr: float, multiple: float) -> float:
+    """A learning rate rounded to a multiple, at least to the first; as it is where the multiple is 0."""
+    return round(max(1, round(lr / multiple)) * multiple, 12) if multiple else lr
+
+
 T = TypeVar("T", bound=RunConfig)
 
 

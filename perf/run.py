@@ -25,7 +25,7 @@ import torch
 
 from detection.config import InputError
 from detection.device import choose, describe, tune
-from perf import evaluation, input, maskrcnn, network, table, training
+from perf import evaluation, input, maskrcnn, maskrcnn_evaluation, network, table, training
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine
 from perf.photos import open_photos
@@ -51,8 +51,8 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "maskrcnn_align": maskrcnn.time_align,
     "maskrcnn_proposals": maskrcnn.time_proposals,
     "maskrcnn_mask_head": maskrcnn.time_mask_head,
-    "maskrcnn_paste": maskrcnn.time_paste,
-    "maskrcnn_evaluation": maskrcnn.time_evaluation,
+    "maskrcnn_paste": maskrcnn_evaluation.time_paste,
+    "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
 }
 
 MASK_RCNN = "maskrcnn"  # what the names of its parts begin with
