@@ -127,8 +127,8 @@ def heed_only_the_rank(_: int) -> None:
     """In a worker, leave signals to the rank unless they come from there.
 
     A scheduler may signal every process of a job, and the rank needs its batches until it has saved.
+    The signals are blocked already, in every thread: see `load`.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the threads that are still to come, too
 
     def wait() -> None:
         while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
@@ -149,7 +149,13 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
 
 def load(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader; raises the InputError that a worker handed over in place of one."""
-    for batch in loader:
+    # Workers, and the threads that torch starts in them before it asks us, are born with what is blocked here.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for batch in batches:
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -11,6 +11,7 @@ import torch
 
 from conftest import ROOT
 from detection import run_folder
+from forked import Forked
 
 STAND_IN = str(ROOT / "tests" / "stand_in.py")
 
@@ -27,9 +28,14 @@ def command(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = ()
     return [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), *launch, STAND_IN, *flags]
 
 
-def start(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = (), **extra: str) -> subprocess.Popen[str]:
+def start(
+    run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = (), **extra: str
+) -> subprocess.Popen[str] | Forked:
+    words = command(run, *flags, ranks=ranks, launch=launch)
+    if "PYTHONPATH" not in extra:  # which is for an interpreter that starts
+        return Forked(words[1:], environment(**extra))
     return subprocess.Popen(
-        command(run, *flags, ranks=ranks, launch=launch),
+        words,
         env=environment(**extra),
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -39,7 +45,7 @@ def start(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = (), 
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 60) -> tuple[int, str, str]:
     """Status, stdout and stderr; a process that does not end in time fails the test, and is ended."""
     try:
         out, err = process.communicate(timeout=timeout_s)

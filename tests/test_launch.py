@@ -1,13 +1,12 @@
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from detection import launch
+from forked import Forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,17 +25,11 @@ sys.exit(int(end))
 """
 
 
-def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> subprocess.Popen[str]:
+def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> Forked:
     (folder / "rank.py").write_text(RANK)
     flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "detection.launch", *flags, "-m", "rank", *ends],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["-m", "detection.launch", *flags, "-m", "rank", *ends]
+    return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}, folder)
 
 
 def result(folder: Path, *ends: str) -> tuple[int, str]:

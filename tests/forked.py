@@ -1,0 +1,69 @@
+"""Programs as processes of their own that need not import torch: they are forked from one that has.
+
+To import it, and its compiler for the first optimiser, takes four seconds; the rest of a run of the stand-in takes a
+fraction of one. Apart from tests.conftest, which is of pytest's processes.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "detection.start", "detection.engine"])
+
+
+class Forked:
+    """`python SCRIPT ...` or `python -m MODULE ...` in a session of its own, to be used as a subprocess.Popen."""
+
+    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT):
+        self.argv = argv
+        self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        names = [file.name for file in self.files]
+        self.process = SERVER.Process(target=become, args=(argv, environ, cwd, *names))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.argv, timeout)
+        out, err = (file.read() for file in self.files)
+        return out, err
+
+
+def become(argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str) -> None:
+    """Be the program, with these variables, and what it says in two files."""
+    os.setsid()
+    for stream, name in ((1, out), (2, err)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
