@@ -7,6 +7,7 @@ asked of the module that every kind of device has, such as torch.cuda.
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -95,6 +96,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type != "cpu":
         module(device).synchronize()
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers (N,) on the device, written there: a copy from the host would wait for all that it was told."""
+    return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
 def has_streams(device: torch.device) -> bool:
