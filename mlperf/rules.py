@@ -82,7 +82,9 @@ _BOX_TARGET, _MASK_TARGET = 0.377, 0.339
 
 _DATASET = Constraint("dataset", "coco2017", lambda name: name == "coco2017")
 _CHECKPOINT = Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none")
-_BACKBONE = Constraint("backbone", "weights of the ImageNet trunk, as the reference starts", lambda name: name != "none")
+_TRAINED_TRUNK = Constraint(
+    "backbone", "weights of the ImageNet trunk, as the reference starts", lambda name: name != "none"
+)
 _SEED = Constraint("seed", "none: from the clock or the system's randomness", lambda seed: seed == "none")
 _ACCUMULATION = Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0)
 
@@ -127,7 +129,7 @@ SSD = Rules(
         _DATASET,
         Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
         _CHECKPOINT,
-        _BACKBONE,
+        _TRAINED_TRUNK,
         _SEED,
         *_target("target", _SSD_TARGET),
     ),
@@ -204,7 +206,7 @@ MASKRCNN = Rules(
         _ACCUMULATION,
         _DATASET,
         _CHECKPOINT,
-        _BACKBONE,
+        _TRAINED_TRUNK,
         _SEED,
         *_target("target", _BOX_TARGET),
         *_target("mask_target", _MASK_TARGET),
@@ -283,8 +285,8 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
 
     hyperparameters: the values under the keys that the log will have, and what is in `UNLOGGED` and binds this
     benchmark: `target` (box mAP), `mask_target` (mask mAP, of Mask R-CNN), `eval_epochs` (a sequence), `dataset`
-    ("coco2017" or another name), `network` (of SSD), `checkpoint` and `backbone` (a file, or "none") and `seed` (the one
-    that the user chose, or "none"). What is absent or None does not pass.
+    ("coco2017" or another name), `network` (of SSD), `checkpoint` and `backbone` (a file, or "none") and `seed` (that
+    which the user chose, or "none"). What is absent or None does not pass.
     Of the settings that the benchmark has `fixed`, those that are given are judged, too.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """
