@@ -92,7 +92,11 @@ def check(found: Sequence[Logged], org: str, division: str | None, ruleset: str)
     mistakes += _commits(found)
     for runs in _by_benchmark(found).values():
         verdicts = [(logged.run.path, compliance.check(logged.run.path, ruleset)) for logged in runs]
-        failed = [f"{path}: {'; '.join(verdict.messages)}" for path, verdict in verdicts if not verdict.passed]
+        failed = [
+            f"{path}: {' '.join('; '.join(verdict.messages).split())}"
+            for path, verdict in verdicts
+            if not verdict.passed
+        ]
         name = runs[0].run.entry.benchmark
         if len(failed) > 1 or len(failed) == len(runs):
             mistakes += [f"{text} (MLPerf {ruleset}: one run of five may fail)" for text in failed]

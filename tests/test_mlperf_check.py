@@ -131,6 +131,8 @@ def test_a_log_that_names_no_ruleset_and_fails_the_newest_is_told_which_one_it_p
     assert status == 1
     assert "names no ruleset, so that it was held to 1.1.0: it passes --ruleset 0.7.0" in out
     assert "names no ruleset" not in command(old, "--ruleset", "1.1.0")[1]
+    untold = command(write_run(tmp_path / "untold.txt", without="weights_initialization"))[1]
+    assert "sorted(s['initialized_tensors']) == sorted([…])" in untold  # not the names of 119 tensors
     bad = write_run(tmp_path / "bad.txt", without="run_stop")
     assert "held to 1.1.0: nor does it pass an older one" in command(bad)[1]
 

@@ -149,6 +149,9 @@ def test_one_run_below_the_target_counts_as_the_slowest_and_two_are_refused(tmp_
         assert f"result_{number}.txt: " in err
         assert ("counts as the slowest" in err) is (status == 0)
     assert err.count("one run of five may fail") == 2
+    untold = five(tmp_path / "untold", repository, number=2, without="weights_initialization")
+    assert submit(tmp_path, repository, untold) == 2
+    assert [line.split(":")[0] for line in mistake(capsys).splitlines()] == ["error", "error"]  # a line each
 
 
 @pytest.mark.parametrize(
