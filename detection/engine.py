@@ -20,6 +20,7 @@ from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
 from detection.run_config import RunConfig
 from detection.state import Run, State
+from mlperf import system
 
 Batch = TypeVar("Batch", bound=NamedTuple)
 
@@ -112,11 +113,12 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     warm_up(state, benchmark, run)
     if run.resumed:
         snapshot.restore(state, run.resumed, run.config, run.ranks)
+    told = facts(benchmark, run, state)
     run.ranks.barrier()
     if not run.continues:
         run.log.end("init")
         run.log.start("run")  # the clock; no byte of the data set was read above
-    run.progress.start_clock(facts(benchmark, run, state))
+    run.progress.start_clock(told)
     if run.resumed:
         run.log.point("resumed", run.resumed.path.name, epoch_num=state.epoch, step=state.step)
     try:
@@ -194,6 +196,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
         "device": device.describe(ranks.device),
         "precision": state.precision.name,
         "torch": torch.__version__,
+        "machine": system.summary(),
         "seed": run.seed,
         "global_batch_size": config.global_batch_size(ranks.world_size),
         "epochs": config.epochs,

@@ -10,6 +10,7 @@ import resource
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ def main(argv: Sequence[str], checks: Checks[Config], make_benchmark: Callable[[
             gathered = ranks.gather(found)
             failed = any(finding.verdict == "fail" for findings in gathered for finding in findings)
             if ranks.is_first:
-                print(table(gathered), flush=True)
+                print(table(gathered, terminal_columns()), flush=True)
             return 2 if ranks.broadcast(failed) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,6 +107,8 @@ def check_rank(
     tried, of_step = check_step(benchmark, config, alone)
     found += of_step
     found.append(check_bandwidth(measure_all_reduce(ranks), tried, ranks.world_size))
+    if ranks.is_first:
+        found += check_rules(config, checks.recipe(config, ranks.world_size), ranks.world_size)
     if topology.local_rank == 0:
         system = System(nodes=topology.nodes, ranks_per_node=topology.local_world_size)
         found += check_data(config, system, segmentations=checks.segmentations)
@@ -142,6 +145,20 @@ def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
         what = "not as on rank 0: " + ", ".join(f"{name} {mine[name]} for {first[name]}" for name in other)
         return Finding("versions", "fail", what, "Install the same on every node, and pass the same settings.")
     return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, settings as on rank 0")
+
+
+def check_rules(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> list[Finding]:
+    """Whether MLPerf's rules let such a run start; `--dry-run` says what they make of each value."""
+    said, broken = preflight.judge(config, recipe, world_size)
+    named = f"MLPerf {config.ruleset} {config.division}"
+    if broken:
+        return [Finding("rules", "fail", *line.rsplit(". ", 1)) for line in broken]
+    warned = [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
+    if warned:
+        return [Finding("rules", "warn", line, "Such a run is no result of that division.") for line in warned]
+    if config.mode != "train":
+        return [Finding("rules", "pass", said[0])]
+    return [Finding("rules", "pass", f"{named} lets it start; --dry-run says what it makes of each value")]
 
 
 def check_driver(driver: device.Driver, on: torch.device) -> Finding:
@@ -182,7 +199,9 @@ def judge_clock(skew_s: float) -> Finding:
 def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tuple[Trial | None, list[Finding]]:
     """Train two steps on noise, the second timed, and say what memory they took."""
     fewer = "Pass a smaller --batch-size, or more --accumulation-steps, which compute it in parts."
-    of_batch = f"{config.batch_size} images in {config.accumulation_steps} parts"
+    of_batch = f"{config.batch_size} images"
+    if config.accumulation_steps > 1:
+        of_batch += f" in {config.accumulation_steps} parts"
     try:
         trial = try_step(benchmark, config, alone)
     except InputError as error:
@@ -393,8 +412,16 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
-def table(gathered: Sequence[Sequence[Finding]]) -> str:
-    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict."""
+def terminal_columns() -> int | None:
+    """The width that a table has on the terminal; None where it goes elsewhere, to be searched line by line."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(gathered: Sequence[Sequence[Finding]], columns: int | None = None) -> str:
+    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict.
+
+    columns: lines of more characters are broken, if it is given; names of files are left whole.
+    """
     rows: dict[tuple[str, int, Verdict], list[tuple[int, Finding]]] = {}
     for rank, findings in enumerate(gathered):
         seen: dict[str, int] = {}
@@ -406,12 +433,19 @@ def table(gathered: Sequence[Sequence[Finding]]) -> str:
     lines = []
     for (name, _, verdict), found in sorted(rows.items(), key=lambda row: order(row[0][0], gathered)):
         whose = "" if len(found) == askers[name] else f"rank {', '.join(str(rank) for rank, _ in found)}: "
-        lines.append(f"{verdict}  {name:<{wide}}  {whose}{found[0][1].what}")
-        if found[0][1].what_to_do:
-            lines.append(f"      {'':<{wide}}  {found[0][1].what_to_do}")
+        texts = [whose + found[0][1].what] + ([found[0][1].what_to_do] if found[0][1].what_to_do else [])
+        body = [part for text in texts for part in broken_lines(text, columns and columns - wide - 8)]
+        lines += [f"{verdict}  {name:<{wide}}  {body[0]}", *(f"      {'':<{wide}}  {part}" for part in body[1:])]
     counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("pass", "warn", "fail")}
     end = "not ready" if counts["fail"] else "ready"
     return "\n".join([*lines, f"{end}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"])
+
+
+def broken_lines(text: str, columns: int | None) -> list[str]:
+    """A text in lines of so many characters, of 20 at least."""
+    if columns is None:
+        return [text]
+    return textwrap.wrap(text, max(20, columns), break_long_words=False, break_on_hyphens=False)
 
 
 def order(name: str, gathered: Iterable[Sequence[Finding]]) -> int:

@@ -11,6 +11,7 @@ It runs in a process of its own, which keeps nothing: MLPerf forbids to touch th
 one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,8 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
         "dataset": config.dataset,
         "network": config.network_name,
         "checkpoint": config.checkpoint or "none",
+        "backbone": config.backbone or "none",
+        "seed": "none" if config.seed is None else config.seed,
     }
     named = f"MLPerf {config.ruleset} {config.division}"
     said, broken, kept = [], [], []
@@ -124,7 +127,8 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
     if kept:
         said.append(f"{named}: as in the reference: {', '.join(kept)}")
     exact, peak = config.exact_lr(world_size), config.peak_lr(world_size)
-    rounded = f"rounded from {exact:.6g} by lr_multiple" if peak != exact else "not rounded"
+    as_asked = math.isclose(peak, exact, rel_tol=1e-9)
+    rounded = "not rounded" if as_asked else f"rounded from {exact:.6g} by lr_multiple"
     said.append(f"peak learning rate {peak:.6g}: {rounded}")
     if config.division == "closed":
         return said, [f"{rule}. Change it, or pass --division open" for rule in broken]
@@ -196,7 +200,7 @@ def check_backbone(config: RunConfig) -> str:
         return backbone_files.check(path)
     except InputError as error:
         fetch = backbone_files.how_to_fetch(config.trunk_name, path)
-        raise InputError(f"{error}. Run {fetch}, or start at random with --backbone ''") from error
+        raise InputError(f"{error}. Run {fetch}, or start at random: --backbone '' --division open") from error
 
 
 def check_data(

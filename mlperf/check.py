@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run, why = _run(log)
                 verdict = check(log, options.ruleset or (run and run.ruleset) or RULESETS[-1])
                 _print_verdict(log, verdict)
+                if run and not (verdict.passed or options.ruleset or run.ruleset):
+                    print(f"  {_other_ruleset(log, verdict.ruleset)}")
                 status = max(status, 0 if verdict.passed else 1)
                 if run:
                     checked.append((run, verdict))
@@ -145,6 +147,13 @@ def _run(log: Path) -> tuple[Run | None, str]:
         return score.read_run(log), ""
     except ValueError as error:  # where it is no MLPerf log, the official checker says what is wrong with it
         return None, str(error)
+
+
+def _other_ruleset(log: Path, checked: str) -> str:
+    """What to say of a log that names no ruleset and does not pass the newest: published ones are of their time."""
+    others = [ruleset for ruleset in RULESETS if ruleset != checked and check(log, ruleset).passed]
+    told = f"it passes --ruleset {others[-1]}" if others else "nor does it pass an older one"
+    return f"the log names no ruleset, so that it was held to {checked}: {told}"
 
 
 def _results(checked: Sequence[tuple[Run, Verdict]]) -> list[list[tuple[Run, Verdict]]]:

@@ -22,6 +22,7 @@ from detection.distributed import Ranks
 from detection.inspection import MIB, Finding, Trial
 from ssd.config import load
 from ssd.inspection import benchmark, main
+from ssd.preflight import CHECKS
 
 CPU = torch.device("cpu")
 CARD = torch.device("xpu", 0)  # of any kind: nothing is computed
@@ -245,6 +246,33 @@ def test_the_table_tells_ranks_apart_only_where_they_differ():
     ]
 
 
+def test_on_a_terminal_lines_are_broken_below_where_they_begin_and_names_of_files_are_not():
+    name = "/data/coco/annotations/" + "very_" * 12 + "long.json"
+    found = Finding("data", "fail", f"{name} names 118287 images, 17 of them are not there", "Run ./init_datasets.sh.")
+    lines = inspection.table([[found]], columns=60).splitlines()[:-1]
+    assert [line for line in lines if len(line) > 60] == [f"fail  data  {name}"]
+    assert lines[1:] == [f"{'':12}names 118287 images, 17 of them are not there", f"{'':12}Run ./init_datasets.sh."]
+
+
+@pytest.mark.parametrize(
+    ("flags", "verdicts", "text"),
+    [
+        (("--division", "open"), ["pass"], "MLPerf 1.1.0 open lets it start"),
+        (("--division", "open", "--ruleset", "0.7.0", "--target", ".1"), ["warn"], "0.7.0 open forbids target: 0.1"),
+        (("--division", "closed", "--dataset", "coco2017", "--eval-epochs", "every 5", "--backbone", "a.pth"),
+         ["pass"], "MLPerf 1.1.0 closed lets it start"),
+        (("--division", "closed", "--momentum", ".8"), ["fail"] * 4, "closed forbids momentum: 0.8"),
+        (("--mode", "benchmark-training"), ["pass"], "is no MLPerf run"),
+    ],
+)  # fmt: skip
+def test_the_rules_are_checked_with_the_machine(tmp_path, flags, verdicts, text):
+    config = settings(tmp_path, *flags)
+    found = inspection.check_rules(config, CHECKS.recipe(config, 1), world_size=1)
+    assert [finding.verdict for finding in found] == verdicts
+    assert any(text in finding.what for finding in found)
+    assert all(finding.what_to_do.startswith("Change it, or") for finding in found if finding.verdict == "fail")
+
+
 def flags_of(folder):
     recipe = ("--dataset", "toy", "--data-dir", str(folder), "--trunk", "resnet18", "--batch-size", "2")
     return (*recipe, "--division", "open", "--device", "cpu")
@@ -265,7 +293,18 @@ def test_two_ranks_inspect_together_and_print_one_table(handful):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("GiB/s over 2 ranks") == 1
     assert done.stdout.splitlines()[-1].startswith("ready: ")
-    for name in ("device", "versions", "driver", "clock", "training step", "data", "sample", "disk", "open files"):
+    for name in (
+        "device",
+        "versions",
+        "rules",
+        "driver",
+        "clock",
+        "training step",
+        "data",
+        "sample",
+        "disk",
+        "open files",
+    ):
         assert f"pass  {name} " in done.stdout
 
 

@@ -149,6 +149,9 @@ def test_one_run_below_the_target_counts_as_the_slowest_and_two_are_refused(tmp_
         assert f"result_{number}.txt: " in err
         assert ("counts as the slowest" in err) is (status == 0)
     assert err.count("one run of five may fail") == 2
+    untold = five(tmp_path / "untold", repository, number=2, without="weights_initialization")
+    assert submit(tmp_path, repository, untold) == 2
+    assert [line.split(":")[0] for line in mistake(capsys).splitlines()] == ["error", "error"]  # a line each
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,14 @@ def test_a_run_that_does_not_belong_to_the_others_is_named(
     assert submit(tmp_path, repository, runs, other) == 2
     assert message in mistake(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_before_which_no_caches_were_dropped_are_warned_of(tmp_path, repository, described, compliant, capsys):
+    kept = five(tmp_path / "kept", repository, number=1, cache_clear=False)
+    submit(tmp_path, repository, kept)
+    assert "warning: ssd: cache_clear is not true in result_0.txt" in mistake(capsys)
+    submit(tmp_path, repository, five(tmp_path / "dropped", repository, number=1), "--implementation", "other")
+    assert "cache_clear" not in mistake(capsys)
 
 
 def test_runs_of_a_changed_tree_are_refused(tmp_path, repository, described, compliant, capsys):
@@ -290,6 +301,10 @@ def test_processors_caches_memory_and_disks_are_read_from_the_kernels_files(tmp_
         "host_storage_type": "HDD, NVMe SSD",
         "host_storage_capacity": "3840 GB + 1000 GB",
     }
+    told = system.summary(tmp_path)
+    assert (told["processors"], told["memory"]) == ("2 × A CPU, 2 cores each", "512 GiB")
+    assert "numpy " in told["software"]
+    assert "memory" not in system.summary(tmp_path / "absent")
 
 
 def test_the_page_names_every_flag_and_its_commands_are_taken():
