@@ -1,5 +1,8 @@
 """A step and an evaluation on an accelerator that is none: nothing meets the CPU there, and the host does not wait."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +14,9 @@ import ssd.config
 import ssd.evaluation
 import ssd.train
 from detection import engine
+from detection.device_cache import DeviceCache
 from detection.distributed import Ranks
+from detection.pixels import Part
 from detection.prefetch import move
 from fake_accelerator import CUDA, pretend
 
@@ -152,3 +157,17 @@ def test_mask_rcnn_waits_for_its_detections_a_few_times_a_batch_and_for_each_sup
         ("maskrcnn/model.py MaskRCNN.detect", "aten::nonzero"): 3,  # proposals, candidates, detections
         ("maskrcnn/model.py MaskRCNN.detect", "tolist"): 1,  # candidates of each class
     }
+
+
+def test_images_that_the_device_holds_are_made_there_without_waiting(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    sizes_hw = np.array([[48, 64], [64, 48], [50, 50]], dtype=np.int32)
+    with pretend() as waits:
+        cache = DeviceCache(sizes_hw, 2**20, Path, CUDA, device_decodes=False, compiled=False)
+        cache.worker.held[:] = 1
+        originals = [cache.worker.read(image, Path("not there")) for image in (2, 0)]
+        sent = cache.worker.lay_out([Part(original, (4, 5, 40, 47), (30, 20)) for original in originals])
+        waits.taken()
+        images = cache.images(sent)
+        assert (images.device, images.shape, images.dtype) == (CUDA, (2, 3, 30, 20), torch.uint8)
+        assert waits.taken() == {("detection/prefetch.py move", "from cpu to cuda"): 14}  # from pinned memory, in a run
