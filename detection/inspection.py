@@ -6,55 +6,36 @@ Each check is a function of what was read or measured, and returns a `Finding`. 
 
 import json
 import platform
-import resource
-import shutil
 import statistics
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight, shared_memory
+from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight
 from detection.coco import Split
 from detection.coco_files import Published
 from detection.config import InputError, System, Topology, read_topology, to_json
-from detection.decoded_cache import GIB, free_memory_bytes
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Benchmark, Share
+from detection.findings import Finding, table, terminal_columns
 from detection.interruption import end_with_parent
 from detection.prefetch import move
 from detection.preflight import Checks, batch_bytes
+from detection.resources import MIB, check_machine, size
 from detection.run_config import COCO_CLASSES, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
-Verdict = Literal["pass", "warn", "fail"]
 
-MIB = 2**20
 SAMPLES = 4  # images of each split that are decoded
-KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written
-LOGS_BYTES = 64 * MIB
-FILES_OF_A_RANK = 256  # libraries, sockets and logs that a rank holds open, with room
-# A tensor of a batch is a file while it waits in shared memory; there are more where the device makes the images.
-FILES_OF_A_BATCH = {"host": 8, "device": 20}
 ALL_REDUCE_BYTES = 64 * MIB
 ROUNDS = 5
 TIMEOUT_S = 600
 FOLDERS = ("data_dir", "log_dir", "run_dir", "backbone")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found: its name, whether that will do, what was seen, and what to do about it."""
-
-    name: str
-    verdict: Verdict
-    what: str
-    what_to_do: str = ""
 
 
 @dataclass(frozen=True)
@@ -341,113 +322,3 @@ def check_published(name: str, split: Split, file: Path, published: Published) -
         what = f"{file}: SHA-256 {digest[:8]}..., and COCO 2017's is {published.sha256[:8]}..."
         return [*found, Finding("checksum", "fail", what, again)]
     return [*found, Finding("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]
-
-
-def check_machine(config: RunConfig, topology: Topology, batch_bytes: int, parameter_bytes: int) -> list[Finding]:
-    """Disk, shared memory, open files and memory of this machine."""
-    num_workers = config.num_workers * topology.local_world_size
-    batches = shared_memory.needed_bytes(num_workers, batch_bytes)
-    files = FILES_OF_A_BATCH["device" if config.images_on_device else "host"]
-    folder = Path(config.run_dir) if config.run_dir else config.log_dir
-    # A checkpoint holds the weights and a momentum for each of them.
-    return [
-        check_disk(folder, free_disk_bytes(folder), KEPT * 2 * parameter_bytes + LOGS_BYTES),
-        check_shared_memory(shared_memory.free_bytes(), batches, num_workers),
-        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers, files),
-        check_memory(free_memory_bytes(), batches + cache_bytes(config)),
-    ]
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """What is free where a folder is, or would be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def cache_bytes(config: RunConfig) -> int:
-    """What decoded images are asked to take, where the settings say how much; else they take what is free."""
-    return int(config.decoded_cache_gib * GIB) if config.decoded_cache == "host" else 0
-
-
-def check_disk(folder: Path, free: int, needed: int) -> Finding:
-    """Whether checkpoints and logs find room."""
-    what = f"{folder}: {size(free)} free, a run's checkpoints and logs take up to {size(needed)}"
-    return compare("disk", free, needed, what, "Make room, or name another folder by LOGDIR.")
-
-
-def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Finding:
-    """Whether the batches of all data workers find room."""
-    if free is None:
-        return Finding("shared memory", "pass", f"{shared_memory.FOLDER} is not there: nothing limits it")
-    what = f"{size(free)} free, {num_workers} data workers take up to {size(needed)}"
-    todo = "Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers."
-    return compare("shared memory", free, needed, what, todo)
-
-
-def check_open_files(limit: int, num_workers: int, files_of_a_batch: int) -> Finding:
-    """Whether a rank may open as many files as its workers' batches are."""
-    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * files_of_a_batch
-    if limit == resource.RLIM_INFINITY:
-        return Finding("open files", "pass", f"no limit, a rank holds up to {needed}")
-    what = f"ulimit -n is {limit}, a rank with {num_workers} data workers holds up to {needed}"
-    return compare("open files", limit, needed, what, f"Say `ulimit -n {max(4096, 4 * needed)}` before the run.")
-
-
-def check_memory(free: int, needed: int) -> Finding:
-    """Whether the batches ahead and the decoded images fit beside what the ranks hold already."""
-    what = f"{size(free)} free beside the ranks, batches ahead and decoded images take {size(needed)}"
-    todo = "Pass fewer --num-workers, or a smaller --decoded-cache-gib."
-    return compare("memory", free, needed, what, todo)
-
-
-def compare(name: str, there: int, needed: int, what: str, what_to_do: str) -> Finding:
-    """Fail where there is less than is needed, warn where there is less than twice that."""
-    if there >= 2 * needed:
-        return Finding(name, "pass", what)
-    return Finding(name, "fail" if there < needed else "warn", what, what_to_do)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
-
-
-def terminal_columns() -> int | None:
-    """The width that a table has on the terminal; None where it goes elsewhere, to be searched line by line."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def table(gathered: Sequence[Sequence[Finding]], columns: int | None = None) -> str:
-    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict.
-
-    columns: lines of more characters are broken, if it is given; names of files are left whole.
-    """
-    rows: dict[tuple[str, int, Verdict], list[tuple[int, Finding]]] = {}
-    for rank, findings in enumerate(gathered):
-        seen: dict[str, int] = {}
-        for finding in findings:
-            number = seen[finding.name] = seen.get(finding.name, -1) + 1
-            rows.setdefault((finding.name, number, finding.verdict), []).append((rank, finding))
-    askers = {name: sum(any(f.name == name for f in findings) for findings in gathered) for name, _, _ in rows}
-    wide = max(len(name) for name, _, _ in rows)
-    lines = []
-    for (name, _, verdict), found in sorted(rows.items(), key=lambda row: order(row[0][0], gathered)):
-        whose = "" if len(found) == askers[name] else f"rank {', '.join(str(rank) for rank, _ in found)}: "
-        texts = [whose + found[0][1].what] + ([found[0][1].what_to_do] if found[0][1].what_to_do else [])
-        body = [part for text in texts for part in broken_lines(text, columns and columns - wide - 8)]
-        lines += [f"{verdict}  {name:<{wide}}  {body[0]}", *(f"      {'':<{wide}}  {part}" for part in body[1:])]
-    counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("pass", "warn", "fail")}
-    end = "not ready" if counts["fail"] else "ready"
-    return "\n".join([*lines, f"{end}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"])
-
-
-def broken_lines(text: str, columns: int | None) -> list[str]:
-    """A text in lines of so many characters, of 20 at least."""
-    if columns is None:
-        return [text]
-    return textwrap.wrap(text, max(20, columns), break_long_words=False, break_on_hyphens=False)
-
-
-def order(name: str, gathered: Iterable[Sequence[Finding]]) -> int:
-    """The place of a check among those of the first rank that made it."""
-    return min((f.index(name) for f in ([one.name for one in of] for of in gathered) if name in f), default=0)

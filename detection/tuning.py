@@ -63,6 +63,16 @@ class Direction:
     chosen: bool = True
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was found: the first trial, the best, and what a run with its settings takes, in training alone."""
+
+    first: Trial
+    best: Trial
+    epochs: float
+    train_s: float
+
+
 @dataclass
 class Bench:
     """Measures settings until its time is over.
@@ -201,7 +211,7 @@ def tune(
     memories = ("host",) if device.choose(config.device, 0).type == "cpu" else ("host", "device")
     steps_per_epoch = num_images // (int(best.settings["batch_size"]) * system.world_size)
     best = try_cache(bench, best, max(1, steps_per_epoch), memories)
-    write(best, first, resolved, subject, system, path, order, train_s(best), epochs(best.settings), published)
+    write(Outcome(first, best, epochs(best.settings), train_s(best)), order, resolved, subject, system, path)
 
 
 def count_images(config: Config, system: System, checks: Checks[Config]) -> int:
@@ -321,19 +331,16 @@ def row(one: Trial) -> str:
 
 
 def write(
-    best: Trial,
-    first: Trial,
+    found: Outcome,
+    order: Order,
     resolved: Resolved[Config],
     subject: Subject[Config],
     system: System,
     path: Path,
-    order: Order,
-    train_s: float,
-    epochs: float,
-    published: bool,
 ) -> None:
     """Write the settings of the best trial, and the recipe of its global batch, with what is to be expected."""
-    old = resolved.config
+    old, best = resolved.config, found.best
+    published = is_published(old)
     batch = int(best.settings["batch_size"]) * system.world_size
     settings = dict(best.settings)
     if best.settings["precision"] == "auto":
@@ -346,19 +353,19 @@ def write(
         recipe = recipes.recipe(old.benchmark, batch)
         settings |= subject.settings(recipe)
         source = recipe.source
-        if epochs > 0.9 * old.epochs:
-            settings["epochs"] = str(5 * math.ceil(1.3 * epochs / 5))
+        if found.epochs > 0.9 * old.epochs:
+            settings["epochs"] = str(5 * math.ceil(1.3 * found.epochs / 5))
     final = subject.checks.load([*order.flags, *system_file.flags(settings)])
     judged = preflight.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
     verdict = f"forbids {len(judged[1])} of its values (--dry-run names them)" if judged[1] else "allows it"
     remarks = [
         f"measured: {best.images_per_s:.1f} img/s on {system.ranks_per_node} ranks, "
-        f"{best.images_per_s / first.images_per_s:.2f} times what config_{old.system}.sh gave",
+        f"{best.images_per_s / found.first.images_per_s:.2f} times what config_{old.system}.sh gave",
         f"recipe: {source}; MLPerf {old.ruleset} {old.division} {verdict}",
-        f"expected: {epochs:g} epochs{'' if published else ' at most'}, {train_s / 60:.1f} minutes of training, "
-        "evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
+        f"expected: {found.epochs:g} epochs{'' if published else ' at most'}, {found.train_s / 60:.1f} minutes of "
+        "training, evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
     ]
     title = f"{system.nodes}×{system.ranks_per_node} {hardware(old)}, by ./run_and_time.sh --tune"
     always = (*TUNED[:4], "compile")
-    SystemFile(title, remarks, system, 1.5 * train_s, always).write(path, final, subject.prefix)
+    SystemFile(title, remarks, system, 1.5 * found.train_s, always).write(path, final, subject.prefix)
     print("\n".join([*remarks, f"wrote {path}: DGXSYSTEM={path.stem.removeprefix('config_')} ./run_and_time.sh"]))

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import coco, coco_files, inspection
+from detection import coco, coco_files, inspection, resources
 from detection.coco_files import Published
 from detection.config import InputError, System
 from detection.device import Driver
 from detection.distributed import Ranks
-from detection.inspection import MIB, Finding, Trial
+from detection.findings import Finding, table
+from detection.inspection import Trial
+from detection.resources import MIB
 from ssd.config import load
 from ssd.inspection import benchmark, main
 from ssd.preflight import CHECKS
@@ -38,9 +40,9 @@ def settings(folder, *flags):
 def test_room_is_enough_at_twice_what_is_needed_and_fails_below_it(there, verdict):
     needed = 100 * MIB
     found = [
-        inspection.check_disk(Path("runs"), there, needed),
-        inspection.check_shared_memory(there, needed, 4),
-        inspection.check_memory(there, needed),
+        resources.check_disk(Path("runs"), there, needed),
+        resources.check_shared_memory(there, needed, 4),
+        resources.check_memory(there, needed),
     ]
     assert [finding.verdict for finding in found] == [verdict] * 3
     assert [bool(finding.what_to_do) for finding in found] == [verdict != "pass"] * 3
@@ -48,12 +50,12 @@ def test_room_is_enough_at_twice_what_is_needed_and_fails_below_it(there, verdic
 
 
 def test_shared_memory_that_is_not_there_limits_nothing():
-    assert inspection.check_shared_memory(None, 10, 4).verdict == "pass"
+    assert resources.check_shared_memory(None, 10, 4).verdict == "pass"
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(704, "pass"), (703, "warn"), (351, "fail"), (-1, "pass")])
 def test_the_limit_of_open_files_is_held_against_what_workers_hold(limit, verdict):
-    found = inspection.check_open_files(limit, num_workers=4, files_of_a_batch=8)  # 256 + 4·3·8 = 352
+    found = resources.check_open_files(limit, num_workers=4, files_of_a_batch=8)  # 256 + 4·3·8 = 352
     assert found.verdict == verdict
     assert ("ulimit -n 4096" in found.what_to_do) == (verdict != "pass")
 
@@ -234,7 +236,7 @@ def test_the_table_tells_ranks_apart_only_where_they_differ():
         only = [Finding("disk", "warn", "little", "Clean up.")] if rank == 0 else []
         return [Finding("device", "pass", "a card"), *only, later]
 
-    lines = inspection.table([of(0), of(1), of(2)]).splitlines()
+    lines = table([of(0), of(1), of(2)]).splitlines()
     assert lines == [
         "pass  device  a card",
         "warn  disk    little",
