@@ -2,8 +2,9 @@
 
     python -m mlperf.report RUN... [--against LOG...] [--out FILE] [--png DIR]
 
-RUN is a run's folder, an MLPerf log, or a folder of logs; LOG the same, drawn for comparison. What a run did not
-leave is left out or said. Exit status: 0, or 2 where a run cannot be read or the report not be written.
+RUN is a run's folder, that of a series of runs (NEXP), an MLPerf log, or a folder of logs; LOG the same, drawn for
+comparison. What a run did not leave is left out or said. Exit status: 0, or 2 where a run cannot be read or the report
+not be written.
 """
 
 import argparse

@@ -248,6 +248,15 @@ def test_a_run_with_masks_is_judged_by_both_figures(copy):
     assert [f["aria-label"][:17] for f in page.figures()][:2] == ["AP by epoch. run:", "mask_AP by epoch."]
 
 
+def test_the_folder_of_a_series_is_its_runs_with_all_that_they_left(tmp_path):
+    for number in (10, 9, 0):
+        shutil.copytree(TOY, tmp_path / f"experiment_{number}")
+        (tmp_path / f"result_{number}.txt").symlink_to(f"experiment_{number}/result_0.txt")
+    records = read_runs(tmp_path)
+    assert [record.name for record in records] == ["experiment_0", "experiment_9", "experiment_10"]
+    assert all(record.of("step") and record.config for record in records)
+
+
 def test_a_log_alone_with_several_figures_names_them_as_the_event_log_does(copy, tmp_path):
     text = (copy / "result_0.txt").read_text()
     log = tmp_path / "result_3.txt"

@@ -1,7 +1,9 @@
 """From five runs to a folder that the official checkers accept, and one message for whatever is wrong with them."""
 
+import glob
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -9,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from made_up_log import write_run
-from mlperf import compliance, system
+from mlperf import check, compliance, system
 from mlperf.compliance import Verdict
 from mlperf.rules import BENCHMARKS, RULESETS
 from mlperf.submission import CODE, main, parser, show_verdict
@@ -315,3 +317,31 @@ def test_the_page_names_every_flag_and_its_commands_are_taken():
     assert parser().parse_args(command.split()).system == "DGXA100"
     for words in re.findall(r"run_and_time.sh (--[^#;\n]+)", page):
         load([word for word in words.split() if word != "--dry-run"], {})
+
+
+def test_the_commands_of_the_page_judge_five_runs_and_make_their_folder(
+    tmp_path, repository, described, compliant, monkeypatch, capsys
+):
+    page = (ROOT / "docs" / "SUBMISSION.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/DGXA100/ssd").mkdir(parents=True)
+    five(tmp_path / "results/DGXA100/ssd/2026-01-31_12-00-00", repository, platform="1xDGXA100", org="O")
+    commands = {
+        program: [found for word in shlex.split(words) for found in glob.glob(word) or [word]]
+        for program, words in re.findall(r"^\$ \.venv/bin/python -m (\S+) (.+)", page, re.MULTILINE)
+    }
+    assert check.main(commands.pop("mlperf.check")) == 0
+    (result,) = json.loads((tmp_path / "score.json").read_text())
+    assert (len(result["runs"]), result["score"]["seconds"]) == (5, pytest.approx(1200))
+    assert main([*commands.pop("mlperf.submission"), *BY_HAND, "--repository", str(repository)]) == 0
+    assert len(list((tmp_path / "results/submission/O/results/DGXA100/ssd").glob("result_?.txt"))) == 5
+    assert not commands
+
+
+def test_the_commit_that_the_page_gives_an_image_is_one_that_a_run_takes(repository):
+    page = (ROOT / "docs" / "SUBMISSION.md").read_text()
+    ((command,),) = [re.findall(r"COMMIT=\"\$\((git [^)]+)\)\"", page)]
+    commit = git(repository, *shlex.split(command)[1:])
+    assert commit == git(repository, "rev-parse", "HEAD")
+    for named in (commit, f"{commit}-dirty"):
+        assert load(["--commit", named], {}).config.commit == named

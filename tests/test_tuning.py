@@ -221,7 +221,7 @@ def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here,
     monkeypatch.setattr(tuning, "count_images", lambda *_: 117_266)
     monkeypatch.setenv("DATADIR", "data/coco")
     rates_of(monkeypatch, lambda settings: min(1024, float(settings["batch_size"])))
-    start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0")
+    start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0", "--backbone", "data/resnet34.pth")
     assert tune.main(["--tune", "100", "--name", "mine", *start]) == 0
     _, config = resolved(here / "config_mine.sh")
     assert config.batch_size == 1024
