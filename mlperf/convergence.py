@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlperf_logging.package_checker.seed_checker import SeedChecker
-from mlperf_logging.rcp_checker import rcp_checker
 
 from mlperf.score import RUNS
 
@@ -41,6 +40,8 @@ def _check_seeds(paths: Sequence[Path], ruleset: str) -> Together:
 def _check_convergence(paths: Sequence[Path], ruleset: str) -> Together:
     if len(paths) < RUNS:
         return Together("convergence", None, f"judged from {RUNS} runs on, and these are {len(paths)}")
+    from mlperf_logging.rcp_checker import rcp_checker  # with scipy.stats a second and a half
+
     with tempfile.TemporaryDirectory() as folder, _heard():
         for number, path in enumerate(paths):
             (Path(folder) / f"result_{number}.txt").symlink_to(path.resolve())

@@ -1,5 +1,6 @@
 """What several test files share: where the real data are, and small models and pictures."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,16 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not there")
     return path
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of every collection of garbage: there are a million objects of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extensions complain of what is left at the end
 
 
 @pytest.fixture(scope="session")

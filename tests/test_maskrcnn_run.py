@@ -1,9 +1,11 @@
 """Whole runs of Mask R-CNN, on the loop that SSD has: what they log and leave, and that they go on where they were."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -44,12 +46,28 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def run(handful, tmp_path, monkeypatch):
-    """Train on four pictures, in a folder of the name given; returns status and folder."""
+def set_up(handful, monkeypatch):
+    """The variables of a run on four pictures."""
     for name, value in {f"MASKRCNN_{name}": value for name, value in SMALL.items()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DATADIR", str(handful))
+
+
+@pytest.fixture(scope="module")
+def whole(handful, tmp_path_factory):
+    """The folder of a run that nothing disturbed, which is not to be changed, and what it said."""
+    folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        set_up(handful, patch)
+        patch.setenv("RUN_DIR", str(folder))
+        assert train.main([]) == 0
+    return folder, said.getvalue()
+
+
+@pytest.fixture
+def run(handful, tmp_path, monkeypatch):
+    """Train on four pictures, in a folder of the name given; returns status and folder."""
+    set_up(handful, monkeypatch)
 
     def main(*flags, name="run"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
@@ -62,9 +80,8 @@ def weights(folder):
     return torch.load(run_folder.checkpoints(folder)[-1].path, weights_only=True)["model"]
 
 
-def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(run, handful, capsys):
-    status, folder = run()
-    assert status == 0
+def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(whole, handful):
+    folder, said = whole
     events = read(folder / "result_0.txt")
     logged = [event.key for event in events]
     for key in hyperparameter_keys("maskrcnn"):
@@ -88,24 +105,22 @@ def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(run, handful, ca
     for name in ("bbox.json", "segm.json"):
         rows = json.loads((folder / name).read_text())
         assert not rows or truth.loadRes(rows).getAnnIds()
-    out = capsys.readouterr().out
-    assert "pycocotools confirms the last figures" in out
-    assert ", mask_AP " in out
+    assert "pycocotools confirms the last figures" in said
+    assert ", mask_AP " in said
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_weights(run):
-    _, whole = run(name="whole")
+def test_a_run_that_was_broken_off_goes_on_to_the_same_weights(whole, run):
     status, broken = run("--max-steps", "1", name="broken")
     assert status == 3
     status, _ = run("--resume", "auto", name="broken")
     assert status == 0
-    ours, theirs = weights(broken), weights(whole)
+    ours, theirs = weights(broken), weights(whole[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len([event for event in read(broken / "result_0.txt") if event.key == "run_start"]) == 1
 
 
-def test_a_checkpoint_is_evaluated_to_the_same_figures(run, tmp_path):
-    _, folder = run()
+def test_a_checkpoint_is_evaluated_to_the_same_figures(whole, run, tmp_path):
+    folder, _ = whole
     checkpoint = run_folder.checkpoints(folder)[-1].path
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--checkpoint", str(checkpoint), "--summary", str(summary))

@@ -53,6 +53,7 @@ def measured(tmp_path_factory, tiny_toy):
     file = tmp_path_factory.mktemp("perf") / "tiny.json"
     argv = ["--out", str(file), "--photos", str(tiny_toy), "--profile", "--precision", "fp32"]
     with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call a sample
         patch.setattr("ssd.model.Backbone", Trunk)
         patch.setattr("perf.baseline.Backbone", Trunk)
         patch.setattr("perf.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())

@@ -20,14 +20,14 @@ from ssd import train
 from ssd.evaluation import Evaluation
 from ssd.model import SSD300
 
-FEW_STEPS = ("--epochs", "1", "--batch-size", "4", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
+FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """8 training pictures with boxes and some without, 4 to evaluate."""
+    """4 training pictures, 4 to evaluate."""
     folder = tmp_path_factory.mktemp("pictures") / "data"
-    toy.draw(folder, toy.Drawing(train_images=8, val_images=4, seed=1))
+    toy.draw(folder, toy.Drawing(train_images=4, val_images=4, seed=1))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment,
 def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, tmp_path):
     train.main([*FEW_STEPS, "--target", "0"])
     run = tmp_path / "run"
-    assert json.loads((run / "config.json").read_text())["batch_size"] == 4
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == [0, 1]
@@ -296,7 +296,7 @@ def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, mo
 
 def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
-    toy.draw(data, toy.Drawing(train_images=8, val_images=4, seed=1))
+    toy.draw(data, toy.Drawing(train_images=4, val_images=1, seed=1))
     broken = coco.read(*coco.layout(data, "train")).with_boxes().image_path(0)
     broken.write_bytes(broken.read_bytes()[:700])
     monkeypatch.setenv("DATADIR", str(data))
