@@ -40,6 +40,7 @@ def maskrcnn_benchmark(*flags):
 def training_waits(waits, benchmark, config):
     """What two steps wait for, the second time."""
     state = engine.build(benchmark, config, RANKS)
+    assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")  # the other's regions vary at each step
     share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     for _ in range(2):
         waits.taken()
