@@ -251,7 +251,7 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
         train_step(state, share, 0.0, benchmark, config, ranks)
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
-    state.optimizer.state.clear()
+    optim.forget(state.optimizer)
     state.scaler = torch.amp.GradScaler(ranks.device.type, enabled=state.scaler.is_enabled())
     state.step = 0
 
