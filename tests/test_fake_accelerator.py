@@ -103,6 +103,20 @@ def test_a_training_step_of_ssd_waits_for_nothing(flags):
         assert training_waits(waits, *ssd_benchmark(*flags)) == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_training_step_of_ssd_on_a_gpu_that_is_one_waits_for_nothing(precision):
+    benchmark, config = ssd_benchmark("--precision", precision)
+    state = engine.build(benchmark, config, RANKS)
+    share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+    engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_ssd_waits_for_its_detections_however_many_images_there_are_alike(precision):
     by_size = []
