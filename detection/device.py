@@ -196,9 +196,9 @@ def eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if CAN_COMPILE else nullcontext()
 
 
-def tune(device: torch.device) -> None:
-    """Let the device choose its kernels for the fixed input size of this network."""
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+def tune(device: torch.device, *, one_size: bool) -> None:
+    """Let the device try its kernels where all batches have the same sizes: it does so again for any other."""
+    torch.backends.cudnn.benchmark = one_size and device.type == "cuda"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -69,7 +69,8 @@ class Benchmark(Generic[Batch]):
     made_up_batch: of the real shape, drawn without data, and made_up_eval_batch. learning_rate: of a step (from 0)
     in an epoch (from 1). detect: what the model sees in a batch of evaluation images on the device. evaluate: the
     metrics over all of them, the same numbers on every rank. targets: metrics that end the run when all are reached.
-    accuracy: what MLPerf's eval_accuracy says of the metrics.
+    accuracy: what MLPerf's eval_accuracy says of the metrics. one_size: whether all images of a run, and all that is
+    cut out of them, come in batches of the same sizes.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Benchmark(Generic[Batch]):
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
     targets: Mapping[str, float]
     accuracy: Callable[[Mapping[str, float]], object]
+    one_size: bool = True
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
 
 def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State:
     """Move the model to the device, and make what trains it."""
-    device.tune(ranks.device)
+    device.tune(ranks.device, one_size=benchmark.one_size)
     precision = device.precision(config.precision, ranks.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = ranks.share_batch_norm(benchmark.model, config.bn_ranks(ranks.world_size))
@@ -256,7 +258,7 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
         step()
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
-    state.optimizer.state.clear()
+    optim.forget(state.optimizer)
     state.scaler = torch.amp.GradScaler(ranks.device.type, enabled=state.scaler.is_enabled())
     state.step = 0
 

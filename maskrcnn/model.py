@@ -210,8 +210,8 @@ class MaskRCNN(nn.Module):
     def mask_loss(self, features: list[Tensor], regions: Regions, labels: Tensor, wanted: Tensor) -> Tensor:
         """Binary cross-entropy of the masks, (); a batch without positive regions still uses every weight, for 0."""
         if not len(labels):
-            regions = Regions(wanted.new_ones(1, 4), labels.new_zeros(1))
-            logits = self.mask_head(self.pool(features, regions, MASK_CELLS), labels.new_zeros(1))
+            nothing = labels.new_zeros(2)  # for one the head would be compiled apart
+            logits = self.mask_head(self.pool(features, Regions(wanted.new_ones(2, 4), nothing), MASK_CELLS), nothing)
             return logits.sum() * 0.0
         logits = self.mask_head(self.pool(features, regions, MASK_CELLS), labels)
         return F.binary_cross_entropy_with_logits(logits, wanted)

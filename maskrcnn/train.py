@@ -75,6 +75,7 @@ def make_benchmark(
         evaluate=evaluation,
         targets={"AP": config.target, "mask_AP": config.mask_target},
         accuracy=lambda metrics: {"BBOX": metrics["AP"], "SEGM": metrics["mask_AP"]},
+        one_size=False,  # nor have the regions that the mask head sees: their number is another at each step
     )
 
 

@@ -127,7 +127,6 @@ def open_bench(arguments: argparse.Namespace, scale: Scale | None, scratch: Path
 def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     """Measure the parts, show and write the results, each part's as soon as it is done; returns the exit status."""
     names = chosen_parts(arguments, on_cpu=bench.device.type == "cpu")
-    tune(bench.device)
     facts = machine(bench.device)
     path = out_file(arguments.out, bench, facts["commit"])
     content: dict[str, Any] = {
@@ -144,6 +143,7 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     results: list[Result] = []
     for name in names:
         start_s = time.perf_counter()
+        tune(bench.device, one_size=not name.startswith(MASK_RCNN))
         measured = list(PARTS[name](bench))
         gc.collect()  # models and workers that are done with
         results += measured

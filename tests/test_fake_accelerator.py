@@ -45,6 +45,7 @@ def maskrcnn_benchmark(*flags):
 def training_waits(waits, benchmark, config):
     """What two steps wait for, the second time."""
     state = engine.build(benchmark, config, RANKS)
+    assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")  # the other's regions vary at each step
     share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     for _ in range(2):
         waits.taken()
@@ -105,6 +106,20 @@ def test_what_mixes_devices_is_refused_there_and_what_waits_is_counted():
 def test_a_training_step_of_ssd_waits_for_nothing(flags):
     with pretend() as waits:
         assert training_waits(waits, *ssd_benchmark(*flags)) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_training_step_of_ssd_on_a_gpu_that_is_one_waits_for_nothing(precision):
+    benchmark, config = ssd_benchmark("--precision", precision)
+    state = engine.build(benchmark, config, RANKS)
+    share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+    engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
