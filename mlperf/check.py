@@ -114,7 +114,7 @@ def table(result: Result) -> list[str]:
     lines += [f"  {'minutes':>8} {'epochs':>6} {'img/s':>9}  {'':4}  {'accuracy':<28} log"]
     for run, verdict in zip(result.runs, result.verdicts, strict=True):
         state = ("" if run.reached else "not ") + "reached" + ("" if verdict.passed else ", FAIL")
-        minutes, speed = _number(run.seconds, 60), _number(run.images_per_s, 1, digits=0)
+        minutes, speed = _number(run.seconds, 60), _rate(run.images_per_s)
         shown = f"{_accuracy(run.accuracy)}, {state}"
         lines.append(f"  {minutes:>8} {run.epochs or '-':>6} {speed:>9}  {'':4}  {shown:<28} {run.path}")
     scored = result.score
@@ -135,7 +135,7 @@ def table(result: Result) -> list[str]:
     if result.published:
         lines.append(f"  {'minutes':>8} {'epochs':>6} {'img/s':>9}  {'GBS':>4}  {'published':<28} source")
     for other in result.published:
-        minutes, speed = _number(other.minutes, 1), _number(other.images_per_s, 1, digits=0)
+        minutes, speed = _number(other.minutes, 1), _rate(other.images_per_s)
         numbers = f"{minutes:>8} {other.epochs or '-':>6} {speed:>9}  {other.global_batch_size or '-':>4}"
         lines.append(f"  {numbers}  {other.system:<28} {other.source}")
     return lines
@@ -171,6 +171,10 @@ def _print_verdict(log: Path, verdict: Verdict) -> None:
 
 def _number(value: float | None, unit: float, digits: int = 2) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _rate(images_per_s: float | None) -> str:
+    return _number(images_per_s, 1, digits=1 if images_per_s and images_per_s < 100 else 0)
 
 
 def _accuracy(value: Any) -> str:

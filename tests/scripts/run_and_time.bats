@@ -213,7 +213,11 @@ run_and_time() {
     chmod o+x "${BATS_RUN_TMPDIR:?}" "$BATS_FILE_TMPDIR" "$(dirname "$BATS_TEST_TMPDIR")"
   fi
   mkdir "$BATS_TEST_TMPDIR/bin"
-  printf '#!/usr/bin/env bash\necho "sudo $*" >>"$calls"\nexit "${SUDO:-0}"\n' >"$BATS_TEST_TMPDIR/bin/sudo"
+  cat >"$BATS_TEST_TMPDIR/bin/sudo" <<'END'
+#!/usr/bin/env bash
+echo "sudo $*" >>"$calls"
+exit "${SUDO:-0}"
+END
   chmod +x "$BATS_TEST_TMPDIR/bin/sudo"
   chmod -R o+rwX "$BATS_TEST_TMPDIR"
   PATH=$BATS_TEST_TMPDIR/bin:$PATH CLEAR_CACHES=1 run "${nobody[@]}" "$folder/run_and_time.sh"
