@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection import backbone, classes, device, device_cache, engine, modes, optim, start
@@ -88,7 +87,6 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if compiled:  # once for any number of boxes
-            batch = with_two_boxes(batch)
             for tensor in (batch.boxes_xyxy, batch.labels):
                 torch._dynamo.mark_dynamic(tensor, 1)
         images, deltas, labels = before(batch, anchors)
@@ -96,13 +94,6 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
         return after(pred_deltas, logits, deltas, labels).sum(dim=0)
 
     return loss
-
-
-def with_two_boxes(batch: Batch) -> Batch:
-    """The batch with room for two boxes an image, if there was for one: that would be compiled apart."""
-    missing = max(0, 2 - batch.labels.shape[1])
-    boxes_xyxy, labels = F.pad(batch.boxes_xyxy, (0, 0, 0, missing)), F.pad(batch.labels, (0, missing))
-    return batch._replace(boxes_xyxy=boxes_xyxy, labels=labels) if missing else batch
 
 
 def prepare(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
