@@ -145,4 +145,12 @@ def of_images(cuts: Cuts, part: slice) -> Cuts:
 @cache
 def resampler(*, compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Cuts], Tensor]:
     """How to resample where code is compiled, once for any number of images and rows, and where it is not."""
-    return torch.compile(resample, dynamic=True) if compiled else resample_by_parts
+    if not compiled:
+        return resample_by_parts
+    of_several = torch.compile(resample, dynamic=True)
+
+    def of_any(pixels: Tensor, starts: Tensor, widths: Tensor, cuts: Cuts) -> Tensor:
+        way = of_several if len(starts) > 1 else resample  # for one image it would be compiled apart
+        return way(pixels, starts, widths, cuts)
+
+    return of_any

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,17 @@ def test_weights_fit_in_16_bits_and_stay_in_the_image(length, size):
 def test_there_are_as_many_taps_for_all_that_coco_has():
     assert side_of([taps(640, 300), taps(90, 300)], 300).weights.shape == (2, 300, MIN_TAPS)
     assert side_of([taps(1400, 300)], 300).weights.shape[2] == 2 * MIN_TAPS
+
+
+def test_it_is_compiled_once_for_any_number_of_images_and_rows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    make = resampler.__wrapped__(compiled=True)
+    rng = np.random.default_rng(2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count, most_px in ((3, 40), (5, 90), (2, 20), (1, 30)):
+            found = drawn(rng, count, most_px)
+            sizes_hw = [(30, 30)] * count
+            made = make(*arguments(found, sizes_hw, [False] * count, 30, 30))
+            assert torch.equal(made, one_by_one(found, sizes_hw, [False] * count))
+    torch._dynamo.reset()
