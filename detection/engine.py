@@ -234,7 +234,7 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
 
 
 def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
-    """Train a step on a made-up batch, so that code is compiled and memory is laid out, then undo it.
+    """Train a step on made-up images and detect in some, so that code is compiled and memory laid out; then undo it.
 
     Raises InputError where --compile on was asked for and cannot be done; "auto" goes on without.
     """
@@ -256,6 +256,10 @@ def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
         how = f"not compiled, since that is not possible here ({why})"
         device.eager()
         step()
+    if ranks.device.type != "cpu":  # which chooses no kernels
+        with evaluating(state, run) as model:
+            benchmark.detect(model, move(benchmark.made_up_eval_batch(), ranks.device))
+        set_training(state.model, config)
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
     optim.forget(state.optimizer)

@@ -93,7 +93,7 @@ class TrainImages(Dataset[Batch]):
             self.pixels.lay_out(made),
             pad(boxes),
             pad(labels),
-            torch.from_numpy(np.stack([draw.flips for draw in draws])[:, : self.flip_directions]),
+            torch.from_numpy(np.stack([draw.flips[: self.flip_directions] for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter_order for draw in draws])),
         )

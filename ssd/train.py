@@ -114,8 +114,8 @@ def made_up_batch(config: Config, ranks: Ranks) -> Batch:
         boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 2, 4).contiguous(),
         labels=torch.ones(size, 2, dtype=torch.int64),
         flips=torch.zeros(size, FLIP_DIRECTIONS[config.flip], dtype=torch.bool),
-        jitter=torch.from_numpy(augment.NO_JITTER).expand(size, 4),
-        jitter_order=torch.arange(4).expand(size, 4),
+        jitter=torch.from_numpy(augment.NO_JITTER).repeat(size, 1),
+        jitter_order=torch.arange(4).repeat(size, 1),
     )
 
 

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import types
 from importlib.machinery import ModuleSpec
 
 import pytest
 
+import processes
 from conftest import ROOT
 from detection import board
 from detection.board import Board
@@ -70,10 +70,8 @@ def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment,
 
 
 def test_an_aborted_run_has_a_summary_that_says_so(tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "stand_in.py"), "--log-every", "1", "--num-workers", "0"]
-    environ = os.environ | {"FAULT": "nan 0 1", "RUN_DIR": str(tmp_path), "STANDIN_DEVICE": "cpu"}
-    done = subprocess.run([*command, "--batch-size", "8"], env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+    status, _, err = processes.run(tmp_path, "--batch-size", "8", "--log-every", "1", FAULT="nan 0 1")
+    assert status == 1, err
     *_, step, summary = events(tmp_path)
     assert math.isnan(step["loss"])
     assert (summary["event"], summary["converged"], summary["stopped_by"]) == ("summary", False, "Diverged")

@@ -53,11 +53,17 @@ def test_a_rank_that_sees_nan_is_named(tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path):
-    process = processes.start(tmp_path, *TWO, ranks=2, FAULT="slow 1 0")
-    status, out, _ = processes.finish(process)
-    assert status == 3
-    assert "warning: rank 1 is slow: it works 0.2" in out
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """The folder of a run to its end, one of whose two ranks is slow, and what it said."""
+    folder = tmp_path_factory.mktemp("slow") / "run"
+    status, out, err = processes.run(folder, *TWO, ranks=2, FAULT="slow 1 0")
+    assert status == 3, err
+    return folder, out
+
+
+def test_a_slow_rank_is_named_and_the_run_goes_on(slow):
+    assert "warning: rank 1 is slow: it works 0.2" in slow[1]
 
 
 def test_ranks_that_are_about_as_fast_are_not_slow():
@@ -75,9 +81,8 @@ def test_a_killed_data_worker_is_told(tmp_path):
     assert "Traceback" not in err
 
 
-def test_the_launcher_starts_the_ranks_again_and_they_go_on(tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert processes.run(whole, *TWO, ranks=2)[0] == 3
+def test_the_launcher_starts_the_ranks_again_and_they_go_on(slow, tmp_path):
+    run = tmp_path / "run"
     process = processes.start(
         run,
         *TWO,
@@ -92,7 +97,7 @@ def test_the_launcher_starts_the_ranks_again_and_they_go_on(tmp_path):
     assert "resuming from" in out
     assert "ended after epoch 3" in out
     assert status in (2, 3)
-    assert processes.equal(processes.weights(run), processes.weights(whole))
+    assert processes.equal(processes.weights(run), processes.weights(slow[0]))
 
 
 @pytest.fixture

@@ -104,27 +104,30 @@ def ours(torchvisions, tmp_path_factory):
     return model
 
 
-def test_the_five_losses_are_torchvisions(ours, torchvisions):
-    images, sizes_hw, truth, theirs = scene()
-    ours.train()
-    freeze_batch_norm(ours)
-    torchvisions.train()
-    wanted = torchvisions([image / 255 for image in images], theirs)
-    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-    got = ours(images, sizes_hw, truth)
-    torch.testing.assert_close(got, torch.stack([wanted[name] for name in names]), rtol=1e-4, atol=1e-6)
-    assert (got > 0).all()
-
-
-def test_the_gradients_are_torchvisions(ours, torchvisions):
+@pytest.fixture(scope="module")
+def losses(ours, torchvisions):
+    """The five losses of ours and torchvision's, and their gradients in the parameters."""
     images, sizes_hw, truth, theirs = scene()
     ours.train()
     freeze_batch_norm(ours)
     torchvisions.train()
     for model in (ours, torchvisions):
         model.zero_grad()
-    sum(torchvisions([image / 255 for image in images], theirs).values()).backward()
-    ours(images, sizes_hw, truth).sum().backward()
+    wanted = torchvisions([image / 255 for image in images], theirs)
+    sum(wanted.values()).backward()
+    got = ours(images, sizes_hw, truth)
+    got.sum().backward()
+    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+    return got.detach(), torch.stack([wanted[name].detach() for name in names])
+
+
+def test_the_five_losses_are_torchvisions(losses):
+    got, wanted = losses
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert (got > 0).all()
+
+
+def test_the_gradients_are_torchvisions(losses, ours, torchvisions):
     wanted = weights.from_torchvision({name: p.grad for name, p in torchvisions.named_parameters()})
     compared = 0
     for name, parameter in ours.named_parameters():
