@@ -1,8 +1,6 @@
 """Checkpoints: what training has reached, written so that a file is whole or not there."""
 
-import os
 import random
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from detection import weights, whole_file
 from detection.config import InputError
 from detection.device import random_state, set_random_state
 from detection.run_folder import CHECKPOINTS, Saved, checkpoint_name, checkpoints
@@ -25,30 +24,16 @@ def save(folder: Path, *, epoch: int, step: int, score: float | None, state: Map
     """
     path = folder / CHECKPOINTS / checkpoint_name(epoch, step, score)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's archive writer words a full disk so
-            raise OSError(str(error).splitlines()[0]) from error
-        raise
+        with whole_file.writing(path) as partial:
+            with partial.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+            whole_file.sync(partial)
+        whole_file.sync(path.parent)
+    except RuntimeError as error:  # torch's archive writer words a full disk so
+        raise OSError(str(error).splitlines()[0]) from error
     prune(folder, keep=path)
     return path
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(folder: Path, keep: Path) -> None:
@@ -60,27 +45,17 @@ def prune(folder: Path, keep: Path) -> None:
             saved.path.unlink(missing_ok=True)
 
 
-def load(path: Path, *, benchmark: str) -> dict[str, Any]:
+def load(path: Path, *, benchmark: str, what_to_do: str = "Name another one.") -> dict[str, Any]:
     """Read a checkpoint of this benchmark to the CPU, without running code that it might hold.
 
-    Raises InputError that names a file that is torn, damaged, or something else.
+    what_to_do: the end of the message, a sentence. Raises InputError that names a file that is torn, damaged, or
+    something else.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise InputError(f"{path}: the checkpoint is damaged (in {damaged})")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except zipfile.BadZipFile:
-        raise InputError(f"{path}: the checkpoint is cut off or damaged, or it is none") from None
-    except OSError as error:
-        raise InputError(f"{path}: the checkpoint cannot be read ({error.strerror})") from error
-    except Exception as error:  # whatever the unpickler stumbles over
-        raise InputError(f"{path}: this is no checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: this is no checkpoint of this program")
+    state = weights.read(path, what="checkpoint", what_to_do=what_to_do)
+    if state.get("format") != FORMAT:
+        raise InputError(f"{path}: this is no checkpoint of this program. {what_to_do}")
     if state["benchmark"] != benchmark:
-        raise InputError(f"{path}: this is a checkpoint of {state['benchmark']}, not of {benchmark}")
+        raise InputError(f"{path}: this is a checkpoint of {state['benchmark']}, not of {benchmark}. {what_to_do}")
     return state
 
 
@@ -88,9 +63,9 @@ def newest(folder: Path, *, benchmark: str, say: Callable[[str], None]) -> tuple
     """The newest checkpoint of a run's folder that is sound; says which ones are not."""
     for saved in reversed(checkpoints(folder)):
         try:
-            return saved, load(saved.path, benchmark=benchmark)
+            return saved, load(saved.path, benchmark=benchmark, what_to_do="An older one is tried.")
         except InputError as error:
-            say(f"warning: {error}; an older one is tried")
+            say(f"warning: {error}")
     return None
 
 

@@ -34,10 +34,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection import device, device_kinds, drawing, pictures, whole_file
-from detection.coco import Category, CompressedMask
+from detection.coco import Category
 from detection.config import InputError
 from detection.drawing import Mark
 from detection.pictures import Picture
+from detection.run_lengths import CompressedMask
 
 FORMAT = 1
 RESULTS = "detections.json"

@@ -7,6 +7,7 @@ asked of the module that every kind of device has, such as torch.cuda.
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -95,6 +96,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type != "cpu":
         module(device).synchronize()
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers (N,) on the device, written there: a copy from the host would wait for all that it was told."""
+    return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
 def has_streams(device: torch.device) -> bool:
@@ -190,9 +196,9 @@ def eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if CAN_COMPILE else nullcontext()
 
 
-def tune(device: torch.device) -> None:
-    """Let the device choose its kernels for the fixed input size of this network."""
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+def tune(device: torch.device, *, one_size: bool) -> None:
+    """Let the device try its kernels where all batches have the same sizes: it does so again for any other."""
+    torch.backends.cudnn.benchmark = one_size and device.type == "cuda"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -210,6 +216,19 @@ def total_memory_gib(device: torch.device) -> float | None:
     properties = module(device).get_device_properties(device.index)
     size = getattr(properties, "total_memory", None)
     return None if size is None else size / 2**30
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory of an accelerator that nobody has taken; None where torch does not tell."""
+    if not hasattr(module(device), "mem_get_info"):
+        return None
+    free: int = module(device).mem_get_info(device)[0]
+    return free
+
+
+def decodes_jpeg(device: torch.device) -> bool:
+    """Whether torchcodec decodes JPEG files on the device."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 OUT_OF_MEMORY = re.compile(

@@ -168,8 +168,8 @@ class PeerLost(RuntimeError):
 
 # What gloo and nccl say when the other end of a connection is no longer there.
 GONE = re.compile(
-    r"[Cc]onnection (closed|reset|refused|timed out|was (likely )?closed)|Broken pipe|remote process exited|"
-    r"[Tt]imed out|No route to host|unreachable"
+    r"[Cc]onnection (closed|reset|refused|timed out|was (likely )?closed)|Broken pipe|remote process exit(ed|ing)|"
+    r"[Tt]imed out|No route to host|unreachable|NCCL communicator was aborted|NCCL timeout"
 )
 
 

@@ -20,6 +20,7 @@ from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
 from detection.run_config import RunConfig
 from detection.state import Run, State
+from mlperf import system
 
 Batch = TypeVar("Batch", bound=NamedTuple)
 
@@ -68,7 +69,8 @@ class Benchmark(Generic[Batch]):
     made_up_batch: of the real shape, drawn without data, and made_up_eval_batch. learning_rate: of a step (from 0)
     in an epoch (from 1). detect: what the model sees in a batch of evaluation images on the device. evaluate: the
     metrics over all of them, the same numbers on every rank. targets: metrics that end the run when all are reached.
-    accuracy: what MLPerf's eval_accuracy says of the metrics.
+    accuracy: what MLPerf's eval_accuracy says of the metrics. one_size: whether all images of a run, and all that is
+    cut out of them, come in batches of the same sizes.
     """
 
     model: nn.Module
@@ -83,6 +85,7 @@ class Benchmark(Generic[Batch]):
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
     targets: Mapping[str, float]
     accuracy: Callable[[Mapping[str, float]], object]
+    one_size: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,12 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     warm_up(state, benchmark, run)
     if run.resumed:
         snapshot.restore(state, run.resumed, run.config, run.ranks)
+    told = facts(benchmark, run, state)
     run.ranks.barrier()
     if not run.continues:
         run.log.end("init")
         run.log.start("run")  # the clock; no byte of the data set was read above
-    run.progress.start_clock(facts(benchmark, run, state))
+    run.progress.start_clock(told)
     if run.resumed:
         run.log.point("resumed", run.resumed.path.name, epoch_num=state.epoch, step=state.step)
     try:
@@ -194,6 +198,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
         "device": device.describe(ranks.device),
         "precision": state.precision.name,
         "torch": torch.__version__,
+        "machine": system.summary(),
         "seed": run.seed,
         "global_batch_size": config.global_batch_size(ranks.world_size),
         "epochs": config.epochs,
@@ -205,7 +210,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
 
 def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State:
     """Move the model to the device, and make what trains it."""
-    device.tune(ranks.device)
+    device.tune(ranks.device, one_size=benchmark.one_size)
     precision = device.precision(config.precision, ranks.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = ranks.share_batch_norm(benchmark.model, config.bn_ranks(ranks.world_size))
@@ -229,27 +234,35 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
 
 
 def warm_up(state: State, benchmark: Benchmark[Batch], run: Run) -> None:
-    """Train a step on a made-up batch, so that code is compiled and memory is laid out, then undo it.
+    """Train a step on made-up images and detect in some, so that code is compiled and memory laid out; then undo it.
 
     Raises InputError where --compile on was asked for and cannot be done; "auto" goes on without.
     """
     config, ranks = run.config, run.ranks
     start_s = time.monotonic()
     fresh = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    share = move(Share(benchmark.made_up_batch(), 1, 1.0), ranks.device)
     how = "compiled" if device.compiles(config.compile, ranks.device) else "not compiled"
-    try:
+
+    def step() -> None:
+        share = move(Share(benchmark.made_up_batch(), 1, 1.0), ranks.device)
         train_step(state, share, 0.0, benchmark, config, ranks)
+
+    try:
+        step()
     except torch._dynamo.exc.TorchDynamoException as error:
         why = " ".join(str(error).split("\n\n")[0].split())
         if config.compile == "on":
             raise InputError(f"--compile on: that is not possible here ({why}). Pass --compile off.") from error
         how = f"not compiled, since that is not possible here ({why})"
         device.eager()
-        train_step(state, share, 0.0, benchmark, config, ranks)
+        step()
+    if ranks.device.type != "cpu":  # which chooses no kernels
+        with evaluating(state, run) as model:
+            benchmark.detect(model, move(benchmark.made_up_eval_batch(), ranks.device))
+        set_training(state.model, config)
     run.progress.say(f"warmed up in {time.monotonic() - start_s:.1f} s, {how}")
     state.model.load_state_dict(fresh)
-    state.optimizer.state.clear()
+    optim.forget(state.optimizer)
     state.scaler = torch.amp.GradScaler(ranks.device.type, enabled=state.scaler.is_enabled())
     state.step = 0
 

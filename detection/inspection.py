@@ -6,53 +6,36 @@ Each check is a function of what was read or measured, and returns a `Finding`. 
 
 import json
 import platform
-import resource
-import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from detection import classes, coco, coco_files, device, engine, images, preflight, shared_memory
+from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight
 from detection.coco import Split
 from detection.coco_files import Published
 from detection.config import InputError, System, Topology, read_topology, to_json
-from detection.decoded_cache import GIB, free_memory_bytes
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Benchmark, Share
+from detection.findings import Finding, table, terminal_columns
 from detection.interruption import end_with_parent
 from detection.prefetch import move
-from detection.preflight import Checks
+from detection.preflight import Checks, batch_bytes
+from detection.resources import MIB, check_machine, size
 from detection.run_config import COCO_CLASSES, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
-Verdict = Literal["pass", "warn", "fail"]
 
-MIB = 2**20
 SAMPLES = 4  # images of each split that are decoded
-KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written
-LOGS_BYTES = 64 * MIB
-FILES_OF_A_RANK = 256  # libraries, sockets and logs that a rank holds open, with room
-TENSORS_OF_A_BATCH = 8  # each is a file while it waits in shared memory
 ALL_REDUCE_BYTES = 64 * MIB
 ROUNDS = 5
 TIMEOUT_S = 600
 FOLDERS = ("data_dir", "log_dir", "run_dir", "backbone")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found: its name, whether that will do, what was seen, and what to do about it."""
-
-    name: str
-    verdict: Verdict
-    what: str
-    what_to_do: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,12 +55,14 @@ def main(argv: Sequence[str], checks: Checks[Config], make_benchmark: Callable[[
         if topology.launched:
             end_with_parent()
         of_device, on = choose(config.device, topology.local_rank)
+        if of_device.verdict != "fail":
+            device_cache.check(config, on)
         with connect(topology, on, timeout_s=TIMEOUT_S) as ranks:
             found = [of_device, *check_rank(config, topology, checks, ranks, make_benchmark)]
             gathered = ranks.gather(found)
             failed = any(finding.verdict == "fail" for findings in gathered for finding in findings)
             if ranks.is_first:
-                print(table(gathered), flush=True)
+                print(table(gathered, terminal_columns()), flush=True)
             return 2 if ranks.broadcast(failed) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,10 +88,12 @@ def check_rank(
     tried, of_step = check_step(benchmark, config, alone)
     found += of_step
     found.append(check_bandwidth(measure_all_reduce(ranks), tried, ranks.world_size))
+    if ranks.is_first:
+        found += check_rules(config, checks.recipe(config, ranks.world_size), ranks.world_size)
     if topology.local_rank == 0:
         system = System(nodes=topology.nodes, ranks_per_node=topology.local_world_size)
         found += check_data(config, system, segmentations=checks.segmentations)
-        found += check_machine(config, topology, checks.image_bytes(config), parameter_bytes)
+        found += check_machine(config, topology, batch_bytes(config, checks), parameter_bytes)
     return found
 
 
@@ -139,6 +126,20 @@ def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
         what = "not as on rank 0: " + ", ".join(f"{name} {mine[name]} for {first[name]}" for name in other)
         return Finding("versions", "fail", what, "Install the same on every node, and pass the same settings.")
     return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, settings as on rank 0")
+
+
+def check_rules(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> list[Finding]:
+    """Whether MLPerf's rules let such a run start; `--dry-run` says what they make of each value."""
+    said, broken = preflight.judge(config, recipe, world_size)
+    named = f"MLPerf {config.ruleset} {config.division}"
+    if broken:
+        return [Finding("rules", "fail", *line.rsplit(". ", 1)) for line in broken]
+    warned = [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
+    if warned:
+        return [Finding("rules", "warn", line, "Such a run is no result of that division.") for line in warned]
+    if config.mode != "train":
+        return [Finding("rules", "pass", said[0])]
+    return [Finding("rules", "pass", f"{named} lets it start; --dry-run says what it makes of each value")]
 
 
 def check_driver(driver: device.Driver, on: torch.device) -> Finding:
@@ -179,7 +180,9 @@ def judge_clock(skew_s: float) -> Finding:
 def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tuple[Trial | None, list[Finding]]:
     """Train two steps on noise, the second timed, and say what memory they took."""
     fewer = "Pass a smaller --batch-size, or more --accumulation-steps, which compute it in parts."
-    of_batch = f"{config.batch_size} images in {config.accumulation_steps} parts"
+    of_batch = f"{config.batch_size} images"
+    if config.accumulation_steps > 1:
+        of_batch += f" in {config.accumulation_steps} parts"
     try:
         trial = try_step(benchmark, config, alone)
     except InputError as error:
@@ -190,7 +193,8 @@ def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tu
             return None, [Finding("training step", "fail", f"{of_batch} do not fit: {lines[0]}", fewer)]
         return None, [Finding("training step", "fail", lines[0], "See what `--mode benchmark-training` says.")]
     what = f"{of_batch} in {trial.step_s:.3g} s"
-    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device)]
+    kept_gib = config.decoded_cache_gib if config.decoded_cache == "device" else 0.0
+    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device, kept_gib)]
 
 
 def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Trial:
@@ -206,14 +210,19 @@ def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Tria
     return Trial(step_s, device.peak_memory_gib(alone.device), sent // (1 if config.gradient_dtype == "fp32" else 2))
 
 
-def check_device_memory(trial: Trial, on: torch.device, total_gib: float | None = None) -> Finding:
-    """Whether the device has room beside a step; total_gib: in place of what the device has."""
+def check_device_memory(
+    trial: Trial, on: torch.device, kept_gib: float = 0.0, total_gib: float | None = None
+) -> Finding:
+    """Whether the device has room beside a step and the images kept there; total_gib: in place of what it has."""
     total_gib = total_gib or device.total_memory_gib(on)
     if total_gib is None:
         return Finding("device memory", "pass", f"a step takes {trial.peak_gib:.2f} GiB, of the machine's")
     what = f"a step takes {trial.peak_gib:.1f} of {total_gib:.1f} GiB"
-    if trial.peak_gib > 0.9 * total_gib:
-        return Finding("device memory", "warn", what, "Larger batches of boxes may not fit: a smaller --batch-size.")
+    if kept_gib:
+        what += f", decoded images {kept_gib:.1f}"
+    if trial.peak_gib + kept_gib > 0.9 * total_gib:
+        smaller = "--batch-size or --decoded-cache-gib" if kept_gib else "--batch-size"
+        return Finding("device memory", "warn", what, f"Larger batches of boxes may not fit: a smaller {smaller}.")
     return Finding("device memory", "pass", what)
 
 
@@ -313,97 +322,3 @@ def check_published(name: str, split: Split, file: Path, published: Published) -
         what = f"{file}: SHA-256 {digest[:8]}..., and COCO 2017's is {published.sha256[:8]}..."
         return [*found, Finding("checksum", "fail", what, again)]
     return [*found, Finding("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]
-
-
-def check_machine(config: RunConfig, topology: Topology, image_bytes: int, parameter_bytes: int) -> list[Finding]:
-    """Disk, shared memory, open files and memory of this machine."""
-    num_workers = config.num_workers * topology.local_world_size
-    batches = shared_memory.needed_bytes(num_workers, config.batch_size * image_bytes)
-    folder = Path(config.run_dir) if config.run_dir else config.log_dir
-    # A checkpoint holds the weights and a momentum for each of them.
-    return [
-        check_disk(folder, free_disk_bytes(folder), KEPT * 2 * parameter_bytes + LOGS_BYTES),
-        check_shared_memory(shared_memory.free_bytes(), batches, num_workers),
-        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers),
-        check_memory(free_memory_bytes(), batches + cache_bytes(config)),
-    ]
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """What is free where a folder is, or would be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def cache_bytes(config: RunConfig) -> int:
-    """What decoded images are asked to take, where the settings say how much; else they take what is free."""
-    return int(config.decoded_cache_gib * GIB) if config.decoded_cache == "host" else 0
-
-
-def check_disk(folder: Path, free: int, needed: int) -> Finding:
-    """Whether checkpoints and logs find room."""
-    what = f"{folder}: {size(free)} free, a run's checkpoints and logs take up to {size(needed)}"
-    return compare("disk", free, needed, what, "Make room, or name another folder by LOGDIR.")
-
-
-def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Finding:
-    """Whether the batches of all data workers find room."""
-    if free is None:
-        return Finding("shared memory", "pass", f"{shared_memory.FOLDER} is not there: nothing limits it")
-    what = f"{size(free)} free, {num_workers} data workers take up to {size(needed)}"
-    todo = "Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers."
-    return compare("shared memory", free, needed, what, todo)
-
-
-def check_open_files(limit: int, num_workers: int) -> Finding:
-    """Whether a rank may open as many files as its workers' batches are."""
-    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * TENSORS_OF_A_BATCH
-    if limit == resource.RLIM_INFINITY:
-        return Finding("open files", "pass", f"no limit, a rank holds up to {needed}")
-    what = f"ulimit -n is {limit}, a rank with {num_workers} data workers holds up to {needed}"
-    return compare("open files", limit, needed, what, f"Say `ulimit -n {max(4096, 4 * needed)}` before the run.")
-
-
-def check_memory(free: int, needed: int) -> Finding:
-    """Whether the batches ahead and the decoded images fit beside what the ranks hold already."""
-    what = f"{size(free)} free beside the ranks, batches ahead and decoded images take {size(needed)}"
-    todo = "Pass fewer --num-workers, or a smaller --decoded-cache-gib."
-    return compare("memory", free, needed, what, todo)
-
-
-def compare(name: str, there: int, needed: int, what: str, what_to_do: str) -> Finding:
-    """Fail where there is less than is needed, warn where there is less than twice that."""
-    if there >= 2 * needed:
-        return Finding(name, "pass", what)
-    return Finding(name, "fail" if there < needed else "warn", what, what_to_do)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
-
-
-def table(gathered: Sequence[Sequence[Finding]]) -> str:
-    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict."""
-    rows: dict[tuple[str, int, Verdict], list[tuple[int, Finding]]] = {}
-    for rank, findings in enumerate(gathered):
-        seen: dict[str, int] = {}
-        for finding in findings:
-            number = seen[finding.name] = seen.get(finding.name, -1) + 1
-            rows.setdefault((finding.name, number, finding.verdict), []).append((rank, finding))
-    askers = {name: sum(any(f.name == name for f in findings) for findings in gathered) for name, _, _ in rows}
-    wide = max(len(name) for name, _, _ in rows)
-    lines = []
-    for (name, _, verdict), found in sorted(rows.items(), key=lambda row: order(row[0][0], gathered)):
-        whose = "" if len(found) == askers[name] else f"rank {', '.join(str(rank) for rank, _ in found)}: "
-        lines.append(f"{verdict}  {name:<{wide}}  {whose}{found[0][1].what}")
-        if found[0][1].what_to_do:
-            lines.append(f"      {'':<{wide}}  {found[0][1].what_to_do}")
-    counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("pass", "warn", "fail")}
-    end = "not ready" if counts["fail"] else "ready"
-    return "\n".join([*lines, f"{end}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"])
-
-
-def order(name: str, gathered: Iterable[Sequence[Finding]]) -> int:
-    """The place of a check among those of the first rank that made it."""
-    return min((f.index(name) for f in ([one.name for one in of] for of in gathered) if name in f), default=0)

@@ -35,13 +35,28 @@ def make_sgd(
         ]
     if kernels == "torch":
         fused = all(fuses_sgd(device) for device in {parameter.device for parameter in trained})
-        return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        sgd = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        forget(sgd)
+        return sgd
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise InputError(f"--sgd apex: apex cannot be imported ({error}). Install it, or pass --sgd torch.") from error
     optimizer: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
     return optimizer
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Put the momentum back to where it is before the first step.
+
+    For torch's fused update that is to zeros, which give the same: without, it makes room and leaves there whatever
+    was in the memory where the first step is skipped, as the first ones in fp16 often are (torch 2.4 to 2.15).
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def fuses_sgd(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
-"""Batches on their way to the device: each is copied while the one before it is computed."""
+"""Batches on their way to the device: each is copied, or made there, while the one before it is computed."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,9 @@ T = TypeVar("T")
 def prefetch(batches: Iterable[T], device: torch.device) -> Iterator[T]:
     """The batches, their tensors on the device: tuples of tensors, of other values, and of such tuples.
 
-    The copies run on a stream of their own, one batch ahead. They overlap with the computation only from
-    pinned memory, and never wait for it. On the CPU the batches are passed on as they are, and to a device without
-    streams one after the other.
+    The copies run on a stream of their own, one batch ahead, and so does what the iteration itself asks of the device.
+    They overlap with the computation only from pinned memory, and never wait for it. On the CPU the batches are passed
+    on as they are, and to a device without streams one after the other.
     """
     if device.type == "cpu":
         yield from batches
@@ -26,14 +27,16 @@ def prefetch(batches: Iterable[T], device: torch.device) -> Iterator[T]:
         return
     of_device = module(device)
     stream = of_device.Stream(device)
-    ahead: list[T] = []
-    for batch in batches:
+    source = iter(batches)
+    ahead: list[tuple[T, Any]] = []
+    more = True
+    while more:
         with of_device.stream(stream):
-            ahead.append(move(batch, device))
-        if len(ahead) > 1:
-            yield arrived(ahead.pop(0), stream, of_device.current_stream())
-    for batch in ahead:
-        yield arrived(batch, stream, of_device.current_stream())
+            following = [move(batch, device) for batch in islice(source, 1)]
+            ahead += [(batch, stream.record_event()) for batch in following]
+        more = bool(following)
+        while len(ahead) > more:
+            yield arrived(*ahead.pop(0), of_device.current_stream())
 
 
 def move(value: T, device: torch.device) -> T:
@@ -47,9 +50,9 @@ def move(value: T, device: torch.device) -> T:
     return moved
 
 
-def arrived(batch: T, stream: Any, computing: Any) -> T:
-    """Make the computation wait for the copies, and the allocator for the computation, before it reuses memory."""
-    computing.wait_stream(stream)
+def arrived(batch: T, made: Any, computing: Any) -> T:
+    """Make the computation wait for this batch, not for the next, and the allocator for the computation."""
+    computing.wait_event(made)
     keep(batch, computing)
     return batch
 

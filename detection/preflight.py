@@ -11,6 +11,7 @@ It runs in a process of its own, which keeps nothing: MLPerf forbids to touch th
 one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, classes, coco, rehearsal, run_folder, shared_memory, toy
+from detection import backbone_files, board, classes, coco, rehearsal, run_folder, scenes, shared_memory, toy
 from detection.config import InputError, Resolved, System, describe, read_system
 from detection.run_config import RunConfig
 from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)
+
+# COCO's images have sides of at most 640 pixels, and few files of it are longer.
+LARGEST_IMAGE_BYTES = 3 * 640 * 640
+LARGEST_FILE_BYTES = 2**19
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,14 @@ class Checks(Generic[Config]):
     network: Callable[[Path, Config], str]
     layers: Callable[[Config], str]
     segmentations: bool = False
+
+
+def batch_bytes(config: Config, checks: Checks[Config]) -> int:
+    """Of a batch as a worker hands it over: of its first epoch, where the device makes the images."""
+    image_bytes = checks.image_bytes(config)
+    if config.images_on_device:
+        image_bytes = LARGEST_FILE_BYTES if config.decoder == "device" else LARGEST_IMAGE_BYTES
+    return config.batch_size * image_bytes
 
 
 def main(argv: Sequence[str], checks: Checks[Config]) -> int:
@@ -82,7 +95,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
 def with_classes(config: Config) -> Config:
     """The settings with their number of classes, before pictures that the program draws are there, too."""
     if config.num_classes == 0 and due(config):
-        categories = {"toy": toy.SHAPES, "rehearsal": rehearsal.COCO}[config.dataset]
+        categories = {"toy": toy.SHAPES, "rehearsal": scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
     return classes.followed(config)
 
@@ -99,6 +112,8 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
         "dataset": config.dataset,
         "network": config.network_name,
         "checkpoint": config.checkpoint or "none",
+        "backbone": config.backbone or "none",
+        "seed": "none" if config.seed is None else config.seed,
     }
     named = f"MLPerf {config.ruleset} {config.division}"
     said, broken, kept = [], [], []
@@ -112,7 +127,8 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
     if kept:
         said.append(f"{named}: as in the reference: {', '.join(kept)}")
     exact, peak = config.exact_lr(world_size), config.peak_lr(world_size)
-    rounded = f"rounded from {exact:.6g} by lr_multiple" if peak != exact else "not rounded"
+    as_asked = math.isclose(peak, exact, rel_tol=1e-9)
+    rounded = "not rounded" if as_asked else f"rounded from {exact:.6g} by lr_multiple"
     said.append(f"peak learning rate {peak:.6g}: {rounded}")
     if config.division == "closed":
         return said, [f"{rule}. Change it, or pass --division open" for rule in broken]
@@ -145,7 +161,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         except InputError as error:
             mistakes.append(str(error))
     try:
-        shared_memory.check(config.num_workers * system.ranks_per_node, config.batch_size * checks.image_bytes(config))
+        shared_memory.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
     except InputError as error:
         mistakes.append(str(error))
     if config.checkpoint:
@@ -184,7 +200,7 @@ def check_backbone(config: RunConfig) -> str:
         return backbone_files.check(path)
     except InputError as error:
         fetch = backbone_files.how_to_fetch(config.trunk_name, path)
-        raise InputError(f"{error}. Run {fetch}, or start at random with --backbone ''") from error
+        raise InputError(f"{error}. Run {fetch}, or start at random: --backbone '' --division open") from error
 
 
 def check_data(

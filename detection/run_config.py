@@ -130,11 +130,18 @@ class RunConfig:
         4, ge=0, le=256, unit="processes per rank", help="decode images; 0 decodes in the rank itself"
     )
 
-    decoded_cache: Literal["none", "host"] = setting(
-        "none", help="keep decoded training images in memory, filled in the first epoch; host: the machine's"
+    decoder: Literal["host", "device"] = setting(
+        "host", help="decodes training images: host, the data workers; device, an NVIDIA accelerator's JPEG decoder"
+    )
+    decoded_cache: Literal["none", "host", "device"] = setting(
+        "none",
+        help="keep decoded training images, filled in the first epoch: in the memory of the host, or of each device",
     )
     decoded_cache_gib: float = setting(
-        0.0, ge=0, unit="GiB per node", help="that it takes at most; 0: half of what is free when the run starts"
+        0.0,
+        ge=0,
+        unit="GiB",
+        help="that it takes at most of a node, or of a device; 0: half, or three quarters, of what is free then",
     )
 
     device: str = setting(
@@ -222,6 +229,8 @@ class RunConfig:
             raise ValueError(f"--mode {self.mode} resumes nothing: pass --checkpoint FILE in place of --resume")
         if self.mode != "train" and self.evaluate_first:
             raise ValueError(f"--evaluate-first is for --mode train, not for {self.mode}")
+        if self.decoder == "device" and self.decoded_cache == "host":
+            raise ValueError("--decoder device leaves nothing to keep on the host: pass --decoded-cache device or none")
         return self
 
     @model_validator(mode="after")
@@ -251,6 +260,11 @@ class RunConfig:
         if self.mode.startswith("benchmark") and self.benchmark_input == "made-up":
             return ()
         return ("val",) if self.mode in ("evaluate", "benchmark-inference") else ("train", "val")
+
+    @property
+    def images_on_device(self) -> bool:
+        """Whether the device makes the training images out of whole ones, which workers send it."""
+        return "device" in (self.decoded_cache, self.decoder)
 
     def exact_lr(self, world_size: int) -> float:
         """Learning rate after warm-up before it is rounded, if it is."""
@@ -290,6 +304,11 @@ class RunConfig:
         """Whether a checkpoint is due after so many steps or epochs."""
         number, _, named = self.checkpoint_every.partition(" ")
         return named == unit and count % int(number) == 0
+
+
+def to_multiple(lr: float, multiple: float) -> float:
+    """A learning rate rounded to a multiple, at least to the first; as it is where the multiple is 0."""
+    return round(max(1, round(lr / multiple)) * multiple, 12) if multiple else lr
 
 
 T = TypeVar("T", bound=RunConfig)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import coco, drawing, run_folder
-from detection.coco import CompressedMask
 from detection.config import InputError
 from detection.drawing import Mark
+from detection.run_lengths import CompressedMask
 
 OF_EACH_KIND = 3
 MATCH_IOU = 0.5

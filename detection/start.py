@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import binding, board, device, resume, run_folder, source
+from detection import binding, board, device, device_cache, resume, run_folder, source
 from detection.board import Board
 from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
@@ -51,6 +51,7 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
                 end_with_parent()
             check_bn_group(config, topology)
             rank_device = device.choose(config.device, topology.local_rank)
+            device_cache.check(config, rank_device)
             if bound := binding.bind(config.bind, topology, rank_device):
                 print(bound, flush=True)
             with (

@@ -27,7 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 Settings = Mapping[str, str]
 
 SECONDS = 300
-TUNED = ("batch_size", "accumulation_steps", "num_workers", "precision", "compile", "decoded_cache")
+TUNED = ("batch_size", "accumulation_steps", "num_workers", "precision", "compile", "decoded_cache", "decoder")
 GAIN = 1.03  # less may be chance
 WORKERS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 20, 24, 32)
 STEPS, MOST_STEPS = 3, 50
@@ -61,6 +61,16 @@ class Direction:
     setting: str
     values: tuple[str, ...]
     chosen: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found: the first trial, the best, and what a run with its settings takes, in training alone."""
+
+    first: Trial
+    best: Trial
+    epochs: float
+    train_s: float
 
 
 @dataclass
@@ -198,8 +208,10 @@ def tune(
     best = first
     for direction in directions(best, config, system, num_images, published):
         best = bench.follow(best, direction)
-    best = try_cache(bench, best, num_images // (int(best.settings["batch_size"]) * system.world_size))
-    write(best, first, resolved, subject, system, path, order, train_s(best), epochs(best.settings), published)
+    memories = ("host",) if device.choose(config.device, 0).type == "cpu" else ("host", "device")
+    steps_per_epoch = num_images // (int(best.settings["batch_size"]) * system.world_size)
+    best = try_cache(bench, best, max(1, steps_per_epoch), memories)
+    write(Outcome(first, best, epochs(best.settings), train_s(best)), order, resolved, subject, system, path)
 
 
 def count_images(config: Config, system: System, checks: Checks[Config]) -> int:
@@ -264,26 +276,42 @@ def directions(first: Trial, config: RunConfig, system: System, num_images: int,
         Direction("num_workers", tuple(str(count) for count in WORKERS if workers < count <= most)),
         Direction("num_workers", tuple(str(count) for count in reversed(WORKERS) if count < workers)),
     ]
+    if device.decodes_jpeg(on):
+        others.append(Direction("decoder", ("device",)))
     if device.CAN_COMPILE:
         others.append(Direction("compile", ("off" if compiled else "on",)))
     return [batches, *others] if published else [*others, batches]
 
 
-def try_cache(bench: Bench, best: Trial, steps_per_epoch: int) -> Trial:
-    """Measure decoded images kept in memory, after the epoch that fills it, where there is time for that."""
+def try_cache(bench: Bench, best: Trial, steps_per_epoch: int, memories: Sequence[str]) -> Trial:
+    """Measure decoded images kept in each memory, after the epoch that fills it, where there is time for that."""
     if best.settings["decoded_cache"] != "none":
         return best
-    fill_s = best.spent_s + steps_per_epoch * best.step_ms / 1000
-    if fill_s > bench.end_s - time.monotonic():
-        print(f"the cache of decoded images is not measured: the epoch that fills it takes some {fill_s:.0f} s")
-        return best
-    one = bench.try_out({**best.settings, "decoded_cache": "host"}, warmup=max(1, steps_per_epoch))
-    if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
-        return one
+    plain, settings = best, best.settings
+    for memory in memories:
+        fill_s = plain.spent_s + steps_per_epoch * plain.step_ms / 1000
+        if fill_s > bench.end_s - time.monotonic():
+            print(f"decoded images kept by the {memory} are not measured: the epoch before takes some {fill_s:.0f} s")
+            return best
+        decoder = settings["decoder"] if memory == "device" else "host"
+        one = bench.try_out({**settings, "decoded_cache": memory, "decoder": decoder}, warmup=steps_per_epoch)
+        if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
+            best = one
     return best
 
 
-COLUMNS = ("batch", "parts", "workers", "precision", "compile", "cache", "img/s", "ms a step", "waits for data")
+COLUMNS = (
+    "batch",
+    "parts",
+    "workers",
+    "precision",
+    "compile",
+    "cache",
+    "decoder",
+    "img/s",
+    "ms a step",
+    "waits for data",
+)
 
 
 def heading() -> str:
@@ -303,19 +331,16 @@ def row(one: Trial) -> str:
 
 
 def write(
-    best: Trial,
-    first: Trial,
+    found: Outcome,
+    order: Order,
     resolved: Resolved[Config],
     subject: Subject[Config],
     system: System,
     path: Path,
-    order: Order,
-    train_s: float,
-    epochs: float,
-    published: bool,
 ) -> None:
     """Write the settings of the best trial, and the recipe of its global batch, with what is to be expected."""
-    old = resolved.config
+    old, best = resolved.config, found.best
+    published = is_published(old)
     batch = int(best.settings["batch_size"]) * system.world_size
     settings = dict(best.settings)
     if best.settings["precision"] == "auto":
@@ -328,19 +353,19 @@ def write(
         recipe = recipes.recipe(old.benchmark, batch)
         settings |= subject.settings(recipe)
         source = recipe.source
-        if epochs > 0.9 * old.epochs:
-            settings["epochs"] = str(5 * math.ceil(1.3 * epochs / 5))
+        if found.epochs > 0.9 * old.epochs:
+            settings["epochs"] = str(5 * math.ceil(1.3 * found.epochs / 5))
     final = subject.checks.load([*order.flags, *system_file.flags(settings)])
     judged = preflight.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
     verdict = f"forbids {len(judged[1])} of its values (--dry-run names them)" if judged[1] else "allows it"
     remarks = [
         f"measured: {best.images_per_s:.1f} img/s on {system.ranks_per_node} ranks, "
-        f"{best.images_per_s / first.images_per_s:.2f} times what config_{old.system}.sh gave",
+        f"{best.images_per_s / found.first.images_per_s:.2f} times what config_{old.system}.sh gave",
         f"recipe: {source}; MLPerf {old.ruleset} {old.division} {verdict}",
-        f"expected: {epochs:g} epochs{'' if published else ' at most'}, {train_s / 60:.1f} minutes of training, "
-        "evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
+        f"expected: {found.epochs:g} epochs{'' if published else ' at most'}, {found.train_s / 60:.1f} minutes of "
+        "training, evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
     ]
     title = f"{system.nodes}×{system.ranks_per_node} {hardware(old)}, by ./run_and_time.sh --tune"
     always = (*TUNED[:4], "compile")
-    SystemFile(title, remarks, system, 1.5 * train_s, always).write(path, final, subject.prefix)
+    SystemFile(title, remarks, system, 1.5 * found.train_s, always).write(path, final, subject.prefix)
     print("\n".join([*remarks, f"wrote {path}: DGXSYSTEM={path.stem.removeprefix('config_')} ./run_and_time.sh"]))

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from detection.device import constant
+
 STRIDES_PX = (4, 8, 16, 32, 64)
 SIZES_PX = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
@@ -50,7 +52,9 @@ def make_anchors(
     """All anchors (A, 4) xyxy in pixels of padded images of this size."""
     levels = []
     for size, stride, (rows, columns) in zip(sizes_px, STRIDES_PX, grid_hw(height_px, width_px), strict=True):
-        y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
+        y, x = (torch.arange(count, device=device) * stride for count in (rows, columns))
+        y, x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-        levels.append((shifts + torch.tensor(shapes(size, stride, legacy=legacy))).reshape(-1, 4))
-    return torch.cat(levels).to(device)
+        of_cell = constant([side for shape in shapes(size, stride, legacy=legacy) for side in shape], device)
+        levels.append((shifts + of_cell.view(-1, 4)).reshape(-1, 4))
+    return torch.cat(levels)

@@ -14,24 +14,23 @@ from detection import boxes
 MAX_LOG_SCALE = math.log(1000 / 16)
 """A decoded box is at most so much larger than what it is relative to (Detectron)."""
 
-RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-HEAD_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+RPN_WEIGHTS = (1.0, 1.0)
+HEAD_WEIGHTS = (10.0, 5.0)
+"""What offsets and logarithms of sizes are multiplied by."""
 
 
-def encode(
-    boxes_xyxy: Tensor, base_xyxy: Tensor, weights: tuple[float, float, float, float], *, legacy: bool
-) -> Tensor:
+def encode(boxes_xyxy: Tensor, base_xyxy: Tensor, weights: tuple[float, float], *, legacy: bool) -> Tensor:
     """Deltas (..., 4) that lead from the base boxes (..., 4) to the boxes (..., 4)."""
     size = widths_heights(base_xyxy, legacy=legacy)
     wanted = widths_heights(boxes_xyxy, legacy=legacy)
     offset = (boxes_xyxy[..., :2] + 0.5 * wanted) - (base_xyxy[..., :2] + 0.5 * size)
-    return torch.cat([offset / size, torch.log(wanted / size)], dim=-1) * base_xyxy.new_tensor(weights)
+    return torch.cat([offset / size * weights[0], torch.log(wanted / size) * weights[1]], dim=-1)
 
 
-def decode(deltas: Tensor, base_xyxy: Tensor, weights: tuple[float, float, float, float], *, legacy: bool) -> Tensor:
+def decode(deltas: Tensor, base_xyxy: Tensor, weights: tuple[float, float], *, legacy: bool) -> Tensor:
     """Boxes (..., 4) that the deltas (..., 4) lead to from the base boxes, which broadcast to them."""
     size = widths_heights(base_xyxy, legacy=legacy)
-    offset, log_scale = (deltas / deltas.new_tensor(weights)).split(2, dim=-1)
+    offset, log_scale = deltas[..., :2] / weights[0], deltas[..., 2:] / weights[1]
     centre = offset * size + base_xyxy[..., :2] + 0.5 * size
     half = 0.5 * torch.exp(log_scale.clamp(max=MAX_LOG_SCALE)) * size
     return torch.cat([centre - half, centre + half - int(legacy)], dim=-1)
@@ -49,10 +48,11 @@ def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor, *, legacy: bool) ->
 
 def with_end(boxes_xyxy: Tensor, *, legacy: bool) -> Tensor:
     """The same boxes written so that x1 - x0 is their width: what area, overlap and NMS are computed from."""
-    return boxes_xyxy + boxes_xyxy.new_tensor([0, 0, 1, 1]) if legacy else boxes_xyxy
+    return torch.cat([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] + 1], dim=-1) if legacy else boxes_xyxy
 
 
 def clip(boxes_xyxy: Tensor, sizes_hw: Tensor, *, legacy: bool) -> Tensor:
     """Boxes (..., 4) cut off at the borders of their image; sizes_hw (..., 2) in pixels broadcasts to them."""
-    limits = sizes_hw.flip(-1).repeat_interleave(2, dim=-1)[..., [0, 2, 1, 3]].to(boxes_xyxy) - int(legacy)
+    sizes_wh = sizes_hw.flip(-1).to(boxes_xyxy)
+    limits = torch.cat([sizes_wh, sizes_wh], dim=-1) - int(legacy)
     return boxes_xyxy.clamp(min=0).minimum(limits)

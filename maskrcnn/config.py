@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from detection import run_config
 from detection.config import STRICT, Numbers, Resolved, setting
-from detection.run_config import EvalEpochs, RunConfig
+from detection.run_config import EvalEpochs, RunConfig, to_multiple
 
 PREFIX = "MASKRCNN_"
 
@@ -141,10 +141,7 @@ class Config(RunConfig):
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up, rounded where the recipe says so."""
-        lr = self.exact_lr(world_size)
-        if not self.lr_multiple:
-            return lr
-        return round(max(1, round(lr / self.lr_multiple)) * self.lr_multiple, 12)
+        return to_multiple(self.exact_lr(world_size), self.lr_multiple)
 
     def decay_steps(self, world_size: int) -> tuple[int, ...]:
         """Steps after which the learning rate falls."""

@@ -5,7 +5,7 @@ highest and the widest image, made multiples of 32.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, decoded_cache, images, loader
+from detection import coco, device_cache, images, loader
 from detection.coco import Split
 from detection.config import InputError
-from detection.decoded_cache import DecodedCache
 from detection.distributed import Ranks
 from detection.engine import Share
 from detection.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import MaskMetric
+from detection.pixels import Part, Pixels
 from maskrcnn import masks
 from maskrcnn.config import Config
 
@@ -31,13 +31,13 @@ STRIDE_PX = 32
 class Batch(NamedTuple):
     """One rank's share of a global batch of training images; a mirrored image comes with all of it mirrored.
 
-    images: (B, 3, H, W) uint8, zeros right of the image and below it, channels last. sizes_hw: (B, 2) pixels of the
-    resized image within. boxes_xyxy: (B, G, 4), legacy ones up to their last pixel, and edges: (B, G, E, 4), as in
-    `masks.edges_of`, in pixels of the resized image. labels: (B, G), 0 is padding. seeds: (B,) of 31 bits, of what is
-    drawn at random on the device.
+    images: (B, 3, H, W) uint8, zeros right of the image and below it, channels last, or what the device makes them of.
+    sizes_hw: (B, 2) pixels of the resized image within. boxes_xyxy: (B, G, 4), legacy ones up to their last pixel, and
+    edges: (B, G, E, 4), as in `masks.edges_of`, in pixels of the resized image. labels: (B, G), 0 is padding. seeds:
+    (B,) of 31 bits, of what is drawn at random on the device.
     """
 
-    images: Tensor
+    images: Any
     sizes_hw: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
@@ -59,7 +59,7 @@ class EvalBatch(NamedTuple):
 
 
 class TrainImages(Dataset[Batch]):
-    """Training images as batches: read, decode, resize, mirror."""
+    """Training images as batches: read, decode, resize, mirror; or, for a device that does that, as what it needs."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class TrainImages(Dataset[Batch]):
         max_size_px: int,
         flip: bool,
         legacy: bool,
-        cache: DecodedCache | None = None,
+        pixels: Pixels,
     ):
-        self.split, self.seed, self.cache, self.legacy = split, seed, cache, legacy
+        self.split, self.seed, self.pixels, self.legacy = split, seed, pixels, legacy
         self.min_size_px, self.max_size_px, self.flip = min_size_px, max_size_px, flip
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
@@ -80,31 +80,36 @@ class TrainImages(Dataset[Batch]):
 
         A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
         """
-        pixels, boxes, labels, edges, seeds = [], [], [], [], []
+        made, resized, boxes, labels, edges, seeds = [], [], [], [], [], []
         for epoch, index in keys:
-            path = self.split.image_path(index)
             try:
-                original = self.cache.read(index, path) if self.cache else images.read(path)
+                original = self.pixels.read(index, self.split.image_path(index))
             except InputError as error:
                 return error
-            size_hw = original.shape[1:]
-            image = images.resize(original, resized_hw(size_hw, self.min_size_px, self.max_size_px))
-            height, width = image.shape[1:]
-            scale = np.array([width / size_hw[1], height / size_hw[0]] * 2, dtype=np.float32)
+            height, width = size_hw = resized_hw(original.size_hw, self.min_size_px, self.max_size_px)
+            scale = np.array([width / original.size_hw[1], height / original.size_hw[0]] * 2, dtype=np.float32)
             # As the reference does it: the pixel that a legacy box is shorter by is one of the original image.
             image_boxes = (self.split.boxes(index) - np.array([0, 0, self.legacy, self.legacy], np.float32)) * scale
             image_edges = [of_box * scale for of_box in masks.edges_of(self.split, index)]
             mirrored, drawn = self.draw(epoch, index)
             if mirrored:
-                image = image.flip(2)
                 image_boxes = mirror(image_boxes, width - int(self.legacy))[:, [2, 1, 0, 3]]
                 image_edges = [mirror(of_box, width) for of_box in image_edges]
-            pixels.append(image)
+            whole = (0, 0, original.size_hw[1], original.size_hw[0])
+            made.append(self.pixels.make(Part(original, whole, size_hw, mirrored)))
+            resized.append(size_hw)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(self.split.image_labels(index)))
             edges.append(image_edges)
             seeds.append(drawn)
-        return Batch(lay_out(pixels), sizes(pixels), pad(boxes), pad(labels), pad_edges(edges), torch.tensor(seeds))
+        return Batch(
+            self.pixels.lay_out(made, STRIDE_PX),
+            torch.tensor(resized),
+            pad(boxes),
+            pad(labels),
+            pad_edges(edges),
+            torch.tensor(seeds),
+        )
 
     def draw(self, epoch: int, index: int) -> tuple[bool, int]:
         """Whether an image is mirrored in an epoch, every other one by chance; and a seed of 31 bits for the device."""
@@ -155,13 +160,7 @@ def mirror(rows: masks.Floats, width: int) -> masks.Floats:
 
 def lay_out(pixels: Sequence[Tensor]) -> Tensor:
     """Images (3, h, w) in the upper left corners of one tensor (B, 3, H, W), channels last, zeros elsewhere."""
-    height, width = (
-        -(-max(side) // STRIDE_PX) * STRIDE_PX for side in zip(*(p.shape[1:] for p in pixels), strict=True)
-    )
-    batch = torch.empty(len(pixels), 3, height, width, dtype=torch.uint8, memory_format=torch.channels_last).zero_()
-    for place, image in zip(batch, pixels, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return batch
+    return images.lay_out(pixels, STRIDE_PX)
 
 
 def sizes(pixels: Sequence[Tensor]) -> Tensor:
@@ -232,6 +231,7 @@ class MaskRCNNData(MaskRCNNEvalData):
             groups=is_wide(train.sizes_hw) if config.aspect_groups else None,
         )
         self.steps_per_epoch = len(self.sampler)
+        pixels, self.device_cache = device_cache.make(config, train, ranks)
         dataset = TrainImages(
             train,
             seed=seed,
@@ -239,7 +239,7 @@ class MaskRCNNData(MaskRCNNEvalData):
             max_size_px=config.max_image_size,
             flip=config.flip,
             legacy=config.legacy_boxes,
-            cache=decoded_cache.make(config, train.sizes_hw, ranks),
+            pixels=pixels,
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
 
@@ -248,4 +248,5 @@ class MaskRCNNData(MaskRCNNEvalData):
 
         InputError names an unreadable image.
         """
-        return loader.shares(self.train_loader, self.sampler, epoch, samples)
+        shares = loader.shares(self.train_loader, self.sampler, epoch, samples)
+        return device_cache.shares(shares, self.device_cache)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
+from detection.device import constant
 from maskrcnn import box_coder, masks, rpn, sampling
 from maskrcnn.anchors import SIZES_PX, STRIDES_PX
 from maskrcnn.config import Config
@@ -209,8 +210,8 @@ class MaskRCNN(nn.Module):
     def mask_loss(self, features: list[Tensor], regions: Regions, labels: Tensor, wanted: Tensor) -> Tensor:
         """Binary cross-entropy of the masks, (); a batch without positive regions still uses every weight, for 0."""
         if not len(labels):
-            regions = Regions(wanted.new_ones(1, 4), labels.new_zeros(1))
-            logits = self.mask_head(self.pool(features, regions, MASK_CELLS), labels.new_zeros(1))
+            nothing = labels.new_zeros(2)  # for one the head would be compiled apart
+            logits = self.mask_head(self.pool(features, Regions(wanted.new_ones(2, 4), nothing), MASK_CELLS), nothing)
             return logits.sum() * 0.0
         logits = self.mask_head(self.pool(features, regions, MASK_CELLS), labels)
         return F.binary_cross_entropy_with_logits(logits, wanted)
@@ -218,7 +219,7 @@ class MaskRCNN(nn.Module):
     def soft_masks(self, edges: Tensor, regions: Regions, images: Tensor) -> Tensor:
         """Masks (R, 28, 28) cut with RoIAlign out of whole ones, as torchvision does: between 0 and 1 at the rim."""
         side = max(images.shape[2:])
-        whole = edges.new_tensor([0.0, 0.0, side, side]).expand(len(edges), 4)
+        whole = constant((0, 0, side, side), edges.device).expand(len(edges), 4)
         bitmaps = masks.rasterise(edges, whole, side).float()[:, None]
         numbers = torch.arange(len(edges), device=edges.device)[:, None].to(edges)
         return ops.roi_align(bitmaps, torch.cat([numbers, regions.boxes_xyxy], dim=1), (MASK_SIZE, MASK_SIZE))[:, 0]
@@ -273,14 +274,20 @@ class MaskRCNN(nn.Module):
         large = (box_coder.widths_heights(boxes, legacy=s.legacy) >= MIN_DETECTION_PX).all(dim=-1)
         eligible = (scores > s.score_threshold) & large
 
+        region, label = eligible[:, 1:].nonzero(as_tuple=True)
+        group = images[region] * s.num_classes + label + 1
+        order = group.argsort(stable=True)
+        region, label, group = region[order], label[order] + 1, group[order]
+        boxes, scores = boxes[region, label], scores[region, label]
+        sizes = group.new_zeros(len(sizes_hw) * s.num_classes).index_add_(0, group, torch.ones_like(group))
+        of_images = sizes.view(len(sizes_hw), s.num_classes).tolist()  # waits for the device, once
+
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for image in range(len(sizes_hw)):
-            region, label = (eligible[:, 1:] & (images == image)[:, None]).nonzero(as_tuple=True)
-            label = label + 1
-            of_image, score = boxes[region, label], scores[region, label]
-            keep = rpn.suppress(of_image, score, label, torch.ones_like(label, dtype=torch.bool), s.nms_iou, s.legacy)
-            keep = keep[: s.max_detections]
-            found.append((of_image[keep], score[keep], label[keep]))
+        start = 0
+        for of_classes in of_images:
+            own = slice(start, start := start + sum(of_classes))
+            keep = rpn.suppress(boxes[own], scores[own], of_classes, s.nms_iou, s.legacy)[: s.max_detections]
+            found.append((boxes[own][keep], scores[own][keep], label[own][keep]))
         boxes_xyxy, best, labels = (rpn.pad(list(part)) for part in zip(*found, strict=True))
         images, slot = (labels > 0).nonzero(as_tuple=True)
         probabilities = boxes_xyxy.new_zeros(*labels.shape, MASK_SIZE, MASK_SIZE)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detection.device import constant
+
 SAMPLES = 2  # on a side of a cell
 FINEST_LEVEL, CANONICAL_LEVEL, CANONICAL_PX = 2, 4, 224
 
@@ -37,13 +39,14 @@ def roi_align(
     batch, channels = features[0].shape[:2]
     device = features[0].device
     table = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels) for level in features])
-    heights, widths = (torch.tensor([level.shape[dim] for level in features], device=device) for dim in (2, 3))
+    sizes_hw = [level.shape[2:] for level in features]
+    heights, widths = (constant(sides, device, torch.int64) for sides in zip(*sizes_hw, strict=True))
     starts = torch.cumsum(batch * heights * widths, dim=0) - batch * heights * widths
 
     level = level_of(regions_xyxy, len(features), legacy=legacy)
     height, width = heights[level], widths[level]
     first = starts[level] + images * height * width
-    regions = regions_xyxy / torch.tensor(strides_px, device=device)[level, None]
+    regions = regions_xyxy / constant(strides_px, device)[level, None]
     x_index, x_weight = taps(regions[:, 0], regions[:, 2], width, size)
     y_index, y_weight = taps(regions[:, 1], regions[:, 3], height, size)
     # (R, P, 1, 4, 1) rows with (R, 1, P, 1, 4) columns: each cell has 4 × 4 taps.

@@ -34,7 +34,7 @@ def network(path: Path, config: Config) -> str:
 
     found = weights.read(path)
     weights.check(found, config, path)
-    return f"{found.origin}; {config.network_name} for {found.num_classes} classes"
+    return f"{found.origin}; {config.network_name} for {weights.num_classes(found.state)} classes"
 
 
 def layers(config: Config) -> str:

@@ -3,7 +3,10 @@
 B images, A anchors of all levels, P proposals of an image, G ground-truth boxes, S anchors that are drawn.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,7 @@ from maskrcnn.trunk import NUM_CHANNELS
 
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 BETA = 1 / 9  # of smooth L1
+ELSEWHERE_PX = -1e4  # outside of every image
 
 
 class Proposals(NamedTuple):
@@ -74,9 +78,9 @@ def propose(
 ) -> Proposals:
     """The proposals of logits (B, A) and deltas (B, A, 4); images (B, 3, H, W) are padded, sizes_hw (B, 2) inside."""
     legacy, batch = settings.legacy, len(logits)
-    boxes, scores, levels = [], [], []
+    boxes, scores = [], []
     start = 0
-    for number, (rows, columns) in enumerate(grid_hw(*images.shape[2:])):
+    for rows, columns in grid_hw(*images.shape[2:]):
         count = rows * columns * len(RATIOS)
         best, index = logits[:, start : start + count].topk(min(settings.before_nms, count), dim=1)
         index = index + start
@@ -84,34 +88,40 @@ def propose(
         decoded = box_coder.decode(deltas.gather(1, of_index), anchors[index], box_coder.RPN_WEIGHTS, legacy=legacy)
         boxes.append(box_coder.clip(decoded, sizes_hw[:, None], legacy=legacy))
         scores.append(best)
-        levels.append(torch.full_like(index, number))
         start += count
-    all_boxes, all_scores, all_levels = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
+    all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
     large = (box_coder.widths_heights(all_boxes, legacy=legacy) >= settings.min_size_px).all(dim=-1)
+    # To leave them out here, their number would have to be known; so they overlap no box, and come last.
+    all_boxes = all_boxes.masked_fill(~large[..., None], ELSEWHERE_PX)
+    all_scores = all_scores.masked_fill(~large, -math.inf)
 
-    kept_boxes, kept_scores = [], []
+    kept_boxes, kept_scores, kept_large = [], [], []
     for image in range(batch):
-        keep = suppress(all_boxes[image], all_scores[image], all_levels[image], large[image], settings.nms_iou, legacy)
-        kept_boxes.append(all_boxes[image, keep[: settings.after_nms]])
-        kept_scores.append(all_scores[image, keep[: settings.after_nms]])
-    is_proposal = pad([torch.ones_like(scores, dtype=torch.bool) for scores in kept_scores])
+        sizes = [level.shape[1] for level in scores]
+        keep = suppress(all_boxes[image], all_scores[image], sizes, settings.nms_iou, legacy)[: settings.after_nms]
+        kept_boxes.append(all_boxes[image, keep])
+        kept_scores.append(all_scores[image, keep])
+        kept_large.append(large[image, keep])
+    is_proposal = pad(kept_large)
     if settings.per_batch and sum(map(len, kept_scores)) > settings.after_nms:
         least = torch.cat(kept_scores).topk(settings.after_nms).values[-1]
         is_proposal = is_proposal & (pad(kept_scores) >= least)
     return Proposals(pad(kept_boxes), is_proposal)
 
 
-def suppress(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor, eligible: Tensor, iou: float, legacy: bool) -> Tensor:
-    """Indices (D,) of the eligible boxes (N, 4) that non-maximum suppression inside each group (N,) leaves, best first.
+def suppress(boxes_xyxy: Tensor, scores: Tensor, sizes: Sequence[int], iou: float, legacy: bool) -> Tensor:
+    """Indices (D,) of the boxes (N, 4) that non-maximum suppression inside each group leaves, best first.
 
-    Group by group: torchvision's batched form shifts the groups apart, which rounds the overlaps.
+    sizes: how many boxes each group has, which lie one group after the other. Group by group: torchvision's batched
+    form shifts the groups apart, which rounds the overlaps.
     """
     written = box_coder.with_end(boxes_xyxy, legacy=legacy)
-    kept = []
-    for group in groups.unique().tolist():
-        index = ((groups == group) & eligible).nonzero()[:, 0]
-        kept.append(index[nms_there(written[index], scores[index], iou)])
-    keep = torch.cat(kept) if kept else groups.new_zeros(0)
+    kept = [torch.zeros(0, dtype=torch.int64, device=scores.device)]
+    for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+        if size:
+            group = slice(start, start + size)
+            kept.append(start + nms_there(written[group], scores[group], iou))
+    keep = torch.cat(kept)
     return keep[scores[keep].argsort(descending=True, stable=True)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import classes, engine, modes, optim, start
+from detection import classes, device_cache, engine, modes, optim, start
 from detection.conclusion import conclude
 from detection.distributed import Ranks
 from detection.state import Run
@@ -59,7 +59,7 @@ def make_benchmark(
         model=model,
         loss=loss,
         loss_names=LOSSES,
-        made_up_batch=partial(made_up_batch, config),
+        made_up_batch=partial(made_up_batch, config, ranks),
         made_up_eval_batch=partial(made_up_eval_batch, config),
         open_data=partial(MaskRCNNData, config, ranks, seed),
         open_eval_data=partial(MaskRCNNEvalData, config, ranks),
@@ -75,6 +75,7 @@ def make_benchmark(
         evaluate=evaluation,
         targets={"AP": config.target, "mask_AP": config.mask_target},
         accuracy=lambda metrics: {"BBOX": metrics["AP"], "SEGM": metrics["mask_AP"]},
+        one_size=False,  # nor have the regions that the mask head sees: their number is another at each step
     )
 
 
@@ -91,8 +92,9 @@ def detect(model: nn.Module, batch: EvalBatch) -> Detections:
     return detections
 
 
-def made_up_batch(config: Config) -> Batch:
+def made_up_batch(config: Config, ranks: Ranks) -> Batch:
     """A batch of noise with two boxes an image, as large as real ones can be."""
+    device_cache.warm_up(config, ranks, (config.min_image_size, config.max_image_size))
     size, images, sizes_hw = config.batch_size, *noise(config, config.batch_size)
     height, width = sizes_hw[0].tolist()
     box = torch.tensor([0.25, 0.25, 0.75, 0.75]) * torch.tensor([width, height, width, height])

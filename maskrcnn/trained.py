@@ -5,13 +5,15 @@ from pathlib import Path
 
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from detection import coco
 from detection.coco import Category
 from detection.config import InputError
 from detection.run_config import COCO_CLASSES, RunConfig
+from detection.weights import Weights
 from maskrcnn import config, weights
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
-from maskrcnn.weights import COCO_IDS, TORCHVISION, UNUSED_COCO_IDS, Weights
+from maskrcnn.weights import COCO_IDS, TORCHVISION, UNUSED_COCO_IDS, num_classes
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ def load(path: Path, score_threshold: float) -> Trained:
     model = make_model(settings)
     weights.put(read, model, settings, path)
     model.eval()
-    numbered = tuple(Category(label, str(label)) for label in range(1, read.num_classes))
-    known = coco_categories() if read.origin == TORCHVISION and read.num_classes == COCO_CLASSES else numbered
+    known = coco.numbered(settings.num_classes)
+    if read.origin == TORCHVISION and settings.num_classes == COCO_CLASSES:
+        known = coco_categories()
     return Trained(model, read.categories or known, settings.min_image_size, settings.max_image_size)
 
 
@@ -46,13 +49,13 @@ def settings_of(read: Weights, score_threshold: float, path: Path) -> Config:
     """The settings that the weights were trained with; raises InputError where the file does not say."""
     if read.origin == TORCHVISION:
         flags = ["--variant", "torchvision", "--score-threshold", str(score_threshold)]
-        return config.load([*flags, "--num-classes", str(read.num_classes)], {}).config
+        return config.load([*flags, "--num-classes", str(num_classes(read.state))], {}).config
     if not read.settings:
         raise InputError(f"{path}: does not say which settings its weights are of. Name a file of a run's checkpoints/")
     # Those of every benchmark are about where and how fast it was trained.
     own = {field.name for field in fields(Config)} - {field.name for field in fields(RunConfig)}
     values = {name: value for name, value in read.settings.items() if name in own}
-    values |= {"num_classes": read.num_classes, "score_threshold": score_threshold}
+    values |= {"num_classes": num_classes(read.state), "score_threshold": score_threshold}
     return Config(**values)
 
 

@@ -12,6 +12,8 @@ from torchvision.models import resnet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from detection.device import constant
+
 NUM_CHANNELS = 256  # of each level of the pyramid
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -27,7 +29,7 @@ STATISTICS = {
 
 def normalise(images: Tensor, sizes_hw: Tensor, pixels: Pixels) -> Tensor:
     """Images (B, 3, H, W) uint8 RGB as the network sees them, float32; 0 outside of sizes_hw (B, 2)."""
-    mean, deviation = (torch.tensor(values, device=images.device)[:, None, None] for values in STATISTICS[pixels])
+    mean, deviation = (constant(values, images.device)[:, None, None] for values in STATISTICS[pixels])
     images = ((images.flip(1) if pixels == "bgr-255" else images) - mean) / deviation
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     inside = (rows < sizes_hw[:, :1])[:, :, None] & (columns < sizes_hw[:, 1:])[:, None, :]

@@ -5,11 +5,9 @@ starts from, with the reference's own settings.
 """
 
 import codecs
-import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import backbone, batch_norm
+from detection import backbone
 from detection import weights as files
-from detection.coco import Category
 from detection.config import InputError
+from detection.weights import OURS, Weights
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
 
-OURS, TORCHVISION = "this program", "torchvision"
+TORCHVISION = "torchvision"
 
 # torchvision's names to ours; the last three are those of its older files.
 NAMES = (
@@ -43,35 +41,12 @@ COCO_IDS = 91
 UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a file holds. state: under our names. origin: whose checkpoint it is.
-
-    statistics: of batch norm (S,), where they are told apart. settings, categories: of the run that wrote it, where
-    that was one of ours.
-    """
-
-    state: Mapping[str, Tensor]
-    origin: str
-    statistics: Tensor | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    categories: tuple[Category, ...] = ()
-
-    @property
-    def num_classes(self) -> int:
-        """Categories and the background."""
-        return len(self.state["box_head.predictor.cls_score.bias"])
-
-
 def read(path: Path) -> Weights:
     """Read a checkpoint of either; raises InputError where it is none, damaged, or holds code."""
     content = files.read(path, what_to_do="Name a checkpoint.")
     state = files.of_model(content, path)
     if "box_head.predictor.cls_score.bias" in state:
-        rows = content.get("batch_norm")
-        statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # of each rank, in the midst of an epoch
-        categories = tuple(Category(**category) for category in content.get("categories", ()))
-        return Weights(state, OURS, statistics, json.loads(content.get("config", "{}")), categories)
+        return files.of_run(content, state)
     if "roi_heads.box_predictor.cls_score.bias" in state:
         return Weights(of_coco(from_torchvision(state)), TORCHVISION)
     first = next(iter(state), "nothing at all")
@@ -79,6 +54,11 @@ def read(path: Path) -> Weights:
         f"{path}: these are not the weights of a Mask R-CNN (the first is {first}). --checkpoint takes a checkpoint of "
         f"{OURS} or of torchvision's maskrcnn_resnet50_fpn; weights of the trunk alone are for --backbone."
     )
+
+
+def num_classes(state: Mapping[str, Tensor]) -> int:
+    """How many classes a network with these tensors, under our names, tells apart: categories and the background."""
+    return len(state["box_head.predictor.cls_score.bias"])
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +73,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def of_coco(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Heads with a class for every category id up to 90 become such with COCO's 80 categories alone."""
-    if len(state["box_head.predictor.cls_score.bias"]) != COCO_IDS:
+    if num_classes(state) != COCO_IDS:
         return state
     kept = [category_id for category_id in range(COCO_IDS) if category_id not in UNUSED_COCO_IDS]
     for head in HEADS:
@@ -113,10 +93,11 @@ def check(weights: Weights, config: Config, path: Path) -> None:
     """Raise InputError where the weights are not of the network of the settings, or trained with other ones."""
     if weights.origin == TORCHVISION and config.variant != "torchvision":
         raise InputError(f"{path} is torchvision's, which is trained on other pixels. Pass --variant torchvision")
-    if weights.num_classes != config.num_classes:
+    theirs = num_classes(weights.state)
+    if theirs != config.num_classes:
         raise InputError(
-            f"{path} tells {weights.num_classes} classes apart, and the settings ask for {config.num_classes}. "
-            f"Pass --num-classes {weights.num_classes}, or another --checkpoint"
+            f"{path} tells {theirs} classes apart, and the settings ask for {config.num_classes}. "
+            f"Pass --num-classes {theirs}, or another --checkpoint"
         )
     files.check(weights.state, wanted(config), config.network_name, path)
 
@@ -131,10 +112,7 @@ def load(model: MaskRCNN, config: Config, path: Path) -> Weights:
 def put(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:
     """Put weights read from `path` into the network of the settings; raises InputError where they are of another."""
     check(weights, config, path)
-    fresh = model.state_dict()
-    model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in fresh.items()})
-    if weights.statistics is not None:
-        batch_norm.set_statistics(model, weights.statistics)
+    files.put(weights, model)
 
 
 def check_trunk(config: Config) -> None:

@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run, why = _run(log)
                 verdict = check(log, options.ruleset or (run and run.ruleset) or RULESETS[-1])
                 _print_verdict(log, verdict)
+                if run and not (verdict.passed or options.ruleset or run.ruleset):
+                    print(f"  {_other_ruleset(log, verdict.ruleset)}")
                 status = max(status, 0 if verdict.passed else 1)
                 if run:
                     checked.append((run, verdict))
@@ -112,7 +114,7 @@ def table(result: Result) -> list[str]:
     lines += [f"  {'minutes':>8} {'epochs':>6} {'img/s':>9}  {'':4}  {'accuracy':<28} log"]
     for run, verdict in zip(result.runs, result.verdicts, strict=True):
         state = ("" if run.reached else "not ") + "reached" + ("" if verdict.passed else ", FAIL")
-        minutes, speed = _number(run.seconds, 60), _number(run.images_per_s, 1, digits=0)
+        minutes, speed = _number(run.seconds, 60), _rate(run.images_per_s)
         shown = f"{_accuracy(run.accuracy)}, {state}"
         lines.append(f"  {minutes:>8} {run.epochs or '-':>6} {speed:>9}  {'':4}  {shown:<28} {run.path}")
     scored = result.score
@@ -133,7 +135,7 @@ def table(result: Result) -> list[str]:
     if result.published:
         lines.append(f"  {'minutes':>8} {'epochs':>6} {'img/s':>9}  {'GBS':>4}  {'published':<28} source")
     for other in result.published:
-        minutes, speed = _number(other.minutes, 1), _number(other.images_per_s, 1, digits=0)
+        minutes, speed = _number(other.minutes, 1), _rate(other.images_per_s)
         numbers = f"{minutes:>8} {other.epochs or '-':>6} {speed:>9}  {other.global_batch_size or '-':>4}"
         lines.append(f"  {numbers}  {other.system:<28} {other.source}")
     return lines
@@ -145,6 +147,13 @@ def _run(log: Path) -> tuple[Run | None, str]:
         return score.read_run(log), ""
     except ValueError as error:  # where it is no MLPerf log, the official checker says what is wrong with it
         return None, str(error)
+
+
+def _other_ruleset(log: Path, checked: str) -> str:
+    """What to say of a log that names no ruleset and does not pass the newest: published ones are of their time."""
+    others = [ruleset for ruleset in RULESETS if ruleset != checked and check(log, ruleset).passed]
+    told = f"it passes --ruleset {others[-1]}" if others else "nor does it pass an older one"
+    return f"the log names no ruleset, so that it was held to {checked}: {told}"
 
 
 def _results(checked: Sequence[tuple[Run, Verdict]]) -> list[list[tuple[Run, Verdict]]]:
@@ -162,6 +171,10 @@ def _print_verdict(log: Path, verdict: Verdict) -> None:
 
 def _number(value: float | None, unit: float, digits: int = 2) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _rate(images_per_s: float | None) -> str:
+    return _number(images_per_s, 1, digits=1 if images_per_s and images_per_s < 100 else 0)
 
 
 def _accuracy(value: Any) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mlperf.rules import RULESETS
 
-_MESSAGE_CHARS = 600  # the checker repeats its whole state and, of 119 tensors, each name
+_MESSAGE_CHARS = 600  # the checker repeats its whole state
+_LIST = re.compile(r"\[\n.*?(?:\]|\Z)", re.DOTALL)  # and, of 119 tensors, each name
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,6 @@ def _messages(stderr: str) -> list[str]:
         if record.startswith("WARNING - "):
             for text in record.removeprefix("WARNING - ").split("\n" + "-" * 30 + "\n"):
                 message = text.partition("\ncurrent context[s]=")[0].strip()
+                message = _LIST.sub("[…]", message)
                 messages.append(message if len(message) <= _MESSAGE_CHARS else message[:_MESSAGE_CHARS] + " …")
     return messages

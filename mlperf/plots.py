@@ -152,14 +152,16 @@ def accuracy(
         )
         told.append(f"the target is {target:g}")
     if name == "AP" and targets:
+        last = max([axes.dataLim.x1, *(point.mean_epochs for point in points)])
         for place, point in enumerate(points):
             axes.plot(point.mean_epochs, targets[0], "x", color=INK, ms=6)
+            # Curves come from the left and below, so the text is on the right, where that is within the axes.
             axes.annotate(
                 f"{point.global_batch_size}",
                 (point.mean_epochs, targets[0]),
                 (0, -24 if place % 2 else -14),  # so that neighbours can be read
                 textcoords="offset points",
-                ha="center",
+                ha="left" if point.mean_epochs < 0.9 * last else "right",
                 fontsize=8,
             )
             told.append(f"the reference takes {point.mean_epochs:g} epochs at batch {point.global_batch_size}")

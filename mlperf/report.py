@@ -2,8 +2,9 @@
 
     python -m mlperf.report RUN... [--against LOG...] [--out FILE] [--png DIR]
 
-RUN is a run's folder, an MLPerf log, or a folder of logs; LOG the same, drawn for comparison. What a run did not
-leave is left out or said. Exit status: 0, or 2 where a run cannot be read or the report not be written.
+RUN is a run's folder, that of a series of runs (NEXP), an MLPerf log, or a folder of logs; LOG the same, drawn for
+comparison. What a run did not leave is left out or said. Exit status: 0, or 2 where a run cannot be read or the report
+not be written.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +280,10 @@ def machine(records: Sequence[RunRecord]) -> dict[str, Any]:
 def machine_of(record: RunRecord) -> dict[str, str]:
     """Name to value of one run's machine."""
     facts = {name: record.facts.get(name) for name in FACTS if record.facts.get(name) is not None}
+    if isinstance(start := facts.get("start"), str):
+        facts["start"] = instant(start)
+    if isinstance(of_machine := record.facts.get("machine"), Mapping):
+        facts |= of_machine
     if not facts:
         platform = record.value("submission_platform")
         facts = {"platform": platform} if platform else {}
@@ -286,7 +292,17 @@ def machine_of(record: RunRecord) -> dict[str, str]:
             facts |= value
         elif name not in SAID_ELSEWHERE and not isinstance(value, Mapping | list) and value not in ("", None):
             facts[name] = value
+    for logged in record.points("commit")[-1:]:
+        facts["commit"] = f"{logged.value}{', with changes' if logged.metadata.get('dirty') else ''}"
     return {str(name): shown(value) for name, value in facts.items()}
+
+
+def instant(text: str) -> str:
+    """A date and time of metrics.jsonl to the second, in UTC."""
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except ValueError:
+        return text
 
 
 def shown(value: Any) -> str:

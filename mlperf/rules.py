@@ -75,13 +75,17 @@ class Finding:
 
 
 # What `judge` needs beside the keys of a log.
-UNLOGGED = ("dataset", "network", "checkpoint", "target", "mask_target", "eval_epochs")
+UNLOGGED = ("dataset", "network", "checkpoint", "backbone", "seed", "target", "mask_target", "eval_epochs")
 
 _SSD_TARGET = 0.23
 _BOX_TARGET, _MASK_TARGET = 0.377, 0.339
 
 _DATASET = Constraint("dataset", "coco2017", lambda name: name == "coco2017")
 _CHECKPOINT = Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none")
+_TRAINED_TRUNK = Constraint(
+    "backbone", "weights of the ImageNet trunk, as the reference starts", lambda name: name != "none"
+)
+_SEED = Constraint("seed", "none: from the clock or the system's randomness", lambda seed: seed == "none")
 _ACCUMULATION = Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0)
 
 
@@ -125,6 +129,8 @@ SSD = Rules(
         _DATASET,
         Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
         _CHECKPOINT,
+        _TRAINED_TRUNK,
+        _SEED,
         *_target("target", _SSD_TARGET),
     ),
     fixed={
@@ -139,6 +145,7 @@ SSD = Rules(
         "nms_iou": 0.5,
         "score_threshold": 0.05,
         "max_detections": 200,
+        "allow_missing": False,
     },
     reference_points=(
         ReferencePoint(1024, 50, 50),
@@ -199,6 +206,8 @@ MASKRCNN = Rules(
         _ACCUMULATION,
         _DATASET,
         _CHECKPOINT,
+        _TRAINED_TRUNK,
+        _SEED,
         *_target("target", _BOX_TARGET),
         *_target("mask_target", _MASK_TARGET),
     ),
@@ -216,16 +225,22 @@ MASKRCNN = Rules(
         "legacy_boxes": True,
         "anchor_sizes": (32, 64, 128, 256, 512),
         "drop_straddling": True,
+        "rpn_before_nms": 2000,
+        "rpn_before_nms_eval": 2000,
+        "rpn_after_nms_eval": 1000,
+        "proposals_per_batch": True,
         "rpn_nms_iou": 0.7,
         "rpn_samples": 256,
         "rpn_positive_share": 0.5,
         "box_samples": 512,
         "box_positive_share": 0.25,
         "box_beta": 1.0,
+        "soft_masks": False,
         "flip": True,
         "nms_iou": 0.5,
         "score_threshold": 0.05,
         "max_detections": 100,
+        "allow_missing": False,
     },
     reference_points=(
         ReferencePoint(48, 14, 14),
@@ -270,7 +285,8 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
 
     hyperparameters: the values under the keys that the log will have, and what is in `UNLOGGED` and binds this
     benchmark: `target` (box mAP), `mask_target` (mask mAP, of Mask R-CNN), `eval_epochs` (a sequence), `dataset`
-    ("coco2017" or another name), `network` (of SSD) and `checkpoint` ("none"). What is absent or None does not pass.
+    ("coco2017" or another name), `network` (of SSD), `checkpoint` and `backbone` (a file, or "none") and `seed` (that
+    which the user chose, or "none"). What is absent or None does not pass.
     Of the settings that the benchmark has `fixed`, those that are given are judged, too.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """

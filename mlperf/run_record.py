@@ -238,7 +238,7 @@ def number(value: Any) -> float:
 
 
 def read_runs(path: Path) -> list[RunRecord]:
-    """The runs at a path: an MLPerf log, a run's folder, or a folder of logs, each a run.
+    """The runs at a path: an MLPerf log, a run's folder, that of a series of runs, or a folder of logs, each a run.
 
     Raises ValueError where there is nothing of the kind, OSError for a file that cannot be read.
     """
@@ -249,6 +249,9 @@ def read_runs(path: Path) -> list[RunRecord]:
     logs = sorted(path.glob("result_*.txt"))
     if (path / "metrics.jsonl").is_file() or (path / "config.json").is_file():
         return [read_folder(path, logs)]
+    if series := [file.parent for file in path.glob("experiment_*/config.json")]:
+        series.sort(key=lambda folder: (len(folder.name), folder.name))  # 10 behind 9
+        return [read_folder(folder, sorted(folder.glob("result_*.txt"))) for folder in series]
     if not logs:
         raise ValueError(f"{path} holds neither metrics.jsonl nor result_*.txt. Name a run's folder, or an MLPerf log.")
     return [read_log(file) for file in logs]

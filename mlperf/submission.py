@@ -40,12 +40,14 @@ _OF_ONE_RUN = frozenset(
 class Logged:
     """What a log says of its run, beside its times.
 
-    status: availability of the machine. commit: of the program, None where the log names none; dirty: files differed
-    from it. values: the hyperparameters that the rules name. config: the settings, where the log has them.
+    status: availability of the machine. cleared: the file caches were dropped before it. commit: of the program, None
+    where the log names none; dirty: files differed from it. values: the hyperparameters that the rules name. recipe:
+    the settings, where the log has them.
     """
 
     run: score.Run
     status: str
+    cleared: bool
     commit: str | None
     dirty: bool
     values: Mapping[str, Any]
@@ -90,12 +92,21 @@ def check(found: Sequence[Logged], org: str, division: str | None, ruleset: str)
     mistakes += _commits(found)
     for runs in _by_benchmark(found).values():
         verdicts = [(logged.run.path, compliance.check(logged.run.path, ruleset)) for logged in runs]
-        failed = [f"{path}: {'; '.join(verdict.messages)}" for path, verdict in verdicts if not verdict.passed]
+        failed = [
+            f"{path}: {' '.join('; '.join(verdict.messages).split())}"
+            for path, verdict in verdicts
+            if not verdict.passed
+        ]
         name = runs[0].run.entry.benchmark
         if len(failed) > 1 or len(failed) == len(runs):
             mistakes += [f"{text} (MLPerf {ruleset}: one run of five may fail)" for text in failed]
         elif failed:
             warnings.append(f"{name}: one run does not comply, and counts as the slowest: {failed[0]}")
+        if kept := [logged.run.path.name for logged in runs if not logged.cleared]:
+            warnings.append(
+                f"{name}: cache_clear is not true in {', '.join(kept)}: MLPerf asks that the machine's file caches are "
+                "dropped before each run. Run as root, or with sudo that asks for no password"
+            )
         if len(runs) != score.RUNS:
             warnings.append(f"{name}: a result has {score.RUNS} runs, and these are {len(runs)}: it will be refused")
     if mistakes:
@@ -207,6 +218,7 @@ def _read(path: Path) -> Logged:
     return Logged(
         run=run,
         status=str(first["submission_status"].value) if "submission_status" in first else "",
+        cleared=bool("cache_clear" in first and first["cache_clear"].value),
         commit=commit.value if commit and re.fullmatch("[0-9a-f]{40}", str(commit.value)) else None,
         dirty=bool(commit and commit.metadata.get("dirty")),
         values={key: first[key].value for key in known if key in first},

@@ -64,6 +64,20 @@ def describe(nodes: int | None, root: Path = Path("/")) -> dict[str, str | None]
     return found | _processors(root) | _memory(root) | _disks(root) | _accelerators() | _software()
 
 
+def summary(root: Path = Path("/")) -> dict[str, str]:
+    """What a run says of its machine: what `describe` finds, in a few words. root: as there; absent is left out."""
+    found = _processors(root) | _memory(root) | _software()
+    processors = ("host_processors_per_node", "host_processor_model_name", "host_processor_core_count")
+    number, model, cores = (found[field] for field in processors)
+    told = {
+        "processors": f"{number} × {model}, {cores} cores each" if number and model and cores else model,
+        "memory": found["host_memory_capacity"],
+        "operating_system": found["operating_system"],
+        "software": found["other_software_stack"],
+    }
+    return {name: text for name, text in told.items() if text}
+
+
 def _processors(root: Path) -> dict[str, str | None]:
     cores, packages = [], []
     for folder in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology")):

@@ -320,6 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look this often (%(default)s)")
     options = parser.parse_args(arguments)
     folder = options.run or newest(options.under)
+    if folder and folder.is_dir() and not (folder / METRICS).exists():
+        folder = newest(folder) or folder  # a series of runs: the one that goes on
     if folder is None:
         print(f"error: no run is below {options.under}. Name a run's folder, or pass --under.", file=sys.stderr)
         return 2

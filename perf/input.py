@@ -4,6 +4,7 @@ B images, G boxes of one image.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from math import ceil
 from multiprocessing import active_children
@@ -11,11 +12,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
-from detection import images
+from detection import device_cache, images
+from detection.device import decodes_jpeg
+from detection.pixels import Original, Originals, Part
 from detection.prefetch import move, prefetch
 from perf import baseline
 from perf.bench import Bench, Result
@@ -23,9 +27,9 @@ from perf.limits import Work, moved
 from perf.photos import Photos
 from perf.timing import Side, spread, threads
 from ssd import augment
-from ssd.anchors import IMAGE_SIZE_PX, make_anchors
+from ssd.anchors import make_anchors
 from ssd.box_coder import encode
-from ssd.data import Batch, SSDData, TrainImages, cut
+from ssd.data import SIZE_HW, Batch, SSDData, TrainImages, box_px
 from ssd.train import prepare
 
 # Photos that are held decoded, at .8 MB each.
@@ -42,7 +46,7 @@ PLAIN_SLOWER = 4
 
 
 def time_decode(bench: Bench) -> Iterator[Result]:
-    """Decode JPEG files, on one core."""
+    """Decode JPEG files, on one core; then by the accelerator, where it has a decoder."""
     name = "Pillow" if images.decode is images.decode_with_pillow else "torchcodec"
     for photos in bench.sources:
         encoded = photos.encoded()
@@ -50,6 +54,12 @@ def time_decode(bench: Bench) -> Iterator[Result]:
         plain = Side(f"Pillow, {photos.name}", each(baseline.decode_jpeg, encoded), len(encoded))
         with threads(1):
             yield from bench.compare("decode", ours, *bench.plain([plain]))
+        if decodes_jpeg(bench.device):
+            files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in encoded]
+            there = Side(
+                f"the accelerator, {photos.name}", partial(images.decode_there, files, bench.device), len(files)
+            )
+            yield from bench.compare("decode", there)
 
 
 def each(decode: Callable[[bytes], object], encoded: list[bytes]) -> Callable[[], object]:
@@ -80,8 +90,9 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
     def ours() -> None:
         epoch = next(epochs)
         for index, image in enumerate(tensors):
-            draw, _, _ = dataset.draw(epoch, index, image.shape[1], image.shape[2])
-            images.resize(cut(image, draw.crop_xyxy), IMAGE_SIZE_PX)
+            size_hw = image.shape[1], image.shape[2]
+            draw, _, _ = dataset.draw(epoch, index, *size_hw)
+            dataset.pixels.make(Part(Original(index, size_hw, image), box_px(draw.crop_xyxy, size_hw), SIZE_HW))
 
     def plain() -> None:
         for index, picture in enumerate(pictures):
@@ -92,6 +103,30 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
         Side(f"tries at once, torch, {photos.name}", ours, len(encoded)),
         *bench.plain([Side(f"try by try, Pillow, {photos.name}", plain, len(encoded))]),
     )
+    if bench.device.type != "cpu":
+        yield from bench.compare("resize", resampled(bench, dataset), unit="img/s")
+
+
+def resampled(bench: Bench, dataset: TrainImages) -> Side:
+    """Batches cut and resized on the device, of images that it holds."""
+    size = bench.scale.batch_size
+    config = bench.config(compile="auto", decoded_cache="device", decoded_cache_gib=1)
+    worker, cache = device_cache.make(config, dataset.split, bench.ranks)
+    assert cache
+    held = TrainImages(
+        dataset.split, seed=bench.seed, crop=True, jitter=True, flip="horizontal", max_samples=1, pixels=worker
+    )
+
+    def batch(epoch: int) -> Originals:
+        made = held.__getitems__([(epoch, index % len(dataset.split)) for index in range(size)])
+        assert isinstance(made, Batch)
+        originals: Originals = made.images
+        return originals
+
+    cache.images(batch(1))
+    ready = move(batch(2), bench.device)
+    assert not len(ready.sent)
+    return Side(f"batch of {size} on the device, of images held there", lambda: cache.images(ready), size)
 
 
 def time_jitter(bench: Bench) -> Iterator[Result]:
@@ -190,8 +225,11 @@ def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
         unit="img/s",
         requirement="input per core",
     )
-    alone = Side(f"a worker's part alone, {where}", worker, len(samples))
-    yield from bench.compare("input", alone, *bench.plain([pillow]), unit="img/s")
+    for kept in ("", ", decoded images kept"):
+        alone = Side(f"a worker's part alone{kept}, {where}", worker, len(samples))
+        yield from bench.compare("input", alone, *bench.plain([pillow]), unit="img/s")
+        host = bench.config(decoded_cache="host", decoded_cache_gib=1)
+        dataset.pixels, _ = device_cache.make(host, dataset.split, bench.ranks)
 
 
 def input_by_workers(bench: Bench, photos: Photos, num_workers: int) -> Iterator[Result]:

@@ -1,10 +1,10 @@
-"""Mask R-CNN: its training step and the parts of it, and its evaluation, each beside torchvision's.
+"""Mask R-CNN: its training step and the parts of it, each beside torchvision's.
 
 Ours runs with `--variant torchvision` where torchvision's runs beside it, so that both compute the same, from the same
 weights: the ratio is of speed alone. A network that nobody has trained finds fewer regions with an object than one in
 mid-training, so the step shows little of the mask head; `maskrcnn_mask_head` does.
 
-B images, A anchors, D detections of an image, S side of a mask (28).
+B images, A anchors.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,23 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from detection import coco, engine, rehearsal
-from detection.coco import Split
+from detection import engine, scenes
 from detection.device import compiles
 from detection.engine import Share
-from detection.metric import MaskMetric
 from detection.optim import freeze_batch_norm
+from detection.pixels import HostPixels
 from detection.prefetch import move
-from maskrcnn import box_coder, masks, rpn
+from maskrcnn import box_coder, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
 from maskrcnn.config import Config, load
-from maskrcnn.data import Batch, EvalBatch, MaskRCNNEvalData, TrainImages, is_wide
-from maskrcnn.detections import Detections
+from maskrcnn.data import Batch, TrainImages, is_wide
 from maskrcnn.evaluation import Evaluation
 from maskrcnn.heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, MaskHead
 from maskrcnn.model import POOLED_STRIDES_PX, MaskRCNN, make_model
@@ -42,14 +39,9 @@ from maskrcnn.weights import from_torchvision
 from perf import maskrcnn_baseline as baseline
 from perf.bench import Bench, Result
 from perf.limits import count
-from perf.maskrcnn_baseline import Scene
 from perf.network import first_step, in_precision, plain_side
-from perf.photos import make_up_truth
-from perf.predictions import make_rows
 from perf.timing import Side
 
-DETECTIONS_PER_IMAGE = 100
-PASTED_IMAGES = 4
 SLOW_ROUNDS = 3
 
 # Of the regions of an image that are trained at most 512, those with an object at most 128: half of those, as in the
@@ -308,124 +300,6 @@ def mask_head_sides(bench: Bench) -> Sides:
     )
 
 
-def time_paste(bench: Bench) -> Iterator[Result]:
-    """Mask R-CNN's masks onto their images as run lengths, 100 an image, beside torchvision's and pycocotools'."""
-    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed), bench.device)
-    yield from bench.compare("maskrcnn_paste", ours, *bench.plain(plain))
-
-
-def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
-    """Masks of made-up detections to run lengths; each gives those of every image."""
-
-    def ours() -> list[list[coco.CompressedMask]]:
-        return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
-
-    def torchvision() -> list[list[coco.CompressedMask]]:
-        return [baseline.paste_scene(scene, device) for scene in scenes]
-
-    return Sides(
-        Side(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
-        (Side("torchvision's, whole images", torchvision, len(scenes)),),
-    )
-
-
-def time_evaluation(bench: Bench) -> Iterator[Result]:
-    """Mask R-CNN's evaluation from made-up detections, 100 an image, to COCO's figures, beside torchvision's."""
-    ours, plain = evaluation_sides(bench)
-    yield from bench.compare(
-        "maskrcnn_evaluation",
-        ours,
-        *bench.plain(plain),
-        requirement="maskrcnn evaluation",
-        rounds=few(bench),
-        warm=False,
-    )
-
-
-def evaluation_sides(bench: Bench) -> Sides:
-    """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
-    config = configured(bench, "--no-legacy-boxes")  # as torchvision writes them
-    truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
-    scenes = make_scenes(truth, bench.seed)
-    official = MaskMetric(truth.annotation_file)
-    data = MadeUpData(truth, scenes, config, bench.device)
-    evaluation = Evaluation(config, bench.ranks, data.answer)
-    no_network = nn.Identity()
-    what = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
-    return Sides(
-        Side(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
-        (
-            Side(
-                f"torchvision's paste, pycocotools, {what}",
-                lambda: baseline.evaluate(scenes, official, bench.device),
-                len(scenes),
-            ),
-        ),
-    )
-
-
-class MadeUpData(MaskRCNNEvalData):
-    """Evaluation data whose images nobody looks at, and the answers to them."""
-
-    def __init__(self, truth: Split, scenes: list[Scene], config: Config, device: torch.device):
-        self.val, self.eval_samples, self.categories = truth, len(truth), truth.categories
-        self.metric = MaskMetric(truth.annotation_file, config.metric)
-        label_of = {category.id: label for label, category in enumerate(truth.categories, 1)}
-        self.batches: list[EvalBatch] = []
-        self.answers: dict[int, Detections] = {}
-        for start in range(0, len(scenes), config.eval_batch_size):
-            together = scenes[start : start + config.eval_batch_size]
-            sizes_hw = torch.tensor([scene.size_hw for scene in together])
-            ids = torch.tensor([scene.image_id for scene in together])
-            self.batches.append(EvalBatch(torch.zeros(len(ids), 3, 1, 1, dtype=torch.uint8), sizes_hw, ids, sizes_hw))
-            labels = [[label_of[number] for number in scene.category_ids.tolist()] for scene in together]
-            boxes, scores, seen = (
-                torch.from_numpy(np.stack(parts))
-                for parts in zip(*((s.boxes_xyxy, s.scores, s.masks) for s in together), strict=True)
-            )
-            self.answers[together[0].image_id] = move(Detections(boxes, scores, torch.tensor(labels), seen), device)
-
-    def eval_batches(self) -> Iterator[EvalBatch]:
-        """All of them."""
-        return iter(self.batches)
-
-    def answer(self, model: nn.Module, batch: EvalBatch) -> Detections:
-        """What was made up for a batch, whatever the model."""
-        return self.answers[int(batch.image_ids[0])]
-
-
-def make_scenes(truth: Split, seed: int) -> list[Scene]:
-    """Detections of each image, a third around objects of the truth, with masks of blots that have lobes."""
-    rng = np.random.default_rng(seed)
-    rows = make_rows(truth, DETECTIONS_PER_IMAGE, seed).reshape(len(truth), DETECTIONS_PER_IMAGE, -1)
-    scenes = []
-    for image_id, (height, width), of_image in zip(truth.image_ids, truth.sizes_hw.tolist(), rows, strict=True):
-        low = of_image[:, 1:3].clip(0, (width - 2, height - 2))
-        high = np.minimum((of_image[:, 1:3] + of_image[:, 3:5]).clip(low + 1), (width, height))
-        scenes.append(
-            Scene(
-                image_id=int(image_id),
-                size_hw=(height, width),
-                boxes_xyxy=np.concatenate([low, high], axis=1).astype(np.float32),
-                scores=of_image[:, 5].astype(np.float32),
-                category_ids=of_image[:, 6].astype(np.int64),
-                masks=blots(DETECTIONS_PER_IMAGE, rng),
-            )
-        )
-    return scenes
-
-
-def blots(count: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Masks (count, S, S) as a network gives them: sure within and without, and in doubt at a rim that has lobes."""
-    place = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE * 2 - 1
-    x, y = np.meshgrid(place, place)
-    turned, depth = rng.uniform(0, 2 * np.pi, (count, 1, 1)), rng.uniform(0, 0.3, (count, 1, 1))
-    rim = 0.95 - depth * (1 + np.sin(rng.integers(2, 7, (count, 1, 1)) * np.arctan2(y, x) + turned))
-    logits = 12 * (rim - np.hypot(x, y)) + rng.normal(0, 0.5, (count, MASK_SIZE, MASK_SIZE))
-    probabilities: NDArray[np.float32] = (1 / (1 + np.exp(-logits))).astype(np.float32)
-    return probabilities
-
-
 def compare(bench: Bench, part: str, sides: Sides, *, counted: bool = False) -> Iterator[Result]:
     """A part of the step beside torchvision's. counted: whether its operations are ones that can be."""
     work = count(sides.ours.run, sides.ours.images) if counted else None
@@ -451,7 +325,7 @@ def configured(bench: Bench, *flags: str) -> Config:
         "--seed": bench.seed,
         "--batch-size": bench.scale.maskrcnn_batch_size,
         "--num-workers": bench.num_workers,
-        "--num-classes": 1 + len(rehearsal.COCO),
+        "--num-classes": 1 + len(scenes.COCO),
         "--min-image-size": min_px,
         "--max-image-size": max_px,
         "--compile": "off",
@@ -478,7 +352,9 @@ def ready_batch(bench: Bench) -> Batch:
     """Made-up photos with outlines, as a run gets them on the device, all of them wide."""
     split = bench.outlined()
     min_px, max_px = bench.scale.maskrcnn_image_px
-    images = TrainImages(split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False, legacy=False)
+    images = TrainImages(
+        split, seed=bench.seed, min_size_px=min_px, max_size_px=max_px, flip=False, legacy=False, pixels=HostPixels()
+    )
     wide = np.resize(np.flatnonzero(is_wide(split.sizes_hw)), bench.scale.maskrcnn_batch_size)
     batch = images.__getitems__([(1, index) for index in wide.tolist()])
     assert isinstance(batch, Batch)  # drawn here, so that each can be read
@@ -488,11 +364,6 @@ def ready_batch(bench: Bench) -> Batch:
 def few(bench: Bench) -> int:
     """Samples of what takes many seconds, or answers no requirement."""
     return min(bench.scale.rounds, SLOW_ROUNDS)
-
-
-def masked_truth(bench: Bench, num_images: int) -> Split:
-    """Outlines of as many images, without their pictures."""
-    return make_up_truth(bench.scratch / f"outlines_{num_images}", num_images, bench.seed, segmentations=True)
 
 
 def shape(bench: Bench) -> str:

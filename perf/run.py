@@ -25,7 +25,7 @@ import torch
 
 from detection.config import InputError
 from detection.device import choose, describe, tune
-from perf import evaluation, input, maskrcnn, network, table, training
+from perf import evaluation, input, maskrcnn, maskrcnn_evaluation, network, table, training
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine
 from perf.photos import open_photos
@@ -51,8 +51,8 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "maskrcnn_align": maskrcnn.time_align,
     "maskrcnn_proposals": maskrcnn.time_proposals,
     "maskrcnn_mask_head": maskrcnn.time_mask_head,
-    "maskrcnn_paste": maskrcnn.time_paste,
-    "maskrcnn_evaluation": maskrcnn.time_evaluation,
+    "maskrcnn_paste": maskrcnn_evaluation.time_paste,
+    "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
 }
 
 MASK_RCNN = "maskrcnn"  # what the names of its parts begin with
@@ -127,7 +127,6 @@ def open_bench(arguments: argparse.Namespace, scale: Scale | None, scratch: Path
 def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     """Measure the parts, show and write the results, each part's as soon as it is done; returns the exit status."""
     names = chosen_parts(arguments, on_cpu=bench.device.type == "cpu")
-    tune(bench.device)
     facts = machine(bench.device)
     path = out_file(arguments.out, bench, facts["commit"])
     content: dict[str, Any] = {
@@ -144,6 +143,7 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> int:
     results: list[Result] = []
     for name in names:
         start_s = time.perf_counter()
+        tune(bench.device, one_size=not name.startswith(MASK_RCNN))
         measured = list(PARTS[name](bench))
         gc.collect()  # models and workers that are done with
         results += measured

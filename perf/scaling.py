@@ -22,22 +22,9 @@ import matplotlib
 
 from detection.config import InputError
 from perf import gradient
-from perf.growth import fill, place
-from perf.step_model import (
-    DGX_A100,
-    GENERATIONS,
-    ON_NETWORK,
-    Accelerator,
-    Check,
-    Network,
-    Run,
-    Step,
-    System,
-    best_run,
-    check,
-    count_network,
-    fit,
-)
+from perf.page import fill, place
+from perf.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit
+from perf.step_model import Accelerator, Network, Run, Step, System, best_run, count_network
 from perf.table import align
 
 matplotlib.use("Agg")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from detection import engine
+from detection.device import decodes_jpeg
 from detection.prefetch import prefetch
 from perf import baseline
 from perf.bench import Bench, Result
@@ -38,8 +39,19 @@ def time_end_to_end(bench: Bench) -> Iterator[Result]:
     )
     yield replace(next(results), requirement="end to end rate")
     yield from results
-    cached = epochs(bench, size, bench.num_workers, decoded_cache="host")
-    yield from bench.compare("end-to-end", cached, step, unit="img/s", work=work)
+    for settings in memories(bench):
+        kept = epochs(bench, size, bench.num_workers, **settings)
+        yield from bench.compare("end-to-end", kept, step, unit="img/s", work=work)
+
+
+def memories(bench: Bench) -> list[dict[str, Any]]:
+    """Where decoded images can be kept, and who else can decode them, as settings."""
+    found: list[dict[str, Any]] = [{"decoded_cache": "host"}]
+    if bench.device.type != "cpu":
+        found.append({"decoded_cache": "device"})
+    if decodes_jpeg(bench.device):
+        found.append({"decoder": "device"})
+    return found
 
 
 def time_scaling(bench: Bench) -> Iterator[Result]:
@@ -92,8 +104,9 @@ def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> 
         for share in prefetch(data.shares(epoch), bench.device):
             engine.train_step(state, share, benchmark.learning_rate(state.step, epoch), benchmark, config, bench.ranks)
 
-    cache = ", decoded images kept" if config.decoded_cache != "none" else ""
-    variant = f"{config.precision}, batch {batch_size}, {num_workers} workers, {bench.photos.name}{cache}"
+    where = {"none": "", "host": ", decoded images kept", "device": ", decoded images kept by the device"}
+    kept = where[config.decoded_cache] + ", decoded by the device" * (config.decoder == "device")
+    variant = f"{config.precision}, batch {batch_size}, {num_workers} workers, {bench.photos.name}{kept}"
     return Side(variant, in_precision(config.precision, bench, run), num_images)
 
 

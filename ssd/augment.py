@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detection.device import constant
+
 Floats = NDArray[np.float32]
 
 # Minimum overlap of each option of the crop (SSD paper, section 2.2): None keeps the whole image, 0 is "any".
@@ -207,6 +209,5 @@ def to_unit(images: Tensor) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """Subtract ImageNet's mean and divide by its standard deviation: float (B, 3, H, W) in [0, 1]."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    mean, std = (constant(values, images.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from detection import run_config
 from detection.config import STRICT, Numbers, Resolved, setting
-from detection.run_config import EvalEpochs, RunConfig
+from detection.run_config import EvalEpochs, RunConfig, to_multiple
 
 PREFIX = "SSD_"
 
@@ -96,10 +96,7 @@ class Config(RunConfig):
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up, rounded where the recipe says so."""
-        lr = self.exact_lr(world_size)
-        if not self.lr_multiple:
-            return lr
-        return round(max(1, round(lr / self.lr_multiple)) * self.lr_multiple, 12)
+        return to_multiple(self.exact_lr(world_size), self.lr_multiple)
 
     def hyperparameters(self, world_size: int) -> dict[str, object]:
         """What MLPerf's rules are about, under the names of its log keys."""

@@ -4,7 +4,7 @@ B images, G ground-truth boxes of the fullest image of the batch.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,30 +12,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, decoded_cache, images, loader
+from detection import coco, device_cache, images, loader
 from detection.coco import Split
 from detection.config import InputError
-from detection.decoded_cache import DecodedCache
 from detection.distributed import Ranks
 from detection.engine import Share
 from detection.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import BoxMetric
+from detection.pixels import Part, Pixels
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
 from ssd.config import Config
 
+SIZE_HW = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
 FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "both": 2}
 
 
 class Batch(NamedTuple):
     """One rank's share of a global batch of training images.
 
-    images: (B, 3, 300, 300) uint8, cropped and resized. boxes_xyxy: (B, G, 4) normalised to the crop.
-    labels: (B, G), 0 is padding. flips: (B, directions in use), jitter: (B, 4) and jitter_order: (B, 4) as in
-    `augment.Draw`.
+    images: (B, 3, 300, 300) uint8, cropped and resized, or what the device makes them of. boxes_xyxy: (B, G, 4)
+    normalised to the crop. labels: (B, G), 0 is padding. flips: (B, directions in use), jitter: (B, 4) and
+    jitter_order: (B, 4) as in `augment.Draw`.
     """
 
-    images: Tensor
+    images: Any
     boxes_xyxy: Tensor
     labels: Tensor
     flips: Tensor
@@ -55,7 +56,7 @@ class EvalBatch(NamedTuple):
 
 
 class TrainImages(Dataset[Batch]):
-    """Training images as batches: read, decode, crop, resize."""
+    """Training images as batches: read, decode, crop, resize; or, for a device that does that, as what it needs."""
 
     def __init__(
         self,
@@ -66,9 +67,9 @@ class TrainImages(Dataset[Batch]):
         jitter: bool,
         flip: str,
         max_samples: int,
-        cache: DecodedCache | None = None,
+        pixels: Pixels,
     ):
-        self.split, self.seed, self.cache = split, seed, cache
+        self.split, self.seed, self.pixels = split, seed, pixels
         self.crop, self.jitter, self.max_samples = crop, jitter, max_samples
         self.flip_directions = FLIP_DIRECTIONS[flip]
 
@@ -77,24 +78,22 @@ class TrainImages(Dataset[Batch]):
 
         A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
         """
-        pixels = no_pixels(len(keys))
-        draws, boxes, labels = [], [], []
-        for row, (epoch, index) in enumerate(keys):
-            path = self.split.image_path(index)
+        made, draws, boxes, labels = [], [], [], []
+        for epoch, index in keys:
             try:
-                image = self.cache.read(index, path) if self.cache else images.read(path)
+                original = self.pixels.read(index, self.split.image_path(index))
             except InputError as error:
                 return error
-            draw, image_boxes, image_labels = self.draw(epoch, index, image.shape[1], image.shape[2])
-            pixels[row] = images.resize(cut(image, draw.crop_xyxy), IMAGE_SIZE_PX)
+            draw, image_boxes, image_labels = self.draw(epoch, index, *original.size_hw)
+            made.append(self.pixels.make(Part(original, box_px(draw.crop_xyxy, original.size_hw), SIZE_HW)))
             draws.append(draw)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(image_labels))
         return Batch(
-            pixels,
+            self.pixels.lay_out(made),
             pad(boxes),
             pad(labels),
-            torch.from_numpy(np.stack([draw.flips for draw in draws])[:, : self.flip_directions]),
+            torch.from_numpy(np.stack([draw.flips[: self.flip_directions] for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter for draw in draws])),
             torch.from_numpy(np.stack([draw.jitter_order for draw in draws])),
         )
@@ -117,17 +116,12 @@ class TrainImages(Dataset[Batch]):
         return chosen, *augment.crop_boxes(chosen.crop_xyxy, boxes, labels)
 
 
-def no_pixels(count: int) -> Tensor:
-    """Room for images: (count, 3, 300, 300) uint8 in the order that they are decoded in, channels last."""
-    return torch.empty(count, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, dtype=torch.uint8, memory_format=torch.channels_last)
-
-
-def cut(image: Tensor, crop_xyxy: augment.Floats) -> Tensor:
-    """The part (3, h, w) of an image (3, H, W) inside a normalised crop, on whole pixels."""
-    height, width = image.shape[1:]
+def box_px(crop_xyxy: augment.Floats, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A normalised crop of an image on whole pixels: left, top, right, bottom; at least one wide and high."""
+    height, width = size_hw
     left, right = int(crop_xyxy[0] * width), int(crop_xyxy[2] * width)
     top, bottom = int(crop_xyxy[1] * height), int(crop_xyxy[3] * height)
-    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
 class EvalImages(Dataset[EvalBatch]):
@@ -138,16 +132,16 @@ class EvalImages(Dataset[EvalBatch]):
 
     def __getitems__(self, indices: Sequence[int]) -> EvalBatch | InputError:
         """Make the batch of these indices; an image that cannot be read is returned as its error."""
-        pixels, sizes = no_pixels(len(indices)), []
-        for row, index in enumerate(indices):
+        pixels, sizes = [], []
+        for index in indices:
             try:
                 image = images.read(self.split.image_path(index))
             except InputError as error:
                 return error
-            pixels[row] = images.resize(image, IMAGE_SIZE_PX)
+            pixels.append(images.resize(image, SIZE_HW))
             sizes.append((image.shape[2], image.shape[1]))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(pixels, ids, torch.tensor(sizes))
+        return EvalBatch(images.lay_out(pixels), ids, torch.tensor(sizes))
 
 
 class SSDEvalData:
@@ -178,6 +172,7 @@ class SSDData(SSDEvalData):
         self.train_samples = len(train)
         self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch)
         self.steps_per_epoch = len(self.sampler)
+        pixels, self.device_cache = device_cache.make(config, train, ranks)
         dataset = TrainImages(
             train,
             seed=seed,
@@ -185,7 +180,7 @@ class SSDData(SSDEvalData):
             flip=config.flip,
             jitter=config.jitter,
             max_samples=config.max_samples,
-            cache=decoded_cache.make(config, train.sizes_hw, ranks),
+            pixels=pixels,
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
 
@@ -194,4 +189,5 @@ class SSDData(SSDEvalData):
 
         InputError names an unreadable image.
         """
-        return loader.shares(self.train_loader, self.sampler, epoch, samples)
+        shares = loader.shares(self.train_loader, self.sampler, epoch, samples)
+        return device_cache.shares(shares, self.device_cache)

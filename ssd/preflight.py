@@ -26,7 +26,7 @@ def network(path: Path, config: Config) -> str:
 
     found = weights.read(path)
     weights.check(found, weights.wanted(config), path)
-    return f"{found.origin}; {found.network}"
+    return f"{found.origin}; {weights.network_of(found.state)}"
 
 
 def layers(config: Config) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import backbone, classes, device, engine, modes, optim, start
+from detection import backbone, classes, device, device_cache, engine, modes, optim, start
 from detection.conclusion import conclude
 from detection.distributed import Ranks
 from detection.state import Run
@@ -18,7 +18,7 @@ from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
-from ssd.data import FLIP_DIRECTIONS, Batch, EvalBatch, SSDData, SSDEvalData
+from ssd.data import FLIP_DIRECTIONS, SIZE_HW, Batch, EvalBatch, SSDData, SSDEvalData
 from ssd.evaluation import Evaluation
 from ssd.loss import LOSSES, multibox_loss
 from ssd.model import SSD300, make_model
@@ -61,7 +61,7 @@ def make_benchmark(
         model=model,
         loss=make_loss(ranks.device, compiled=device.compiles(config.compile, ranks.device)),
         loss_names=LOSSES,
-        made_up_batch=partial(made_up_batch, config),
+        made_up_batch=partial(made_up_batch, config, ranks),
         made_up_eval_batch=partial(made_up_eval_batch, config),
         open_data=partial(SSDData, config, ranks, seed),
         open_eval_data=partial(SSDEvalData, config, ranks),
@@ -99,21 +99,23 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
 def prepare(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
     """What the network sees and is to say: images (B, 3, 300, 300), deltas (B, A, 4), labels (B, A)."""
     with torch.autocast(batch.images.device.type, enabled=False):
-        images, boxes_xyxy = augment.flip(augment.to_unit(batch.images), batch.boxes_xyxy, batch.flips)
-        images = augment.normalise(augment.jitter(images, batch.jitter, batch.jitter_order))
+        flipped, boxes_xyxy = augment.flip(batch.images, batch.boxes_xyxy, batch.flips)  # as bytes: a quarter to move
+        images = augment.jitter(augment.to_unit(flipped), batch.jitter, batch.jitter_order)
+        images = augment.normalise(images)
         return images, *encode(boxes_xyxy, batch.labels, anchors)
 
 
-def made_up_batch(config: Config) -> Batch:
+def made_up_batch(config: Config, ranks: Ranks) -> Batch:
     """A batch of noise with two boxes an image, in the shape of the real ones."""
+    device_cache.warm_up(config, ranks, SIZE_HW)
     size = config.batch_size
     return Batch(
         images=noise(size),
         boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 2, 4).contiguous(),
         labels=torch.ones(size, 2, dtype=torch.int64),
         flips=torch.zeros(size, FLIP_DIRECTIONS[config.flip], dtype=torch.bool),
-        jitter=torch.from_numpy(augment.NO_JITTER).expand(size, 4),
-        jitter_order=torch.arange(4).expand(size, 4),
+        jitter=torch.from_numpy(augment.NO_JITTER).repeat(size, 1),
+        jitter_order=torch.arange(4).repeat(size, 1),
     )
 
 

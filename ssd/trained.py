@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import nn
 
+from detection import coco
 from detection.coco import Category
 from detection.config import InputError
 from ssd import weights
 from ssd.config import Config
-from ssd.model import SSD300
+from ssd.model import make_model
 
 AS_EVALUATED = ("score_threshold", "nms_iou", "max_detections")
 
@@ -34,17 +35,18 @@ def load(path: Path) -> Trained:
     Those that hold no names of categories call them by number.
     """
     read = weights.read(path)
-    network = read.network
-    if not network.trunk:
+    network = weights.network_of(read.state)
+    if not network.trunk or network.num_classes < 2:
         raise InputError(f"{path}: {network}")
-    model = SSD300(network.num_classes, network.trunk, batch_norm=network.name == "ssd300-r50")
+    values = {name: read.settings[name] for name in AS_EVALUATED if name in read.settings}
+    values |= {"network": network.name, "trunk": network.trunk, "num_classes": network.num_classes}
+    settings = Config(**values)
+    model = make_model(settings)
     weights.put(read, model, path)
     model.eval()
-    numbered = [Category(label, str(label)) for label in range(1, model.num_classes)]
-    settings = Config(**{name: read.settings[name] for name in AS_EVALUATED if name in read.settings})
     return Trained(
         model,
-        read.categories or tuple(numbered),
+        read.categories or coco.numbered(network.num_classes),
         score_threshold=settings.score_threshold,
         nms_iou=settings.nms_iou,
         max_detections=settings.max_detections,

@@ -1,19 +1,16 @@
 """Weights of the whole network: our checkpoints, the MLPerf reference's and those of the public SSD300 v1.1."""
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from detection import batch_norm
 from detection import weights as files
-from detection.coco import Category
 from detection.config import InputError
+from detection.weights import OURS, Weights
 from ssd import reference
 from ssd.config import Config
 from ssd.model import SSD300, make_model
@@ -23,7 +20,6 @@ ORIGINS = {
     "model.layer": ("the MLPerf reference", reference.NAMES),
     "feature_extractor.": ("SSD300 v1.1", reference.V1_1_NAMES),
 }
-OURS = "this program"
 
 # A trunk, by whether its blocks are bottlenecks and how many of them layer3 has.
 TRUNKS = {
@@ -47,38 +43,16 @@ class Network:
         return f"{self.name} on {self.trunk or 'an unknown trunk'} for {self.num_classes} classes"
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a file holds. state: under our names. statistics: of batch norm (S,), where they are told apart.
-
-    origin: whose checkpoint it is. settings, categories: of the run that wrote it, where that was one of ours.
-    """
-
-    state: Mapping[str, Tensor]
-    statistics: Tensor | None
-    origin: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    categories: tuple[Category, ...] = ()
-
-    @property
-    def network(self) -> Network:
-        """The network that the weights are of."""
-        return network_of(self.state)
-
-
 def read(path: Path) -> Weights:
     """Read a checkpoint of any of the three; raises InputError where it is none, damaged, or holds code."""
     content = files.read(path, what_to_do="Name a checkpoint.")
     state = files.of_model(content, path)
     if any(name.startswith("backbone.") for name in state):
-        rows = content.get("batch_norm")
-        statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # of each rank, in the midst of an epoch
-        categories = tuple(Category(**category) for category in content.get("categories", ()))
-        return Weights(state, statistics, OURS, json.loads(content.get("config", "{}")), categories)
+        return files.of_run(content, state)
     for start, (origin, names) in ORIGINS.items():
         if any(name.startswith(start) for name in state):
             try:
-                return Weights(reference.from_reference(state, names), None, origin)
+                return Weights(reference.from_reference(state, names), origin)
             except KeyError as error:
                 raise InputError(
                     f"{path}: looks like a checkpoint of {origin}, but for the tensor {error}, which is missing or "
@@ -115,7 +89,7 @@ def wanted(config: Config) -> dict[str, Tensor]:
 
 def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
     """Raise InputError where the weights are not of the network with the state dict `wanted`."""
-    theirs, ours = weights.network, network_of(wanted)
+    theirs, ours = network_of(weights.state), network_of(wanted)
     if theirs != ours:
         raise InputError(
             f"{path} holds {theirs}, and the settings ask for {ours}. "
@@ -134,8 +108,5 @@ def load(model: SSD300, path: Path) -> Weights:
 
 def put(weights: Weights, model: SSD300, path: Path) -> None:
     """Put what was read of a file into the network, on the CPU; raises InputError where it is of another one."""
-    fresh = model.state_dict()
-    check(weights, fresh, path)
-    model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in fresh.items()})
-    if weights.statistics is not None:
-        batch_norm.set_statistics(model, weights.statistics)
+    check(weights, model.state_dict(), path)
+    files.put(weights, model)

@@ -33,7 +33,7 @@ def write_run(
     recipe = RECIPES[benchmark]
     values = {key: value for key, value in recipe.items() if key not in UNLOGGED}
     values |= {"accuracy": REACHED[benchmark], "status": "success", "first_epoch_num": 1, "epoch_count": epochs}
-    values |= {"seed": 1, "platform": "a desk", "org": "us"} | changes
+    values |= {"seed": 1, "cache_clear": True, "platform": "a desk", "org": "us"} | changes
 
     def unless_left_out(write: Callable[..., None], key: str, *value: Any, **metadata: Any) -> None:
         written = {log.start: f"{key}_start", log.end: f"{key}_stop"}.get(write, key)
@@ -55,7 +55,7 @@ def write_run(
         log.point("config", values["config"])
     if commit:
         log.point("commit", **commit)
-    unless_left_out(log.point, "cache_clear", True)
+    unless_left_out(log.point, "cache_clear", values["cache_clear"])
     unless_left_out(log.start, "init")
     unless_left_out(log.point, "seed", values["seed"])
     for key in recipe.keys() - set(UNLOGGED):

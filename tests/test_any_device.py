@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SMALL = ("--batch-size", "8", "--log-every", "1")
+MADE_THERE = ("--device", "auto", "--decoded-cache", "device", "--decoded-cache-gib", ".1")
 
 
 @pytest.fixture
@@ -110,11 +111,12 @@ def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, mo
     values = {"DATADIR": str(tmp_path / "data"), "SSD_DATASET": "toy", "SSD_DIVISION": "open"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    flags = ["--seed", "5", "--precision", "fp32", "--num-workers", "0", "--batch-size", "1", "--epochs", "1"]
-    flags += ["--eval-epochs", "1", "--warmup-steps", "0", "--log-every", "1", "--compile", "off", "--target", "0"]
-    flags += ["--freeze-batch-norm"]  # over one image it makes a hundredth of a rounding
+    flags = ["--seed", "5", "--precision", "fp32", "--num-workers", "0", "--batch-size", "1", "--epochs", "2"]
+    flags += ["--eval-epochs", "2", "--warmup-steps", "0", "--log-every", "1", "--compile", "off", "--target", "0"]
+    flags += ["--base-lr", ".0001"]  # steps as large as the usual ones make much of a rounding
+    flags += ["--freeze-batch-norm"]  # and over one image so does this
     assert train.main([*flags, "--device", "cpu", "--run-dir", str(tmp_path / "cpu")]) == 0
-    command = [sys.executable, "-m", "ssd.train", *flags, "--device", "auto", "--run-dir", str(tmp_path / "there")]
+    command = [sys.executable, "-m", "ssd.train", *flags, *MADE_THERE, "--run-dir", str(tmp_path / "there")]
     environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -133,7 +135,7 @@ def test_mask_rcnn_trains_and_detects_there_as_on_the_cpu(third_party, handful, 
     monkeypatch.setenv("DATADIR", str(handful))
     flags = ["--precision", "fp32", "--compile", "off"]
     assert maskrcnn_train.main([*flags, "--run-dir", str(tmp_path / "cpu")]) == 0
-    command = [sys.executable, "-m", "maskrcnn.train", *flags, "--device", "auto", "--run-dir", str(tmp_path / "there")]
+    command = [sys.executable, "-m", "maskrcnn.train", *flags, *MADE_THERE, "--run-dir", str(tmp_path / "there")]
     environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 import hypothesis.strategies as st
+import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
@@ -108,3 +109,18 @@ def test_an_image_without_boxes_has_only_background():
 def test_predictions_that_would_overflow_give_finite_boxes():
     boxes = decode(torch.full((NUM_ANCHORS, 4), 1e4), make_anchors())
     assert boxes.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(boxes(), boxes())
+def test_accelerators_and_compiled_code_encode_the_same(one, other):
+    count = max(len(one), len(other))
+    xyxy, labels = torch.zeros(3, count, 4), torch.zeros(3, count, dtype=torch.int64)  # the last has none
+    for image, own in enumerate((one, other)):
+        xyxy[image, : len(own)], labels[image, : len(own)] = own, torch.arange(1, len(own) + 1)
+    by_image = encode(xyxy, labels, make_anchors())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        deltas, anchor_labels = encode(xyxy, labels, make_anchors())
+    assert torch.equal(anchor_labels, by_image[1])
+    torch.testing.assert_close(deltas, by_image[0], atol=1e-6, rtol=1e-5)

@@ -29,7 +29,7 @@ def test_a_checkpoint_is_loaded_without_running_code(tmp_path):
     state = checkpoint.load(path, benchmark="ssd")
     assert torch.equal(state["model"]["weight"], torch.arange(3.0))
     torch.save({"format": checkpoint.FORMAT, "benchmark": "ssd", "model": print}, path)
-    with pytest.raises(ValueError, match="this is no checkpoint"):
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
         checkpoint.load(path, benchmark="ssd")
 
 

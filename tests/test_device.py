@@ -108,3 +108,18 @@ def test_a_vendors_package_that_breaks_is_named(older_torch):
 
 def test_without_a_device_an_older_torch_says_so(older_torch):
     assert device.accelerator() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "one_size", "tried"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_kernels_are_tried_only_where_all_batches_have_the_same_sizes(monkeypatch, kind, one_size, tried):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tried)
+    device.tune(torch.device(kind), one_size=one_size)
+    assert torch.backends.cudnn.benchmark == tried
+
+
+def test_a_constant_has_the_numbers_and_the_type_of_a_copied_one():
+    values = (0.485, 1 / 3, -2)
+    assert torch.equal(device.constant(values, CPU), torch.tensor(values))
+    assert torch.equal(device.constant((3, 2**40), CPU, torch.int64), torch.tensor([3, 2**40]))

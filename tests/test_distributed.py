@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import processes
-from detection import batch_norm
+from detection import batch_norm, distributed
 
 SAME = ("--bn-group", "0", "--log-every", "1")
 
@@ -80,3 +80,17 @@ def test_statistics_come_back_as_they_were():
     assert torch.equal(batch_norm.statistics(model), flat)
     assert model[2].running_mean.tolist() == [6.0, 7.0]
     assert batch_norm.statistics(nn.Conv2d(1, 1, 1)).numel() == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at pair.cc] Connection closed by peer [127.0.0.1]:52345",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "NCCL communicator was aborted on rank 1.",
+        "NCCL timeout in: ncclAllReduce",
+    ],
+)
+def test_what_gloo_and_nccl_say_of_a_lost_peer_is_known(message):
+    assert distributed.GONE.search(message)
+    assert not distributed.GONE.search("CUDA error: an illegal memory access was encountered")

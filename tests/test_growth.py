@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -8,17 +9,18 @@ import torch
 from conftest import ROOT
 from detection.config import InputError
 from detection.distributed import Ranks
-from perf import growth
+from perf import curves, footprint, growth
+from perf.page import place
 from ssd.config import Config
 from ssd.data import SSDData
 
-NAMES = [axis.name for axis in growth.axes()]
+NAMES = [axis.name for axis in curves.axes()]
 
 
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Points in this process, since each new one imports torch."""
-    monkeypatch.setattr(growth, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(footprint, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def points(works, least_s):
@@ -41,18 +43,18 @@ def test_what_is_reported_is_the_median_over_rounds_with_the_spread():
 
 
 def allocate(mib):
-    return growth.cost(lambda: np.ones(mib * 2**20, dtype=np.uint8))
+    return footprint.cost(lambda: np.ones(mib * 2**20, dtype=np.uint8))
 
 
 def test_the_peak_of_memory_is_that_of_the_call_and_not_of_what_came_before():
     bytearray(512 * 2**20)
-    assert growth.in_a_process(allocate, 64)["memory"] == pytest.approx(64, abs=8)
+    assert footprint.in_a_process(allocate, 64)["memory"] == pytest.approx(64, abs=8)
 
 
 @pytest.mark.parametrize("candidates", [1, 100, 10_000, 100_000])
 def test_the_made_up_logits_have_as_many_candidates(candidates):
-    scores = growth.made_up_logits(candidates).softmax(dim=-1)[..., 1:]
-    assert (scores > 0.05).sum(dim=(1, 2)).tolist() == [candidates] * growth.BATCH_SIZE
+    scores = curves.made_up_logits(candidates).softmax(dim=-1)[..., 1:]
+    assert (scores > 0.05).sum(dim=(1, 2)).tolist() == [candidates] * curves.BATCH_SIZE
 
 
 @pytest.mark.slow
@@ -63,7 +65,7 @@ def test_a_whole_run_writes_what_it_measured(tmp_path, in_one_process, capsys):
     records = json.loads((tmp_path / "growth.json").read_text())
     assert list(records) == NAMES
     shown = capsys.readouterr().out
-    for axis in growth.axes():
+    for axis in curves.axes():
         assert (tmp_path / f"{axis.name}.png").stat().st_size > 10_000
         record = records[axis.name]
         assert {"hardware", "commit"} <= record["machine"].keys()
@@ -78,7 +80,7 @@ def test_a_whole_run_writes_what_it_measured(tmp_path, in_one_process, capsys):
 
 def test_a_run_of_one_axis_keeps_what_is_known_of_the_others(tmp_path, in_one_process):
     (tmp_path / "growth.json").write_text('{"images": 1, "batch": 2}')
-    axis = growth.Axis("batch", "images", (growth.Curve("nothing", (), (1,), lambda work, folder: {"time": 1.0}),))
+    axis = curves.Axis("batch", "images", (curves.Curve("nothing", (), (1,), lambda work, folder: {"time": 1.0}),))
     growth.measure_all([axis], tmp_path, None, rounds=2, quick=True)
     records = json.loads((tmp_path / "growth.json").read_text())
     assert records["images"] == 1
@@ -103,7 +105,7 @@ def test_a_mistake_is_one_message_before_anything_is_measured(flags, message, tm
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "page.md").write_text("<!-- boxes -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="no place for a table: <!-- images -->"):
-        growth.place(tmp_path / "page.md", "images")
+        place(tmp_path / "page.md", "images")
 
 
 def test_workers_have_no_copy_of_the_annotations(tiny_toy):
@@ -116,8 +118,8 @@ def test_workers_have_no_copy_of_the_annotations(tiny_toy):
         images.split = replace(images.split, boxes_xyxy=np.concatenate([images.split.boxes_xyxy, more]))
         shares = data.shares(1)
         next(shares)
-        (worker,) = growth.multiprocessing.active_children()
-        private.append(growth.memory_mib("smaps_rollup", "Private_Clean", "Private_Dirty", process=worker.pid))
+        (worker,) = multiprocessing.active_children()
+        private.append(footprint.memory_mib("smaps_rollup", "Private_Clean", "Private_Dirty", process=worker.pid))
         del shares, data, images
     assert private[1] - private[0] < 50
 

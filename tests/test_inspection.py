@@ -14,14 +14,17 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import coco, coco_files, inspection
+from detection import coco, coco_files, inspection, resources
 from detection.coco_files import Published
 from detection.config import InputError, System
 from detection.device import Driver
 from detection.distributed import Ranks
-from detection.inspection import MIB, Finding, Trial
+from detection.findings import Finding, table
+from detection.inspection import Trial
+from detection.resources import MIB
 from ssd.config import load
 from ssd.inspection import benchmark, main
+from ssd.preflight import CHECKS
 
 CPU = torch.device("cpu")
 CARD = torch.device("xpu", 0)  # of any kind: nothing is computed
@@ -37,9 +40,9 @@ def settings(folder, *flags):
 def test_room_is_enough_at_twice_what_is_needed_and_fails_below_it(there, verdict):
     needed = 100 * MIB
     found = [
-        inspection.check_disk(Path("runs"), there, needed),
-        inspection.check_shared_memory(there, needed, 4),
-        inspection.check_memory(there, needed),
+        resources.check_disk(Path("runs"), there, needed),
+        resources.check_shared_memory(there, needed, 4),
+        resources.check_memory(there, needed),
     ]
     assert [finding.verdict for finding in found] == [verdict] * 3
     assert [bool(finding.what_to_do) for finding in found] == [verdict != "pass"] * 3
@@ -47,12 +50,12 @@ def test_room_is_enough_at_twice_what_is_needed_and_fails_below_it(there, verdic
 
 
 def test_shared_memory_that_is_not_there_limits_nothing():
-    assert inspection.check_shared_memory(None, 10, 4).verdict == "pass"
+    assert resources.check_shared_memory(None, 10, 4).verdict == "pass"
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(704, "pass"), (703, "warn"), (351, "fail"), (-1, "pass")])
 def test_the_limit_of_open_files_is_held_against_what_workers_hold(limit, verdict):
-    found = inspection.check_open_files(limit, num_workers=4)  # 256 + 4·3·8 = 352
+    found = resources.check_open_files(limit, num_workers=4, files_of_a_batch=8)  # 256 + 4·3·8 = 352
     assert found.verdict == verdict
     assert ("ulimit -n 4096" in found.what_to_do) == (verdict != "pass")
 
@@ -82,10 +85,14 @@ def test_clocks_that_are_apart_are_told_by_how_much(skew_s, verdict):
     assert skew_s == 0 or f"{abs(skew_s):.2f} s" in found.what
 
 
-@pytest.mark.parametrize(("total_gib", "verdict"), [(10.0, "pass"), (4.0, "warn")])
-def test_a_step_that_fills_the_device_is_warned_of(total_gib, verdict):
-    found = inspection.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, total_gib)
+@pytest.mark.parametrize(
+    ("total_gib", "kept_gib", "verdict"),
+    [(10.0, 0.0, "pass"), (4.0, 0.0, "warn"), (10.0, 5.0, "pass"), (10.0, 6.0, "warn")],
+)
+def test_a_step_that_fills_the_device_is_warned_of(total_gib, kept_gib, verdict):
+    found = inspection.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, kept_gib, total_gib)
     assert found.verdict == verdict
+    assert ("--decoded-cache-gib" in found.what_to_do) == (kept_gib == 6)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +236,7 @@ def test_the_table_tells_ranks_apart_only_where_they_differ():
         only = [Finding("disk", "warn", "little", "Clean up.")] if rank == 0 else []
         return [Finding("device", "pass", "a card"), *only, later]
 
-    lines = inspection.table([of(0), of(1), of(2)]).splitlines()
+    lines = table([of(0), of(1), of(2)]).splitlines()
     assert lines == [
         "pass  device  a card",
         "warn  disk    little",
@@ -239,6 +246,33 @@ def test_the_table_tells_ranks_apart_only_where_they_differ():
         "              Make room.",
         "not ready: 2 pass, 1 warn, 1 fail",
     ]
+
+
+def test_on_a_terminal_lines_are_broken_below_where_they_begin_and_names_of_files_are_not():
+    name = "/data/coco/annotations/" + "very_" * 12 + "long.json"
+    found = Finding("data", "fail", f"{name} names 118287 images, 17 of them are not there", "Run ./init_datasets.sh.")
+    lines = inspection.table([[found]], columns=60).splitlines()[:-1]
+    assert [line for line in lines if len(line) > 60] == [f"fail  data  {name}"]
+    assert lines[1:] == [f"{'':12}names 118287 images, 17 of them are not there", f"{'':12}Run ./init_datasets.sh."]
+
+
+@pytest.mark.parametrize(
+    ("flags", "verdicts", "text"),
+    [
+        (("--division", "open"), ["pass"], "MLPerf 1.1.0 open lets it start"),
+        (("--division", "open", "--ruleset", "0.7.0", "--target", ".1"), ["warn"], "0.7.0 open forbids target: 0.1"),
+        (("--division", "closed", "--dataset", "coco2017", "--eval-epochs", "every 5", "--backbone", "a.pth"),
+         ["pass"], "MLPerf 1.1.0 closed lets it start"),
+        (("--division", "closed", "--momentum", ".8"), ["fail"] * 4, "closed forbids momentum: 0.8"),
+        (("--mode", "benchmark-training"), ["pass"], "is no MLPerf run"),
+    ],
+)  # fmt: skip
+def test_the_rules_are_checked_with_the_machine(tmp_path, flags, verdicts, text):
+    config = settings(tmp_path, *flags)
+    found = inspection.check_rules(config, CHECKS.recipe(config, 1), world_size=1)
+    assert [finding.verdict for finding in found] == verdicts
+    assert any(text in finding.what for finding in found)
+    assert all(finding.what_to_do.startswith("Change it, or") for finding in found if finding.verdict == "fail")
 
 
 def flags_of(folder):
@@ -261,7 +295,18 @@ def test_two_ranks_inspect_together_and_print_one_table(handful):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("GiB/s over 2 ranks") == 1
     assert done.stdout.splitlines()[-1].startswith("ready: ")
-    for name in ("device", "versions", "driver", "clock", "training step", "data", "sample", "disk", "open files"):
+    for name in (
+        "device",
+        "versions",
+        "rules",
+        "driver",
+        "clock",
+        "training step",
+        "data",
+        "sample",
+        "disk",
+        "open files",
+    ):
         assert f"pass  {name} " in done.stdout
 
 

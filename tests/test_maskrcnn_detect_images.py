@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import batch_norm, checkpoint, coco, drawing, rehearsal
+from detection import batch_norm, checkpoint, drawing, run_lengths, scenes
 from detection.config import InputError, to_json
 from detection.distributed import Ranks
 from detection.drawing import Mark
@@ -89,7 +89,7 @@ def test_boxes_scores_and_masks_are_those_of_the_evaluation(any_network, handful
             assert found["score"] == pytest.approx(box["score"], abs=1e-4)
             assert found["bbox"] == pytest.approx(box["bbox"], abs=0.1)
             assert found["segmentation"]["size"] == [entry["height"], entry["width"]]
-            assert (coco.bitmap(found["segmentation"]) != coco.bitmap(mask)).mean() < 1e-3
+            assert (run_lengths.bitmap(found["segmentation"]) != run_lengths.bitmap(mask)).mean() < 1e-3
         assert (folder / entry["drawn"]).is_file()
 
 
@@ -143,7 +143,7 @@ def test_torchvisions_checkpoint_takes_its_own_settings_and_cocos_names(tmp_path
     config = trained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
     assert (config.variant, config.trunk_stride, config.pixels) == ("torchvision", "3x3", "rgb-unit")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
-    wanted = [(category.id, category.name) for category in rehearsal.COCO]
+    wanted = [(category.id, category.name) for category in scenes.COCO]
     assert [(category.id, category.name) for category in trained.coco_categories()] == wanted
 
 
@@ -171,8 +171,8 @@ def test_a_mask_is_seen_and_seen_through(size):
     pixels = np.zeros((height, width), dtype=bool, order="F")
     pixels[:, : width // 2] = True
     runs = np.diff(np.flatnonzero(np.diff(pixels.ravel("F"), prepend=0, append=0)), prepend=0)
-    mask = coco.compress(np.append(runs, pixels.size - runs.sum()), (height, width))
-    assert (coco.bitmap(mask) == pixels).all()
+    mask = run_lengths.compress(np.append(runs, pixels.size - runs.sum()), (height, width))
+    assert (run_lengths.bitmap(mask) == pixels).all()
     box = (width * 0.9, height * 0.9, width * 0.95, height * 0.95)  # out of the way
     drawn = np.asarray(drawing.draw(Image.new("RGB", size, (100, 150, 40)), [Mark(box, 2, "", mask)]), dtype=int)
     inside, outside = (drawn[drawn.shape[0] // 3, drawn.shape[1] * part // 8] for part in (1, 5))

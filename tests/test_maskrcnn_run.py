@@ -185,10 +185,13 @@ def test_every_config_file_passes_a_dry_run_and_the_rules(path):
         (("--rpn-after-nms", "1500"), "num_image_candidates"),
         (("--mask-target", "0.3"), "mask_target"),
         (("--eval-epochs", "every 2"), "eval_epochs"),
+        (("--backbone", ""), "backbone"),
+        (("--seed", "0"), "seed"),
+        (("--no-proposals-per-batch",), "proposals_per_batch"),
     ],
 )
 def test_what_the_closed_division_forbids_is_named(flags, rule):
-    config = load(["--batch-size", "16", *flags], {}).config
+    config = load(["--batch-size", "16", "--backbone", "R-50.pkl", *flags], {}).config
     _, broken = judge(config, preflight.recipe(config, 4), 4)
     assert len(broken) == 1
     assert rule in broken[0]

@@ -13,6 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from conftest import shared
 from detection import coco
+from detection.outlines import Outlines
 from maskrcnn import masks
 
 SIDE = 28
@@ -35,7 +36,7 @@ def polygons_as_split(boxes):
     """A split of one image in memory: boxes of polygons of points (N, 2)."""
     closed = [[np.concatenate([polygon, polygon[:1]]) for polygon in box] for box in boxes]
     lines = [polygon for box in closed for polygon in box]
-    outlines = coco.Outlines(
+    outlines = Outlines(
         line_starts=np.cumsum([0, *(len(box) for box in closed)]),
         point_starts=np.cumsum([0, *(len(line) for line in lines)]),
         points_xy=np.concatenate(lines).astype(np.float32),

@@ -125,6 +125,18 @@ def test_the_command_prints_a_verdict_for_each_log_and_its_reasons(tmp_path: Pat
     assert command(good, "--ruleset", "0.7.0") == (0, f"PASS {good} (ruleset 0.7.0)\n", "")
 
 
+def test_a_log_that_names_no_ruleset_and_fails_the_newest_is_told_which_one_it_passes(tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old.txt", without="gradient_accumulation_steps")
+    status, out, _ = command(old)
+    assert status == 1
+    assert "names no ruleset, so that it was held to 1.1.0: it passes --ruleset 0.7.0" in out
+    assert "names no ruleset" not in command(old, "--ruleset", "1.1.0")[1]
+    untold = command(write_run(tmp_path / "untold.txt", without="weights_initialization"))[1]
+    assert "sorted(s['initialized_tensors']) == sorted([…])" in untold  # not the names of 119 tensors
+    bad = write_run(tmp_path / "bad.txt", without="run_stop")
+    assert "held to 1.1.0: nor does it pass an older one" in command(bad)[1]
+
+
 def test_the_command_exits_2_for_a_file_that_is_not_there_and_still_checks_the_rest(tmp_path: Path) -> None:
     bad = write_run(tmp_path / "bad.txt", without="run_stop")
     status, out, err = command(tmp_path / "none.txt", tmp_path, bad)

@@ -36,6 +36,8 @@ DGX1 = {
     "dataset": "coco2017",
     "network": "ssd300-r34",
     "checkpoint": "none",
+    "backbone": "resnet.pth",
+    "seed": "none",
 }
 
 A100 = {
@@ -53,6 +55,8 @@ A100 = {
     "mask_target": 0.339,
     "dataset": "coco2017",
     "checkpoint": "none",
+    "backbone": "resnet.pth",
+    "seed": "none",
 }
 
 RECIPES = {"ssd": DGX1, "maskrcnn": A100}
@@ -193,6 +197,9 @@ def broken(ruleset: str, division: str, **changes: object) -> list[str]:
         ("network", "ssd300-r50"),
         ("network", "ssd300-r34 on resnet18"),
         ("checkpoint", "trained.pt"),
+        ("backbone", "none"),
+        ("seed", 0),
+        ("allow_missing", True),
         ("eval_epochs", (40, 50, 55)),
         ("eval_epochs", (10, 20)),
         ("eval_epochs", ()),
@@ -249,6 +256,13 @@ def test_the_published_recipes_of_mask_rcnn_keep_every_rule(ruleset, batch, lr, 
         ("mask_target", None),
         ("dataset", "toy"),
         ("checkpoint", "trained.pt"),
+        ("backbone", "none"),
+        ("seed", 7),
+        ("allow_missing", True),
+        ("proposals_per_batch", False),
+        ("soft_masks", True),
+        ("rpn_before_nms", 1000),
+        ("rpn_after_nms_eval", 500),
         ("eval_epochs", (5, 10)),
     ],
 )

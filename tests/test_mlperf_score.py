@@ -2,13 +2,15 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
 from conftest import shared
 from made_up_log import write_run
-from mlperf import convergence
+from mlperf import check, convergence
 from mlperf.check import main
+from mlperf.compliance import Verdict
 from mlperf.published import PUBLISHED, of
 from mlperf.rules import BENCHMARKS
 from mlperf.score import read_run, score
@@ -145,6 +147,13 @@ def test_the_command_scores_a_folder_and_writes_json(tmp_path, capsys):
     assert (result["ruleset"], result["score"]["seconds"]) == ("1.0.0", 720)
     assert [run["seconds"] for run in result["runs"]] == [600, 660, 720, 780, 840]
     assert [verdict["passed"] for verdict in result["verdicts"]] == [True] * 5
+
+
+@pytest.mark.parametrize(("images_per_s", "shown"), [(4.31, "4.3"), (99.96, "100.0"), (9560.4, "9,560"), (None, "-")])
+def test_a_slow_machines_rate_has_a_digit_behind_the_point(tmp_path, images_per_s, shown):
+    two = [replace(run, images_per_s=images_per_s) for run in runs(tmp_path, [10, 11])]
+    lines = check.table(check.judge([(run, Verdict(True, "0.7.0", [])) for run in two]))
+    assert [line.split()[2] for line in lines[2:4]] == [shown] * 2
 
 
 def test_the_command_fails_runs_that_pass_one_by_one_but_not_together(tmp_path, capsys):

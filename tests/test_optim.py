@@ -78,3 +78,24 @@ def test_biases_and_batch_norm_can_be_left_without_decay():
         group["lr"] = 1.0
     optimizer.step()
     assert [float(p.detach().mean()) for p in model.parameters()] == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_first_step_that_is_skipped_leaves_nothing_behind(momentum):
+    """As in fp16, whose scale is too large at first."""
+    weights = []
+    for skipped in (True, False):
+        layer = torch.nn.Linear(1000, 1, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        sgd = optim.make_sgd(layer, kernels="torch", momentum=momentum, weight_decay=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        optim.set_learning_rate(sgd, 0.1)
+        junk = [torch.full((1, 1000), 7e9) for _ in range(50)]  # what the memory may hold
+        del junk
+        for factor in (float("inf"), 1.0, 2.0) if skipped else (1.0, 2.0):
+            sgd.zero_grad(set_to_none=True)
+            scaler.scale(layer(torch.ones(1, 1000)).sum() * factor).backward()
+            scaler.step(sgd)
+            scaler.update()
+        weights.append(layer.weight.detach())
+    assert torch.equal(*weights)

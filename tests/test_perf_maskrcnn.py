@@ -10,6 +10,7 @@ from detection.metric import FIGURES
 from maskrcnn.heads import BOX_CELLS
 from perf import maskrcnn as parts
 from perf import maskrcnn_baseline as baseline
+from perf import maskrcnn_evaluation as evaluation
 from perf.bench import Bench, quick
 from perf.timing import threads
 
@@ -78,17 +79,17 @@ def test_one_class_has_the_loss_that_it_has_among_all(bench, monkeypatch):
 
 
 def test_both_paste_the_same_pixels(bench, monkeypatch):
-    monkeypatch.setattr(parts, "DETECTIONS_PER_IMAGE", 15)
-    scenes = parts.make_scenes(parts.masked_truth(bench, 3), seed=1)
-    ours, (theirs,) = parts.paste_sides(scenes, CPU)
+    monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 15)
+    scenes = evaluation.make_scenes(evaluation.masked_truth(bench, 3), seed=1)
+    ours, (theirs,) = evaluation.paste_sides(scenes, CPU)
     got = ours.run()
     assert got == theirs.run()
     assert [len(of_image) for of_image in got] == [15] * 3
 
 
 def test_both_evaluations_have_the_same_figures(bench, monkeypatch):
-    monkeypatch.setattr(parts, "DETECTIONS_PER_IMAGE", 20)
-    ours, (theirs,) = parts.evaluation_sides(bench)
+    monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 20)
+    ours, (theirs,) = evaluation.evaluation_sides(bench)
     got = ours.run()
     assert got == pytest.approx(theirs.run(), abs=1e-9)
     assert set(got) == {*FIGURES, *(f"mask_{name}" for name in FIGURES)}
@@ -97,12 +98,12 @@ def test_both_evaluations_have_the_same_figures(bench, monkeypatch):
 
 
 def test_made_up_detections_lie_on_their_images(bench):
-    for scene in parts.make_scenes(parts.masked_truth(bench, 3), seed=2):
+    for scene in evaluation.make_scenes(evaluation.masked_truth(bench, 3), seed=2):
         height, width = scene.size_hw
         assert (scene.boxes_xyxy >= 0).all()
         assert (scene.boxes_xyxy <= [width, height, width, height]).all()
         assert (scene.boxes_xyxy[:, 2:] - scene.boxes_xyxy[:, :2] > 0.99).all()
-        assert scene.masks.shape == (parts.DETECTIONS_PER_IMAGE, 28, 28)
+        assert scene.masks.shape == (evaluation.DETECTIONS_PER_IMAGE, 28, 28)
         shares = (scene.masks > 0.5).mean(axis=(1, 2))
         assert 0.1 < shares.min() < shares.max() < 0.9
         assert len(np.unique(shares)) > 20

@@ -57,8 +57,8 @@ def measured(tmp_path_factory, tiny_toy):
         patch.setattr("ssd.model.Backbone", Trunk)
         patch.setattr("perf.baseline.Backbone", Trunk)
         patch.setattr("perf.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
-        for name in ("BOX_REGIONS", "MASK_REGIONS", "DETECTIONS_PER_IMAGE"):
-            patch.setattr(f"perf.maskrcnn.{name}", 4)
+        for name in ("maskrcnn.BOX_REGIONS", "maskrcnn.MASK_REGIONS", "maskrcnn_evaluation.DETECTIONS_PER_IMAGE"):
+            patch.setattr(f"perf.{name}", 4)
         less = ("--trunk", "resnet18", "--box-samples", "16")
         patch.setattr(maskrcnn, "configured", lambda bench, *flags: configured(bench, *flags, *less))
         assert main(argv, TINY) == 0

@@ -235,7 +235,8 @@ def test_only_the_first_node_makes_the_run_folder(check, tmp_path):
 
 def closed(pictures, *flags):
     """A recipe of the closed division on the drawn pictures."""
-    return (*own_data(pictures), "--dataset", "coco2017", "--num-classes", "4", "--division", "closed", *flags)
+    data = (*own_data(pictures), "--dataset", "coco2017", "--num-classes", "4", "--backbone", str(npz(pictures.parent)))
+    return (*data, "--division", "closed", *flags)
 
 
 EVERY_FIFTH = ("--eval-epochs", "every 5")
@@ -280,6 +281,23 @@ def test_every_start_says_what_the_ruleset_makes_of_each_value(check, pictures, 
     assert check(*closed(pictures, "--ruleset", ruleset, "--eval-epochs", "7"))[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seed", "1"), "seed: 1 (allowed: none: from the clock or the system's randomness)"),
+        (("--backbone", ""), "backbone: none (allowed: weights of the ImageNet trunk"),
+        (("--allow-missing",), "allow_missing: True (allowed: False"),
+    ],
+)
+def test_a_seed_that_is_chosen_an_untrained_trunk_and_images_left_out_are_not_for_closed(check, pictures, flags, said):
+    status, _, err = check(*closed(pictures, *EVERY_FIFTH), *flags)
+    assert (status, err.count("forbids")) == (2, 1)
+    assert f"error: MLPerf 1.1.0 closed forbids {said}" in err
+    status, _, err = check(*closed(pictures, *EVERY_FIFTH), *flags, "--division", "open")
+    assert status == 0
+    assert f"note: closed would refuse {said}" in err
+
+
 def test_the_open_division_starts_and_notes_what_the_closed_one_would_refuse(check):
     status, _, err = check("--momentum", "0.8")
     assert status == 0
@@ -292,11 +310,14 @@ def test_a_rate_that_is_rounded_is_said_to_be(check):
     assert "peak learning rate 0.0003125: not rounded" in check()[2]
     rounded = check("--lr-multiple", "0.0025")[2]
     assert "peak learning rate 0.0025: rounded from 0.0003125 by lr_multiple" in rounded
+    whole = check("--lr-multiple", "0.0025", "--base-lr", "3.2e-3", "--batch-size", "2400", "--dry-run")[1]
+    assert "peak learning rate 0.24: not rounded" in whole  # 0.24000000000000002 before
 
 
 def test_mask_rcnn_is_held_to_its_own_rules_and_its_masks_are_read(check, pictures, tmp_path, capsys):
     check()
     flags = ["--dataset", "coco2017", "--num-classes", "4", "--batch-size", "1", "--num-workers", "0"]
+    flags += ["--backbone", str(npz(tmp_path))]
     status = maskrcnn_preflight.main([*own_data(pictures), *flags])
     err = capsys.readouterr().err
     assert status == 2

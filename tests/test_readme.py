@@ -1,6 +1,7 @@
-"""The README's commands: every one in its tables "coming from …" is one that this program takes."""
+"""The README's commands: every one in its blocks and its tables "coming from …" is one that this program takes."""
 
 import http.server
+import importlib
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT
 from detection import toy
 from maskrcnn import config as maskrcnn_config
+from perf import run as perf_run
 from ssd import config as ssd_config
 from test_config import exported
 
@@ -28,6 +30,13 @@ def coming_from() -> list[str]:
     return [row[2].strip().strip("`") for row in rows]
 
 
+def shown() -> list[str]:
+    """The commands of the blocks, without their comments."""
+    blocks = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line.removeprefix("$ ")) for line in lines]
+
+
 def parts(command: str) -> tuple[dict[str, str], list[str]]:
     """The variables before a command, and its words."""
     words = shlex.split(command)
@@ -35,13 +44,23 @@ def parts(command: str) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in words[:first]), words[first:]
 
 
-RUNS = [command for command in coming_from() if "./run_and_time.sh" in command]
-OTHERS = [command for command in coming_from() if "./run_and_time.sh" not in command]
+# What runs the tests is not run by them.
+COMMANDS = list(dict.fromkeys(command for command in [*coming_from(), *shown()] if command != "./tests/run.sh"))
+RUNS = [command for command in COMMANDS if "./run_and_time.sh" in command]
+BENCHES = [command for command in COMMANDS if " -m perf.run " in command and "--compare" not in command]
+PROGRAMS = [command for command in shown() if command.startswith(".venv/bin/python -m ") and command not in BENCHES]
+OTHERS = [command for command in COMMANDS if command not in RUNS + BENCHES + PROGRAMS]
 
 
-def test_the_tables_are_read():
-    assert len(RUNS) >= 15
-    assert len(OTHERS) >= 8
+def test_the_tables_and_the_blocks_are_read():
+    assert len(coming_from()) >= 23
+    assert len(shown()) >= 30
+
+
+@pytest.mark.parametrize("command", BENCHES)
+def test_the_bench_takes_the_flags_and_names_of_the_readme(command):
+    arguments = perf_run.parse(parts(command)[1][3:])
+    assert perf_run.chosen_parts(arguments, on_cpu=True)
 
 
 @pytest.mark.parametrize("command", [command for command in RUNS if "--help" not in command])
@@ -51,7 +70,8 @@ def test_a_run_takes_the_settings_of_the_readme(command):
     suffix = "" if benchmark == "ssd" else f"_{benchmark}"
     environment = exported(variables.pop("DGXSYSTEM", "toy") + suffix, **variables)
     load = {"ssd": ssd_config, "maskrcnn": maskrcnn_config}[benchmark].load
-    load(words[1:], {name: value for name, value in environment.items() if name != "PATH"})
+    words = [word for word in words[1:] if word not in ("--describe", "--dry-run")]
+    load(words, {name: value for name, value in environment.items() if name != "PATH"})
 
 
 @pytest.mark.slow
@@ -59,7 +79,7 @@ def test_a_run_takes_the_settings_of_the_readme(command):
 def test_a_run_of_the_readme_is_what_it_would_start(command, tmp_path):
     done = bash(command if "--help" in command else f"{command} --dry-run", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "launch:" in done.stdout or "--help" in command
+    assert "launch:" in done.stdout or "--help" in command or "--describe" in command
 
 
 @pytest.mark.parametrize("command", OTHERS)
@@ -90,9 +110,26 @@ def test_a_script_of_the_readme_runs(command, tmp_path):
         case "./init_datasets.sh" | "./get_resnet34_backbone.sh":
             assert done.returncode not in (0, 2)
             assert "404" in said
+        case "curl":
+            assert done.returncode == 22, said  # 404
         case _:
             assert (program, "detect_images" in command, done.returncode) == (".venv/bin/python", True, 2)
             assert "no such file" in said
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_a_program_of_the_readme_takes_its_flags_and_misses_the_files(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, words = parts(command)
+    program = importlib.import_module(words[2])
+    try:
+        status = program.main(words[3:])
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "usage:" not in said
+    assert re.search(r"no such file|is no (file|folder)|cannot be read|not there|holds no", said.lower()), said
 
 
 def bash(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -106,6 +143,9 @@ def bash(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
             "DIR": folder / "folder",
             "FILE": folder / "checkpoint.pt",
             "F.json": folder / "summary.json",
+            "/data/coco": folder / "coco",
+            "https://download.pytorch.org/models": url,
+            "https://dl.fbaipublicfiles.com": url,
             ".venv/bin/python": f"{os.environ.get('VENV', '.venv')}/bin/python",
         }.items():
             command = re.sub(rf"(?<![\w.]){re.escape(word)}(?!\w)", str(meant), command)

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import json
 import os
@@ -9,15 +8,15 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+from annotation_file import contents, digests
 from conftest import ROOT, shared
-from detection import coco, rehearsal
+from detection import coco, rehearsal, scenes
 from detection.config import InputError
 from detection.metric import BoxMetric
 from detection.rehearsal import Drawing
@@ -34,15 +33,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rehearsal") / "data"
     assert rehearsal.draw(folder, SMALL, workers=1)
     return folder
-
-
-def contents(folder: Path, split: str) -> dict[str, Any]:
-    return json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -235,10 +225,10 @@ def test_the_drawing_reads_as_coco_with_nothing_dropped_or_clipped(drawn: Path) 
 
 
 def test_categories_are_those_of_coco() -> None:
-    ids = [category.id for category in rehearsal.COCO]
-    assert len(ids) == len({category.name for category in rehearsal.COCO}) == 80
+    ids = [category.id for category in scenes.COCO]
+    assert len(ids) == len({category.name for category in scenes.COCO}) == 80
     assert set(range(1, 91)) - set(ids) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-    assert sum(category.boxes for category in rehearsal.COCO) == 860_001
+    assert sum(category.boxes for category in scenes.COCO) == 860_001
 
 
 def test_categories_and_keys_are_those_of_a_sample_of_coco(drawn: Path) -> None:
@@ -252,9 +242,9 @@ def test_categories_and_keys_are_those_of_a_sample_of_coco(drawn: Path) -> None:
 
 
 def test_as_many_images_are_without_boxes_as_in_coco() -> None:
-    for split, (some, of) in rehearsal.WITHOUT_BOXES.items():
-        assert sum(rehearsal._is_empty(split, index) for index in range(of)) == some
-        assert any(rehearsal._is_empty(split, index) for index in range(40))
+    for split, (some, of) in scenes.WITHOUT_BOXES.items():
+        assert sum(scenes.is_empty(split, index) for index in range(of)) == some
+        assert any(scenes.is_empty(split, index) for index in range(40))
 
 
 @pytest.mark.slow
@@ -276,9 +266,9 @@ def test_boxes_are_distributed_like_those_of_coco(tmp_path: Path) -> None:
     assert (areas < 32**2).mean() == pytest.approx(0.41, abs=0.02)
     assert (areas > 96**2).mean() == pytest.approx(0.24, abs=0.02)
 
-    counts = np.bincount([row["category_id"] for row in rows])[[category.id for category in rehearsal.COCO]]
+    counts = np.bincount([row["category_id"] for row in rows])[[category.id for category in scenes.COCO]]
     assert counts[0] / len(rows) == pytest.approx(262_465 / 860_001, abs=0.02)
-    boxes_in_coco = [category.boxes for category in rehearsal.COCO]
+    boxes_in_coco = [category.boxes for category in scenes.COCO]
     assert np.corrcoef(np.log(counts), np.log(boxes_in_coco))[0, 1] > 0.97
     different = len({(row["image_id"], row["category_id"]) for row in rows}) / len(boxes)
     assert different == pytest.approx(2.9, abs=0.25)
@@ -310,9 +300,9 @@ def test_pictures_are_jpegs_as_coco_has_them(drawn: Path) -> None:
 
 
 def test_a_grey_picture_has_one_channel() -> None:
-    shard = next(s for s in range(100) if rehearsal._plan(SMALL, "train", s).grey.any())
-    plan = rehearsal._plan(SMALL, "train", shard)
-    encoded = rehearsal._picture(plan, int(plan.grey.argmax()))
+    shard = next(s for s in range(100) if scenes.plan(SMALL.seed, "train", s).grey.any())
+    plan = scenes.plan(SMALL.seed, "train", shard)
+    encoded = scenes.picture(plan, int(plan.grey.argmax()))
     with Image.open(io.BytesIO(encoded)) as picture:
         assert picture.mode == "L"
 
@@ -345,7 +335,7 @@ def test_crowds_are_run_lengths_of_the_mask_with_its_tight_box(tmp_path: Path) -
 
 
 def test_the_smallest_shape_of_a_picture_has_its_category_s_colour(drawn: Path) -> None:
-    labels = {category.id: label for label, category in enumerate(rehearsal.COCO)}
+    labels = {category.id: label for label, category in enumerate(scenes.COCO)}
     rows = [row for row in contents(drawn, "train")["annotations"] if not row["iscrowd"]]
     smallest = {row["image_id"]: row for row in sorted(rows, key=lambda row: -row["area"])}
     seen = 0
@@ -357,7 +347,7 @@ def test_the_smallest_shape_of_a_picture_has_its_category_s_colour(drawn: Path) 
         left, top, width, height = row["bbox"]
         x, y = round(left + width / 2), round(top + height / 2)
         middle = pixels[y - 2 : y + 3, x - 2 : x + 3].mean(axis=(0, 1))
-        assert middle == pytest.approx(rehearsal._palette()[labels[row["category_id"]], 1].clip(48, 207), abs=30)
+        assert middle == pytest.approx(scenes.palette()[labels[row["category_id"]], 1].clip(48, 207), abs=30)
     assert seen > 10
 
 

@@ -93,6 +93,19 @@ def test_a_report_says_how_the_run_ended_and_has_every_section(toy_page):
         assert words in toy_page.text, words
 
 
+def test_a_report_says_what_machine_versions_and_commit_the_run_had(copy):
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    machine = {"processors": "2 × A CPU, 64 cores each", "memory": "512 GiB", "software": "Python 3.12.1, numpy 2.4"}
+    begun = json.loads(lines[0]) | {"machine": machine, "start": "2026-11-21T18:38:57.877+02:00"}
+    (copy / "metrics.jsonl").write_text("\n".join([json.dumps(begun), *lines[1:]]))
+    log = copy / "result_0.txt"
+    event = {"namespace": "", "time_ms": 1, "event_type": "POINT_IN_TIME", "key": "commit", "value": "ab" * 20}
+    log.write_text(f":::MLLOG {json.dumps(event | {'metadata': {'dirty': True}})}\n" + log.read_text())
+    text = page_of(copy).text
+    for words in (*machine.values(), "start 2026-11-21 16:38:57 UTC", f"commit {'ab' * 20}, with changes"):
+        assert words in text, words
+
+
 def test_a_report_loads_nothing_and_runs_nothing(toy_page):
     assert all(url.startswith(("#", "data:")) for url in toy_page.loads), toy_page.loads
     assert not {tag for tag, _ in toy_page.elements} & {"script", "link", "iframe", "object"}
@@ -233,6 +246,15 @@ def test_a_run_with_masks_is_judged_by_both_figures(copy):
     page = page_of(copy)
     assert "mask_AP 0.1250, target 0.339" in page.text
     assert [f["aria-label"][:17] for f in page.figures()][:2] == ["AP by epoch. run:", "mask_AP by epoch."]
+
+
+def test_the_folder_of_a_series_is_its_runs_with_all_that_they_left(tmp_path):
+    for number in (10, 9, 0):
+        shutil.copytree(TOY, tmp_path / f"experiment_{number}")
+        (tmp_path / f"result_{number}.txt").symlink_to(f"experiment_{number}/result_0.txt")
+    records = read_runs(tmp_path)
+    assert [record.name for record in records] == ["experiment_0", "experiment_9", "experiment_10"]
+    assert all(record.of("step") and record.config for record in records)
 
 
 def test_a_log_alone_with_several_figures_names_them_as_the_event_log_does(copy, tmp_path):

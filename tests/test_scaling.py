@@ -15,21 +15,18 @@ from hypothesis import strategies as st
 from conftest import ROOT, shared
 from detection.distributed import Ranks
 from perf import gradient, scaling
+from perf.published_runs import DGX_A100, GENERATIONS, check, fit
 from perf.step_model import (
-    DGX_A100,
     EPOCHS,
-    GENERATIONS,
     TRAIN_IMAGES,
     Accelerator,
     Layout,
     all_reduce_s,
     best_run,
     buckets,
-    check,
     count_network,
     epochs,
     exposed_s,
-    fit,
     run,
     shared_s,
     step,

@@ -1,7 +1,9 @@
 """From five runs to a folder that the official checkers accept, and one message for whatever is wrong with them."""
 
+import glob
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -9,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from made_up_log import write_run
-from mlperf import compliance, system
+from mlperf import check, compliance, system
 from mlperf.compliance import Verdict
 from mlperf.rules import BENCHMARKS, RULESETS
 from mlperf.submission import CODE, main, parser, show_verdict
@@ -149,6 +151,9 @@ def test_one_run_below_the_target_counts_as_the_slowest_and_two_are_refused(tmp_
         assert f"result_{number}.txt: " in err
         assert ("counts as the slowest" in err) is (status == 0)
     assert err.count("one run of five may fail") == 2
+    untold = five(tmp_path / "untold", repository, number=2, without="weights_initialization")
+    assert submit(tmp_path, repository, untold) == 2
+    assert [line.split(":")[0] for line in mistake(capsys).splitlines()] == ["error", "error"]  # a line each
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,14 @@ def test_a_run_that_does_not_belong_to_the_others_is_named(
     assert submit(tmp_path, repository, runs, other) == 2
     assert message in mistake(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_before_which_no_caches_were_dropped_are_warned_of(tmp_path, repository, described, compliant, capsys):
+    kept = five(tmp_path / "kept", repository, number=1, cache_clear=False)
+    submit(tmp_path, repository, kept)
+    assert "warning: ssd: cache_clear is not true in result_0.txt" in mistake(capsys)
+    submit(tmp_path, repository, five(tmp_path / "dropped", repository, number=1), "--implementation", "other")
+    assert "cache_clear" not in mistake(capsys)
 
 
 def test_runs_of_a_changed_tree_are_refused(tmp_path, repository, described, compliant, capsys):
@@ -290,6 +303,10 @@ def test_processors_caches_memory_and_disks_are_read_from_the_kernels_files(tmp_
         "host_storage_type": "HDD, NVMe SSD",
         "host_storage_capacity": "3840 GB + 1000 GB",
     }
+    told = system.summary(tmp_path)
+    assert (told["processors"], told["memory"]) == ("2 × A CPU, 2 cores each", "512 GiB")
+    assert "numpy " in told["software"]
+    assert "memory" not in system.summary(tmp_path / "absent")
 
 
 def test_the_page_names_every_flag_and_its_commands_are_taken():
@@ -300,3 +317,31 @@ def test_the_page_names_every_flag_and_its_commands_are_taken():
     assert parser().parse_args(command.split()).system == "DGXA100"
     for words in re.findall(r"run_and_time.sh (--[^#;\n]+)", page):
         load([word for word in words.split() if word != "--dry-run"], {})
+
+
+def test_the_commands_of_the_page_judge_five_runs_and_make_their_folder(
+    tmp_path, repository, described, compliant, monkeypatch, capsys
+):
+    page = (ROOT / "docs" / "SUBMISSION.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/DGXA100/ssd").mkdir(parents=True)
+    five(tmp_path / "results/DGXA100/ssd/2026-01-31_12-00-00", repository, platform="1xDGXA100", org="O")
+    commands = {
+        program: [found for word in shlex.split(words) for found in glob.glob(word) or [word]]
+        for program, words in re.findall(r"^\$ \.venv/bin/python -m (\S+) (.+)", page, re.MULTILINE)
+    }
+    assert check.main(commands.pop("mlperf.check")) == 0
+    (result,) = json.loads((tmp_path / "score.json").read_text())
+    assert (len(result["runs"]), result["score"]["seconds"]) == (5, pytest.approx(1200))
+    assert main([*commands.pop("mlperf.submission"), *BY_HAND, "--repository", str(repository)]) == 0
+    assert len(list((tmp_path / "results/submission/O/results/DGXA100/ssd").glob("result_?.txt"))) == 5
+    assert not commands
+
+
+def test_the_commit_that_the_page_gives_an_image_is_one_that_a_run_takes(repository):
+    page = (ROOT / "docs" / "SUBMISSION.md").read_text()
+    ((command,),) = [re.findall(r"COMMIT=\"\$\((git [^)]+)\)\"", page)]
+    commit = git(repository, *shlex.split(command)[1:])
+    assert commit == git(repository, "rev-parse", "HEAD")
+    for named in (commit, f"{commit}-dirty"):
+        assert load(["--commit", named], {}).config.commit == named

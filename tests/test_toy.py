@@ -1,18 +1,16 @@
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+from annotation_file import contents, digests
 from detection import coco, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
@@ -25,15 +23,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "data"
     assert toy.draw(folder, SMALL)
     return folder
-
-
-def contents(folder: Path, split: str) -> dict[str, Any]:
-    return json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

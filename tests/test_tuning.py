@@ -27,6 +27,7 @@ BASE = {
     "precision": "auto",
     "compile": "auto",
     "decoded_cache": "none",
+    "decoder": "host",
 }
 
 
@@ -105,10 +106,19 @@ def test_short_steps_are_measured_again_in_greater_number():
 def test_the_cache_is_measured_only_where_there_is_time_to_fill_it(capsys):
     made, asked = bench(lambda _: 2.0)
     best = replace(measured(BASE, 1.0), step_ms=1000)
-    assert tuning.try_cache(made, best, steps_per_epoch=1000) is best
+    assert tuning.try_cache(made, best, 1000, ["host"]) is best
     assert "not measured" in capsys.readouterr().out
-    assert tuning.try_cache(made, best, steps_per_epoch=10).settings["decoded_cache"] == "host"
+    assert tuning.try_cache(made, best, 10, ["host"]).settings["decoded_cache"] == "host"
     assert len(asked) == 1
+
+
+def test_the_memory_is_taken_that_trains_fastest():
+    rates = {"none": 1.0, "host": 2.0, "device": 3.0}
+    made, asked = bench(lambda settings: rates[settings["decoded_cache"]])
+    best = replace(measured(BASE | {"decoder": "device"}, 1.0), step_ms=1)
+    best = tuning.try_cache(made, best, 10, ["host", "device"])
+    assert best.settings["decoded_cache"] == "device"
+    assert [(one["decoded_cache"], one["decoder"]) for one in asked] == [("host", "host"), ("device", "device")]
 
 
 def test_the_words_of_tuning_are_taken_out_of_the_flags():
@@ -211,7 +221,7 @@ def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here,
     monkeypatch.setattr(tuning, "count_images", lambda *_: 117_266)
     monkeypatch.setenv("DATADIR", "data/coco")
     rates_of(monkeypatch, lambda settings: min(1024, float(settings["batch_size"])))
-    start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0")
+    start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0", "--backbone", "data/resnet34.pth")
     assert tune.main(["--tune", "100", "--name", "mine", *start]) == 0
     _, config = resolved(here / "config_mine.sh")
     assert config.batch_size == 1024

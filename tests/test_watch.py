@@ -184,6 +184,9 @@ def test_the_newest_run_is_watched_and_where_there_is_none_it_says_so(folder, tm
     assert watch.newest(tmp_path / "results") in (folder, newer)
     os.utime(folder / "metrics.jsonl", (1, 1))
     assert watch.newest(tmp_path / "results") == newer
+    append(newer, *LINES[1:])
+    assert watch.main([str(tmp_path / "results")]) == 0  # of several runs that are below, the newest
+    assert "the target is reached" in capsys.readouterr().out
     assert watch.main(["--under", str(tmp_path / "empty")]) == 2
     assert "no run is below" in capsys.readouterr().err
     assert watch.main([str(tmp_path / "absent")]) == 2

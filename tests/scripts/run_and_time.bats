@@ -206,6 +206,30 @@ run_and_time() {
   [[ $output == *"caches are kept: CLEAR_CACHES=0"* ]]
 }
 
+@test "who may not drop the caches drops them by sudo, or is told" {
+  local nobody=()
+  if ((EUID == 0)); then
+    nobody=(setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs)
+    chmod o+x "${BATS_RUN_TMPDIR:?}" "$BATS_FILE_TMPDIR" "$(dirname "$BATS_TEST_TMPDIR")"
+  fi
+  mkdir "$BATS_TEST_TMPDIR/bin"
+  cat >"$BATS_TEST_TMPDIR/bin/sudo" <<'END'
+#!/usr/bin/env bash
+echo "sudo $*" >>"$calls"
+exit "${SUDO:-0}"
+END
+  chmod +x "$BATS_TEST_TMPDIR/bin/sudo"
+  chmod -R o+rwX "$BATS_TEST_TMPDIR"
+  PATH=$BATS_TEST_TMPDIR/bin:$PATH CLEAR_CACHES=1 run "${nobody[@]}" "$folder/run_and_time.sh"
+  [ "$status" -eq 0 ]
+  [[ $output != *"are kept"* ]]
+  grep -qxF -- "sudo -n /sbin/sysctl -q vm.drop_caches=3" "$calls"
+  grep -qF "/runs/this one, 1, data/toy" "$calls"
+  SUDO=1 PATH=$BATS_TEST_TMPDIR/bin:$PATH CLEAR_CACHES=1 run "${nobody[@]}" "$folder/run_and_time.sh"
+  [[ $output == *"caches are kept: dropping them needs root, or sudo without a password"* ]]
+  grep -qF "/runs/this one, 0, data/toy" "$calls"
+}
+
 @test "caches dropped outside a container are passed on as dropped" {
   CACHES_CLEARED=1 run_and_time
   [[ $output != *"are kept"* ]]

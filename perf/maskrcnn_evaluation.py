@@ -1,0 +1,156 @@
+"""Mask R-CNN's evaluation and the part of it that lays masks onto images, each beside torchvision's.
+
+D detections of an image, S side of a mask (28).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from detection.coco import Split
+from detection.metric import MaskMetric
+from detection.prefetch import move
+from detection.run_lengths import CompressedMask
+from maskrcnn import masks
+from maskrcnn.config import Config
+from maskrcnn.data import EvalBatch, MaskRCNNEvalData
+from maskrcnn.detections import Detections
+from maskrcnn.evaluation import Evaluation
+from maskrcnn.heads import MASK_SIZE
+from perf import maskrcnn
+from perf import maskrcnn_baseline as baseline
+from perf.bench import Bench, Result
+from perf.maskrcnn import Sides, few
+from perf.maskrcnn_baseline import Scene
+from perf.photos import make_up_truth
+from perf.predictions import make_rows
+from perf.timing import Side
+
+DETECTIONS_PER_IMAGE = 100
+PASTED_IMAGES = 4
+
+
+def time_paste(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's masks onto their images as run lengths, 100 an image, beside torchvision's and pycocotools'."""
+    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed), bench.device)
+    yield from bench.compare("maskrcnn_paste", ours, *bench.plain(plain))
+
+
+def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
+    """Masks of made-up detections to run lengths; each gives those of every image."""
+
+    def ours() -> list[list[CompressedMask]]:
+        return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
+
+    def torchvision() -> list[list[CompressedMask]]:
+        return [baseline.paste_scene(scene, device) for scene in scenes]
+
+    return Sides(
+        Side(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
+        (Side("torchvision's, whole images", torchvision, len(scenes)),),
+    )
+
+
+def time_evaluation(bench: Bench) -> Iterator[Result]:
+    """Mask R-CNN's evaluation from made-up detections, 100 an image, to COCO's figures, beside torchvision's."""
+    ours, plain = evaluation_sides(bench)
+    yield from bench.compare(
+        "maskrcnn_evaluation",
+        ours,
+        *bench.plain(plain),
+        requirement="maskrcnn evaluation",
+        rounds=few(bench),
+        warm=False,
+    )
+
+
+def evaluation_sides(bench: Bench) -> Sides:
+    """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
+    config = maskrcnn.configured(bench, "--no-legacy-boxes")  # as torchvision writes them
+    truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
+    scenes = make_scenes(truth, bench.seed)
+    official = MaskMetric(truth.annotation_file)
+    data = MadeUpData(truth, scenes, config, bench.device)
+    evaluation = Evaluation(config, bench.ranks, data.answer)
+    no_network = nn.Identity()
+    what = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
+    return Sides(
+        Side(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
+        (
+            Side(
+                f"torchvision's paste, pycocotools, {what}",
+                lambda: baseline.evaluate(scenes, official, bench.device),
+                len(scenes),
+            ),
+        ),
+    )
+
+
+class MadeUpData(MaskRCNNEvalData):
+    """Evaluation data whose images nobody looks at, and the answers to them."""
+
+    def __init__(self, truth: Split, scenes: list[Scene], config: Config, device: torch.device):
+        self.val, self.eval_samples, self.categories = truth, len(truth), truth.categories
+        self.metric = MaskMetric(truth.annotation_file, config.metric)
+        label_of = {category.id: label for label, category in enumerate(truth.categories, 1)}
+        self.batches: list[EvalBatch] = []
+        self.answers: dict[int, Detections] = {}
+        for start in range(0, len(scenes), config.eval_batch_size):
+            together = scenes[start : start + config.eval_batch_size]
+            sizes_hw = torch.tensor([scene.size_hw for scene in together])
+            ids = torch.tensor([scene.image_id for scene in together])
+            self.batches.append(EvalBatch(torch.zeros(len(ids), 3, 1, 1, dtype=torch.uint8), sizes_hw, ids, sizes_hw))
+            labels = [[label_of[number] for number in scene.category_ids.tolist()] for scene in together]
+            boxes, scores, seen = (
+                torch.from_numpy(np.stack(parts))
+                for parts in zip(*((s.boxes_xyxy, s.scores, s.masks) for s in together), strict=True)
+            )
+            self.answers[together[0].image_id] = move(Detections(boxes, scores, torch.tensor(labels), seen), device)
+
+    def eval_batches(self) -> Iterator[EvalBatch]:
+        """All of them."""
+        return iter(self.batches)
+
+    def answer(self, model: nn.Module, batch: EvalBatch) -> Detections:
+        """What was made up for a batch, whatever the model."""
+        return self.answers[int(batch.image_ids[0])]
+
+
+def make_scenes(truth: Split, seed: int) -> list[Scene]:
+    """Detections of each image, a third around objects of the truth, with masks of blots that have lobes."""
+    rng = np.random.default_rng(seed)
+    rows = make_rows(truth, DETECTIONS_PER_IMAGE, seed).reshape(len(truth), DETECTIONS_PER_IMAGE, -1)
+    scenes = []
+    for image_id, (height, width), of_image in zip(truth.image_ids, truth.sizes_hw.tolist(), rows, strict=True):
+        low = of_image[:, 1:3].clip(0, (width - 2, height - 2))
+        high = np.minimum((of_image[:, 1:3] + of_image[:, 3:5]).clip(low + 1), (width, height))
+        scenes.append(
+            Scene(
+                image_id=int(image_id),
+                size_hw=(height, width),
+                boxes_xyxy=np.concatenate([low, high], axis=1).astype(np.float32),
+                scores=of_image[:, 5].astype(np.float32),
+                category_ids=of_image[:, 6].astype(np.int64),
+                masks=blots(DETECTIONS_PER_IMAGE, rng),
+            )
+        )
+    return scenes
+
+
+def blots(count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Masks (count, S, S) as a network gives them: sure within and without, and in doubt at a rim that has lobes."""
+    place = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE * 2 - 1
+    x, y = np.meshgrid(place, place)
+    turned, depth = rng.uniform(0, 2 * np.pi, (count, 1, 1)), rng.uniform(0, 0.3, (count, 1, 1))
+    rim = 0.95 - depth * (1 + np.sin(rng.integers(2, 7, (count, 1, 1)) * np.arctan2(y, x) + turned))
+    logits = 12 * (rim - np.hypot(x, y)) + rng.normal(0, 0.5, (count, MASK_SIZE, MASK_SIZE))
+    probabilities: NDArray[np.float32] = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    return probabilities
+
+
+def masked_truth(bench: Bench, num_images: int) -> Split:
+    """Outlines of as many images, without their pictures."""
+    return make_up_truth(bench.scratch / f"outlines_{num_images}", num_images, bench.seed, segmentations=True)

@@ -1,0 +1,139 @@
+"""Published runs of SSD300, the constants of `perf.step_model` fitted to them, and the model held against each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from perf.step_model import TRAIN_IMAGES, Accelerator, Layout, Network, Run, System, run, step
+
+# Bus bandwidth: NCCL reckons with 235 GB/s of the 300 in each direction that an A100 has, and its authors with a fifth
+# lost to the protocol on any NVLink (nccl-tests #212; users see 200, #149). Network: 85 % of the links, the mean that
+# users see (nccl-tests #119). Links and cores: the submissions' system descriptions.
+IN_NODE, ON_NETWORK = 235 / 300, 0.85
+DGX_A100 = System("DGX A100", 8, 235, 200 * ON_NETWORK, cores=16)
+DGX_2H = System("DGX-2H", 16, 150 * IN_NODE, 100 * ON_NETWORK, cores=3)
+DGX_1 = System("DGX-1", 8, 150 * IN_NODE, 0, cores=5)
+
+
+class Published(NamedTuple):
+    """A published result: the median of its epochs' times, and its score in minutes (the mean of the middle runs).
+
+    clock: of its accelerators, over that of those of its generation.
+    """
+
+    submitter: str
+    system: System
+    layout: Layout
+    epoch_s: float
+    minutes: float
+    clock: float = 1.0
+
+    @property
+    def step_s(self) -> float:
+        """Mean time of a step."""
+        return self.epoch_s / (TRAIN_IMAGES / self.layout.global_batch_size)
+
+
+class Generation(NamedTuple):
+    """Accelerators of one kind under software of one year.
+
+    fitted: published runs that the model's constants are from. others: that nothing is fitted to.
+    """
+
+    name: str
+    fitted: tuple[Published, ...]
+    others: tuple[Published, ...] = ()
+
+
+_NF5488 = replace(DGX_A100, name="NF5488")
+_XE8545 = replace(DGX_A100, name="XE8545", per_node=4, network_gb_s=50 * ON_NETWORK, cores=32)
+
+# Median epoch_start to epoch_stop over all runs of a submission: github.com/mlcommons/training_results_v0.7, _v1.1,
+# <submitter>/results/<system>/ssd/result_*.txt. Batch norm's group is what model_bn_span is in batches of a rank.
+GENERATIONS = (
+    Generation(
+        "A100, v1.1 (2021)",
+        (
+            Published("NVIDIA", DGX_A100, Layout(1, 8, 114), 9.572, 8.258),
+            Published("NVIDIA", DGX_A100, Layout(8, 8, 24, 2), 1.537, 1.524),
+            Published("NVIDIA", DGX_A100, Layout(128, 8, 3, 8), 0.309, 0.454),
+        ),
+        (
+            Published("Inspur", replace(_NF5488, name="NF5488A5"), Layout(1, 8, 114), 9.271, 7.979),
+            Published("Dell", _XE8545, Layout(2, 4, 114), 9.827, 8.735),
+            Published("Azure", replace(DGX_A100, name="ND96amsr"), Layout(8, 8, 24, 2), 1.566, 1.517),
+            Published("Azure", replace(DGX_A100, name="ND96amsr"), Layout(128, 8, 3, 8), 0.305, 0.455),
+        ),
+    ),
+    Generation(
+        "A100, v0.7 (2020)",
+        (
+            Published("NVIDIA", DGX_A100, Layout(1, 8, 114), 11.948, 10.215),
+            Published("NVIDIA", DGX_A100, Layout(2, 8, 56), 6.534, 5.678),
+            Published("NVIDIA", DGX_A100, Layout(8, 8, 24), 2.157, 2.250),
+            Published("NVIDIA", DGX_A100, Layout(64, 8, 4, 4), 0.765, 0.891),
+        ),
+        (Published("Inspur", _NF5488, Layout(1, 8, 114), 12.263, 10.482),),
+    ),
+    Generation(
+        "V100 450 W, v0.7 (2020)",
+        (
+            Published("NVIDIA", DGX_2H, Layout(1, 16, 56), 11.172, 9.655),
+            Published("NVIDIA", DGX_2H, Layout(4, 16, 24), 3.656, 3.934),
+            Published("NVIDIA", DGX_2H, Layout(64, 16, 2, 8), 0.970, 1.135),
+        ),
+        # The DGX-1's V100 are of 300 W, at 1.5 instead of 1.7 GHz.
+        (Published("NVIDIA", DGX_1, Layout(1, 8, 120), 24.378, 20.690, clock=1.5 / 1.7),),
+    ),
+)
+
+
+def fit(network: Network, published: Sequence[Published]) -> Accelerator:
+    """The accelerator that explains published steps best: least squares of the relative errors, two runs or more.
+
+    What depends on the links is taken off first; what of it is hidden depends on what is found, hence the rounds.
+    """
+    found = Accelerator(math.inf, 0.0)
+    for _ in range(5):
+        times = []
+        for one in published:
+            parts = step(network, found, one.system, one.layout)
+            times.append(one.step_s - parts.gradient - parts.batch_norm)
+        weights = 1 / np.array([one.step_s for one in published])
+        columns = np.array([[1, one.layout.batch_size] for one in published]) * weights[:, None]
+        (fixed_s, image_s), *_ = np.linalg.lstsq(columns, np.array(times) * weights, rcond=None)
+        found = Accelerator(1 / float(image_s), max(0.0, float(fixed_s)))
+    return found
+
+
+class Check(NamedTuple):
+    """A published run beside the model's, which is fitted to others: `widths` are their numbers of accelerators."""
+
+    published: Published
+    run: Run
+    widths: tuple[int, ...]
+
+    @property
+    def epoch_error(self) -> float:
+        """Of the time of an epoch, relative."""
+        return self.run.epoch_s / self.published.epoch_s - 1
+
+    @property
+    def minutes_error(self) -> float:
+        """Of the score, relative: epochs to the target and evaluation included."""
+        return self.run.minutes / self.published.minutes - 1
+
+
+def check(network: Network, generation: Generation) -> list[Check]:
+    """Each published run of a generation, predicted from others: none has a part in its own prediction."""
+    found = []
+    for one in (*generation.fitted, *generation.others):
+        known = [other for other in generation.fitted if other is not one]
+        accelerator = fit(network, known)
+        accelerator = accelerator._replace(images_per_s=accelerator.images_per_s * one.clock)
+        predicted = run(network, accelerator, one.system, one.layout)
+        found.append(Check(one, predicted, tuple(other.layout.ranks for other in known)))
+    return found

@@ -1,0 +1,70 @@
+"""A small annotation file with its folder of images, to be changed by a test and read; and what others hold."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from detection import coco
+
+
+def content() -> dict[str, Any]:
+    """Three images, the second without boxes, and categories whose ids have gaps and no order."""
+    return {
+        "info": {},
+        "licenses": [],
+        "images": [
+            {"id": 20, "file_name": "000000000020.jpg", "width": 100, "height": 50},
+            {"id": 10, "file_name": "000000000010.jpg", "width": 64, "height": 48},
+            {"id": 30, "file_name": "000000000030.jpg", "width": 300, "height": 200},
+        ],
+        "annotations": [
+            annotation(1, image_id=30, category_id=90, bbox=[10, 20, 30.5, 40]),
+            annotation(2, image_id=20, category_id=1, bbox=[0, 0, 100, 50]),
+            annotation(3, image_id=30, category_id=7, bbox=[1, 2, 3, 4], iscrowd=1),
+        ],
+        "categories": [
+            {"id": 90, "name": "toothbrush"},
+            {"id": 1, "name": "person"},
+            {"id": 7, "name": "train"},
+        ],
+    }
+
+
+def annotation(number: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "id": number,
+        "image_id": 20,
+        "category_id": 1,
+        "bbox": [5, 5, 10, 10],
+        "area": 100.0,
+        "iscrowd": 0,
+    }
+    return row | {"segmentation": [[5, 5, 15, 5, 15, 15]]} | changes
+
+
+def read(folder: Path, data: Any, **how: bool) -> coco.Split:
+    text = data if isinstance(data, str) else json.dumps(data)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "train2017").mkdir(exist_ok=True)
+    (folder / "annotations" / "instances_train2017.json").write_text(text)
+    return coco.read(*coco.layout(folder, "train"), **how)
+
+
+def data_folder(folder: Path) -> Path:
+    """A data folder with the images of `content`, without annotations."""
+    (folder / "train2017").mkdir()
+    for image in content()["images"]:
+        (folder / "train2017" / image["file_name"]).write_bytes(b"not looked at")
+    return folder
+
+
+def contents(folder: Path, split: str) -> dict[str, Any]:
+    """The annotation file of a split in COCO 2017's layout."""
+    return json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A sum of each file below a folder, by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
