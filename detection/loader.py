@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -19,6 +20,9 @@ from detection.engine import Share
 from detection.interruption import SIGNALS
 
 T = TypeVar("T")
+
+# How many workers pay is what --tune measures: torch counts cores alone.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 # (epoch, index in the split): what a batch is asked for by, so that workers need not be told of the epoch.
 Key = tuple[int, int]
