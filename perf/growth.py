@@ -215,7 +215,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         else:
             panel.set_xscale("linear" if 0 in works else "log")
             panel.set_ylim(bottom=0)
-        shown = works if len(works) <= MOST_TICKS else [work for work in works if f"{work}"[0] == "1" or work == 0]
+        shown = works if len(works) <= MOST_TICKS else [work for work in works if f"{work}".rstrip("0") in ("", "1")]
         panel.set_xticks(shown, [f"{work:,}" for work in shown], rotation=30 if shown[-1] > 1000 else 0)
         panel.xaxis.set_minor_locator(ticker.NullLocator())
     handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
