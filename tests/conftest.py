@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,9 @@ def tiny_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "data"
     toy.draw(folder, toy.Drawing(train_images=24, val_images=8, seed=3))
     return folder
+
+
+@pytest.fixture
+def pictures(tiny_toy: Path, tmp_path: Path) -> Path:
+    """A copy of the drawn data that a test may destroy."""
+    return shutil.copytree(tiny_toy, tmp_path / "data")

@@ -13,18 +13,16 @@ from ssd.data import SSDData
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture
-def pictures(tiny_toy, tmp_path):
-    """A copy of the drawn data that a test may destroy."""
-    return shutil.copytree(tiny_toy, tmp_path / "data")
-
-
 def epochs(folder, count, num_workers, after_first=lambda: None, **settings):
     """The training batches of some epochs; `after_first` is called after the first."""
     config = Config(
         data_dir=folder, dataset="toy", num_classes=4, batch_size=5, num_workers=num_workers, seed=1, **settings
     )
-    data = SSDData(config, ALONE, 1)
+    return batches_of(SSDData(config, ALONE, 1), count, after_first)
+
+
+def batches_of(data, count, after_first=lambda: None):
+    """The training batches of some epochs of a data set that is open."""
     batches = []
     for epoch in range(1, count + 1):
         batches += [share.batch for share in data.shares(epoch)]

@@ -15,15 +15,10 @@ from maskrcnn.config import Config as MaskRCNNConfig
 from maskrcnn.data import MaskRCNNData
 from ssd.config import Config
 from ssd.data import SSDData
+from test_decoded_cache import batches_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
-
-
-@pytest.fixture
-def pictures(tiny_toy, tmp_path):
-    """A copy of the drawn data that a test may destroy."""
-    return shutil.copytree(tiny_toy, tmp_path / "data")
 
 
 def ssd_data(folder, **settings):
@@ -38,25 +33,15 @@ def maskrcnn_data(folder, **settings):
 OPENED = {"ssd": ssd_data, "maskrcnn": maskrcnn_data}
 
 
-def epochs(data, count, after_first=lambda: None):
-    """The training batches of some epochs."""
-    batches = []
-    for epoch in range(1, count + 1):
-        batches += [share.batch for share in data.shares(epoch)]
-        if epoch == 1:
-            after_first()
-    return batches
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("decoder", ["host", "device"])
 @pytest.mark.parametrize("benchmark", OPENED)
 def test_training_is_the_same_and_the_second_epoch_reads_no_file(benchmark, decoder, num_workers, pictures):
-    plain = epochs(OPENED[benchmark](pictures, num_workers=num_workers), 3)
+    plain = batches_of(OPENED[benchmark](pictures, num_workers=num_workers), 3)
     data = OPENED[benchmark](
         pictures, num_workers=num_workers, decoder=decoder, decoded_cache="device", decoded_cache_gib=1
     )
-    cached = epochs(data, 3, after_first=lambda: shutil.rmtree(pictures / "train2017"))
+    cached = batches_of(data, 3, after_first=lambda: shutil.rmtree(pictures / "train2017"))
     assert len(plain) == len(cached) > 10
     for one, other in zip(plain, cached, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -142,7 +127,7 @@ def test_a_corrupt_image_is_named(benchmark, num_workers, pictures):
     path.write_bytes(path.read_bytes()[:-500])
     data = OPENED[benchmark](pictures, num_workers=num_workers, decoder="device")
     with pytest.raises(InputError, match=rf"{path.name}: this image cannot be decoded"):
-        epochs(data, 1)
+        batches_of(data, 1)
 
 
 def test_a_file_that_only_the_device_cannot_decode_is_decoded_by_the_cpu(tiny_toy, monkeypatch):
@@ -181,7 +166,7 @@ def test_workers_make_the_images_where_nothing_else_is_asked_for(tiny_toy):
 def test_an_accelerator_makes_the_same_bytes(benchmark, pictures):
     device = torch.accelerator.current_accelerator()
     there = Ranks(0, 1, torch.device(device.type, 0))
-    plain = epochs(OPENED[benchmark](pictures, num_workers=2), 2)
+    plain = batches_of(OPENED[benchmark](pictures, num_workers=2), 2)
     config = {"data_dir": pictures, "dataset": "toy", "num_classes": 4, "batch_size": 5, "seed": 1, "num_workers": 2}
     config |= {"decoded_cache": "device", "decoded_cache_gib": 1}
     for compiled in ("off", "on"):
@@ -190,7 +175,7 @@ def test_an_accelerator_makes_the_same_bytes(benchmark, pictures):
         else:
             sizes = {"min_image_size": 128, "max_image_size": 160}
             data = MaskRCNNData(MaskRCNNConfig(**config, **sizes, compile=compiled), there, 1)
-        for one, other in zip(plain, epochs(data, 2), strict=True):
+        for one, other in zip(plain, batches_of(data, 2), strict=True):
             assert torch.equal(one.images, other.images.cpu())
 
 
@@ -203,8 +188,8 @@ def test_the_accelerators_own_decoder_comes_close_to_the_cpus(pictures):
         pytest.skip(str(error))
     there = Ranks(0, 1, torch.device(device.type, 0))
     settings = {"data_dir": pictures, "dataset": "toy", "num_classes": 4, "batch_size": 5, "num_workers": 2}
-    plain = epochs(ssd_data(pictures, num_workers=2), 1)
+    plain = batches_of(ssd_data(pictures, num_workers=2), 1)
     data = SSDData(Config(**settings, seed=1, decoder="device"), there, 1)
-    for one, other in zip(plain, epochs(data, 1), strict=True):
+    for one, other in zip(plain, batches_of(data, 1), strict=True):
         difference = (one.images.int() - other.images.cpu().int()).abs()
         assert difference.float().mean() < 2  # levels of 256; decoders may round, and smooth colours, in their own way
