@@ -51,35 +51,36 @@ class DeviceCache:
         """sizes_hw: (N, 2) pixels of all images, as the annotation file says. image_path: of an image by its index."""
         ends = np.cumsum(CHANNELS * sizes_hw.astype(np.int64).prod(axis=1))
         count = int(np.searchsorted(ends, limit_bytes, side="right"))
-        self.places = np.concatenate([[0], ends[:count]])
-        self.image_path, self.sizes_hw = image_path, sizes_hw
-        self.pixels = torch.empty(int(self.places[-1]), dtype=torch.uint8, device=on)
+        places = np.concatenate([[0], ends[:count]])
+        self.image_path = image_path
+        self.pixels = torch.empty(int(places[-1]), dtype=torch.uint8, device=on)
         device.synchronize(on)  # other streams may use it from now on
         held = np.frombuffer(mmap.mmap(-1, count + 1), dtype=np.uint8)[:count]
-        self.worker = DevicePixels(self.places[:-1], held, sizes_hw, device_decodes=device_decodes)
+        self.worker = DevicePixels(places, held, sizes_hw, device_decodes=device_decodes)
         self.resample = resampler(compiled=compiled)
 
     def images(self, originals: Originals) -> Tensor:
         """The batch as (B, 3, H, W) uint8 on the device, channels last; raises InputError that names a file."""
-        there = move(originals._replace(encoded=originals.encoded[:0]), self.pixels.device)
+        needed = originals.rows, originals.decoded, originals.starts, originals.widths, originals.cuts
+        rows, decoded, starts, widths, cuts = move(needed, self.pixels.device)
         files = self.decode(originals)
-        sent = torch.cat([there.decoded, *(image.permute(1, 2, 0).reshape(-1) for image in files)])
+        sent = torch.cat([decoded, *(image.permute(1, 2, 0).reshape(-1) for image in files)])
         self.keep(sent, originals.sent)
         num_held = len(originals.rows) - len(originals.sent)
         of_held, of_sent = slice(0, num_held), slice(num_held, None)
         made = [
-            self.resample(pixels, there.starts[part], there.widths[part], of_images(there.cuts, part))
+            self.resample(pixels, starts[part], widths[part], of_images(cuts, part))
             for pixels, part, count in ((self.pixels, of_held, num_held), (sent, of_sent, len(originals.sent)))
             if count
         ]
-        return torch.cat(made).permute(0, 2, 3, 1)[there.rows].permute(0, 3, 1, 2)
+        return torch.cat(made).permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)
 
     def decode(self, originals: Originals) -> list[Tensor]:
         """The images that are sent as files: (3, H, W) uint8 each, on the device."""
         sent = [(index, length) for index, _, _, length in originals.sent.tolist() if length]
-        files = originals.encoded.split([length for _, length in sent])
         if not sent:
             return []
+        files = originals.encoded.split([length for _, length in sent])
         try:
             return images.decode_there(files, self.pixels.device)
         except RuntimeError:  # of which file it does not say, and the CPU may know what to make of it
@@ -91,13 +92,13 @@ class DeviceCache:
 
     def keep(self, pixels: Tensor, sent: Tensor) -> None:
         """Keep those of the images in `pixels` (P,) that have a place; sent: as in `Originals`."""
-        start = 0
+        start, worker = 0, self.worker
         for index, height, width, _ in sent.tolist():
             stop = start + CHANNELS * height * width
             # Where the annotation file is wrong about its size, there is no place for it.
-            if index < len(self.worker.held) and (height, width) == tuple(self.sizes_hw[index]):
-                self.pixels[self.places[index] : self.places[index + 1]] = pixels[start:stop]
-                self.worker.held[index] = 1
+            if index < len(worker.held) and (height, width) == tuple(worker.sizes_hw[index]):
+                self.pixels[worker.places[index] : worker.places[index + 1]] = pixels[start:stop]
+                worker.held[index] = 1
             start = stop
 
 
@@ -141,12 +142,11 @@ def limit_bytes(config: RunConfig, on: torch.device) -> int:
 
 def shares(of_workers: Iterator[Share[Any]], cache: DeviceCache | None) -> Iterator[Share[Any]]:
     """Shares whose images the device makes, where it does."""
+    if cache is None:
+        yield from of_workers
+        return
     for share in of_workers:
-        yield (
-            share
-            if cache is None
-            else share._replace(batch=share.batch._replace(images=cache.images(share.batch.images)))
-        )
+        yield share._replace(batch=share.batch._replace(images=cache.images(share.batch.images)))
 
 
 def warm_up(config: RunConfig, ranks: Ranks, size_hw: tuple[int, int]) -> None:

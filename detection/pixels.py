@@ -112,8 +112,9 @@ class HostPixels:
 class DevicePixels:
     """The worker sends what the device lacks, and how to cut and resize it.
 
-    places: (M,) where each of the first M images has its place in the device's memory. held: (M,) which of them are
-    there; the rank writes it. sizes_hw: (N, 2) of all images, as annotated. device_decodes: JPEG files are sent.
+    places: (M + 1,) where the place of each of the first M images begins in the device's memory, and where that of the
+    last ends. held: (M,) which of them are there; the rank writes it. sizes_hw: (N, 2) of all images, as annotated.
+    device_decodes: JPEG files are sent.
     """
 
     def __init__(

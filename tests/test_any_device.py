@@ -105,6 +105,16 @@ def test_a_machine_that_loads_no_packages_of_third_parties_refuses_the_device(th
     assert "knows no such device" in err
 
 
+def train_there(benchmark, flags, third_party, folder):
+    """A whole run on the third party's device."""
+    command = [sys.executable, "-m", f"{benchmark}.train", *flags, *MADE_THERE, "--run-dir", str(folder)]
+    environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (saved,) = run_folder.checkpoints(folder)
+    assert "device" in checkpoint.load(saved.path, benchmark=benchmark)["random"], "it was not on the device"
+
+
 @pytest.mark.slow
 def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, monkeypatch):
     toy.draw(tmp_path / "data", toy.Drawing(train_images=2, val_images=1, seed=1))
@@ -116,12 +126,7 @@ def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, mo
     flags += ["--base-lr", ".0001"]  # steps as large as the usual ones make much of a rounding
     flags += ["--freeze-batch-norm"]  # and over one image so does this
     assert train.main([*flags, "--device", "cpu", "--run-dir", str(tmp_path / "cpu")]) == 0
-    command = [sys.executable, "-m", "ssd.train", *flags, *MADE_THERE, "--run-dir", str(tmp_path / "there")]
-    environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (saved,) = run_folder.checkpoints(tmp_path / "there")
-    assert "device" in checkpoint.load(saved.path, benchmark="ssd")["random"], "it was not on the device"
+    train_there("ssd", flags, third_party, tmp_path / "there")
     np.testing.assert_allclose(processes.losses(tmp_path / "there"), processes.losses(tmp_path / "cpu"), rtol=1e-4)
     there, here = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("there", "cpu"))
     assert len(here) > 0
@@ -135,10 +140,5 @@ def test_mask_rcnn_trains_and_detects_there_as_on_the_cpu(third_party, handful, 
     monkeypatch.setenv("DATADIR", str(handful))
     flags = ["--precision", "fp32", "--compile", "off"]
     assert maskrcnn_train.main([*flags, "--run-dir", str(tmp_path / "cpu")]) == 0
-    command = [sys.executable, "-m", "maskrcnn.train", *flags, *MADE_THERE, "--run-dir", str(tmp_path / "there")]
-    environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    (saved,) = run_folder.checkpoints(tmp_path / "there")
-    assert "device" in checkpoint.load(saved.path, benchmark="maskrcnn")["random"], "it was not on the device"
+    train_there("maskrcnn", flags, third_party, tmp_path / "there")
     np.testing.assert_allclose(processes.losses(tmp_path / "there"), processes.losses(tmp_path / "cpu"), rtol=1e-3)
