@@ -16,9 +16,9 @@ from torch import Tensor
 from detection import decoded_cache, device, images
 from detection.coco import Split
 from detection.config import InputError
+from detection.data.batch import Share
 from detection.decoded_cache import GIB
 from detection.distributed import Ranks
-from detection.engine import Share
 from detection.pixels import DevicePixels, HostPixels, Originals, Pixels
 from detection.prefetch import move
 from detection.resampling import CHANNELS, Cuts, of_images, resampler, side_of, taps

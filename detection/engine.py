@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,14 @@ from torch import Tensor, nn
 from detection import device, optim, snapshot
 from detection.coco import Category
 from detection.config import InputError
+from detection.data.batch import Batch, Share
 from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
 from detection.run_config import RunConfig
 from detection.state import Run, State
 from mlperf import system
 
-Batch = TypeVar("Batch", bound=NamedTuple)
-
 NOT_REACHED = 3  # exit status of a run that ended below its target
-
-
-class Share(NamedTuple, Generic[Batch]):
-    """A rank's share of a global batch.
-
-    num_images: of the global batch. weight: what the sum of the losses of this share is multiplied by, so that
-    the mean over ranks is the mean over the global batch: ranks / num_images, or 0 where the rank had nothing
-    to add.
-    """
-
-    batch: Batch
-    num_images: int
-    weight: float
 
 
 class EvalData(Protocol):

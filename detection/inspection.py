@@ -20,8 +20,9 @@ from detection import classes, coco, coco_files, device, device_cache, engine, i
 from detection.coco import Split
 from detection.coco_files import Published
 from detection.config import InputError, System, Topology, read_topology, to_json
+from detection.data.batch import Share
 from detection.distributed import PeerLost, Ranks, connect
-from detection.engine import Benchmark, Share
+from detection.engine import Benchmark
 from detection.findings import Finding, table, terminal_columns
 from detection.interruption import end_with_parent
 from detection.prefetch import move

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config import InputError
+from detection.data.batch import Share
 from detection.distributed import Ranks
-from detection.engine import Share
 from detection.interruption import SIGNALS
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from detection import device, engine
 from detection.config import InputError
-from detection.engine import Benchmark, Share
+from detection.data.batch import Share
+from detection.engine import Benchmark
 from detection.phases import Phases
 from detection.prefetch import move, prefetch
 from detection.state import Run, State

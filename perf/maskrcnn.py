@@ -19,8 +19,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 from detection import engine, scenes
+from detection.data.batch import Share
 from detection.device import compiles
-from detection.engine import Share
 from detection.optim import freeze_batch_norm
 from detection.pixels import HostPixels
 from detection.prefetch import move

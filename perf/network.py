@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from detection import engine
+from detection.data.batch import Share
 from detection.device import precision
-from detection.engine import Benchmark, Share
+from detection.engine import Benchmark
 from detection.prefetch import move
 from detection.state import State
 from perf import baseline

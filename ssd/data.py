@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from detection import coco, device_cache, images, loader
 from detection.coco import Split
 from detection.config import InputError
+from detection.data.batch import Share
 from detection.distributed import Ranks
-from detection.engine import Share
 from detection.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import BoxMetric
 from detection.pixels import Part, Pixels

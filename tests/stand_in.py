@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from detection import engine, shared_memory, start
 from detection.config import STRICT, resolve, setting
-from detection.engine import Share
+from detection.data.batch import Share
 from detection.loader import EpochSampler, load, make_loader
 from detection.run_config import EvalEpochs, RunConfig
 

@@ -1,0 +1,1 @@
+"""Annotation files and image files to batches on the device."""
