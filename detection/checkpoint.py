@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from detection import weights, whole_file
+from detection import atomic_file, weights
 from detection.config import InputError
 from detection.device import random_state, set_random_state
-from detection.run_folder import CHECKPOINTS, Saved, checkpoint_name, checkpoints
+from detection.run_dir import CHECKPOINTS, Saved, checkpoint_name, checkpoints
 
 FORMAT = 2
 
@@ -25,11 +25,11 @@ def save(folder: Path, *, epoch: int, step: int, score: float | None, state: Map
     path = folder / CHECKPOINTS / checkpoint_name(epoch, step, score)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_file.writing(path) as partial:
+        with atomic_file.writing(path) as partial:
             with partial.open("wb") as file:
                 torch.save({"format": FORMAT, **state}, file)
-            whole_file.sync(partial)
-        whole_file.sync(path.parent)
+            atomic_file.sync(partial)
+        atomic_file.sync(path.parent)
     except RuntimeError as error:  # torch's archive writer words a full disk so
         raise OSError(str(error).splitlines()[0]) from error
     prune(folder, keep=path)

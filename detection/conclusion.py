@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from detection import run_folder
+from detection import run_dir
 from detection.engine import NOT_REACHED, Outcome
 from detection.state import Run
 from mlperf import compliance
@@ -51,7 +51,7 @@ def report(outcome: Outcome, run: Run) -> None:
     reached = "the target is reached" if outcome.reached else f"the {run.config.epochs} epochs are used up"
     targets = ", ".join(map(str, run.progress.facts["targets"].values()))
     print(f"{shown(outcome.metrics, run)} after epoch {outcome.epoch}, target {targets}: {reached}")
-    verdict = compliance.check(run_folder.log_file(run.folder, run.config.experiment), run.config.ruleset)
+    verdict = compliance.check(run_dir.log_file(run.folder, run.config.experiment), run.config.ruleset)
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import device, device_kinds, drawing, pictures, whole_file
+from detection import atomic_file, device, device_kinds, drawing, pictures
 from detection.coco import Category
 from detection.config import InputError
 from detection.drawing import Mark
@@ -98,7 +98,7 @@ def main(argv: Sequence[str], command: Command) -> int:
             "categories": [{"id": category.id, "name": category.name} for category in detector.categories],
             "images": entries,
         }
-        with whole_file.writing(arguments.folder / RESULTS) as partial:
+        with atomic_file.writing(arguments.folder / RESULTS) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -209,7 +209,7 @@ def run(detector: Detector, paths: Sequence[Path], names: Names, arguments: argp
                 "frames": picture.frames,
                 "detections": [entry for entry, _ in found],
             }
-            with whole_file.writing(arguments.folder / name) as partial:
+            with atomic_file.writing(arguments.folder / name) as partial:
                 drawn = drawing.draw(picture.image, [mark for _, mark in found])
                 drawn.save(partial, "PNG", compress_level=3)
     return list(entries.values())

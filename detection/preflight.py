@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, classes, coco, rehearsal, run_folder, scenes, shared_memory, toy
+from detection import backbone_files, board, classes, coco, rehearsal, run_dir, scenes, shared_memory, toy
 from detection.config import InputError, Resolved, System, describe, read_system
 from detection.run_config import RunConfig
 from mlperf import rules
@@ -252,7 +252,7 @@ def check_data(
 
 def make(folder: Path, config: RunConfig) -> None:
     """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
-    log = run_folder.log_file(folder, config.experiment)
+    log = run_dir.log_file(folder, config.experiment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if log.exists() and config.resume == "none":

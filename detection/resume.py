@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection import checkpoint, run_folder
+from detection import checkpoint, run_dir
 from detection.config import InputError, to_json
 from detection.run_config import RunConfig
 
@@ -38,7 +38,7 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
     if config.resume == "none":
         return None
     if config.resume == "auto":
-        if run_folder.is_finished(folder, config.experiment, config.epochs):
+        if run_dir.is_finished(folder, config.experiment, config.epochs):
             raise InputError(f"the run in {folder} is finished: there is nothing to resume. Leave --resume out.")
         newest = checkpoint.newest(folder, benchmark=config.benchmark, say=say)
         if newest is None:
@@ -53,8 +53,8 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
             raise InputError(f"{path} has all {config.epochs} epochs behind it. Pass more --epochs.")
     continues = path.resolve().parent.parent == folder.resolve()
     if continues:
-        run_folder.cut(run_folder.log_file(folder, config.experiment), state["written"]["log"])
-        run_folder.cut(folder / run_folder.METRICS, state["written"]["metrics"])
+        run_dir.cut(run_dir.log_file(folder, config.experiment), state["written"]["log"])
+        run_dir.cut(folder / run_dir.METRICS, state["written"]["metrics"])
     say(f"resuming from {path}")
     for name, (old, new) in changes(json.loads(state["config"]), json.loads(to_json(config))).items():
         say(f"warning: {name} is {new}, and was {old} when that was saved")
@@ -65,8 +65,8 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
 
 def clear(folder: Path, experiment: int) -> None:
     """Put the logs of a run that left no checkpoint out of the way."""
-    for path in (run_folder.log_file(folder, experiment), folder / run_folder.METRICS):
-        run_folder.cut(path, 0)
+    for path in (run_dir.log_file(folder, experiment), folder / run_dir.METRICS):
+        run_dir.cut(path, 0)
         path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from detection import device_kinds
 from detection.config import STRICT, Numbers, Resolved, resolve, setting
-from detection.run_folder import newest_unfinished
+from detection.run_dir import newest_unfinished
 
 
 def _every(value: Any, info: ValidationInfo) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detection import coco, drawing, run_folder
+from detection import coco, drawing, run_dir
 from detection.config import InputError
 from detection.drawing import Mark
 from detection.run_lengths import CompressedMask
@@ -67,7 +67,7 @@ class Judged:
 
 def make(folder: Path) -> int:
     """Choose and draw the pictures of a run; returns how many. Raises InputError where something is not there."""
-    config = read_json(folder / run_folder.CONFIG)
+    config = read_json(folder / run_dir.CONFIG)
     masks = (folder / "segm.json").is_file()
     detections = with_masks(folder) if masks else read_json(folder / "detections.json")
     named = config.get("val_annotations")

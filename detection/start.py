@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import binding, board, device, device_cache, resume, run_folder, source
+from detection import binding, board, device, device_cache, git_state, resume, run_dir
 from detection.board import Board
 from detection.config import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
@@ -100,15 +100,15 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
     if config.tensorboard:
         board.require()
     if ranks.is_first:
-        (folder / run_folder.CONFIG).write_text(to_json(config))
+        (folder / run_dir.CONFIG).write_text(to_json(config))
     progress = Progress(
         ranks,
-        folder / run_folder.METRICS,
+        folder / run_dir.METRICS,
         log_every=config.log_every,
         summary_file=summary_file(config),
-        board=Board(folder / run_folder.BOARD) if config.tensorboard and ranks.is_first else None,
+        board=Board(folder / run_dir.BOARD) if config.tensorboard and ranks.is_first else None,
     )
-    log_file = run_folder.log_file(folder, config.experiment)
+    log_file = run_dir.log_file(folder, config.experiment)
     try:
         log = MlperfLog(
             log_file if ranks.is_first and config.mode == "train" else None,
@@ -160,7 +160,7 @@ def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
     log.point("submission_platform", config.submission_platform(num_nodes))
     log.point("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
     log.point("cache_clear", config.caches_cleared)
-    program = source.read(config.commit)
+    program = git_state.read(config.commit)
     log.point("commit", program.commit, dirty=program.dirty)
     log.point("config", json.loads(to_json(config)))
 

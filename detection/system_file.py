@@ -8,10 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from detection.atomic_file import writing
 from detection.backbone_files import BACKBONE_FILES
 from detection.config import Resolved, System, names
 from detection.run_config import RunConfig
-from detection.whole_file import writing
 
 # Of one run, and not of a system.
 OF_A_RUN = {

@@ -24,7 +24,7 @@ from xml.etree.ElementTree import Element
 
 from PIL import Image
 
-from detection import whole_file
+from detection import atomic_file
 from detection.config import InputError
 
 SETS = ("train", "val", "trainval", "test")
@@ -114,7 +114,7 @@ def convert(voc: Path, out: Path) -> dict[Path, dict[str, Any]]:
     for name, keys in sets.items():
         path = out / f"instances_{name}.json"
         written[path] = to_coco({ids[key]: annotated[key] for key in keys}, names)
-        with whole_file.writing(path) as partial:
+        with atomic_file.writing(path) as partial:
             partial.write_text(json.dumps(written[path]), encoding="utf-8")
     return written
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import coco, images, pictures, toy, whole_file
+from detection import atomic_file, coco, images, pictures, toy
 from detection.config import InputError
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             max_detections=network.max_detections,
         )
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file.writing(arguments.out) as partial:
+        with atomic_file.writing(arguments.out) as partial:
             write, open_file = (write_onnx, open_onnx) if kind == ".onnx" else (write_pt2, open_pt2)
             write(trace(detector.eval(), arguments.batch_size), network, partial)
             print(check(network, score, open_file(partial), seen, arguments.batch_size))

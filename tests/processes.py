@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from conftest import ROOT
-from detection import run_folder
+from detection import run_dir
 from forked import Forked
 
 STAND_IN = str(ROOT / "tests" / "stand_in.py")
@@ -71,7 +71,7 @@ def wait_for(path: Path, text: str, timeout_s: float = 40) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights, buffers and momenta of the newest checkpoint."""
-    state = torch.load(run_folder.checkpoints(folder)[-1].path, weights_only=True)
+    state = torch.load(run_dir.checkpoints(folder)[-1].path, weights_only=True)
     momenta = {f"momentum {i}": slot["momentum_buffer"] for i, slot in state["optimizer"]["state"].items()}
     return state["model"] | {"batch norm": state["batch_norm"]} | momenta
 

@@ -14,7 +14,7 @@ import processes
 import stand_in_device
 import test_maskrcnn_run
 from conftest import ROOT
-from detection import checkpoint, run_folder, toy
+from detection import checkpoint, run_dir, toy
 from maskrcnn import train as maskrcnn_train
 from ssd import train
 
@@ -64,7 +64,7 @@ def test_a_run_there_is_stopped_resumed_and_ends_as_on_the_cpu(third_party, tmp_
     there = {"PYTHONPATH": third_party, "STANDIN_DEVICE": "auto"}
     assert processes.run(tmp_path / "cpu", *SMALL)[0] == 3
     assert processes.run(tmp_path / "there", *SMALL, "--compile", "off", "--max-steps", "4", **there)[0] == 3
-    (saved,) = run_folder.checkpoints(tmp_path / "there")[-1:]
+    (saved,) = run_dir.checkpoints(tmp_path / "there")[-1:]
     state = checkpoint.load(saved.path, benchmark="stand_in")  # by this process, which knows no such device
     assert state["step"] == 4
     assert "device" in state["random"], "it was not on the device"
@@ -86,7 +86,7 @@ def test_auto_is_fp16_with_scaled_gradients_there_and_batches_come_from_workers(
     flags = (*SMALL, "--precision", "auto", "--num-workers", "1", "--compile", "off", "--epochs", "1")
     status, _, err = processes.run(tmp_path / "run", *flags, PYTHONPATH=third_party, STANDIN_DEVICE="standin")
     assert status == 3, err
-    (saved,) = run_folder.checkpoints(tmp_path / "run")
+    (saved,) = run_dir.checkpoints(tmp_path / "run")
     assert checkpoint.load(saved.path, benchmark="stand_in")["scaler"]["scale"] > 1
 
 
@@ -111,7 +111,7 @@ def train_there(benchmark, flags, third_party, folder):
     environment = os.environ | {"PYTHONPATH": third_party, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    (saved,) = run_folder.checkpoints(folder)
+    (saved,) = run_dir.checkpoints(folder)
     assert "device" in checkpoint.load(saved.path, benchmark=benchmark)["random"], "it was not on the device"
 
 

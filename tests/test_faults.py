@@ -9,7 +9,7 @@ import time
 import pytest
 
 import processes
-from detection import run_folder
+from detection import run_dir
 from detection.progress import slowest
 
 TWO = ("--batch-size", "3", "--log-every", "2", "--checkpoint-every", "1 steps")
@@ -34,7 +34,7 @@ def test_a_rank_that_dies_is_named_and_takes_the_others_along(tmp_path, kind, st
     assert got == status
     assert said in err
     assert "Traceback" not in err
-    assert run_folder.checkpoints(tmp_path)[-1].step == 6
+    assert run_dir.checkpoints(tmp_path)[-1].step == 6
 
 
 def test_a_rank_that_hangs_is_ended_with_the_stack_of_every_rank(tmp_path):

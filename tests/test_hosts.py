@@ -15,7 +15,7 @@ import pytest
 
 import processes
 from conftest import ROOT
-from detection import run_folder
+from detection import run_dir
 
 pytestmark = pytest.mark.hosts
 
@@ -143,7 +143,7 @@ def alone(tmp_path_factory):
 def wait_for_step(run: Path, step: int, nodes: Nodes) -> None:
     """Wait for the checkpoint of a step."""
     end = time.monotonic() + 60
-    while not any(saved.step >= step for saved in run_folder.checkpoints(run)):
+    while not any(saved.step >= step for saved in run_dir.checkpoints(run)):
         assert time.monotonic() < end
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.02)
@@ -175,7 +175,7 @@ def test_a_host_that_is_cut_off_ends_the_run_on_both_sides_and_it_goes_on(two, w
         assert status == 1
         assert f"rank {rank} has made no step for {HANG_S:g} s" in err
         assert "all_reduce" in err or "backward" in err, "where it waits for the other"
-    saved = run_folder.checkpoints(tmp_path)[-1].step
+    saved = run_dir.checkpoints(tmp_path)[-1].step
     assert 4 <= saved < 9
     two.run(tmp_path, *BATCH_OF_TWO, "--resume", "auto")
     assert processes.steps(tmp_path) == processes.steps(whole)
@@ -193,7 +193,7 @@ def test_a_host_that_dies_is_missed_by_the_other_at_once_and_the_run_goes_on(two
     assert status == 1
     assert "another rank has ended or cannot be reached" in err
     assert "Traceback" not in err
-    assert run_folder.checkpoints(tmp_path)[-1].step < 9
+    assert run_dir.checkpoints(tmp_path)[-1].step < 9
     two.run(tmp_path, *BATCH_OF_TWO, "--resume", "auto")
     assert processes.equal(processes.weights(tmp_path), processes.weights(whole))
 

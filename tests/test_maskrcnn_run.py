@@ -12,7 +12,7 @@ import torch
 from pycocotools.coco import COCO
 
 from conftest import ROOT, shared
-from detection import run_folder
+from detection import run_dir
 from detection.preflight import judge
 from maskrcnn import preflight, train
 from maskrcnn.config import load
@@ -77,7 +77,7 @@ def run(handful, tmp_path, monkeypatch):
 
 
 def weights(folder):
-    return torch.load(run_folder.checkpoints(folder)[-1].path, weights_only=True)["model"]
+    return torch.load(run_dir.checkpoints(folder)[-1].path, weights_only=True)["model"]
 
 
 def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(whole, handful):
@@ -121,7 +121,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_weights(whole, run):
 
 def test_a_checkpoint_is_evaluated_to_the_same_figures(whole, run, tmp_path):
     folder, _ = whole
-    checkpoint = run_folder.checkpoints(folder)[-1].path
+    checkpoint = run_dir.checkpoints(folder)[-1].path
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--checkpoint", str(checkpoint), "--summary", str(summary))
     status, _ = run(*flags, name="evaluation")

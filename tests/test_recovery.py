@@ -11,7 +11,7 @@ import pytest
 
 import processes
 from conftest import ROOT
-from detection import run_folder
+from detection import run_dir
 
 PAGE = (ROOT / "docs/RECOVERY.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
@@ -93,7 +93,7 @@ def test_a_run_that_is_told_to_end_goes_on_by_the_commands_of_the_page(project):
     assert status == 143, err
     assert "SIGTERM: ending the run" in err
     assert "RESULT" not in out
-    first = run_folder.checkpoints(mine)[-1]
+    first = run_dir.checkpoints(mine)[-1]
     assert 0 < first.step < 9
     assert {"result_0.txt", "metrics.jsonl", "config.json", "checkpoints"} <= {path.name for path in mine.iterdir()}
 
@@ -102,7 +102,7 @@ def test_a_run_that_is_told_to_end_goes_on_by_the_commands_of_the_page(project):
     status, out, _ = processes.finish(start(project, page("results/mine ./run_and_time.sh --resume")))
     assert status == 3, "the stand-in reaches no target"
     assert f"resuming from results/mine/checkpoints/{first.path.name}" in out
-    assert run_folder.checkpoints(mine)[-1].step == 9
+    assert run_dir.checkpoints(mine)[-1].step == 9
 
     os.replace(copy, mine / "checkpoints" / first.path.name)
     elsewhere = page("NAME.pt").replace("NAME.pt", first.path.name)
@@ -119,7 +119,7 @@ def test_ranks_that_die_start_again_by_the_command_of_the_page(project):
     assert status == 3, err
     assert mark.exists(), "the rank has died"
     assert "resuming from results/restarts/checkpoints/" in out
-    assert run_folder.checkpoints(project / "results/restarts")[-1].step == 9
+    assert run_dir.checkpoints(project / "results/restarts")[-1].step == 9
 
 
 @pytest.mark.slow
@@ -149,4 +149,4 @@ def test_a_series_that_is_told_to_end_in_its_second_run_goes_on_there(project):
     assert (series / "result_0.txt").read_text() == first
     for number in (0, 1):
         assert f'"key": "seed", "value": {7 + number},' in (series / f"result_{number}.txt").read_text()
-        assert run_folder.checkpoints(series / f"experiment_{number}")[-1].step == 9
+        assert run_dir.checkpoints(series / f"experiment_{number}")[-1].step == 9

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import processes
-from detection import checkpoint, run_folder
+from detection import checkpoint, run_dir
 from mlperf import check
 from mlperf.log import read
 
@@ -71,7 +71,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_one_that_wa
 
 
 def newest_step(run):
-    saved = run_folder.checkpoints(run)
+    saved = run_dir.checkpoints(run)
     return saved[-1].step if saved else 0
 
 
@@ -92,7 +92,7 @@ def test_a_signal_to_every_process_of_a_job_saves_too(tmp_path, bind):
     status, _, err = processes.finish(process)
     assert status == 143, err
     assert "stopped by SIGTERM after step" in err
-    assert run_folder.checkpoints(run)
+    assert run_dir.checkpoints(run)
     assert not processes.alive(process.pid)
 
 
@@ -110,7 +110,7 @@ def test_a_terminated_run_saves_first_and_goes_on_to_the_same_weights(whole, tmp
     assert status == 143
     assert "stopped by SIGTERM after step" in err
     assert "Traceback" not in err
-    saved = run_folder.checkpoints(run)[-1]
+    saved = run_dir.checkpoints(run)[-1]
     assert 2 <= saved.step < 9
     assert not saved.evaluated, "it was in the middle of an epoch"
     assert events(run)[-1][0] == "run_stop"
@@ -127,7 +127,7 @@ def test_a_run_broken_off_in_its_evaluation_does_that_again(whole, tmp_path):
     processes.wait_for(run / "result_0.txt", "eval_start")
     process.terminate()
     assert processes.finish(process)[0] == 143
-    assert [(s.epoch, s.step, s.evaluated) for s in run_folder.checkpoints(run)] == [(1, 5, False)]
+    assert [(s.epoch, s.step, s.evaluated) for s in run_dir.checkpoints(run)] == [(1, 5, False)]
     assert processes.run(run, *flags, "--resume", "auto")[0] == 3
     assert processes.equal(processes.weights(run), processes.weights(whole))
     assert without_resumed(run) == events(whole)
@@ -139,7 +139,7 @@ def test_max_steps_ends_a_trial_that_can_be_gone_on_with(whole, tmp_path):
         status, _, err = processes.run(run, "--batch-size", "5", "--max-steps", stop, "--resume", "auto")
         assert status == 3
         assert f"stopped by max_steps: {step} steps are made" in err
-        assert run_folder.checkpoints(run)[-1].step == step
+        assert run_dir.checkpoints(run)[-1].step == step
     assert processes.run(run, "--batch-size", "5", "--resume", "auto")[0] == 3
     assert processes.equal(processes.weights(run), processes.weights(whole))
 
@@ -147,7 +147,7 @@ def test_max_steps_ends_a_trial_that_can_be_gone_on_with(whole, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path):
     run = tmp_path / "run"
     processes.run(run, *EACH_STEP, "--max-steps", "4")
-    older, newer = (saved.path for saved in run_folder.checkpoints(run))
+    older, newer = (saved.path for saved in run_dir.checkpoints(run))
     content = newer.read_bytes()
     damaged = bytearray(content)
     damaged[len(content) // 2] ^= 1
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_pa
 
 
 def test_what_is_no_checkpoint_of_this_benchmark_is_refused(whole, tmp_path):
-    path = run_folder.checkpoints(whole)[-1].path
+    path = run_dir.checkpoints(whole)[-1].path
     with pytest.raises(ValueError, match="is a checkpoint of stand_in, not of ssd"):
         checkpoint.load(path, benchmark="ssd")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
@@ -179,7 +179,7 @@ def test_what_is_no_checkpoint_of_this_benchmark_is_refused(whole, tmp_path):
 def test_a_checkpoint_of_another_run_starts_a_log_of_its_own(whole, tmp_path):
     other, run = tmp_path / "other", tmp_path / "run"
     processes.run(other, "--batch-size", "5", "--max-steps", "7")
-    (saved,) = (s for s in run_folder.checkpoints(other) if s.step == 7)
+    (saved,) = (s for s in run_dir.checkpoints(other) if s.step == 7)
     before = (other / "result_0.txt").read_bytes()
     status, _, err = processes.run(run, *EACH_STEP, "--resume", str(saved.path))
     assert status == 3, err

@@ -12,7 +12,7 @@ import pytest
 
 import processes
 from conftest import ROOT, shared
-from detection import run_folder
+from detection import run_dir
 
 pytestmark = pytest.mark.slurm
 
@@ -165,7 +165,7 @@ def test_a_signal_saves_and_the_requeued_job_goes_on_to_the_same_weights(slurm, 
     slurm.call("scancel", "--signal=TERM", *batch, job)
     slurm.wait(job, "PENDING", "COMPLETED", "FAILED")
     assert slurm.fact(job, "JobState") == "PENDING", slurm.output(job)
-    saved = run_folder.checkpoints(slurm.run(job, 1))
+    saved = run_dir.checkpoints(slurm.run(job, 1))
     assert [checkpoint.step for checkpoint in saved] in ([1], [2])
     assert "stopped by SIGTERM after step" in slurm.log(job, 1).read_text()
     assert "experiment 1 of 2 ended with status 143" in slurm.output(job)
@@ -190,7 +190,7 @@ def test_a_cancelled_job_saves_and_is_not_put_back(slurm):
         assert time.monotonic() < end
         time.sleep(0.2)
     assert slurm.fact(job, "JobState") == "CANCELLED", slurm.output(job)
-    assert run_folder.checkpoints(slurm.run(job, 1))
+    assert run_dir.checkpoints(slurm.run(job, 1))
 
 
 def test_an_experiment_that_fails_does_not_lose_the_next(slurm):

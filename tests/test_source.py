@@ -4,9 +4,9 @@ import subprocess
 
 import pytest
 
-from detection import source
+from detection import git_state
 from detection.config import InputError
-from detection.source import Source
+from detection.git_state import Source
 from made_up_log import write_run
 from mlperf.log import MlperfLog, read
 from ssd.config import load
@@ -31,36 +31,36 @@ def git(root, *words):
 
 def test_a_repository_names_its_commit_and_says_when_files_differ_or_are_new(repository):
     head = git(repository, "rev-parse", "HEAD")
-    assert source.read(root=repository) == Source(head, False)
-    assert source.read(COMMIT, root=repository) == Source(head, False)
+    assert git_state.read(root=repository) == Source(head, False)
+    assert git_state.read(COMMIT, root=repository) == Source(head, False)
     (repository / "config_mine.sh").write_text("new\n")
-    assert source.read(root=repository) == Source(head, True)
+    assert git_state.read(root=repository) == Source(head, True)
     (repository / "config_mine.sh").unlink()
     (repository / "a.py").write_text("2\n")
-    assert source.read(root=repository) == Source(head, True)
+    assert git_state.read(root=repository) == Source(head, True)
 
 
 def test_without_a_repository_the_commit_is_the_named_one_or_unknown(tmp_path):
-    assert source.read(root=tmp_path) == Source("unknown", None)
-    assert source.read(COMMIT, root=tmp_path) == Source(COMMIT, False)
-    assert source.read(f"{COMMIT}-dirty", root=tmp_path) == Source(COMMIT, True)
+    assert git_state.read(root=tmp_path) == Source("unknown", None)
+    assert git_state.read(COMMIT, root=tmp_path) == Source(COMMIT, False)
+    assert git_state.read(f"{COMMIT}-dirty", root=tmp_path) == Source(COMMIT, True)
 
 
 def test_a_repository_that_the_program_merely_lies_in_is_not_its_own(repository):
     inside = repository / "inside"
     inside.mkdir()
-    assert source.read(root=inside) == Source("unknown", None)
+    assert git_state.read(root=inside) == Source("unknown", None)
 
 
 def test_a_machine_without_git_has_an_unknown_commit(repository, monkeypatch):
     monkeypatch.setenv("PATH", str(repository))
-    assert source.read(root=repository) == Source("unknown", None)
+    assert git_state.read(root=repository) == Source("unknown", None)
 
 
 def test_a_run_logs_the_commit_named_in_the_environment_where_there_is_no_repository(tmp_path, monkeypatch):
     from detection import start
 
-    monkeypatch.setattr(source.read, "__defaults__", ("", tmp_path))
+    monkeypatch.setattr(git_state.read, "__defaults__", ("", tmp_path))
     config = load([], {"DETECTION_COMMIT": f"{COMMIT}-dirty"}).config
     with MlperfLog(tmp_path / "log.txt", echo=False) as log:
         start.log_submission(log, config, num_nodes=1)
