@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 JPEG_MAX_SIDE_PX = 65_535
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from detection.backbone_files import how_to_fetch
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.weights import read
 
 

@@ -5,7 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 # torchvision's ImageNet weights of each trunk (IMAGENET1K_V1), but for resnet34 those that MLPerf Training names.
 BACKBONE_FILES = {

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from detection.config import InputError, Topology
+from detection.config.settings import InputError, Topology
 from detection.device import pci_address
 
 Choice = Literal["off", "node", "exclusive"]

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 # Which values of an event are drawn, and over which of its fields.
 SCALARS = {

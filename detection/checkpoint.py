@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from detection import atomic_file, weights
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.device import random_state, set_random_state
 from detection.run_dir import CHECKPOINTS, Saved, checkpoint_name, checkpoints
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from detection import coco
-from detection.run_config import COCO_CLASSES, RunConfig
+from detection.config.run_config import COCO_CLASSES, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 

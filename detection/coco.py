@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection import annotations, outlines, run_lengths
-from detection.config import InputError
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError
 from detection.outlines import Outlines, starts
-from detection.run_config import RunConfig
 from detection.run_lengths import CompressedMask
 
 # COCO rounds x and width to 2 decimals each, so their sum is off by up to .01 pixels at the border.

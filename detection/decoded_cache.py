@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection import images
+from detection.config.run_config import RunConfig
 from detection.distributed import Ranks
-from detection.run_config import RunConfig
 
 GIB = 2**30
 

@@ -33,9 +33,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import atomic_file, device, device_kinds, drawing, pictures
+from detection import atomic_file, device, drawing, pictures
 from detection.coco import Category
-from detection.config import InputError
+from detection.config import device_names
+from detection.config.settings import InputError
 from detection.drawing import Mark
 from detection.pictures import Picture
 from detection.run_lengths import CompressedMask
@@ -136,7 +137,7 @@ def parse(argv: Sequence[str], command: Command) -> argparse.Namespace:
         default=command.batch_size,
         help="pictures that the network sees at once (%(default)s)",
     )
-    parser.add_argument("--device", default="auto", help=device_kinds.HELP)
+    parser.add_argument("--device", default="auto", help=device_names.HELP)
     return parser.parse_args(argv)
 
 

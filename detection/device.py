@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.config import InputError
-from detection.device_kinds import COLLECTIVES, KINDS
+from detection.config.device_names import COLLECTIVES, KINDS
+from detection.config.settings import InputError
 
 
 def choose(name: str, local_rank: int) -> torch.device:

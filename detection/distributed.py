@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from detection import batch_norm
-from detection.config import InputError, Topology
+from detection.config.settings import InputError, Topology
 from detection.device import collective_backend
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from detection import device, optim, snapshot
 from detection.coco import Category
-from detection.config import InputError
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError
 from detection.data.batch import Batch, Share
 from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
-from detection.run_config import RunConfig
 from detection.state import Run, State
 from mlperf import system
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.pictures import is_deep, to_bytes
 
 END_OF_JPEG = b"\xff\xd9"

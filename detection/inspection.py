@@ -19,7 +19,8 @@ import torch
 from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight
 from detection.coco import Split
 from detection.coco_files import Published
-from detection.config import InputError, System, Topology, read_topology, to_json
+from detection.config.run_config import COCO_CLASSES, RunConfig
+from detection.config.settings import InputError, System, Topology, read_topology, to_json
 from detection.data.batch import Share
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Benchmark
@@ -28,7 +29,6 @@ from detection.interruption import end_with_parent
 from detection.prefetch import move
 from detection.preflight import Checks, batch_bytes
 from detection.resources import MIB, check_machine, size
-from detection.run_config import COCO_CLASSES, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 

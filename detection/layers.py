@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from detection import optim
-from detection.run_config import RunConfig
+from detection.config.run_config import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 HEADINGS = ("layer", "kind", "weights", "parameters", "")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.distributed import Ranks
 from detection.interruption import SIGNALS

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 
 def make_sgd(

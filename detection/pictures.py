@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 # Transparent parts are seen on this, as on a page.
 PAPER = (255, 255, 255, 255)

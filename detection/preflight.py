@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from detection import backbone_files, board, classes, coco, rehearsal, run_dir, scenes, shared_memory, toy
-from detection.config import InputError, Resolved, System, describe, read_system
-from detection.run_config import RunConfig
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError, Resolved, System, describe, read_system
 from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)

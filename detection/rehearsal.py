@@ -29,7 +29,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from detection import scenes, toy
-from detection.config import InputError
+from detection.config.settings import InputError
 
 CONTRIBUTOR = "detection.rehearsal"  # who drew it, in `info`
 MARKER = f"{toy.SCRATCH}rehearsal"  # a file that says what is drawn here, from before the first picture on

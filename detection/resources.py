@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from detection import shared_memory
-from detection.config import Topology
+from detection.config.run_config import RunConfig
+from detection.config.settings import Topology
 from detection.decoded_cache import GIB, free_memory_bytes
 from detection.findings import Finding
-from detection.run_config import RunConfig
 
 MIB = 2**20
 KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from detection import checkpoint, run_dir
-from detection.config import InputError, to_json
-from detection.run_config import RunConfig
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError, to_json
 
 # Settings that may change from start to start of one run: they say nothing about what is trained.
 INCIDENTAL = {

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 FOLDER = Path("/dev/shm")
 BATCHES_AHEAD = 2  # of each worker, as torch's DataLoader has it

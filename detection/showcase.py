@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import coco, drawing, run_dir
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.drawing import Mark
 from detection.run_lengths import CompressedMask
 

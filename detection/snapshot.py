@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from detection import batch_norm, checkpoint
-from detection.config import InputError, to_json
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError, to_json
 from detection.distributed import Ranks
 from detection.resume import Resumed
-from detection.run_config import RunConfig
 from detection.state import Run, State
 
 

@@ -17,13 +17,13 @@ import torch
 
 from detection import binding, board, device, device_cache, git_state, resume, run_dir
 from detection.board import Board
-from detection.config import InputError, Topology, read_topology, to_json
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError, Topology, read_topology, to_json
 from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Stopped
 from detection.interruption import SIGNALS, Interrupted, Interruption, end_with_parent
 from detection.loader import WorkerLost, lost_workers_named
 from detection.progress import Diverged, Progress
-from detection.run_config import RunConfig
 from detection.state import Run
 from detection.watchdog import Watchdog
 from mlperf.log import MlperfLog

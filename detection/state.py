@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from detection.coco import Category
+from detection.config.run_config import RunConfig
 from detection.device import Precision
 from detection.distributed import Ranks
 from detection.interruption import Interruption
 from detection.phases import Phases
 from detection.progress import Progress
 from detection.resume import Resumed
-from detection.run_config import RunConfig
 from detection.watchdog import Watchdog
 from mlperf.log import MlperfLog
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from detection.atomic_file import writing
 from detection.backbone_files import BACKBONE_FILES
-from detection.config import Resolved, System, names
-from detection.run_config import RunConfig
+from detection.config.run_config import RunConfig
+from detection.config.settings import Resolved, System, names
 
 # Of one run, and not of a system.
 OF_A_RUN = {

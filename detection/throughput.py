@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from detection import device, engine
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.engine import Benchmark
 from detection.phases import Phases

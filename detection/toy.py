@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 SUPERSAMPLING = 4  # outlines are drawn this much larger and averaged
 JPEG_QUALITY = 90

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from detection import classes, device, preflight, system_file, trial
-from detection.config import InputError, Resolved, System, read_system
+from detection.config.run_config import RunConfig
+from detection.config.settings import InputError, Resolved, System, read_system
 from detection.preflight import Checks
-from detection.run_config import RunConfig
 from detection.system_file import SystemFile
 from detection.trial import Trial
 from mlperf import recipes

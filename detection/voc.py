@@ -25,7 +25,7 @@ from xml.etree.ElementTree import Element
 from PIL import Image
 
 from detection import atomic_file
-from detection.config import InputError
+from detection.config.settings import InputError
 
 SETS = ("train", "val", "trainval", "test")
 SHOWN_MISTAKES = 10

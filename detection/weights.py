@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from detection import batch_norm
 from detection.coco import Category
-from detection.config import InputError
+from detection.config.settings import InputError
 
 OURS = "this program"
 

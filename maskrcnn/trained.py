@@ -7,8 +7,8 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from detection import coco
 from detection.coco import Category
-from detection.config import InputError
-from detection.run_config import COCO_CLASSES, RunConfig
+from detection.config.run_config import COCO_CLASSES, RunConfig
+from detection.config.settings import InputError
 from detection.weights import Weights
 from maskrcnn import config, weights
 from maskrcnn.config import Config

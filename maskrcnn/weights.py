@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detection import backbone
 from detection import weights as files
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.weights import OURS, Weights
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from detection import engine, start
-from detection.config import InputError, read_topology
+from detection.config.settings import InputError, read_topology
 from detection.device import choose
 from detection.distributed import Ranks, connect
 from detection.prefetch import move

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from perf import footprint
 from perf.curves import Axis, axes
 from perf.footprint import PEAK_RESET, Values

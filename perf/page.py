@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from detection.config import InputError
+from detection.config.settings import InputError
 
 
 def fill(page: Path, name: str, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from detection import coco, rehearsal
-from detection.config import InputError
+from detection.config.settings import InputError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-from detection.run_config import OWN_DATA
+from detection.config.run_config import OWN_DATA
 from mlperf.log import read
 from perf.machine import RESULTS, machine
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.device import choose, describe, tune
 from perf import evaluation, input, maskrcnn, maskrcnn_evaluation, network, table, training
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole

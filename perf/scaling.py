@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from perf import gradient
 from perf.page import fill, place
 from perf.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit

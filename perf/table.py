@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from perf.bench import Result
 from perf.trace import Operation
 

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from detection import run_config
-from detection.config import STRICT, Numbers, Resolved, setting
-from detection.run_config import EvalEpochs, RunConfig, to_multiple
+from detection.config import run_config
+from detection.config.run_config import EvalEpochs, RunConfig, to_multiple
+from detection.config.settings import STRICT, Numbers, Resolved, setting
 
 PREFIX = "SSD_"
 

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import device_kinds
 from detection.boxes import xyxy_to_cxcywh
-from detection.config import InputError
+from detection.config import device_names
+from detection.config.settings import InputError
 from detection.device import Precision, choose, describe, precision
 from ssd import augment, reference
 from ssd.anchors import NUM_ANCHORS, make_anchors
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     """Run every part; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssd.conform", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="vectors of the reference (.npz)")
-    parser.add_argument("--device", default="auto", help=device_kinds.HELP)
+    parser.add_argument("--device", default="auto", help=device_names.HELP)
     parser.add_argument("--precision", default="fp32", choices=NETWORK_TOLERANCE, help="of the network")
     arguments = parser.parse_args(argv)
     try:

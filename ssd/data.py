@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from detection import coco, device_cache, images, loader
 from detection.coco import Split
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.distributed import Ranks
 from detection.loader import EpochSampler, Key, load, make_loader, pad

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from detection import atomic_file, coco, images, pictures, toy
-from detection.config import InputError
+from detection.config.settings import InputError
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.detect import detect

@@ -7,7 +7,7 @@ from torch import nn
 
 from detection import coco
 from detection.coco import Category
-from detection.config import InputError
+from detection.config.settings import InputError
 from ssd import weights
 from ssd.config import Config
 from ssd.model import make_model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detection import weights as files
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.weights import OURS, Weights
 from ssd import reference
 from ssd.config import Config

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from detection import engine, shared_memory, start
-from detection.config import STRICT, resolve, setting
+from detection.config.run_config import EvalEpochs, RunConfig
+from detection.config.settings import STRICT, resolve, setting
 from detection.data.batch import Share
 from detection.loader import EpochSampler, load, make_loader
-from detection.run_config import EvalEpochs, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

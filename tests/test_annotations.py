@@ -6,7 +6,7 @@ import pytest
 
 from annotation_file import content, data_folder, read
 from detection import coco
-from detection.config import InputError
+from detection.config.settings import InputError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torchvision
 
 from detection import backbone
 from detection.backbone_files import BACKBONE_FILES, how_to_fetch
-from detection.config import InputError
+from detection.config.settings import InputError
 from ssd.model import Backbone
 
 

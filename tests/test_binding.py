@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from detection import binding
 from detection.binding import Machine, accelerator_nodes, homes, numbers, places, ranges, read_machine
-from detection.config import InputError, Topology
+from detection.config.settings import InputError, Topology
 
 
 def made_up(num_nodes, cores_per_node, threads_per_core=1, allowed=None, quota=math.inf):
@@ -201,7 +201,7 @@ def test_each_rank_has_the_accelerator_of_its_number_or_all_the_one_that_was_nam
 CHILD = """
 import json, multiprocessing, os, sys, torch
 from detection.binding import bind
-from detection.config import Topology
+from detection.config.settings import Topology
 
 def cores():
     return sorted(os.sched_getaffinity(0))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from annotation_file import annotation, content, data_folder, read
 from detection import coco
-from detection.config import InputError
+from detection.config.settings import InputError
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

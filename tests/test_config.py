@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detection.backbone_files import BACKBONE_FILES
-from detection.config import InputError, Topology, describe, read_system, read_topology, to_json
+from detection.config.settings import InputError, Topology, describe, read_system, read_topology, to_json
 from ssd.config import Config, load
 
 ROOT = Path(__file__).parent.parent

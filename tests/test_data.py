@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import shared
 from detection import coco, images
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.distributed import Ranks
 from detection.loader import EpochSampler
 from ssd.config import Config

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detection import coco, images
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.decoded_cache import GIB, DecodedCache, free_memory_bytes
 from detection.distributed import Ranks
 from ssd.config import Config

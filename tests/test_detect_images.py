@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import ROOT, shared
 from detection import batch_norm, checkpoint, drawing
-from detection.config import to_json
+from detection.config.settings import to_json
 from detection.drawing import Mark
 from ssd import detect_images, train, trained
 from ssd.anchors import NUM_ANCHORS, make_anchors

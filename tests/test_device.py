@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detection import device
-from detection.config import InputError
+from detection.config.settings import InputError
 
 CPU = torch.device("cpu")
 

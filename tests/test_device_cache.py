@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from detection import coco, device_cache, images
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.decoded_cache import GIB
 from detection.device_cache import DeviceCache
 from detection.distributed import Ranks

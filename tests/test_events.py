@@ -14,7 +14,7 @@ import processes
 from conftest import ROOT
 from detection import board
 from detection.board import Board
-from detection.config import InputError
+from detection.config.settings import InputError
 from mlperf.log import read
 from ssd import preflight, train
 

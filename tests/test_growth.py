@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.distributed import Ranks
 from perf import curves, footprint, growth
 from perf.page import place

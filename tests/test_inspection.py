@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from detection import coco, coco_files, inspection, resources
 from detection.coco_files import Published
-from detection.config import InputError, System
+from detection.config.settings import InputError, System
 from detection.device import Driver
 from detection.distributed import Ranks
 from detection.findings import Finding, table

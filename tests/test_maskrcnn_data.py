@@ -9,7 +9,7 @@ import torch
 
 from conftest import shared
 from detection import coco, engine, images
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config

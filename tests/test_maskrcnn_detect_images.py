@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from detection import batch_norm, checkpoint, drawing, run_lengths, scenes
-from detection.config import InputError, to_json
+from detection.config.settings import InputError, to_json
 from detection.distributed import Ranks
 from detection.drawing import Mark
 from maskrcnn import detect_images, trained, weights

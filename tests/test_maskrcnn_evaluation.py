@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import ROOT
 from detection import coco
-from detection.config import read_topology
+from detection.config.settings import read_topology
 from detection.distributed import Ranks, connect
 from detection.metric import FIGURES, to_mask_results, to_results
 from maskrcnn import masks

@@ -7,7 +7,7 @@ from pycocotools import mask as mask_api
 
 from conftest import shared
 from detection import coco
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
 
 

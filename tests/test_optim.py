@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from detection import optim
-from detection.config import InputError
+from detection.config.settings import InputError
 
 SCHEDULE = {"peak": 0.09, "warmup_steps": 650, "warmup_factor": 0.0, "decay_epochs": (44, 55), "decay_factor": 0.1}
 

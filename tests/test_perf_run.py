@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from perf import maskrcnn, table
 from perf.bench import Result, Scale, quick, whole
 from perf.limits import count_network

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from detection import pictures
-from detection.config import InputError
+from detection.config.settings import InputError
 
 GREY = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
 COLOUR = np.stack([GREY, GREY[:, ::-1], np.tile(np.arange(48, dtype=np.uint8)[:, None] * 4, 64)], axis=-1)

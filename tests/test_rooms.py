@@ -41,12 +41,12 @@ def test_a_package_has_one_importer(package):
 
 def test_only_the_configuration_reads_the_environment():
     users = {str(p.relative_to(ROOT)) for p in MODULES if re.search(r"\bos\.(environ|getenv)\b", p.read_text())}
-    assert users == {"detection/config.py"}
+    assert users == {"detection/config/settings.py"}
 
 
 def test_only_the_device_module_names_a_device():
     users = {str(p.relative_to(ROOT)) for p in MODULES if re.search("cuda|cudnn", p.read_text(), re.IGNORECASE)}
-    users -= {"detection/device_kinds.py"}  # a list of names, and of nothing else
+    users -= {"detection/config/device_names.py"}  # a list of names, and of nothing else
     assert users == {"detection/device.py"}
 
 

@@ -258,7 +258,7 @@ CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from detection.config import read_topology
+from detection.config.settings import read_topology
 from detection.distributed import connect
 from perf.gradient import received_bytes
 

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from detection import git_state
-from detection.config import InputError
+from detection.config.settings import InputError
 from detection.git_state import Source
 from made_up_log import write_run
 from mlperf.log import MlperfLog, read

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 from detection import preflight, system_file, trial, tuning
-from detection.config import InputError, System
+from detection.config.settings import InputError, System
 from detection.trial import Trial
 from detection.tuning import Bench, Direction
 from ssd import tune

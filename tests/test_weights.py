@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from detection.config import InputError
+from detection.config.settings import InputError
 from ssd import conform, preflight, reference, weights
 from ssd.config import load
 from ssd.model import SSD300, ExtraBlock

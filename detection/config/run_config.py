@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
-from detection import device_kinds
-from detection.config import STRICT, Numbers, Resolved, resolve, setting
+from detection.config import device_names
+from detection.config.settings import STRICT, Numbers, Resolved, resolve, setting
 from detection.run_dir import newest_unfinished
 
 
@@ -148,7 +148,7 @@ class RunConfig:
         "auto",
         pattern=r"^[a-z]+(:\d+)?$",
         heading="Machine",
-        help=device_kinds.HELP,
+        help=device_names.HELP,
     )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
         "auto", help="auto: bf16 where the device is fast in it, else fp16 with loss scaling, else fp32"

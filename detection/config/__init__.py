@@ -1,0 +1,1 @@
+"""Settings: declared, read from config files and flags, validated; imports no torch."""
