@@ -151,7 +151,7 @@ else
   export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # counted here: the run may not look before its clock
 fi
 
-launch=("$python" -m detection.launch --nnodes "$DGXNNODES" --nproc-per-node "$DGXNGPU")
+launch=("$python" -m detection.runtime.launch --nnodes "$DGXNNODES" --nproc-per-node "$DGXNGPU")
 if ((DGXNNODES > 1)); then
   if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) || true

@@ -10,8 +10,8 @@ import torch
 
 from detection import atomic_file, weights
 from detection.config.settings import InputError
-from detection.device import random_state, set_random_state
 from detection.run_dir import CHECKPOINTS, Saved, checkpoint_name, checkpoints
+from detection.runtime.device import random_state, set_random_state
 
 FORMAT = 2
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detection import images
 from detection.config.run_config import RunConfig
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 
 GIB = 2**30
 

@@ -33,13 +33,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import atomic_file, device, drawing, pictures
+from detection import atomic_file, drawing, pictures
 from detection.coco import Category
 from detection.config import device_names
 from detection.config.settings import InputError
 from detection.drawing import Mark
 from detection.pictures import Picture
 from detection.run_lengths import CompressedMask
+from detection.runtime import device
 
 FORMAT = 1
 RESULTS = "detections.json"

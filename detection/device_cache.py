@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import decoded_cache, device, images
+from detection import decoded_cache, images
 from detection.coco import Split
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.decoded_cache import GIB
-from detection.distributed import Ranks
 from detection.pixels import DevicePixels, HostPixels, Originals, Pixels
 from detection.prefetch import move
 from detection.resampling import CHANNELS, Cuts, of_images, resampler, side_of, taps
+from detection.runtime import device
+from detection.runtime.distributed import Ranks
 
 # Of the memory that is free once a step was made: what is left is for larger batches of boxes, and evaluation.
 SHARE_OF_FREE = 0.75

@@ -13,13 +13,14 @@ from typing import Any, Generic, Protocol
 import torch
 from torch import Tensor, nn
 
-from detection import device, optim, snapshot
+from detection import optim, snapshot
 from detection.coco import Category
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Batch, Share
-from detection.distributed import Ranks
 from detection.prefetch import move, prefetch
+from detection.runtime import device
+from detection.runtime.distributed import Ranks
 from detection.state import Run, State
 from mlperf import system
 

@@ -1,6 +1,6 @@
 """Whether the machines of a run are ready for it: what every rank finds, as one table.
 
-`python -m detection.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run and starts none.
+`python -m detection.runtime.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run and starts none.
 Each check is a function of what was read or measured, and returns a `Finding`. Exit status 0, or 2 if something fails.
 """
 
@@ -16,19 +16,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from detection import classes, coco, coco_files, device, device_cache, engine, images, preflight
+from detection import classes, coco, coco_files, device_cache, engine, images, preflight
 from detection.coco import Split
 from detection.coco_files import Published
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError, System, Topology, read_topology, to_json
 from detection.data.batch import Share
-from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Benchmark
 from detection.findings import Finding, table, terminal_columns
-from detection.interruption import end_with_parent
 from detection.prefetch import move
 from detection.preflight import Checks, batch_bytes
 from detection.resources import MIB, check_machine, size
+from detection.runtime import device
+from detection.runtime.distributed import PeerLost, Ranks, connect
+from detection.runtime.signals import end_with_parent
 
 Config = TypeVar("Config", bound=RunConfig)
 

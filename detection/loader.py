@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detection.config.settings import InputError
 from detection.data.batch import Share
-from detection.distributed import Ranks
-from detection.interruption import SIGNALS
+from detection.runtime.distributed import Ranks
+from detection.runtime.signals import SIGNALS
 
 T = TypeVar("T")
 

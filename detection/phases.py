@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import torch
 
-from detection import device
+from detection.runtime import device
 
 
 class Phases:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from detection.device import has_streams, module
+from detection.runtime.device import has_streams, module
 
 T = TypeVar("T")
 

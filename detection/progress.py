@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detection.board import Board
-from detection.device import peak_memory_gib
-from detection.distributed import Ranks
+from detection.runtime.device import peak_memory_gib
+from detection.runtime.distributed import Ranks
 
 # What the last event of a run repeats from its first, so that each can be read by itself.
 SHARED_FACTS = ("benchmark", "network", "mode", "system", "ranks", "device", "precision", "global_batch_size")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from detection import batch_norm, checkpoint
+from detection import checkpoint
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
-from detection.distributed import Ranks
 from detection.resume import Resumed
+from detection.runtime import sync_batch_norm
+from detection.runtime.distributed import Ranks
 from detection.state import Run, State
 
 
@@ -24,7 +25,7 @@ def save(
     together: all ranks are here, to tell what their batch norm has seen; else it is the same on all.
     """
     model = run.ranks.unwrap(state.model)
-    rows = batch_norm.statistics(model).unsqueeze(0)
+    rows = sync_batch_norm.statistics(model).unsqueeze(0)
     if together:
         rows = run.ranks.gather_rows(rows)
     if not run.ranks.is_first:
@@ -66,7 +67,7 @@ def restore(state: State, resumed: Resumed, config: RunConfig, ranks: Ranks) -> 
             f"{resumed.path}: the checkpoint is of another network ({str(error).splitlines()[-1].strip()})"
         ) from error
     rows = saved["batch_norm"]
-    batch_norm.set_statistics(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
+    sync_batch_norm.set_statistics(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
     try:
         state.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:

@@ -15,17 +15,18 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import binding, board, device, device_cache, git_state, resume, run_dir
+from detection import board, device_cache, git_state, resume, run_dir
 from detection.board import Board
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Topology, read_topology, to_json
-from detection.distributed import PeerLost, Ranks, connect
 from detection.engine import Stopped
-from detection.interruption import SIGNALS, Interrupted, Interruption, end_with_parent
 from detection.loader import WorkerLost, lost_workers_named
 from detection.progress import Diverged, Progress
+from detection.runtime import device, numa_binding
+from detection.runtime.distributed import PeerLost, Ranks, connect
+from detection.runtime.signals import SIGNALS, Interrupted, Interruption, end_with_parent
+from detection.runtime.watchdog import Watchdog
 from detection.state import Run
-from detection.watchdog import Watchdog
 from mlperf.log import MlperfLog
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -52,7 +53,7 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
             check_bn_group(config, topology)
             rank_device = device.choose(config.device, topology.local_rank)
             device_cache.check(config, rank_device)
-            if bound := binding.bind(config.bind, topology, rank_device):
+            if bound := numa_binding.bind(config.bind, topology, rank_device):
                 print(bound, flush=True)
             with (
                 Watchdog(topology.rank, config.hang_timeout_s) as watchdog,

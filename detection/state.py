@@ -8,13 +8,13 @@ from torch import nn
 
 from detection.coco import Category
 from detection.config.run_config import RunConfig
-from detection.device import Precision
-from detection.distributed import Ranks
-from detection.interruption import Interruption
 from detection.phases import Phases
 from detection.progress import Progress
 from detection.resume import Resumed
-from detection.watchdog import Watchdog
+from detection.runtime.device import Precision
+from detection.runtime.distributed import Ranks
+from detection.runtime.signals import Interruption
+from detection.runtime.watchdog import Watchdog
 from mlperf.log import MlperfLog
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from detection import device, engine
+from detection import engine
 from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.engine import Benchmark
 from detection.phases import Phases
 from detection.prefetch import move, prefetch
+from detection.runtime import device
 from detection.state import Run, State
 
 T = TypeVar("T")

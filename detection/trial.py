@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from detection import system_file
-from detection.device import is_out_of_memory
+from detection.runtime.device import is_out_of_memory
 
 Ending = Literal["measured", "out of memory", "out of time", "failed"]
 
@@ -69,7 +69,7 @@ def run(
             str(Path(folder, "run")),
         ]
         cores = max(1, len(os.sched_getaffinity(0)) // ranks)
-        launch = [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), "-m", module]
+        launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", module]
         start_s = time.monotonic()
         with Path(folder, "stderr").open("w+", errors="replace") as stderr:
             process = subprocess.Popen(

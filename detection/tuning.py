@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import classes, device, preflight, system_file, trial
+from detection import classes, preflight, system_file, trial
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, read_system
 from detection.preflight import Checks
+from detection.runtime import device
 from detection.system_file import SystemFile
 from detection.trial import Trial
 from mlperf import recipes

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection import batch_norm
 from detection.coco import Category
 from detection.config.settings import InputError
+from detection.runtime import sync_batch_norm
 
 OURS = "this program"
 
@@ -89,7 +89,7 @@ def put(weights: Weights, model: nn.Module) -> None:
     """Put weights that `check` has let pass into their network, on the CPU."""
     model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in model.state_dict().items()})
     if weights.statistics is not None:
-        batch_norm.set_statistics(model, weights.statistics)
+        sync_batch_norm.set_statistics(model, weights.statistics)
 
 
 def check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, path: Path) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from detection.device import constant
+from detection.runtime.device import constant
 
 STRIDES_PX = (4, 8, 16, 32, 64)
 SIZES_PX = (32, 64, 128, 256, 512)

@@ -17,10 +17,10 @@ from detection import coco, device_cache, images, loader
 from detection.coco import Split
 from detection.config.settings import InputError
 from detection.data.batch import Share
-from detection.distributed import Ranks
 from detection.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import MaskMetric
 from detection.pixels import Part, Pixels
+from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
 

@@ -3,8 +3,8 @@
 import sys
 
 from detection import inspection, start
-from detection.distributed import Ranks
 from detection.engine import Benchmark
+from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
 from maskrcnn.evaluation import Evaluation

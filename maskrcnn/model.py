@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
-from detection.device import constant
+from detection.runtime.device import constant
 from maskrcnn import box_coder, masks, rpn, sampling
 from maskrcnn.anchors import SIZES_PX, STRIDES_PX
 from maskrcnn.config import Config

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.device import constant
+from detection.runtime.device import constant
 
 SAMPLES = 2  # on a side of a cell
 FINEST_LEVEL, CANONICAL_LEVEL, CANONICAL_PX = 2, 4, 224

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detection import classes, device_cache, engine, modes, optim, start
 from detection.conclusion import conclude
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from detection.state import Run
 from maskrcnn import weights
 from maskrcnn.config import Config, load

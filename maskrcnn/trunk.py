@@ -12,7 +12,7 @@ from torchvision.models import resnet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detection.device import constant
+from detection.runtime.device import constant
 
 NUM_CHANNELS = 256  # of each level of the pyramid
 STAGES = ("layer1", "layer2", "layer3", "layer4")

@@ -29,7 +29,7 @@ for benchmark in ssd maskrcnn; do
     # shellcheck source=/dev/null
     . "./config_toy$suffix.sh"
     export RUN_DIR=$out/toy$suffix BENCHMARK=$benchmark
-    "$python" -m detection.launch -m "$benchmark.train" | tee "$out/toy$suffix.txt" | grep -v MLLOG
+    "$python" -m detection.runtime.launch -m "$benchmark.train" | tee "$out/toy$suffix.txt" | grep -v MLLOG
     exit "${PIPESTATUS[0]}"
   ) || status=1
 done

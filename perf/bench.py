@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from detection import coco
-from detection.device import Precision, precision
-from detection.distributed import Ranks
+from detection.runtime.device import Precision, precision
+from detection.runtime.distributed import Ranks
 from perf.limits import Limits, Work, measure
 from perf.photos import Photos, make_up, make_up_truth
 from perf.timing import Side, Spread, in_turns, spread

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from detection import coco, engine, scenes
-from detection.device import choose
-from detection.distributed import Ranks
 from detection.metric import BoxMetric
 from detection.prefetch import move
+from detection.runtime.device import choose
+from detection.runtime.distributed import Ranks
 from perf import footprint
 from perf.footprint import Values, cost, memory_mib
 from perf.photos import make_up, make_up_truth

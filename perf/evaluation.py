@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from detection.device import synchronize
 from detection.metric import BoxMetric
 from detection.prefetch import move
+from detection.runtime.device import synchronize
 from perf import baseline
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result
 from perf.input import SMALL_BATCH

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from detection.device import choose
+from detection.runtime.device import choose
 from perf.timing import Side, calls_per_sample, seconds
 
 PEAK_RESET = Path("/proc/self/clear_refs")

@@ -1,6 +1,6 @@
 """What it costs to share one gradient: bytes on the wire, time beside the backward pass, and time at one rank.
 
-    python -m detection.launch --nproc-per-node 2 -m perf.gradient [--batch-size 2] [--rounds 9] [--out FILE]
+    python -m detection.runtime.launch --nproc-per-node 2 -m perf.gradient [--batch-size 2] [--rounds 9] [--out FILE]
 
 With one rank it compares a step with DistributedDataParallel to one without it; with several, steps that share their
 gradient to steps that keep it and to the all-reduce alone, in turns. The bytes are those that the kernel counts on this
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from detection import engine, start
 from detection.config.settings import InputError, read_topology
-from detection.device import choose
-from detection.distributed import Ranks, connect
 from detection.prefetch import move
+from detection.runtime.device import choose
+from detection.runtime.distributed import Ranks, connect
 from perf.machine import machine
 from perf.table import align
 from perf.timing import Side, seconds, spread

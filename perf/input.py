@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 from detection import device_cache, images
-from detection.device import decodes_jpeg
 from detection.pixels import Original, Originals, Part
 from detection.prefetch import move, prefetch
+from detection.runtime.device import decodes_jpeg
 from perf import baseline
 from perf.bench import Bench, Result
 from perf.limits import Work, moved

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.device import precision
+from detection.runtime.device import precision
 from perf.timing import Side, seconds, threads
 from ssd.anchors import IMAGE_SIZE_PX
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detection.device import choose, describe
+from detection.runtime.device import choose, describe
 
 PACKAGES = ("torch", "torchvision", "torchcodec", "numpy", "pillow", "pycocotools", "hotcoco")
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915")  # kernel modules of accelerators

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from detection.config.settings import InputError
-from detection.device import choose, describe, tune
+from detection.runtime.device import choose, describe, tune
 from perf import evaluation, input, maskrcnn, maskrcnn_evaluation, network, table, training
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine

@@ -112,7 +112,7 @@ def measure() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         for ranks in ("1", "2"):
             out = Path(folder) / f"{ranks}.json"
-            launch = [sys.executable, "-m", "detection.launch", "--nproc-per-node", ranks]
+            launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", ranks]
             subprocess.run([*launch, "-m", "perf.gradient", "--out", str(out)], check=True)
             found.append(json.loads(out.read_text()))
     return found

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from detection.device import synchronize
+from detection.runtime.device import synchronize
 
 # A sample of a quick call is as many calls as last this long, so that the clock and the scheduler do not matter.
 SAMPLE_S = 0.1

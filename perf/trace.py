@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import profile
 
-from detection.device import synchronize
+from detection.runtime.device import synchronize
 
 COSTLIEST = 10
 

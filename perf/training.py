@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from detection import engine
-from detection.device import decodes_jpeg
 from detection.prefetch import prefetch
+from detection.runtime.device import decodes_jpeg
 from perf import baseline
 from perf.bench import Bench, Result
 from perf.input import SMALL_BATCH, train_images

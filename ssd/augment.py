@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.device import constant
+from detection.runtime.device import constant
 
 Floats = NDArray[np.float32]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from detection.boxes import xyxy_to_cxcywh
 from detection.config import device_names
 from detection.config.settings import InputError
-from detection.device import Precision, choose, describe, precision
+from detection.runtime.device import Precision, choose, describe, precision
 from ssd import augment, reference
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode, match

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detection.device import has_float64
-from detection.distributed import Ranks
 from detection.metric import ROW, BoxMetric, to_results
 from detection.prefetch import move, prefetch
+from detection.runtime.device import has_float64
+from detection.runtime.distributed import Ranks
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config

@@ -3,8 +3,8 @@
 import sys
 
 from detection import inspection, start
-from detection.distributed import Ranks
 from detection.engine import Benchmark
+from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import Batch
 from ssd.evaluation import Evaluation

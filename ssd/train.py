@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import backbone, classes, device, device_cache, engine, modes, optim, start
+from detection import backbone, classes, device_cache, engine, modes, optim, start
 from detection.conclusion import conclude
-from detection.distributed import Ranks
+from detection.runtime import device
+from detection.runtime.distributed import Ranks
 from detection.state import Run
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name

@@ -25,7 +25,7 @@ def command(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = ()
     flags = ("--run-dir", str(run), "--seed", "5", "--precision", "fp32", "--num-workers", "0", *flags)
     if not ranks:
         return [sys.executable, STAND_IN, *flags]
-    return [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), *launch, STAND_IN, *flags]
+    return [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *launch, STAND_IN, *flags]
 
 
 def start(

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from detection import binding
-from detection.binding import Machine, accelerator_nodes, homes, numbers, places, ranges, read_machine
 from detection.config.settings import InputError, Topology
+from detection.runtime import numa_binding
+from detection.runtime.numa_binding import Machine, accelerator_nodes, homes, numbers, places, ranges, read_machine
 
 
 def made_up(num_nodes, cores_per_node, threads_per_core=1, allowed=None, quota=math.inf):
@@ -180,19 +180,19 @@ def test_the_quota_of_control_groups(system, cgroup, files, quota):
         path = system / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert binding.cpu_quota(system) == quota
+    assert numa_binding.cpu_quota(system) == quota
 
 
 def test_an_accelerator_is_near_the_node_that_its_address_names(system):
-    assert binding.numa_node("0000:dc:00.0", system) == 1
-    assert binding.numa_node("0000:01:00.0", system) is None  # -1: the firmware does not tell
-    assert binding.numa_node("0000:99:00.0", system) is None
-    assert binding.numa_node(None, system) is None
+    assert numa_binding.numa_node("0000:dc:00.0", system) == 1
+    assert numa_binding.numa_node("0000:01:00.0", system) is None  # -1: the firmware does not tell
+    assert numa_binding.numa_node("0000:99:00.0", system) is None
+    assert numa_binding.numa_node(None, system) is None
 
 
 def test_each_rank_has_the_accelerator_of_its_number_or_all_the_one_that_was_named(system, monkeypatch):
     addresses = {0: "0000:dc:00.0", 1: "0000:01:00.0", 2: None}
-    monkeypatch.setattr(binding, "pci_address", lambda device: addresses[device.index])
+    monkeypatch.setattr(numa_binding, "pci_address", lambda device: addresses[device.index])
     second = Topology(1, 1, 3, 3)
     assert accelerator_nodes(second, torch.device("cuda", 1), system) == [1, None, None]
     assert accelerator_nodes(second, torch.device("cuda", 0), system) == [1, 1, 1]
@@ -200,7 +200,7 @@ def test_each_rank_has_the_accelerator_of_its_number_or_all_the_one_that_was_nam
 
 CHILD = """
 import json, multiprocessing, os, sys, torch
-from detection.binding import bind
+from detection.runtime.numa_binding import bind
 from detection.config.settings import Topology
 
 def cores():

@@ -10,8 +10,9 @@ import maskrcnn.config
 import maskrcnn.train
 import ssd.config
 import ssd.train
-from detection import device, engine
-from detection.distributed import Ranks
+from detection import engine
+from detection.runtime import device
+from detection.runtime.distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
 

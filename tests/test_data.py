@@ -11,8 +11,8 @@ from PIL import Image
 from conftest import shared
 from detection import coco, images
 from detection.config.settings import InputError
-from detection.distributed import Ranks
 from detection.loader import EpochSampler
+from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import SSDData
 

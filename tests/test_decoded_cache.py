@@ -6,7 +6,7 @@ import torch
 from detection import coco, images
 from detection.config.settings import InputError
 from detection.decoded_cache import GIB, DecodedCache, free_memory_bytes
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import SSDData
 

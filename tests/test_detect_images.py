@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, shared
-from detection import batch_norm, checkpoint, drawing
+from detection import checkpoint, drawing
 from detection.config.settings import to_json
 from detection.drawing import Mark
+from detection.runtime import sync_batch_norm
 from ssd import detect_images, train, trained
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.config import Config
@@ -27,7 +28,7 @@ def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
     state = {
         "benchmark": "ssd",
         "model": model.state_dict(),
-        "batch_norm": batch_norm.statistics(model).unsqueeze(0),
+        "batch_norm": sync_batch_norm.statistics(model).unsqueeze(0),
         "config": config,
         "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(NAMES, start=1)],
     }

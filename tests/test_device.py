@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detection import device
 from detection.config.settings import InputError
+from detection.runtime import device
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from detection import coco, device_cache, images
 from detection.config.settings import InputError
 from detection.decoded_cache import GIB
 from detection.device_cache import DeviceCache
-from detection.distributed import Ranks
 from detection.pixels import HostPixels, Original, Part
+from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config as MaskRCNNConfig
 from maskrcnn.data import MaskRCNNData
 from ssd.config import Config

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import processes
-from detection import batch_norm, distributed
+from detection.runtime import distributed, sync_batch_norm
 
 SAME = ("--bn-group", "0", "--log-every", "1")
 
@@ -60,7 +60,7 @@ def test_gradients_that_travel_in_half_the_bytes_train_nearly_alike(alone, tmp_p
 def test_shared_batch_norm_alone_is_batch_norm():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
-    shared = batch_norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double(), lambda tensor: None)
+    shared = sync_batch_norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double(), lambda tensor: None)
     shared.load_state_dict(plain.state_dict())
     x = torch.randn(5, 3, 7, 7, dtype=torch.float64)
     for model in (plain, shared):
@@ -76,10 +76,10 @@ def test_shared_batch_norm_alone_is_batch_norm():
 def test_statistics_come_back_as_they_were():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     flat = torch.arange(10.0)
-    batch_norm.set_statistics(model, flat)
-    assert torch.equal(batch_norm.statistics(model), flat)
+    sync_batch_norm.set_statistics(model, flat)
+    assert torch.equal(sync_batch_norm.statistics(model), flat)
     assert model[2].running_mean.tolist() == [6.0, 7.0]
-    assert batch_norm.statistics(nn.Conv2d(1, 1, 1)).numel() == 0
+    assert sync_batch_norm.statistics(nn.Conv2d(1, 1, 1)).numel() == 0
 
 
 @pytest.mark.parametrize(

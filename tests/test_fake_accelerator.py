@@ -15,9 +15,9 @@ import ssd.evaluation
 import ssd.train
 from detection import engine
 from detection.device_cache import DeviceCache
-from detection.distributed import Ranks
 from detection.pixels import Part
 from detection.prefetch import move
+from detection.runtime.distributed import Ranks
 from fake_accelerator import CUDA, pretend
 
 pytestmark = pytest.mark.skipif(

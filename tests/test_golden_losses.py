@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 
 from detection import optim
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from perf import baseline
 from ssd import augment, reference, train
 from ssd.anchors import make_anchors

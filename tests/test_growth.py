@@ -8,7 +8,7 @@ import torch
 
 from conftest import ROOT
 from detection.config.settings import InputError
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from perf import curves, footprint, growth
 from perf.page import place
 from ssd.config import Config

@@ -17,11 +17,11 @@ from conftest import ROOT
 from detection import coco, coco_files, inspection, resources
 from detection.coco_files import Published
 from detection.config.settings import InputError, System
-from detection.device import Driver
-from detection.distributed import Ranks
 from detection.findings import Finding, table
 from detection.inspection import Trial
 from detection.resources import MIB
+from detection.runtime.device import Driver
+from detection.runtime.distributed import Ranks
 from ssd.config import load
 from ssd.inspection import benchmark, main
 from ssd.preflight import CHECKS
@@ -281,7 +281,7 @@ def flags_of(folder):
 
 
 def test_two_ranks_inspect_together_and_print_one_table(handful):
-    launch = ("-m", "detection.launch", "--nproc-per-node", "2", "-m", "ssd.inspection")
+    launch = ("-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "ssd.inspection")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SSD_", "DGX"))}
     done = subprocess.run(
         [sys.executable, *launch, *flags_of(handful)],
@@ -346,7 +346,7 @@ def test_two_nodes_inspect_together(handful):
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    launch = [sys.executable, "-m", "detection.launch", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch = [sys.executable, "-m", "detection.runtime.launch", "--nnodes", "2", "--nproc-per-node", "1"]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     nodes = [
         subprocess.Popen(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detection import launch
+from detection.runtime import launch
 from forked import Forked
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ sys.exit(int(end))
 def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> Forked:
     (folder / "rank.py").write_text(RANK)
     flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
-    words = ["-m", "detection.launch", *flags, "-m", "rank", *ends]
+    words = ["-m", "detection.runtime.launch", *flags, "-m", "rank", *ends]
     return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}, folder)
 
 

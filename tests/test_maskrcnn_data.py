@@ -10,7 +10,7 @@ import torch
 from conftest import shared
 from detection import coco, engine, images
 from detection.config.settings import InputError
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNData, resized_hw

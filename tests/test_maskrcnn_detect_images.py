@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import batch_norm, checkpoint, drawing, run_lengths, scenes
+from detection import checkpoint, drawing, run_lengths, scenes
 from detection.config.settings import InputError, to_json
-from detection.distributed import Ranks
 from detection.drawing import Mark
+from detection.runtime import sync_batch_norm
+from detection.runtime.distributed import Ranks
 from maskrcnn import detect_images, trained, weights
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
@@ -46,7 +47,7 @@ def write(folder, model, **extra):
     state = {
         "benchmark": "maskrcnn",
         "model": model.state_dict(),
-        "batch_norm": batch_norm.statistics(model).unsqueeze(0),
+        "batch_norm": sync_batch_norm.statistics(model).unsqueeze(0),
         "categories": [{"id": label, "name": name} for label, name in enumerate(NAMES, start=1)],
     }
     return checkpoint.save(folder, epoch=1, step=1, score=0.0, state=state | extra)

@@ -16,8 +16,8 @@ from torch import nn
 from conftest import ROOT
 from detection import coco
 from detection.config.settings import read_topology
-from detection.distributed import Ranks, connect
 from detection.metric import FIGURES, to_mask_results, to_results
+from detection.runtime.distributed import Ranks, connect
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
@@ -168,7 +168,7 @@ def test_every_rank_has_the_figures_of_one_alone_and_the_first_has_all_detection
     command = [
         sys.executable,
         "-m",
-        "detection.launch",
+        "detection.runtime.launch",
         "--nproc-per-node",
         "2",
         __file__,

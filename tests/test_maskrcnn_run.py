@@ -146,7 +146,7 @@ def test_the_benchmark_modes_say_how_fast_it_is(run, tmp_path, mode):
 def test_two_ranks_end_with_the_same_weights_and_figures(handful, tmp_path):
     environ = os.environ | {f"MASKRCNN_{name}": value for name, value in SMALL.items()}
     environ |= {"DATADIR": str(handful), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "detection.launch", "--nproc-per-node", "2", "-m", "maskrcnn.train"]
+    command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "maskrcnn.train"]
     done = subprocess.run(
         [*command, "--batch-size", "1"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200
     )

@@ -13,7 +13,7 @@ from conftest import ROOT
 MODULES = sorted(path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
 
 ONLY_IN = {
-    "torch.distributed": {"detection/distributed.py", "detection/launch.py"},
+    "torch.distributed": {"detection/runtime/distributed.py", "detection/runtime/launch.py"},
     "mlperf_logging": {"mlperf/log.py", "mlperf/convergence.py"},
     "pycocotools": {"detection/run_lengths.py", "detection/metric.py"},
 }
@@ -47,7 +47,7 @@ def test_only_the_configuration_reads_the_environment():
 def test_only_the_device_module_names_a_device():
     users = {str(p.relative_to(ROOT)) for p in MODULES if re.search("cuda|cudnn", p.read_text(), re.IGNORECASE)}
     users -= {"detection/config/device_names.py"}  # a list of names, and of nothing else
-    assert users == {"detection/device.py"}
+    assert users == {"detection/runtime/device.py"}
 
 
 def test_the_list_of_devices_is_only_that():

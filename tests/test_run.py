@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import coco, device, showcase, toy
+from detection import coco, showcase, toy
+from detection.runtime import device
 from mlperf import check
 from mlperf.log import read
 from perf import record
@@ -242,7 +243,16 @@ def scores(run: Path):
 
 
 def launch(ranks, run, *flags):
-    command = [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), "-m", "ssd.train", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "detection.runtime.launch",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "ssd.train",
+        *flags,
+    ]
     environment = os.environ | {"RUN_DIR": str(run), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 

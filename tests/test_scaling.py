@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT, shared
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 from perf import gradient, scaling
 from perf.published_runs import DGX_A100, GENERATIONS, check, fit
 from perf.step_model import (
@@ -259,7 +259,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from detection.config.settings import read_topology
-from detection.distributed import connect
+from detection.runtime.distributed import connect
 from perf.gradient import received_bytes
 
 with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
@@ -292,7 +292,7 @@ with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
 def test_two_ranks_send_each_other_one_gradient_and_half_of_it_in_bf16(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, "-m", "detection.launch", "--nproc-per-node", "2", str(script), str(ROOT)]
+    command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", str(script), str(ROOT)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -310,7 +310,7 @@ def test_two_ranks_send_each_other_one_gradient_and_half_of_it_in_bf16(tmp_path)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradients_way_is_measured(tmp_path, ranks):
     out = tmp_path / "gradient.json"
-    launch = [sys.executable, "-m", "detection.launch", "--nproc-per-node", str(ranks), "-m", "perf.gradient"]
+    launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", "perf.gradient"]
     flags = ["--batch-size", "1", "--rounds", "2", "--out", str(out)]
     done = subprocess.run([*launch, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$call
 case $2 in
   *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
   detection.showcase | mlperf.report) exit "${REPORT:-0}" ;;
-  detection.launch)
+  detection.runtime.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
       trap 'kill %1; echo "ended by $signal"; exit 130' INT
@@ -57,7 +57,7 @@ run_and_time() {
   [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
   grep -qF -- "-m ssd.preflight --name two words [$batch, , , data/toy]" "$calls"
   [ "$(<"$calls.classes")" -eq 7 ] # as the checks counted them
-  grep -qF -- "-m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
+  grep -qF -- "-m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
 }
 
 @test "no RESULT follows a failure, whose status is the script's" {
@@ -87,7 +87,7 @@ run_and_time() {
   done
   echo '[]' >"$RUN/detections.json"
   run_and_time
-  [ "$(sed -n 's/python -m \([a-z.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.launch\ndetection.showcase\nmlperf.report')" ]
+  [ "$(sed -n 's/python -m \([a-z.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.runtime.launch\ndetection.showcase\nmlperf.report')" ]
 }
 
 @test "a run that has not begun, and all nodes but the first, have no report" {
@@ -137,10 +137,10 @@ run_and_time() {
 @test "a dry run launches nothing and prints the launch line without its own flag" {
   run_and_time --dry-run --seed 5
   [ "$status" -eq 0 ]
-  [[ $output == *"launch: venv/bin/python -m detection.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --seed 5" ]]
+  [[ $output == *"launch: venv/bin/python -m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --seed 5" ]]
   [[ $output != *STARTING* ]]
   grep -qF -- "-m ssd.preflight --dry-run --seed 5" "$calls"
-  [ "$(grep --count detection.launch "$calls")" -eq 0 ]
+  [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
 @test "--describe lists the layers once, of several experiments too, and launches nothing" {
@@ -188,7 +188,7 @@ run_and_time() {
   [ "$status" -eq 0 ]
   grep -q "^reset --all$" "$calls"
   [[ $output == *done*STARTING* ]]
-  [[ $(sed -n '/^reset/,$p' "$calls") == *detection.launch* ]]
+  [[ $(sed -n '/^reset/,$p' "$calls") == *detection.runtime.launch* ]]
   run_and_time --dry-run
   [ "$(grep --count ^reset "$calls")" -eq 1 ]
 }
@@ -198,7 +198,7 @@ run_and_time() {
   [ "$status" -eq 2 ]
   [[ $output == *"error: RESET_COMMAND=exit 7: it ended with status 7" ]]
   [[ $output != *STARTING* ]]
-  [ "$(grep --count detection.launch "$calls")" -eq 0 ]
+  [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
 @test "caches that are kept are said to be" {

@@ -1,6 +1,6 @@
 """Start the ranks of a run: torchrun, but with the run's own exit status and one line for the cause.
 
-`python -m detection.launch --nnodes N --nproc-per-node P [torchrun's flags] -m MODULE ...`
+`python -m detection.runtime.launch --nnodes N --nproc-per-node P [torchrun's flags] -m MODULE ...`
 
 torchrun itself exits with 1 whatever happened, after a page about it. Exit status here: 0; that of the rank
 that failed first; 128 + n where signal n ended it or the launcher. The ranks themselves say why it is 2 or 3.

@@ -16,9 +16,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from detection import batch_norm
 from detection.config.settings import InputError, Topology
-from detection.device import collective_backend
+from detection.runtime import sync_batch_norm
+from detection.runtime.device import collective_backend
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class Ranks:
     def average_batch_norm(self, model: nn.Module) -> None:
         """Replace the running statistics of batch norm by their mean over ranks, which saw different images."""
         if self.together:
-            batch_norm.set_statistics(model, self.mean(batch_norm.statistics(model)))
+            sync_batch_norm.set_statistics(model, self.mean(sync_batch_norm.statistics(model)))
 
     def share_batch_norm(self, model: nn.Module, span: int) -> nn.Module:
         """The model with batch norm over the images of groups of `span` ranks, which divides their number."""
@@ -114,7 +114,7 @@ class Ranks:
         group, _ = dist.new_subgroups(span) if span < self.world_size else (None, None)
         if self.device.type != "cpu":
             return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=group)
-        return batch_norm.convert(model, partial(dist.all_reduce, group=group))
+        return sync_batch_norm.convert(model, partial(dist.all_reduce, group=group))
 
     def wrap(self, model: nn.Module, gradient_dtype: str = "fp32", *, even_alone: bool = False) -> nn.Module:
         """The model with gradients averaged over ranks; the weights of the first rank become everybody's.

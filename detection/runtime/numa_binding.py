@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from detection.config.settings import InputError, Topology
-from detection.device import pci_address
+from detection.runtime.device import pci_address
 
 Choice = Literal["off", "node", "exclusive"]
 

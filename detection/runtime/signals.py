@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from detection.distributed import Ranks
+from detection.runtime.distributed import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CHECK_EVERY_S = 1.0

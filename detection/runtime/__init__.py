@@ -1,0 +1,1 @@
+"""Device, process group, CPU affinity, signals, watchdog and launcher."""
