@@ -33,13 +33,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import atomic_file, drawing, pictures
-from detection.coco import Category
+from detection import atomic_file, drawing
 from detection.config import device_names
 from detection.config.settings import InputError
+from detection.data import pillow_io
+from detection.data.coco import Category
+from detection.data.pillow_io import Picture
+from detection.data.rle import CompressedMask
 from detection.drawing import Mark
-from detection.pictures import Picture
-from detection.run_lengths import CompressedMask
 from detection.runtime import device
 
 FORMAT = 1
@@ -90,7 +91,7 @@ def main(argv: Sequence[str], command: Command) -> int:
     arguments = parse(argv, command)
     try:
         detector = command.load(arguments.checkpoint, arguments.score, device.choose(arguments.device, 0))
-        paths = pictures.find(arguments.images)
+        paths = pillow_io.find(arguments.images)
         names = Names(arguments.folder, paths)
         entries = run(detector, paths, names, arguments)
         content = {
@@ -223,7 +224,7 @@ def batches(paths: Sequence[Path], batch_size: int) -> Iterator[list[Picture | t
     pixels = 0
     for path in paths:
         try:
-            picture = pictures.read(path)
+            picture = pillow_io.read(path)
             batch.append(picture)
             pixels += picture.image.width * picture.image.height
         except InputError as error:

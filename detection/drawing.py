@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from detection import run_lengths
-from detection.run_lengths import CompressedMask
+from detection.data import rle
+from detection.data.rle import CompressedMask
 
 # What the longer side of a drawn picture is at least and at most: text needs room, and a viewer has an end.
 LEAST_SIDE_PX = 300
@@ -58,7 +58,7 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
 def tint(drawn: Image.Image, mask: CompressedMask, colour: tuple[int, int, int]) -> None:
     """Lay a colour over what is in the mask; decoded here, since all masks of a huge picture at once take gigabytes."""
-    share = Image.fromarray(run_lengths.bitmap(mask) * np.uint8(round(255 * MASK_ALPHA)))
+    share = Image.fromarray(rle.bitmap(mask) * np.uint8(round(255 * MASK_ALPHA)))
     drawn.paste(colour, (0, 0), share.resize(drawn.size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from detection import optim, snapshot
-from detection.coco import Category
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Batch, Share
-from detection.prefetch import move, prefetch
+from detection.data.coco import Category
+from detection.data.prefetch import move, prefetch
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
 from detection.state import Run, State

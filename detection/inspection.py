@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from detection import classes, coco, coco_files, device_cache, engine, images, preflight
-from detection.coco import Split
-from detection.coco_files import Published
+from detection import engine, preflight
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError, System, Topology, read_topology, to_json
+from detection.data import coco, coco2017, device_cache, image_io, num_classes
 from detection.data.batch import Share
+from detection.data.coco import Split
+from detection.data.coco2017 import Published
+from detection.data.prefetch import move
 from detection.engine import Benchmark
 from detection.findings import Finding, table, terminal_columns
-from detection.prefetch import move
 from detection.preflight import Checks, batch_bytes
 from detection.resources import MIB, check_machine, size
 from detection.runtime import device
@@ -114,7 +115,7 @@ def choose(name: str, local_rank: int) -> tuple[Finding, torch.device]:
 def with_classes(config: Config) -> Config:
     """The settings with a number of classes, COCO's where the annotations cannot be read."""
     try:
-        return classes.followed(config)
+        return num_classes.followed(config)
     except InputError:
         return replace(config, num_classes=COCO_CLASSES)
 
@@ -288,7 +289,7 @@ def check_data(config: RunConfig, system: System, *, segmentations: bool) -> lis
         found.append(check_sample(name, split))
         if config.dataset == "coco2017":
             full, _ = coco.files(config, "train" if name == "train" else "val", segmentations=True)
-            found += check_published(name, split, full, coco_files.PUBLISHED[name])
+            found += check_published(name, split, full, coco2017.PUBLISHED[name])
     return found + backbone
 
 
@@ -297,7 +298,7 @@ def check_sample(name: str, split: Split) -> Finding:
     for index in sorted({round(number * (len(split) - 1) / (SAMPLES - 1)) for number in range(SAMPLES)}):
         path = split.image_path(index)
         try:
-            size_hw = tuple(images.read(path).shape[1:])
+            size_hw = tuple(image_io.read(path).shape[1:])
         except InputError as error:
             return Finding("sample", "fail", str(error), "Fetch it again: ./init_datasets.sh.")
         if size_hw != tuple(split.sizes_hw[index].tolist()):
@@ -319,7 +320,7 @@ def check_published(name: str, split: Split, file: Path, published: Published) -
         found = [Finding("COCO 2017", "fail", f"{what}, and COCO 2017 has {wanted[0]} and {wanted[1]}", again)]
     if not file.exists():
         return [*found, Finding("checksum", "warn", f"{file} is not there to be summed", "Keep it beside the other.")]
-    digest = coco_files.sha256(file)
+    digest = coco2017.sha256(file)
     if digest != published.sha256:
         what = f"{file}: SHA-256 {digest[:8]}..., and COCO 2017's is {published.sha256[:8]}..."
         return [*found, Finding("checksum", "fail", what, again)]

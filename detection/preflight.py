@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, classes, coco, rehearsal, run_dir, scenes, shared_memory, toy
+from detection import backbone_files, board, rehearsal, run_dir, scenes, toy
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, describe, read_system
+from detection.data import coco, num_classes, worker_shm
 from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
         print("\n".join(report), file=sys.stderr, flush=True)
         if mistakes or broken:
             raise InputError("\n".join(broken + mistakes))
-        num_classes = classes.followed(config).num_classes
+        num_classes = num_classes.followed(config).num_classes
         if system.node_rank == 0:
             make(folder, config)
     except InputError as error:
@@ -97,7 +98,7 @@ def with_classes(config: Config) -> Config:
     if config.num_classes == 0 and due(config):
         categories = {"toy": toy.SHAPES, "rehearsal": scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
-    return classes.followed(config)
+    return num_classes.followed(config)
 
 
 def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> tuple[list[str], list[str]]:
@@ -161,12 +162,12 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         except InputError as error:
             mistakes.append(str(error))
     try:
-        shared_memory.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
+        worker_shm.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
     except InputError as error:
         mistakes.append(str(error))
     if config.checkpoint:
         try:
-            found = checks.network(Path(config.checkpoint), classes.followed(config))
+            found = checks.network(Path(config.checkpoint), num_classes.followed(config))
             facts.append(f"checkpoint: {config.checkpoint} ({found})")
         except InputError as error:
             mistakes.append(str(error))

@@ -4,10 +4,10 @@ import resource
 import shutil
 from pathlib import Path
 
-from detection import shared_memory
 from detection.config.run_config import RunConfig
 from detection.config.settings import Topology
-from detection.decoded_cache import GIB, free_memory_bytes
+from detection.data import worker_shm
+from detection.data.host_cache import GIB, free_memory_bytes
 from detection.findings import Finding
 
 MIB = 2**20
@@ -21,13 +21,13 @@ FILES_OF_A_BATCH = {"host": 8, "device": 20}
 def check_machine(config: RunConfig, topology: Topology, batch_bytes: int, parameter_bytes: int) -> list[Finding]:
     """Disk, shared memory, open files and memory of this machine."""
     num_workers = config.num_workers * topology.local_world_size
-    batches = shared_memory.needed_bytes(num_workers, batch_bytes)
+    batches = worker_shm.needed_bytes(num_workers, batch_bytes)
     files = FILES_OF_A_BATCH["device" if config.images_on_device else "host"]
     folder = Path(config.run_dir) if config.run_dir else config.log_dir
     # A checkpoint holds the weights and a momentum for each of them.
     return [
         check_disk(folder, free_disk_bytes(folder), KEPT * 2 * parameter_bytes + LOGS_BYTES),
-        check_shared_memory(shared_memory.free_bytes(), batches, num_workers),
+        check_shared_memory(worker_shm.free_bytes(), batches, num_workers),
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.num_workers, files),
         check_memory(free_memory_bytes(), batches + cache_bytes(config)),
     ]
@@ -53,7 +53,7 @@ def check_disk(folder: Path, free: int, needed: int) -> Finding:
 def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Finding:
     """Whether the batches of all data workers find room."""
     if free is None:
-        return Finding("shared memory", "pass", f"{shared_memory.FOLDER} is not there: nothing limits it")
+        return Finding("shared memory", "pass", f"{worker_shm.FOLDER} is not there: nothing limits it")
     what = f"{size(free)} free, {num_workers} data workers take up to {size(needed)}"
     todo = "Give the container more (docker run --shm-size or --ipc=host), or pass fewer --num-workers."
     return compare("shared memory", free, needed, what, todo)
@@ -61,7 +61,7 @@ def check_shared_memory(free: int | None, needed: int, num_workers: int) -> Find
 
 def check_open_files(limit: int, num_workers: int, files_of_a_batch: int) -> Finding:
     """Whether a rank may open as many files as its workers' batches are."""
-    needed = FILES_OF_A_RANK + num_workers * (shared_memory.BATCHES_AHEAD + 1) * files_of_a_batch
+    needed = FILES_OF_A_RANK + num_workers * (worker_shm.BATCHES_AHEAD + 1) * files_of_a_batch
     if limit == resource.RLIM_INFINITY:
         return Finding("open files", "pass", f"no limit, a rank holds up to {needed}")
     what = f"ulimit -n is {limit}, a rank with {num_workers} data workers holds up to {needed}"

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detection import coco, drawing, run_dir
+from detection import drawing, run_dir
 from detection.config.settings import InputError
+from detection.data import coco
+from detection.data.rle import CompressedMask
 from detection.drawing import Mark
-from detection.run_lengths import CompressedMask
 
 OF_EACH_KIND = 3
 MATCH_IOU = 0.5

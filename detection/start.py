@@ -15,12 +15,13 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import board, device_cache, git_state, resume, run_dir
+from detection import board, git_state, resume, run_dir
 from detection.board import Board
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Topology, read_topology, to_json
+from detection.data import device_cache
+from detection.data.loader import WorkerLost, lost_workers_named
 from detection.engine import Stopped
-from detection.loader import WorkerLost, lost_workers_named
 from detection.progress import Diverged, Progress
 from detection.runtime import device, numa_binding
 from detection.runtime.distributed import PeerLost, Ranks, connect

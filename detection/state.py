@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detection.coco import Category
 from detection.config.run_config import RunConfig
+from detection.data.coco import Category
 from detection.phases import Phases
 from detection.progress import Progress
 from detection.resume import Resumed

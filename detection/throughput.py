@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from detection import engine
 from detection.config.settings import InputError
 from detection.data.batch import Share
+from detection.data.prefetch import move, prefetch
 from detection.engine import Benchmark
 from detection.phases import Phases
-from detection.prefetch import move, prefetch
 from detection.runtime import device
 from detection.state import Run, State
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import classes, preflight, system_file, trial
+from detection import preflight, system_file, trial
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, read_system
+from detection.data import num_classes
 from detection.preflight import Checks
 from detection.runtime import device
 from detection.system_file import SystemFile
@@ -190,7 +191,7 @@ def tune(
     def train_s(one: Trial) -> float:
         return epochs(one.settings) * num_images / (one.images_per_s * system.nodes)
 
-    common = [*order.flags, "--num-classes", str(classes.followed(config).num_classes)]
+    common = [*order.flags, "--num-classes", str(num_classes.followed(config).num_classes)]
 
     def measure(settings: Settings, steps: int, warmup: int, limit_s: float) -> Trial:
         return trial.run(

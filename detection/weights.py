@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.coco import Category
 from detection.config.settings import InputError
+from detection.data.coco import Category
 from detection.runtime import sync_batch_norm
 
 OURS = "this program"

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, device_cache, images, loader
-from detection.coco import Split
 from detection.config.settings import InputError
+from detection.data import coco, device_cache, image_io, loader
 from detection.data.batch import Share
-from detection.loader import EpochSampler, Key, load, make_loader, pad
+from detection.data.coco import Split
+from detection.data.image_pipeline import Part, Pixels
+from detection.data.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import MaskMetric
-from detection.pixels import Part, Pixels
 from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
@@ -128,11 +128,11 @@ class EvalImages(Dataset[EvalBatch]):
         pixels, originals = [], []
         for index in indices:
             try:
-                original = images.read(self.split.image_path(index))
+                original = image_io.read(self.split.image_path(index))
             except InputError as error:
                 return error
             height, width = original.shape[1:]
-            pixels.append(images.resize(original, resized_hw((height, width), self.min_size_px, self.max_size_px)))
+            pixels.append(image_io.resize(original, resized_hw((height, width), self.min_size_px, self.max_size_px)))
             originals.append((height, width))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
         return EvalBatch(lay_out(pixels), sizes(pixels), ids, torch.tensor(originals))
@@ -160,7 +160,7 @@ def mirror(rows: masks.Floats, width: int) -> masks.Floats:
 
 def lay_out(pixels: Sequence[Tensor]) -> Tensor:
     """Images (3, h, w) in the upper left corners of one tensor (B, 3, H, W), channels last, zeros elsewhere."""
-    return images.lay_out(pixels, STRIDE_PX)
+    return image_io.lay_out(pixels, STRIDE_PX)
 
 
 def sizes(pixels: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import detect_images, images
-from detection.coco import Category
+from detection import detect_images
+from detection.data import image_io
+from detection.data.coco import Category
 from detection.detect_images import Seen
 from maskrcnn import trained
 from maskrcnn.data import lay_out, resized_hw, sizes
@@ -42,7 +43,7 @@ class Detector:
         Only those of one size go through the network together: padding would change what is seen near the border.
         """
         limits = self.network.min_size_px, self.network.max_size_px
-        resized = [images.resize(image, resized_hw(image.shape[1:], *limits)) for image in pixels]
+        resized = [image_io.resize(image, resized_hw(image.shape[1:], *limits)) for image in pixels]
         by_size: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(resized):
             by_size.setdefault(image.shape, []).append(index)

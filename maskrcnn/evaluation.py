@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from detection.data.prefetch import prefetch
+from detection.data.rle import CompressedMask
 from detection.metric import ROW, MaskMetric, to_mask_results, to_results
-from detection.prefetch import prefetch
-from detection.run_lengths import CompressedMask
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import run_lengths
-from detection.coco import Split
-from detection.run_lengths import CompressedMask
+from detection.data import rle
+from detection.data.coco import Split
+from detection.data.rle import CompressedMask
 
 # Edges that are held against the rows of their regions at once: it bounds memory where an outline is very long.
 EDGES_AT_ONCE = 256
@@ -96,7 +96,7 @@ def paste(masks: Floats, boxes_xyxy: Floats, size_hw: tuple[int, int], threshold
         y0, y1, down = _between(top, bottom, height, side)
         wide = mask[:, x0] * (1 - across) + mask[:, x1] * across
         region = wide[y0] * (1 - down[:, None]) + wide[y1] * down[:, None] > threshold
-        pasted.append(run_lengths.compress(_run_lengths(region, max(left, 0), max(top, 0), size_hw), size_hw))
+        pasted.append(rle.compress(_run_lengths(region, max(left, 0), max(top, 0), size_hw), size_hw))
     return pasted
 
 

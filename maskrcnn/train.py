@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import classes, device_cache, engine, modes, optim, start
+from detection import engine, modes, optim, start
 from detection.conclusion import conclude
+from detection.data import device_cache, num_classes
 from detection.runtime.distributed import Ranks
 from detection.state import Run
 from maskrcnn import weights
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
 def run_mode(config: Config, process: start.Process) -> int:
     """Do what --mode says; returns the exit status."""
     ranks = process.ranks
-    config = ranks.broadcast(classes.followed(config) if ranks.is_first else None)
+    config = ranks.broadcast(num_classes.followed(config) if ranks.is_first else None)
     evaluation = Evaluation(config, ranks, detect)
     with start.opened(config, process) as run:
         model = make_model(config)

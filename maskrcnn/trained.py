@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from detection import coco
-from detection.coco import Category
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError
+from detection.data import coco
+from detection.data.coco import Category
 from detection.weights import Weights
 from maskrcnn import config, weights
 from maskrcnn.config import Config

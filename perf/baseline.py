@@ -25,7 +25,7 @@ from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 
 from detection.boxes import pairwise_iou, xyxy_to_cxcywh
-from detection.coco import Split
+from detection.data.coco import Split
 from ssd.anchors import ANCHORS_PER_CELL, IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.augment import (
     CROP_OPTIONS,

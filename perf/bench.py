@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detection import coco
+from detection.data import coco
 from detection.runtime.device import Precision, precision
 from detection.runtime.distributed import Ranks
 from perf.limits import Limits, Work, measure

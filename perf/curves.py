@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import coco, engine, scenes
+from detection import engine, scenes
+from detection.data import coco
+from detection.data.prefetch import move
 from detection.metric import BoxMetric
-from detection.prefetch import move
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks
 from perf import footprint

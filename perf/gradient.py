@@ -28,7 +28,7 @@ from torch import Tensor
 
 from detection import engine, start
 from detection.config.settings import InputError, read_topology
-from detection.prefetch import move
+from detection.data.prefetch import move
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks, connect
 from perf.machine import machine

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
-from detection import device_cache, images
-from detection.pixels import Original, Originals, Part
-from detection.prefetch import move, prefetch
+from detection.data import device_cache, image_io
+from detection.data.image_pipeline import Original, Originals, Part
+from detection.data.prefetch import move, prefetch
 from detection.runtime.device import decodes_jpeg
 from perf import baseline
 from perf.bench import Bench, Result
@@ -47,17 +47,17 @@ PLAIN_SLOWER = 4
 
 def time_decode(bench: Bench) -> Iterator[Result]:
     """Decode JPEG files, on one core; then by the accelerator, where it has a decoder."""
-    name = "Pillow" if images.decode is images.decode_with_pillow else "torchcodec"
+    name = "Pillow" if image_io.decode is image_io.decode_with_pillow else "torchcodec"
     for photos in bench.sources:
         encoded = photos.encoded()
-        ours = Side(f"{name}, {photos.name}", each(images.decode, encoded), len(encoded))
+        ours = Side(f"{name}, {photos.name}", each(image_io.decode, encoded), len(encoded))
         plain = Side(f"Pillow, {photos.name}", each(baseline.decode_jpeg, encoded), len(encoded))
         with threads(1):
             yield from bench.compare("decode", ours, *bench.plain([plain]))
         if decodes_jpeg(bench.device):
             files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in encoded]
             there = Side(
-                f"the accelerator, {photos.name}", partial(images.decode_there, files, bench.device), len(files)
+                f"the accelerator, {photos.name}", partial(image_io.decode_there, files, bench.device), len(files)
             )
             yield from bench.compare("decode", there)
 
@@ -83,7 +83,7 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
     """Crop and resize of some photos, decoded before."""
     dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
     encoded = photos.encoded()[:DECODED_PHOTOS]
-    tensors, pictures = [images.decode(one) for one in encoded], [baseline.decode_jpeg(one) for one in encoded]
+    tensors, pictures = [image_io.decode(one) for one in encoded], [baseline.decode_jpeg(one) for one in encoded]
     samples = baseline.Samples(dataset.split)
     epochs = count(1)
 

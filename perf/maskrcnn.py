@@ -20,9 +20,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from detection import engine, scenes
 from detection.data.batch import Share
+from detection.data.image_pipeline import HostPixels
+from detection.data.prefetch import move
 from detection.optim import freeze_batch_norm
-from detection.pixels import HostPixels
-from detection.prefetch import move
 from detection.runtime.device import compiles
 from maskrcnn import box_coder, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors

@@ -21,8 +21,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from detection.data.rle import CompressedMask
 from detection.metric import MaskMetric
-from detection.run_lengths import CompressedMask
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import Batch

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from detection.coco import Split
+from detection.data.coco import Split
+from detection.data.prefetch import move
+from detection.data.rle import CompressedMask
 from detection.metric import MaskMetric
-from detection.prefetch import move
-from detection.run_lengths import CompressedMask
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData

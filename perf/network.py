@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from detection import engine
 from detection.data.batch import Share
+from detection.data.prefetch import move
 from detection.engine import Benchmark
-from detection.prefetch import move
 from detection.runtime.device import precision
 from detection.state import State
 from perf import baseline

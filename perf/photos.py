@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from detection import coco, rehearsal
+from detection import rehearsal
 from detection.config.settings import InputError
+from detection.data import coco
 
 
 @dataclass(frozen=True)

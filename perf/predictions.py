@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.boxes import pairwise_iou, xyxy_to_cxcywh
-from detection.coco import Split
+from detection.data.coco import Split
 from detection.metric import ROW
 from ssd.anchors import NUM_ANCHORS, Anchors
 from ssd.box_coder import to_deltas

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from detection import engine
-from detection.prefetch import prefetch
+from detection.data.prefetch import prefetch
 from detection.runtime.device import decodes_jpeg
 from perf import baseline
 from perf.bench import Bench, Result

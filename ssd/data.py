@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection import coco, device_cache, images, loader
-from detection.coco import Split
 from detection.config.settings import InputError
+from detection.data import coco, device_cache, image_io, loader
 from detection.data.batch import Share
-from detection.loader import EpochSampler, Key, load, make_loader, pad
+from detection.data.coco import Split
+from detection.data.image_pipeline import Part, Pixels
+from detection.data.loader import EpochSampler, Key, load, make_loader, pad
 from detection.metric import BoxMetric
-from detection.pixels import Part, Pixels
 from detection.runtime.distributed import Ranks
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
@@ -135,13 +135,13 @@ class EvalImages(Dataset[EvalBatch]):
         pixels, sizes = [], []
         for index in indices:
             try:
-                image = images.read(self.split.image_path(index))
+                image = image_io.read(self.split.image_path(index))
             except InputError as error:
                 return error
-            pixels.append(images.resize(image, SIZE_HW))
+            pixels.append(image_io.resize(image, SIZE_HW))
             sizes.append((image.shape[2], image.shape[1]))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(images.lay_out(pixels), ids, torch.tensor(sizes))
+        return EvalBatch(image_io.lay_out(pixels), ids, torch.tensor(sizes))
 
 
 class SSDEvalData:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import detect_images, images
-from detection.coco import Category
+from detection import detect_images
+from detection.data import image_io
+from detection.data.coco import Category
 from detection.detect_images import Seen
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
@@ -39,7 +40,7 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, pixels: Sequence[Tensor]) -> list[Seen]:
         """What is seen on each of some images (3, H, W) uint8 RGB, on the CPU."""
-        resized = torch.stack([images.resize(image, IMAGE_SIZE_PX) for image in pixels]).to(self.device)
+        resized = torch.stack([image_io.resize(image, IMAGE_SIZE_PX) for image in pixels]).to(self.device)
         deltas, logits = self.network.model(augment.normalise(augment.to_unit(resized)))
         detections = detect(
             deltas,

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import atomic_file, coco, images, pictures, toy
+from detection import atomic_file, toy
 from detection.config.settings import InputError
+from detection.data import coco, image_io, pillow_io
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.detect import detect
@@ -109,13 +110,13 @@ def require(*packages: str) -> None:
 def read_pictures(paths: Sequence[Path]) -> Tensor:
     """What the check is made on, (N, 3, 300, 300) uint8; raises InputError where a picture cannot be read."""
     if paths:
-        read = [torch.from_numpy(np.array(pictures.read(path).image)) for path in pictures.find(paths)]
-        return torch.stack([images.resize(image.permute(2, 0, 1), IMAGE_SIZE_PX) for image in read])
+        read = [torch.from_numpy(np.array(pillow_io.read(path).image)) for path in pillow_io.find(paths)]
+        return torch.stack([image_io.resize(image.permute(2, 0, 1), IMAGE_SIZE_PX) for image in read])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "toy"
         toy.draw(folder, toy.Drawing(train_images=1, val_images=DRAWN_PICTURES))
         _, drawn = coco.layout(folder, "val")
-        return torch.stack([images.resize(images.read(path), IMAGE_SIZE_PX) for path in sorted(drawn.iterdir())])
+        return torch.stack([image_io.resize(image_io.read(path), IMAGE_SIZE_PX) for path in sorted(drawn.iterdir())])
 
 
 def trace(detector: Detector, batch_size: int) -> torch.export.ExportedProgram:
@@ -180,7 +181,7 @@ def open_onnx(path: Path) -> Callable[[Tensor], Answer]:
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
     def answer(images: Tensor) -> Answer:
-        boxes, labels, scores = session.run(OUTPUTS, {"images": images.numpy()})
+        boxes, labels, scores = session.run(OUTPUTS, {"images": image_io.numpy()})
         return torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(scores)
 
     return answer

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from detection import coco
-from detection.coco import Category
 from detection.config.settings import InputError
+from detection.data import coco
+from detection.data.coco import Category
 from ssd import weights
 from ssd.config import Config
 from ssd.model import make_model

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from detection import coco
+from detection.data import coco
 
 
 def content() -> dict[str, Any]:

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from detection import engine, shared_memory, start
+from detection import engine, start
 from detection.config.run_config import EvalEpochs, RunConfig
 from detection.config.settings import STRICT, resolve, setting
+from detection.data import worker_shm
 from detection.data.batch import Share
-from detection.loader import EpochSampler, load, make_loader
+from detection.data.loader import EpochSampler, load, make_loader
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -63,7 +64,7 @@ class Data:
             config.num_images, config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch
         )
         self.steps_per_epoch = len(self.sampler)
-        shared_memory.check(config.num_workers * ranks.world_size, config.batch_size * 4 * 3 * 6 * 6)
+        worker_shm.check(config.num_workers * ranks.world_size, config.batch_size * 4 * 3 * 6 * 6)
         dataset = Images(seed, os.getpid())
         self.loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
         self.ranks, self.step_s = ranks, config.step_s

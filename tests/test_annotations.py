@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from annotation_file import content, data_folder, read
-from detection import coco
 from detection.config.settings import InputError
+from detection.data import coco
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annotation_file import annotation, content, data_folder, read
-from detection import coco
 from detection.config.settings import InputError
+from detection.data import coco
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import shared
-from detection import coco, images
 from detection.config.settings import InputError
-from detection.loader import EpochSampler
+from detection.data import coco, image_io
+from detection.data.loader import EpochSampler
 from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import SSDData
@@ -227,11 +227,11 @@ def test_a_corrupt_image_is_named_and_wrapped_in_no_traceback(tiny_toy, tmp_path
 def test_both_decoders_give_the_same_pixels(tiny_toy):
     for path in sorted((tiny_toy / "val2017").iterdir()):
         encoded = path.read_bytes()
-        assert torch.equal(images.decode(encoded), images.decode_with_pillow(encoded))
+        assert torch.equal(image_io.decode(encoded), image_io.decode_with_pillow(encoded))
 
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.tiff", "a.png", "a.gif", "a.webp"])
-@pytest.mark.parametrize("decode", [images.decode, images.decode_with_pillow])
+@pytest.mark.parametrize("decode", [image_io.decode, image_io.decode_with_pillow])
 def test_training_images_may_be_of_other_formats_and_depths(tmp_path, name, decode):
     grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))
     deep = name in ("a.tiff", "a.png")
@@ -246,7 +246,7 @@ def test_resizing_agrees_with_pillow(tiny_toy, size_hw):
     path = min((tiny_toy / "val2017").iterdir())
     size_wh = (300, 300) if size_hw == 300 else size_hw[::-1]
     wanted = np.asarray(Image.open(path).convert("RGB").resize(size_wh, Image.Resampling.BILINEAR), dtype=int)
-    got = images.resize(images.read(path), size_hw).permute(1, 2, 0).numpy().astype(int)
+    got = image_io.resize(image_io.read(path), size_hw).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - wanted).max() <= 1
 
 

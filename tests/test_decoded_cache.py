@@ -3,9 +3,9 @@ import shutil
 import pytest
 import torch
 
-from detection import coco, images
 from detection.config.settings import InputError
-from detection.decoded_cache import GIB, DecodedCache, free_memory_bytes
+from detection.data import coco, image_io
+from detection.data.host_cache import GIB, DecodedCache, free_memory_bytes
 from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import SSDData
@@ -51,7 +51,7 @@ def test_what_the_limit_leaves_out_is_decoded_each_time(pictures):
         cache.read(index, split.image_path(index))
     for index in range(3):
         kept = cache.read(index, pictures / "nothing.jpg")
-        decoded = images.read(split.image_path(index))
+        decoded = image_io.read(split.image_path(index))
         assert torch.equal(kept, decoded)
         assert kept.stride() == decoded.stride()
     with pytest.raises(InputError, match=r"nothing\.jpg"):
@@ -62,8 +62,8 @@ def test_an_image_of_another_size_than_annotated_is_not_kept(pictures):
     split = coco.read(*coco.layout(pictures, "train"))
     cache = DecodedCache(split.sizes_hw, GIB, ALONE)
     other = next(i for i in range(len(split)) if (split.sizes_hw[i] != split.sizes_hw[0]).any())
-    assert torch.equal(cache.read(0, split.image_path(other)), images.read(split.image_path(other)))
-    assert torch.equal(cache.read(0, split.image_path(0)), images.read(split.image_path(0)))
+    assert torch.equal(cache.read(0, split.image_path(other)), image_io.read(split.image_path(other)))
+    assert torch.equal(cache.read(0, split.image_path(0)), image_io.read(split.image_path(0)))
 
 
 def test_the_memory_that_is_free_is_between_none_and_all_of_the_machines():

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import coco, device_cache, images
 from detection.config.settings import InputError
-from detection.decoded_cache import GIB
-from detection.device_cache import DeviceCache
-from detection.pixels import HostPixels, Original, Part
+from detection.data import coco, device_cache, image_io
+from detection.data.device_cache import DeviceCache
+from detection.data.host_cache import GIB
+from detection.data.image_pipeline import HostPixels, Original, Part
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config as MaskRCNNConfig
 from maskrcnn.data import MaskRCNNData
@@ -66,7 +66,7 @@ def batch_of(cache, split, indices, size_hw=(60, 50)):
 
 
 def wanted(split, indices, size_hw=(60, 50)):
-    return torch.stack([images.resize(images.read(split.image_path(index)), size_hw) for index in indices])
+    return torch.stack([image_io.resize(image_io.read(split.image_path(index)), size_hw) for index in indices])
 
 
 @pytest.mark.parametrize("device_decodes", [False, True])
@@ -117,7 +117,7 @@ def test_what_no_device_decodes_the_worker_decodes(tiny_toy, tmp_path):
         original = cache.worker.read(0, tmp_path / name)
         height, width = original.size_hw
         made = cache.images(cache.worker.lay_out([Part(original, (0, 0, width, height), (60, 50))]))
-        assert torch.equal(made[0], images.resize(images.read(tmp_path / name), (60, 50)))
+        assert torch.equal(made[0], image_io.resize(image_io.read(tmp_path / name), (60, 50)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -136,7 +136,7 @@ def test_a_file_that_only_the_device_cannot_decode_is_decoded_by_the_cpu(tiny_to
     def refuse(*_):
         raise RuntimeError("unsupported")
 
-    monkeypatch.setattr(images, "decode_there", refuse)
+    monkeypatch.setattr(image_io, "decode_there", refuse)
     cache = cache_of(split, GIB, device_decodes=True)
     assert torch.equal(batch_of(cache, split, [3, 1])[0], wanted(split, [3, 1]))
     broken = Original(2, (60, 50), encoded=torch.zeros(10, dtype=torch.uint8))

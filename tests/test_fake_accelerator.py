@@ -14,9 +14,9 @@ import ssd.config
 import ssd.evaluation
 import ssd.train
 from detection import engine
-from detection.device_cache import DeviceCache
-from detection.pixels import Part
-from detection.prefetch import move
+from detection.data.device_cache import DeviceCache
+from detection.data.image_pipeline import Part
+from detection.data.prefetch import move
 from detection.runtime.distributed import Ranks
 from fake_accelerator import CUDA, pretend
 
@@ -185,4 +185,6 @@ def test_images_that_the_device_holds_are_made_there_without_waiting(monkeypatch
         waits.taken()
         images = cache.images(sent)
         assert (images.device, images.shape, images.dtype) == (CUDA, (2, 3, 30, 20), torch.uint8)
-        assert waits.taken() == {("detection/prefetch.py move", "from cpu to cuda"): 12}  # from pinned memory, in a run
+        assert waits.taken() == {
+            ("detection/data/prefetch.py move", "from cpu to cuda"): 12
+        }  # from pinned memory, in a run

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import coco, coco_files, inspection, resources
-from detection.coco_files import Published
+from detection import inspection, resources
 from detection.config.settings import InputError, System
+from detection.data import coco, coco2017
+from detection.data.coco2017 import Published
 from detection.findings import Finding, table
 from detection.inspection import Trial
 from detection.resources import MIB
@@ -206,7 +207,7 @@ def test_a_backbone_is_checked_and_its_absence_fails(data, tmp_path):
 def test_coco_is_held_against_its_counts_and_the_sum_of_its_annotations(data):
     split = coco.read(*coco.layout(data, "train"))
     file = data / "annotations/instances_train2017.json"
-    whole = Published(4, len(split.labels) + split.dropped_boxes, coco_files.sha256(file))
+    whole = Published(4, len(split.labels) + split.dropped_boxes, coco2017.sha256(file))
 
     def check(published, file=file):
         return [finding.verdict for finding in inspection.check_published("train", split, file, published)]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import shared
-from detection import coco, engine, images
+from detection import engine
 from detection.config.settings import InputError
+from detection.data import coco, image_io
 from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
@@ -56,11 +57,11 @@ def test_a_batch_holds_each_image_resized_in_its_corner_and_zeros_around_it(tiny
     seen = samples(data)
     assert len(seen) == data.train_samples
     for index, (pixels, size_hw, boxes, labels, *_) in seen.items():
-        original = images.read(split.image_path(index))
+        original = image_io.read(split.image_path(index))
         wanted_hw = resized_hw(original.shape[1:], 128, 160)
         height, width = size_hw.tolist()
         assert (height, width) == wanted_hw
-        assert torch.equal(pixels[:, :height, :width], images.resize(original, wanted_hw))
+        assert torch.equal(pixels[:, :height, :width], image_io.resize(original, wanted_hw))
         assert not pixels[:, height:].any()
         assert not pixels[:, :, width:].any()
         assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0

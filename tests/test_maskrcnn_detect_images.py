@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import checkpoint, drawing, run_lengths, scenes
+from detection import checkpoint, drawing, scenes
 from detection.config.settings import InputError, to_json
+from detection.data import rle
 from detection.drawing import Mark
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
@@ -90,7 +91,7 @@ def test_boxes_scores_and_masks_are_those_of_the_evaluation(any_network, handful
             assert found["score"] == pytest.approx(box["score"], abs=1e-4)
             assert found["bbox"] == pytest.approx(box["bbox"], abs=0.1)
             assert found["segmentation"]["size"] == [entry["height"], entry["width"]]
-            assert (run_lengths.bitmap(found["segmentation"]) != run_lengths.bitmap(mask)).mean() < 1e-3
+            assert (rle.bitmap(found["segmentation"]) != rle.bitmap(mask)).mean() < 1e-3
         assert (folder / entry["drawn"]).is_file()
 
 
@@ -172,8 +173,8 @@ def test_a_mask_is_seen_and_seen_through(size):
     pixels = np.zeros((height, width), dtype=bool, order="F")
     pixels[:, : width // 2] = True
     runs = np.diff(np.flatnonzero(np.diff(pixels.ravel("F"), prepend=0, append=0)), prepend=0)
-    mask = run_lengths.compress(np.append(runs, pixels.size - runs.sum()), (height, width))
-    assert (run_lengths.bitmap(mask) == pixels).all()
+    mask = rle.compress(np.append(runs, pixels.size - runs.sum()), (height, width))
+    assert (rle.bitmap(mask) == pixels).all()
     box = (width * 0.9, height * 0.9, width * 0.95, height * 0.95)  # out of the way
     drawn = np.asarray(drawing.draw(Image.new("RGB", size, (100, 150, 40)), [Mark(box, 2, "", mask)]), dtype=int)
     inside, outside = (drawn[drawn.shape[0] // 3, drawn.shape[1] * part // 8] for part in (1, 5))

@@ -14,8 +14,8 @@ from pycocotools import mask as mask_api
 from torch import nn
 
 from conftest import ROOT
-from detection import coco
 from detection.config.settings import read_topology
+from detection.data import coco
 from detection.metric import FIGURES, to_mask_results, to_results
 from detection.runtime.distributed import Ranks, connect
 from maskrcnn import masks

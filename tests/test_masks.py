@@ -12,8 +12,8 @@ from pycocotools import mask as mask_api
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from conftest import shared
-from detection import coco
-from detection.outlines import Outlines
+from detection.data import coco
+from detection.data.polygons import Outlines
 from maskrcnn import masks
 
 SIDE = 28

@@ -6,8 +6,8 @@ import pytest
 from pycocotools import mask as mask_api
 
 from conftest import shared
-from detection import coco
 from detection.config.settings import InputError
+from detection.data import coco
 from detection.metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
 
 

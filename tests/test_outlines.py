@@ -8,8 +8,8 @@ from pycocotools.coco import COCO
 
 from annotation_file import annotation, content, data_folder, read
 from conftest import shared
-from detection import coco
 from detection.config.settings import InputError
+from detection.data import coco
 
 SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detection import coco, images
+from detection.data import coco, image_io
 from perf import baseline
 from perf.predictions import EARLY, TRAINED, predict
 from ssd import augment, reference
@@ -44,7 +44,7 @@ def boxes_and_labels(seed, count=9):
 def test_it_decodes_to_the_same_pixels(toy_split):
     encoded = toy_split.image_path(0).read_bytes()
     pixels = np.asarray(baseline.decode_jpeg(encoded))
-    assert np.array_equal(pixels, images.decode(encoded).permute(1, 2, 0).numpy())
+    assert np.array_equal(pixels, image_io.decode(encoded).permute(1, 2, 0).numpy())
 
 
 def test_the_same_crop_is_resized_to_the_same_pixels(toy_split, monkeypatch):
@@ -52,9 +52,9 @@ def test_the_same_crop_is_resized_to_the_same_pixels(toy_split, monkeypatch):
     monkeypatch.setattr(baseline, "draw_crop", lambda boxes: crop)
     encoded = toy_split.image_path(0).read_bytes()
     picture, boxes, labels = baseline.Samples(toy_split).crop(0, baseline.decode_jpeg(encoded))
-    image = images.decode(encoded)
+    image = image_io.decode(encoded)
     left, top, right, bottom = box_px(crop, image.shape[1:])
-    wanted = images.resize(image[:, top:bottom, left:right], 300).permute(1, 2, 0).numpy().astype(int)
+    wanted = image_io.resize(image[:, top:bottom, left:right], 300).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(np.asarray(baseline.resize(picture), dtype=int) - wanted).max() <= 1
     whole = toy_split.boxes(0) / np.tile(toy_split.sizes_hw[0, ::-1], 2).astype(np.float32)
     ours = augment.crop_boxes(crop, whole, toy_split.image_labels(0))
@@ -122,7 +122,7 @@ def test_a_sample_is_ready_for_the_network(toy_split):
     assert sample.image.is_floating_point()
     assert sample.labels.any()
     evaluated = baseline.EvalSamples(toy_split)[1]
-    wanted = augment.normalise(augment.to_unit(images.resize(images.read(toy_split.image_path(1)), 300)[None]))[0]
+    wanted = augment.normalise(augment.to_unit(image_io.resize(image_io.read(toy_split.image_path(1)), 300)[None]))[0]
     assert float((evaluated - wanted).abs().max()) < 0.02
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection import pictures
 from detection.config.settings import InputError
+from detection.data import pillow_io
 
 GREY = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
 COLOUR = np.stack([GREY, GREY[:, ::-1], np.tile(np.arange(48, dtype=np.uint8)[:, None] * 4, 64)], axis=-1)
@@ -11,7 +11,7 @@ COLOUR = np.stack([GREY, GREY[:, ::-1], np.tile(np.arange(48, dtype=np.uint8)[:,
 
 def save(path, image, **options):
     image.save(path, **options)
-    return pictures.read(path)
+    return pillow_io.read(path)
 
 
 def pixels(picture):
@@ -113,24 +113,24 @@ def test_broken_pictures_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
     for name in (*contents, "absent.jpg"):
         with pytest.raises(InputError, match=rf"{name}: this picture cannot be read \(.+\)"):
-            pictures.read(tmp_path / name)
+            pillow_io.read(tmp_path / name)
 
 
 def test_a_decompression_bomb_is_refused_and_what_is_merely_large_is_not(tmp_path, monkeypatch):
     Image.new("1", (3000, 1000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     with pytest.raises(InputError, match=r"bomb.png: more than 2,000,000 pixels"):
-        pictures.read(tmp_path / "bomb.png")
+        pillow_io.read(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)  # Pillow warns between once and twice its limit
-    assert pictures.read(tmp_path / "bomb.png").image.size == (3000, 1000)
+    assert pillow_io.read(tmp_path / "bomb.png").image.size == (3000, 1000)
 
 
 def test_a_folder_stands_for_its_pictures_and_each_is_named_once(tmp_path):
     for name in ("b.png", "a.JPG"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    found = pictures.find([tmp_path / "b.png", tmp_path, tmp_path / "absent.png"])
+    found = pillow_io.find([tmp_path / "b.png", tmp_path, tmp_path / "absent.png"])
     assert [path.name for path in found] == ["b.png", "a.JPG", "absent.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no picture is in this folder"):
-        pictures.find([tmp_path / "empty"])
+        pillow_io.find([tmp_path / "empty"])

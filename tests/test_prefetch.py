@@ -3,7 +3,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from detection.prefetch import move, prefetch
+from detection.data.prefetch import move, prefetch
 
 
 class Pair(NamedTuple):

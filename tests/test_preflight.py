@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from detection import shared_memory, toy
+from detection import toy
+from detection.data import worker_shm
 from maskrcnn import preflight as maskrcnn_preflight
 from ssd import preflight
 from ssd.model import SSD300
@@ -190,7 +191,7 @@ def test_a_backbone_that_is_cut_off_is_refused(check, tmp_path):
 
 def test_too_little_shared_memory_is_an_error_with_both_numbers(check, monkeypatch):
     scarce = SimpleNamespace(f_bavail=10, f_frsize=4096)
-    monkeypatch.setattr(shared_memory.os, "statvfs", lambda _: scarce)
+    monkeypatch.setattr(worker_shm.os, "statvfs", lambda _: scarce)
     status, _, err = check("--num-workers", "2", "--batch-size", "4")
     assert status == 2
     assert "/dev/shm has 0.0 MiB free, and 2 data workers may need 6 MiB" in err

@@ -16,8 +16,9 @@ from pycocotools import mask as rle
 
 from annotation_file import contents, digests
 from conftest import ROOT, shared
-from detection import coco, rehearsal, scenes
+from detection import rehearsal, scenes
 from detection.config.settings import InputError
+from detection.data import coco
 from detection.metric import BoxMetric
 from detection.rehearsal import Drawing
 from ssd import preflight

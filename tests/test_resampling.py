@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detection import images
-from detection.resampling import MIN_TAPS, Cuts, mirrored, resample, resampler, side_of, taps
+from detection.data import image_io
+from detection.data.device_resize import MIN_TAPS, Cuts, mirrored, resample, resampler, side_of, taps
 
 
 def drawn(rng, count, most_px):
@@ -42,9 +42,9 @@ def one_by_one(found, sizes_hw, mirrors, multiple_px=1):
     """The same by images.resize."""
     made = []
     for (image, (left, top, width, height)), size, mirror in zip(found, sizes_hw, mirrors, strict=True):
-        resized = images.resize(image[:, top : top + height, left : left + width], size)
+        resized = image_io.resize(image[:, top : top + height, left : left + width], size)
         made.append(resized.flip(2) if mirror else resized)
-    return images.lay_out(made, multiple_px)
+    return image_io.lay_out(made, multiple_px)
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,7 +62,7 @@ def test_the_same_for_images_of_several_sizes_and_mirrored_ones_with_zeros_aroun
     found = drawn(rng, 20, 300)
     sizes_hw = [tuple(size) for size in rng.integers(1, 100, (20, 2)).tolist()]
     mirrors = [bool(i % 2) for i in range(20)]
-    height, width = images.common_hw(sizes_hw, 32)
+    height, width = image_io.common_hw(sizes_hw, 32)
     given = arguments(found, sizes_hw, mirrors, height, width)
     wanted = one_by_one(found, sizes_hw, mirrors, multiple_px=32)
     made = resampler(compiled=False)(*given)  # a few at once

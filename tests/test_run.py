@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import coco, showcase, toy
+from detection import showcase, toy
+from detection.data import coco
 from detection.runtime import device
 from mlperf import check
 from mlperf.log import read

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection import coco, run_lengths, showcase
-from detection.coco import Category, Split
+from detection import showcase
+from detection.data import coco, rle
+from detection.data.coco import Category, Split
 from detection.metric import BoxMetric
 
 
@@ -152,7 +153,7 @@ def test_masks_are_drawn_on_both_sides(mask_run, tiny_toy):
     half = (tinted.shape[1] - showcase.GAP_PX) // 2
     left, right = tinted[:, :half], tinted[:, half + showcase.GAP_PX :]
     split = coco.read(*coco.layout(tiny_toy, "val"), segmentations=True)
-    inside = np.any([run_lengths.bitmap(mask) for mask in split.masks(0) if mask], axis=0)
+    inside = np.any([rle.bitmap(mask) for mask in split.masks(0) if mask], axis=0)
     for side in (left, right):
         assert 0.5 * inside.mean() < side.mean() < 1.1 * inside.mean()
     assert (left & right).sum() > 0.8 * left.sum()  # where texts do not cover it

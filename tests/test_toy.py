@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from annotation_file import contents, digests
-from detection import coco, toy
+from detection import toy
+from detection.data import coco
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 

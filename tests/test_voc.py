@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from conftest import shared
-from detection import coco, voc
+from detection.data import coco, voc_to_coco
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose>{extra}<bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>
 <ymax>{3}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"""
@@ -33,7 +33,7 @@ def put(folder, key, *things, size="<size><width>100</width><height>50</height><
 
 
 def convert(folder, capsys):
-    status = voc.main([str(folder), str(folder.parent / "out")])
+    status = voc_to_coco.main([str(folder), str(folder.parent / "out")])
     return status, *capsys.readouterr()
 
 
@@ -107,7 +107,7 @@ def test_what_is_not_there_is_named(folder, capsys, tmp_path):
     assert status == 2
     assert "000001.xml: its picture, 000001.*, is not in JPEGImages/" in err
     assert "a name.xml: cannot be read (No such file" in err
-    assert voc.main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
+    assert voc_to_coco.main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
     assert "there is no folder JPEGImages/" in capsys.readouterr().err
 
 

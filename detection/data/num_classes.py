@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import TypeVar
 
-from detection import coco
 from detection.config.run_config import COCO_CLASSES, RunConfig
+from detection.data import coco
 
 Config = TypeVar("Config", bound=RunConfig)
 

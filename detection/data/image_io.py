@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.config.settings import InputError
-from detection.pictures import is_deep, to_bytes
+from detection.data.pillow_io import is_deep, to_bytes
 
 END_OF_JPEG = b"\xff\xd9"
 

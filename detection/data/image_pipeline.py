@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import images
-from detection.decoded_cache import DecodedCache
-from detection.resampling import CHANNELS, Cuts, Taps, mirrored, side_of, taps
+from detection.data import image_io
+from detection.data.device_resize import CHANNELS, Cuts, Taps, mirrored, side_of, taps
+from detection.data.host_cache import DecodedCache
 
 
 class Original(NamedTuple):
@@ -94,19 +94,19 @@ class HostPixels:
 
     def read(self, index: int, path: Path) -> Original:
         """Read and decode an image; raises InputError that names the file."""
-        decoded = self.cache.read(index, path) if self.cache else images.read(path)
+        decoded = self.cache.read(index, path) if self.cache else image_io.read(path)
         return Original(index, size_of(decoded), decoded=decoded)
 
     def make(self, part: Part) -> Tensor:
         """What becomes of the part: (3, h, w) uint8."""
         left, top, right, bottom = part.box_px
         assert part.original.decoded is not None
-        image = images.resize(part.original.decoded[:, top:bottom, left:right], part.size_hw)
+        image = image_io.resize(part.original.decoded[:, top:bottom, left:right], part.size_hw)
         return image.flip(2) if part.mirrored else image
 
     def lay_out(self, made: Sequence[Tensor], multiple_px: int = 1) -> Tensor:
         """The batch: (B, 3, H, W) uint8, as `images.lay_out` does it."""
-        return images.lay_out(made, multiple_px)
+        return image_io.lay_out(made, multiple_px)
 
 
 class DevicePixels:
@@ -133,13 +133,13 @@ class DevicePixels:
             height, width = self.sizes_hw[index].tolist()
             return Original(index, (height, width))
         if not self.device_decodes:
-            decoded = images.read(path)
+            decoded = image_io.read(path)
             return Original(index, size_of(decoded), decoded=decoded)
-        with images.naming(path):
+        with image_io.naming(path):
             encoded = path.read_bytes()
-            if size_hw := images.whole_jpeg_hw(encoded):
+            if size_hw := image_io.whole_jpeg_hw(encoded):
                 return Original(index, size_hw, encoded=torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-            decoded = images.decode(encoded)
+            decoded = image_io.decode(encoded)
         return Original(index, size_of(decoded), decoded=decoded)
 
     def make(self, part: Part) -> Part:
@@ -153,7 +153,7 @@ class DevicePixels:
         held = [part.original for part in parts if way(part.original) == HELD]
         sent = [part.original for part in parts if way(part.original) != HELD]
         ends = np.cumsum([0, *(CHANNELS * height * width for _, (height, width), *_ in sent)])
-        height, width = images.common_hw([part.size_hw for part in parts], multiple_px)
+        height, width = image_io.common_hw([part.size_hw for part in parts], multiple_px)
         tops, bottoms = ([part.box_px[side] for part in parts] for side in (1, 3))
         return Originals(
             rows=torch.tensor(order).argsort(),

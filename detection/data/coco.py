@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detection import annotations, outlines, run_lengths
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
-from detection.outlines import Outlines, starts
-from detection.run_lengths import CompressedMask
+from detection.data import coco_json, polygons, rle
+from detection.data.polygons import Outlines, starts
+from detection.data.rle import CompressedMask
 
 # COCO rounds x and width to 2 decimals each, so their sum is off by up to .01 pixels at the border.
 BORDER_ROUNDING_PX = 0.02
@@ -88,11 +88,11 @@ class Split:
         height, width = self.sizes_hw[index].tolist()
         masks: list[CompressedMask | None] = []
         for box in range(*self.box_starts[index : index + 2].tolist()):
-            first, last = outlines.line_starts[box : box + 2].tolist()
-            ends = outlines.point_starts[first : last + 1].tolist()
+            first, last = polygons.line_starts[box : box + 2].tolist()
+            ends = polygons.point_starts[first : last + 1].tolist()
             # To the decimals that float32 has blurred: pycocotools rounds fifths of a pixel, where many are ties.
-            lines = [outlines.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
-            masks.append(run_lengths.filled(lines, (height, width)) if lines else None)
+            lines = [polygons.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
+            masks.append(rle.filled(lines, (height, width)) if lines else None)
         return masks
 
     def with_boxes(self) -> "Split":
@@ -113,7 +113,7 @@ class Split:
         kept_before = starts(keep.astype(np.int64))
         outlines = self.outlines
         if outlines:  # of which a crowd has none, so that all lines stay
-            outlines = replace(outlines, line_starts=starts(np.diff(outlines.line_starts)[keep]))
+            outlines = replace(outlines, line_starts=starts(np.diff(polygons.line_starts)[keep]))
         return replace(
             self,
             box_starts=kept_before[self.box_starts],
@@ -168,7 +168,7 @@ def read_categories(annotation_file: Path) -> tuple[Category, ...]:
 
     Raises InputError where the file cannot be read or is none.
     """
-    return tuple(Category(*pair) for pair in sorted(annotations.read_categories(annotation_file)))
+    return tuple(Category(*pair) for pair in sorted(coco_json.read_categories(annotation_file)))
 
 
 def numbered(num_classes: int) -> tuple[Category, ...]:
@@ -198,11 +198,11 @@ def read(
     Raises InputError with all that is wrong. COCO's 860,001 training boxes take 6 s and 0.7 GiB at the peak
     when shrunken by prepare-json.py, 9 s and 1.1 GiB with their polygons (measured on one core).
     """
-    columns = annotations.read(annotation_file, segmentations)
+    columns = coco_json.read(annotation_file, segmentations)
     present = _present(columns.file_names, image_folder)
     missing_images = len(present) - int(present.sum())
 
-    problems = annotations.mistakes(columns)
+    problems = coco_json.mistakes(columns)
     if missing_images and not allow_missing:
         problems.insert(
             0,
@@ -212,13 +212,13 @@ def read(
         )
     elif missing_images == len(present):
         problems.insert(0, f"none of its {len(present)} images is in {image_folder}. Run ./init_datasets.sh")
-    annotations.refuse(annotation_file, problems)
+    coco_json.refuse(annotation_file, problems)
 
-    box_image, _ = annotations.find(columns.box_image_ids, columns.image_ids)
+    box_image, _ = coco_json.find(columns.box_image_ids, columns.image_ids)
     category_order = np.argsort(columns.category_ids)
-    label_less_one, _ = annotations.find(columns.box_category_ids, columns.category_ids[category_order])
+    label_less_one, _ = coco_json.find(columns.box_category_ids, columns.category_ids[category_order])
 
-    boxes_xyxy = annotations.to_xyxy(columns.boxes_xywh)
+    boxes_xyxy = coco_json.to_xyxy(columns.boxes_xywh)
     inside_xyxy = np.clip(boxes_xyxy, 0, np.tile(columns.sizes_hw[box_image, ::-1], (1, 2)))
     past_border = np.any(np.abs(inside_xyxy - boxes_xyxy) > BORDER_ROUNDING_PX, axis=1)
     boxes_f32 = inside_xyxy.astype(np.float32)  # before the test for emptiness, which the rounding may cause
@@ -228,7 +228,7 @@ def read(
     kept = np.flatnonzero(here & ~empty)
     kept = kept[np.argsort(box_image[kept], kind="stable")]
     if not len(kept):
-        annotations.refuse(
+        coco_json.refuse(
             annotation_file, ["no box with a width, a height and an image is left: there is nothing to learn"]
         )
     box_counts = np.bincount(box_image[kept], minlength=len(present))[present]
@@ -246,7 +246,7 @@ def read(
         dropped_boxes=int((here & empty).sum()),
         clipped_boxes=int((here & ~empty & past_border).sum()),
         missing_images=missing_images,
-        outlines=outlines.read(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None,
+        outlines=polygons.read(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None,
     )
 
 

@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import decoded_cache, images
-from detection.coco import Split
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
+from detection.data import host_cache, image_io
 from detection.data.batch import Share
-from detection.decoded_cache import GIB
-from detection.pixels import DevicePixels, HostPixels, Originals, Pixels
-from detection.prefetch import move
-from detection.resampling import CHANNELS, Cuts, of_images, resampler, side_of, taps
+from detection.data.coco import Split
+from detection.data.device_resize import CHANNELS, Cuts, of_images, resampler, side_of, taps
+from detection.data.host_cache import GIB
+from detection.data.image_pipeline import DevicePixels, HostPixels, Originals, Pixels
+from detection.data.prefetch import move
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
 
@@ -83,12 +83,12 @@ class DeviceCache:
             return []
         files = originals.encoded.split([length for _, length in sent])
         try:
-            return images.decode_there(files, self.pixels.device)
+            return image_io.decode_there(files, self.pixels.device)
         except RuntimeError:  # of which file it does not say, and the CPU may know what to make of it
             decoded = []
             for (index, _), file in zip(sent, files, strict=True):
-                with images.naming(self.image_path(index)):
-                    decoded.append(images.decode(file.numpy().tobytes()).to(self.pixels.device))
+                with image_io.naming(self.image_path(index)):
+                    decoded.append(image_io.decode(file.numpy().tobytes()).to(self.pixels.device))
             return decoded
 
     def keep(self, pixels: Tensor, sent: Tensor) -> None:
@@ -122,7 +122,7 @@ def check(config: RunConfig, on: torch.device) -> None:
 def make(config: RunConfig, split: Split, ranks: Ranks) -> tuple[Pixels, DeviceCache | None]:
     """What the workers do to the training images, as the settings say; and what the rank does, if it does anything."""
     if not config.images_on_device:
-        return HostPixels(decoded_cache.make(config, split.sizes_hw, ranks)), None
+        return HostPixels(host_cache.make(config, split.sizes_hw, ranks)), None
     cache = DeviceCache(
         split.sizes_hw,
         limit_bytes(config, ranks.device),

@@ -1,6 +1,6 @@
 """A user's pictures of any kind: found, read as they are shown, named where they cannot be.
 
-Unlike COCO's training images, which are decoded in `detection.images`.
+Unlike COCO's training images, which are decoded in `detection.data.image_io`.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""A Pascal VOC folder to COCO's format: python -m detection.voc VOC OUT
+"""A Pascal VOC folder to COCO's format: python -m detection.data.voc_to_coco VOC OUT
 
 Reads VOC/ImageSets/Main/{train,val,trainval,test}.txt, as many as there are, VOC/Annotations/*.xml and the headers of
 VOC/JPEGImages, and writes OUT/instances_<set>.json for each; without ImageSets, OUT/instances_all.json of all. The
@@ -52,7 +52,9 @@ class Annotated:
 def main(argv: Sequence[str]) -> int:
     """Convert a folder; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m detection.voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m detection.data.voc_to_coco",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("voc", type=Path, help="folder of JPEGImages, Annotations and ImageSets")
     parser.add_argument("out", type=Path, help="folder that the annotation files go to")

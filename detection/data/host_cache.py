@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import images
 from detection.config.run_config import RunConfig
+from detection.data import image_io
 from detection.runtime.distributed import Ranks
 
 GIB = 2**30
@@ -40,10 +40,10 @@ class DecodedCache:
         Raises InputError for a file that cannot be decoded.
         """
         if index >= self.num_places:
-            return images.read(path)
+            return image_io.read(path)
         place = self.pixels[self.starts[index] : self.starts[index + 1]]
         if not self.filled[index]:
-            image = images.read(path)
+            image = image_io.read(path)
             if image.shape[1:] != tuple(self.sizes_hw[index]):
                 return image  # the annotation file is wrong about it: there is no place for it
             place[:] = image.permute(1, 2, 0).reshape(-1).numpy()

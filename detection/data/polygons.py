@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from detection import annotations, run_lengths
-from detection.annotations import Columns
-from detection.run_lengths import NoMask, RunLengths
+from detection.data import coco_json, rle
+from detection.data.coco_json import Columns
+from detection.data.rle import NoMask, RunLengths
 
 _Segmentation = list[list[float]] | RunLengths | None
 _SEGMENTATION = msgspec.json.Decoder(_Segmentation)
@@ -50,9 +50,9 @@ def read(annotation_file: Path, columns: Columns, rows: NDArray[np.int64], sizes
         try:
             mask = _decode_segmentation(columns.segmentations[row])
             if isinstance(mask, RunLengths):
-                runs = run_lengths.runs(mask, sizes_hw[row])
+                runs = rle.runs(mask, sizes_hw[row])
                 if not columns.crowd[row]:
-                    borders = run_lengths.borders(runs, int(sizes_hw[row, 0]))
+                    borders = rle.borders(runs, int(sizes_hw[row, 0]))
                     points.frombytes(borders.tobytes())
                     line_lengths.extend([2] * len(borders))
             else:
@@ -66,7 +66,7 @@ def read(annotation_file: Path, columns: Columns, rows: NDArray[np.int64], sizes
             wrong.append(f"annotation {columns.annotation_ids[row]}, image_id {columns.box_image_ids[row]}: {error}")
         line_counts[place] = len(line_lengths) - before
     if wrong:
-        annotations.refuse(
+        coco_json.refuse(
             annotation_file,
             [f"annotations whose segmentation is no mask: {len(wrong)} of {len(rows)} (first: {wrong[0]})"],
         )
