@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, rehearsal, run_dir, scenes, toy
+from detection import backbone_files, board, run_dir
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, describe, read_system
 from detection.data import coco, num_classes, worker_shm
+from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -96,7 +97,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
 def with_classes(config: Config) -> Config:
     """The settings with their number of classes, before pictures that the program draws are there, too."""
     if config.num_classes == 0 and due(config):
-        categories = {"toy": toy.SHAPES, "rehearsal": scenes.COCO}[config.dataset]
+        categories = {"toy": toy.SHAPES, "rehearsal": coco_scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
     return num_classes.followed(config)
 
@@ -183,9 +184,9 @@ def due(config: RunConfig) -> Callable[[], bool] | None:
     """What draws the pictures of this data set, or None: they are there, or are not to be drawn."""
     if config.dataset == "toy" and not any(config.data_dir.glob("*")):
         return partial(toy.draw, config.data_dir, toy.Drawing())
-    rehearsed = rehearsal.Drawing(config.rehearsal_images)
-    if config.dataset == "rehearsal" and not rehearsal.is_complete(config.data_dir, rehearsed):
-        return partial(rehearsal.draw, config.data_dir, rehearsed)
+    rehearsed = coco_sized.Drawing(config.rehearsal_images)
+    if config.dataset == "rehearsal" and not coco_sized.is_complete(config.data_dir, rehearsed):
+        return partial(coco_sized.draw, config.data_dir, rehearsed)
     return None
 
 

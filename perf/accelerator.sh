@@ -21,7 +21,7 @@ else
 fi
 "$python" -m pytest -q -m gpu | tee "$out/pytest_gpu.txt" || status=1
 export DATADIR=${TOY_DIR:-$out/toy_data} DGXSYSTEM=toy
-"$python" -m detection.toy "$DATADIR" || status=1
+"$python" -m detection.synthetic.toy "$DATADIR" || status=1
 for benchmark in ssd maskrcnn; do
   suffix=
   if [[ $benchmark == maskrcnn ]]; then suffix=_maskrcnn; fi

@@ -1,7 +1,7 @@
 """What `perf.growth` measures: the work of a run, from annotations to a training step, by how much of it there is.
 
 B images, G ground-truth boxes an image, N images of a data set, A anchors, K classes. Data are those of
-detection.rehearsal.
+detection.synthetic.coco_sized.
 """
 
 import math
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import engine, scenes
+from detection import engine
 from detection.data import coco
 from detection.data.prefetch import move
 from detection.metric import BoxMetric
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks
+from detection.synthetic import coco_scenes
 from perf import footprint
 from perf.footprint import Values, cost, memory_mib
 from perf.photos import make_up, make_up_truth
@@ -85,7 +86,7 @@ def axes() -> tuple[Axis, ...]:
             "images",
             "images",
             (
-                Curve("read annotations", (*images, scenes.TRAIN_IMAGES), few_images, read),
+                Curve("read annotations", (*images, coco_scenes.TRAIN_IMAGES), few_images, read),
                 Curve("open for the metric", images, few_images, open_metric),
                 Curve("metric, 10 detections an image", images, few_images, judge_images),
             ),
@@ -114,7 +115,9 @@ def axes() -> tuple[Axis, ...]:
             (
                 Curve("100 images", (), (0, 1), partial(load, 100)),
                 Curve("1,000 images", (0, 1, 2, 4), (), partial(load, 1000)),
-                Curve(f"{scenes.TRAIN_IMAGES:,} images", (0, 1, 2, 4), (), partial(load, scenes.TRAIN_IMAGES)),
+                Curve(
+                    f"{coco_scenes.TRAIN_IMAGES:,} images", (0, 1, 2, 4), (), partial(load, coco_scenes.TRAIN_IMAGES)
+                ),
             ),
         ),
         Axis("batch", "images in a batch", (Curve("training step", batches, (1,), step),)),

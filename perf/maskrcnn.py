@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from detection import engine, scenes
+from detection import engine
 from detection.data.batch import Share
 from detection.data.image_pipeline import HostPixels
 from detection.data.prefetch import move
 from detection.optim import freeze_batch_norm
 from detection.runtime.device import compiles
+from detection.synthetic import coco_scenes
 from maskrcnn import box_coder, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
 from maskrcnn.config import Config, load
@@ -325,7 +326,7 @@ def configured(bench: Bench, *flags: str) -> Config:
         "--seed": bench.seed,
         "--batch-size": bench.scale.maskrcnn_batch_size,
         "--num-workers": bench.num_workers,
-        "--num-classes": 1 + len(scenes.COCO),
+        "--num-classes": 1 + len(coco_scenes.COCO),
         "--min-image-size": min_px,
         "--max-image-size": max_px,
         "--compile": "off",

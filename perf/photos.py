@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from detection import rehearsal
 from detection.config.settings import InputError
 from detection.data import coco
+from detection.synthetic import coco_sized
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Photos:
 
 def make_up(folder: Path, count: int, seed: int) -> Photos:
     """Draw photos like COCO's in size, length and boxes into a new folder."""
-    rehearsal.draw(folder, rehearsal.Drawing(images=count, seed=seed))
+    coco_sized.draw(folder, coco_sized.Drawing(images=count, seed=seed))
     return from_layout(folder, "made up", count)
 
 
 def make_up_truth(folder: Path, count: int, seed: int, *, segmentations: bool = False) -> coco.Split:
     """Boxes of as many images, as COCO has them, in a new folder, with outlines where asked; no picture is drawn."""
-    rehearsal.draw(folder, rehearsal.Drawing(images=count, seed=seed), pictures=False)
+    coco_sized.draw(folder, coco_sized.Drawing(images=count, seed=seed), pictures=False)
     annotation_file, image_folder = coco.layout(folder, "train")
     for image in json.loads(annotation_file.read_text())["images"]:
         (image_folder / image["file_name"]).touch()

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import atomic_file, toy
+from detection import atomic_file
 from detection.config.settings import InputError
 from detection.data import coco, image_io, pillow_io
+from detection.synthetic import toy
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.detect import detect

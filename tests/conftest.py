@@ -42,7 +42,7 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def handful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn data set of 4 training and 2 evaluation pictures, all with boxes."""
-    from detection import toy
+    from detection.synthetic import toy
 
     folder = tmp_path_factory.mktemp("handful") / "data"
     toy.draw(folder, toy.Drawing(train_images=4, val_images=2, seed=1))
@@ -52,7 +52,7 @@ def handful(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn data set of 24 training and 8 evaluation pictures."""
-    from detection import toy
+    from detection.synthetic import toy
 
     folder = tmp_path_factory.mktemp("toy") / "data"
     toy.draw(folder, toy.Drawing(train_images=24, val_images=8, seed=3))

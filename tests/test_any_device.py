@@ -14,7 +14,8 @@ import processes
 import stand_in_device
 import test_maskrcnn_run
 from conftest import ROOT
-from detection import checkpoint, run_dir, toy
+from detection import checkpoint, run_dir
+from detection.synthetic import toy
 from maskrcnn import train as maskrcnn_train
 from ssd import train
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import checkpoint, drawing, scenes
+from detection import checkpoint, drawing
 from detection.config.settings import InputError, to_json
 from detection.data import rle
 from detection.drawing import Mark
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
+from detection.synthetic import coco_scenes
 from maskrcnn import detect_images, trained, weights
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
@@ -145,7 +146,7 @@ def test_torchvisions_checkpoint_takes_its_own_settings_and_cocos_names(tmp_path
     config = trained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
     assert (config.variant, config.trunk_stride, config.pixels) == ("torchvision", "3x3", "rgb-unit")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
-    wanted = [(category.id, category.name) for category in scenes.COCO]
+    wanted = [(category.id, category.name) for category in coco_scenes.COCO]
     assert [(category.id, category.name) for category in trained.coco_categories()] == wanted
 
 

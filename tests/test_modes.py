@@ -10,8 +10,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection import engine, throughput, toy
+from detection import engine, throughput
 from detection.metric import FIGURES
+from detection.synthetic import toy
 from ssd import preflight, reference, train
 from ssd.model import SSD300
 from test_run import launch

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from detection import toy
 from detection.data import worker_shm
+from detection.synthetic import toy
 from maskrcnn import preflight as maskrcnn_preflight
 from ssd import preflight
 from ssd.model import SSD300

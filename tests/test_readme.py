@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from detection import toy
+from detection.synthetic import toy
 from maskrcnn import config as maskrcnn_config
 from perf import run as perf_run
 from ssd import config as ssd_config

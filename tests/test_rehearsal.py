@@ -16,29 +16,29 @@ from pycocotools import mask as rle
 
 from annotation_file import contents, digests
 from conftest import ROOT, shared
-from detection import rehearsal, scenes
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.metric import BoxMetric
-from detection.rehearsal import Drawing
+from detection.synthetic import coco_scenes, coco_sized
+from detection.synthetic.coco_sized import Drawing
 from ssd import preflight
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
 SMALL = Drawing(images=40, seed=3)
-COMMAND = [sys.executable, "-m", "detection.rehearsal"]
+COMMAND = [sys.executable, "-m", "detection.synthetic.coco_sized"]
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rehearsal") / "data"
-    assert rehearsal.draw(folder, SMALL, workers=1)
+    assert coco_sized.draw(folder, SMALL, workers=1)
     return folder
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["rehearsal", *map(str, arguments)])
-    return rehearsal._main()
+    return coco_sized._main()
 
 
 def has_ended(pid: int) -> bool:
@@ -49,9 +49,9 @@ def has_ended(pid: int) -> bool:
 
 
 def test_two_processes_draw_the_same_bytes_as_one_and_another_seed_others(drawn: Path, tmp_path: Path) -> None:
-    rehearsal.draw(tmp_path / "two", SMALL, workers=2)
+    coco_sized.draw(tmp_path / "two", SMALL, workers=2)
     assert digests(tmp_path / "two") == digests(drawn)
-    rehearsal.draw(tmp_path / "other", Drawing(images=2, seed=4), workers=1)
+    coco_sized.draw(tmp_path / "other", Drawing(images=2, seed=4), workers=1)
     assert not set(digests(tmp_path / "other").values()) & set(digests(drawn).values())
 
 
@@ -76,12 +76,12 @@ def test_a_drawing_that_is_killed_leaves_no_process_and_is_gone_on_with_to_the_s
     before = digests(killed)
     assert sum(name.endswith(".jpg") for name in before) < 150 + 50
     assert not list(killed.glob("annotations/*.json"))
-    assert not rehearsal.is_complete(killed, drawing)
+    assert not coco_sized.is_complete(killed, drawing)
 
     (killed / "train2017/000000000001.jpg").write_bytes(b"")  # as a loss of power leaves it
     (killed / "val2017/.drawing-1").write_bytes(b"half")
-    assert rehearsal.draw(killed, drawing)
-    rehearsal.draw(whole, drawing)
+    assert coco_sized.draw(killed, drawing)
+    coco_sized.draw(whole, drawing)
     assert digests(killed) == digests(whole)
 
 
@@ -89,12 +89,12 @@ def test_a_larger_drawing_goes_on_from_a_smaller_and_keeps_its_pictures(drawn: P
     folder, larger = tmp_path / "grown", Drawing(images=60, seed=3)
     shutil.copytree(drawn, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jpg")}
-    assert rehearsal.draw(folder, larger)
+    assert coco_sized.draw(folder, larger)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    rehearsal.draw(tmp_path / "at once", larger)
+    coco_sized.draw(tmp_path / "at once", larger)
     assert digests(folder) == digests(tmp_path / "at once")
 
-    assert rehearsal.draw(folder, SMALL)
+    assert coco_sized.draw(folder, SMALL)
     assert contents(folder, "train") == contents(drawn, "train")
     assert len(list(folder.glob("train2017/*"))) == 60
 
@@ -108,11 +108,11 @@ def test_annotations_are_away_while_others_are_drawn(
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(rehearsal, "_draw_split", fail)
+    monkeypatch.setattr(coco_sized, "_draw_split", fail)
     with pytest.raises(OSError, match="No space"):
-        rehearsal.draw(folder, Drawing(images=41, seed=3))
+        coco_sized.draw(folder, Drawing(images=41, seed=3))
     assert not list((folder / "annotations").iterdir())
-    assert not rehearsal.is_complete(folder, SMALL)
+    assert not coco_sized.is_complete(folder, SMALL)
 
 
 def test_shrunken_annotations_of_an_earlier_drawing_are_not_read_for_the_new(drawn: Path, tmp_path: Path) -> None:
@@ -120,22 +120,22 @@ def test_shrunken_annotations_of_an_earlier_drawing_are_not_read_for_the_new(dra
     shutil.copytree(drawn, folder)
     shrunken = folder / "annotations/bbox_only_instances_train2017.json"
     shutil.copy(folder / "annotations/instances_train2017.json", shrunken)
-    rehearsal.draw(folder, Drawing(images=41, seed=3))
+    coco_sized.draw(folder, Drawing(images=41, seed=3))
     assert not shrunken.exists()
 
 
 def test_a_second_call_finds_the_drawing_and_writes_nothing(drawn: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
-    assert not rehearsal.draw(drawn, SMALL)
+    assert not coco_sized.draw(drawn, SMALL)
     assert {path: path.stat().st_mtime_ns for path in drawn.rglob("*")} == before
 
 
 def test_a_drawing_that_lost_a_picture_gets_it_back(drawn: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(drawn, folder)
-    (folder / rehearsal.MARKER).unlink()  # which a copy with * leaves out
+    (folder / coco_sized.MARKER).unlink()  # which a copy with * leaves out
     (folder / "val2017/000000000002.jpg").unlink()
-    assert rehearsal.draw(folder, SMALL)
+    assert coco_sized.draw(folder, SMALL)
     assert digests(folder) == digests(drawn)
 
 
@@ -145,7 +145,7 @@ def test_two_calls_at_once_draw_once(tmp_path: Path) -> None:
     said = [call.communicate()[0] for call in calls]
     assert [call.returncode for call in calls] == [0, 0]
     assert sorted("drew" in line for line in said) == [False, True]
-    assert not list(tmp_path.glob(f"*/{rehearsal.toy.SCRATCH}*"))
+    assert not list(tmp_path.glob(f"*/{coco_sized.toy.SCRATCH}*"))
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_coco_in_the_place_of_a_rehearsal_is_refused_and_left_alone(drawn: Path,
     annotations.write_text('{"info": {"description": "COCO 2017 Dataset", "contributor": "COCO Consortium"}}')
     before = digests(folder)
     with pytest.raises(InputError, match="something other"):
-        rehearsal.draw(folder, SMALL)
+        coco_sized.draw(folder, SMALL)
     assert digests(folder) == before
 
 
 def test_pictures_of_another_seed_are_not_thrown_away(drawn: Path) -> None:
     before = digests(drawn)
     with pytest.raises(InputError, match="a rehearsal of seed 3, version 1, not of seed 4"):
-        rehearsal.draw(drawn, Drawing(images=40, seed=4))
+        coco_sized.draw(drawn, Drawing(images=40, seed=4))
     assert digests(drawn) == before
 
 
@@ -185,7 +185,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**7, 10**7))
+    monkeypatch.setattr(coco_sized.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**7, 10**7))
     assert run_main(monkeypatch, tmp_path / "new", "--images", 100) == 2
     message = capsys.readouterr().err
     assert "0.03 GB are needed for 150 pictures" in message
@@ -195,7 +195,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(
 
 def test_the_room_that_is_asked_for_is_what_is_taken(drawn: Path) -> None:
     taken = sum(path.stat().st_size for path in drawn.rglob("*") if path.is_file())
-    assert taken == pytest.approx(90 * (rehearsal.PICTURE_BYTES + rehearsal.ROWS_BYTES), rel=0.2)
+    assert taken == pytest.approx(90 * (coco_sized.PICTURE_BYTES + coco_sized.ROWS_BYTES), rel=0.2)
 
 
 def test_what_is_drawn_already_needs_no_room(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_what_is_drawn_already_needs_no_room(drawn: Path, tmp_path: Path, monkey
     shutil.copytree(drawn, folder)
     (folder / "train2017/000000000001.jpg").unlink()
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    assert rehearsal.draw(folder, SMALL)
+    monkeypatch.setattr(coco_sized.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    assert coco_sized.draw(folder, SMALL)
 
 
 @pytest.mark.parametrize("flags", [["--images", "0"], ["--workers", "-1"], ["--seed", "-1"], ["--sed", "1"]])
@@ -226,10 +226,10 @@ def test_the_drawing_reads_as_coco_with_nothing_dropped_or_clipped(drawn: Path) 
 
 
 def test_categories_are_those_of_coco() -> None:
-    ids = [category.id for category in scenes.COCO]
-    assert len(ids) == len({category.name for category in scenes.COCO}) == 80
+    ids = [category.id for category in coco_scenes.COCO]
+    assert len(ids) == len({category.name for category in coco_scenes.COCO}) == 80
     assert set(range(1, 91)) - set(ids) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-    assert sum(category.boxes for category in scenes.COCO) == 860_001
+    assert sum(category.boxes for category in coco_scenes.COCO) == 860_001
 
 
 def test_categories_and_keys_are_those_of_a_sample_of_coco(drawn: Path) -> None:
@@ -243,14 +243,14 @@ def test_categories_and_keys_are_those_of_a_sample_of_coco(drawn: Path) -> None:
 
 
 def test_as_many_images_are_without_boxes_as_in_coco() -> None:
-    for split, (some, of) in scenes.WITHOUT_BOXES.items():
-        assert sum(scenes.is_empty(split, index) for index in range(of)) == some
-        assert any(scenes.is_empty(split, index) for index in range(40))
+    for split, (some, of) in coco_scenes.WITHOUT_BOXES.items():
+        assert sum(coco_scenes.is_empty(split, index) for index in range(of)) == some
+        assert any(coco_scenes.is_empty(split, index) for index in range(40))
 
 
 @pytest.mark.slow
 def test_boxes_are_distributed_like_those_of_coco(tmp_path: Path) -> None:
-    rehearsal.draw(tmp_path, Drawing(images=12_000), pictures=False)
+    coco_sized.draw(tmp_path, Drawing(images=12_000), pictures=False)
     assert not list(tmp_path.glob("*/*.jpg"))
     train = contents(tmp_path, "train")
     rows = train["annotations"]
@@ -267,9 +267,9 @@ def test_boxes_are_distributed_like_those_of_coco(tmp_path: Path) -> None:
     assert (areas < 32**2).mean() == pytest.approx(0.41, abs=0.02)
     assert (areas > 96**2).mean() == pytest.approx(0.24, abs=0.02)
 
-    counts = np.bincount([row["category_id"] for row in rows])[[category.id for category in scenes.COCO]]
+    counts = np.bincount([row["category_id"] for row in rows])[[category.id for category in coco_scenes.COCO]]
     assert counts[0] / len(rows) == pytest.approx(262_465 / 860_001, abs=0.02)
-    boxes_in_coco = [category.boxes for category in scenes.COCO]
+    boxes_in_coco = [category.boxes for category in coco_scenes.COCO]
     assert np.corrcoef(np.log(counts), np.log(boxes_in_coco))[0, 1] > 0.97
     different = len({(row["image_id"], row["category_id"]) for row in rows}) / len(boxes)
     assert different == pytest.approx(2.9, abs=0.25)
@@ -301,9 +301,9 @@ def test_pictures_are_jpegs_as_coco_has_them(drawn: Path) -> None:
 
 
 def test_a_grey_picture_has_one_channel() -> None:
-    shard = next(s for s in range(100) if scenes.plan(SMALL.seed, "train", s).grey.any())
-    plan = scenes.plan(SMALL.seed, "train", shard)
-    encoded = scenes.picture(plan, int(plan.grey.argmax()))
+    shard = next(s for s in range(100) if coco_scenes.plan(SMALL.seed, "train", s).grey.any())
+    plan = coco_scenes.plan(SMALL.seed, "train", shard)
+    encoded = coco_scenes.picture(plan, int(plan.grey.argmax()))
     with Image.open(io.BytesIO(encoded)) as picture:
         assert picture.mode == "L"
 
@@ -324,7 +324,7 @@ def test_boxes_are_the_extent_of_the_polygons_and_areas_are_true(drawn: Path) ->
 
 
 def test_crowds_are_run_lengths_of_the_mask_with_its_tight_box(tmp_path: Path) -> None:
-    rehearsal.draw(tmp_path, Drawing(images=200), pictures=False)
+    coco_sized.draw(tmp_path, Drawing(images=200), pictures=False)
     crowds = [row for row in contents(tmp_path, "train")["annotations"] if row["iscrowd"]]
     assert len(crowds) > 5
     for row in crowds:
@@ -336,7 +336,7 @@ def test_crowds_are_run_lengths_of_the_mask_with_its_tight_box(tmp_path: Path) -
 
 
 def test_the_smallest_shape_of_a_picture_has_its_category_s_colour(drawn: Path) -> None:
-    labels = {category.id: label for label, category in enumerate(scenes.COCO)}
+    labels = {category.id: label for label, category in enumerate(coco_scenes.COCO)}
     rows = [row for row in contents(drawn, "train")["annotations"] if not row["iscrowd"]]
     smallest = {row["image_id"]: row for row in sorted(rows, key=lambda row: -row["area"])}
     seen = 0
@@ -348,7 +348,7 @@ def test_the_smallest_shape_of_a_picture_has_its_category_s_colour(drawn: Path) 
         left, top, width, height = row["bbox"]
         x, y = round(left + width / 2), round(top + height / 2)
         middle = pixels[y - 2 : y + 3, x - 2 : x + 3].mean(axis=(0, 1))
-        assert middle == pytest.approx(scenes.palette()[labels[row["category_id"]], 1].clip(48, 207), abs=30)
+        assert middle == pytest.approx(coco_scenes.palette()[labels[row["category_id"]], 1].clip(48, 207), abs=30)
     assert seen > 10
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import showcase, toy
+from detection import showcase
 from detection.data import coco
 from detection.runtime import device
+from detection.synthetic import toy
 from mlperf import check
 from mlperf.log import read
 from perf import record

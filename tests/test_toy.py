@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from annotation_file import contents, digests
-from detection import toy
 from detection.data import coco
+from detection.synthetic import toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
@@ -210,7 +210,7 @@ def test_a_wrong_flag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_killed_drawing_is_never_taken_for_done(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    command = [sys.executable, "-m", "detection.toy", folder, "--train-images", "100000"]
+    command = [sys.executable, "-m", "detection.synthetic.toy", folder, "--train-images", "100000"]
     with subprocess.Popen(command, cwd=Path(toy.__file__).parents[1]) as process:
         deadline = time.monotonic() + 30
         while not list(folder.glob(f"{toy.SCRATCH}*/fresh/train2017/*.jpg")) and time.monotonic() < deadline:

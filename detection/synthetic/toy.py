@@ -1,6 +1,6 @@
 """Draw a small data set in COCO 2017's layout: discs, squares and triangles on soft backgrounds.
 
-    python -m detection.toy DIR [--train-images 400] [--val-images 64] [--seed 0]
+    python -m detection.synthetic.toy DIR [--train-images 400] [--val-images 64] [--seed 0]
 
 Each picture is a function of (seed, split, index): the same seed gives the same bytes on the same Pillow and
 NumPy. A shape is drawn from the very polygon that its annotation holds. Colours are RGB, 0 to 255.
@@ -29,7 +29,7 @@ JPEG_QUALITY = 90
 CROWD_DISC_PX = (9.0, 17.0)
 MARGIN_PX = 2
 
-CONTRIBUTOR = "detection.toy"  # who drew it, in `info`
+CONTRIBUTOR = "detection.synthetic.toy"  # who drew it, in `info`
 PARTS = ("annotations", "train2017", "val2017")
 SCRATCH = ".drawing-"  # the beginning of the names of drawings in progress
 
@@ -64,7 +64,7 @@ class Drawing:
     def info(self) -> dict[str, Any]:
         """The `info` of a COCO annotation file."""
         return {
-            "description": "Pictures drawn by detection.toy. This is not COCO.",
+            "description": "Pictures drawn by detection.synthetic.toy. This is not COCO.",
             "contributor": CONTRIBUTOR,
             **asdict(self),
         }
@@ -343,7 +343,7 @@ def positive(text: str) -> int:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m detection.toy", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m detection.synthetic.toy", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty, or an older drawing")
     parser.add_argument("--train-images", metavar="N", type=positive, default=Drawing.train_images)
     parser.add_argument("--val-images", metavar="N", type=positive, default=Drawing.val_images)

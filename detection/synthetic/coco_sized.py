@@ -1,8 +1,8 @@
 """Draw a data set of COCO 2017's size, statistics and layout, to rehearse on before the download of 20 GB.
 
-    python -m detection.rehearsal DIR [--images 118287] [--seed 0] [--workers W] [--annotations-only]
+    python -m detection.synthetic.coco_sized DIR [--images 118287] [--seed 0] [--workers W] [--annotations-only]
 
-What is in the pictures is said in `detection/scenes.py`. Whatever the number of processes, and however often it was
+What is in the pictures is said in `detection/synthetic/coco_scenes.py`. Whatever the number of processes, and however often it was
 killed and started again, the bytes are the same on the same Pillow and NumPy. A smaller data set is the beginning of a
 larger one.
 """
@@ -28,10 +28,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from detection import scenes, toy
 from detection.config.settings import InputError
+from detection.synthetic import coco_scenes, toy
 
-CONTRIBUTOR = "detection.rehearsal"  # who drew it, in `info`
+CONTRIBUTOR = "detection.synthetic.coco_sized"  # who drew it, in `info`
 MARKER = f"{toy.SCRATCH}rehearsal"  # a file that says what is drawn here, from before the first picture on
 
 # For the free space: what a picture and its annotations take.
@@ -42,14 +42,17 @@ PICTURE_BYTES, ROWS_BYTES = 168_000, 4_500
 class Drawing:
     """What a data set is drawn from; recorded in the `info` of its annotation files."""
 
-    images: int = scenes.TRAIN_IMAGES
+    images: int = coco_scenes.TRAIN_IMAGES
     """For training; val2017 has the same share of COCO's 5,000, and at least 50."""
     seed: int = 0
     version: str = "1"  # changed with the pictures, so that old ones are not taken for them
 
     def counts(self) -> dict[str, int]:
         """Images of each split."""
-        return {"train": self.images, "val": max(50, round(self.images * scenes.VAL_IMAGES / scenes.TRAIN_IMAGES))}
+        return {
+            "train": self.images,
+            "val": max(50, round(self.images * coco_scenes.VAL_IMAGES / coco_scenes.TRAIN_IMAGES)),
+        }
 
     def mark(self) -> dict[str, Any]:
         """What the pictures are known by: all that decides their bytes. Their number does not."""
@@ -58,7 +61,7 @@ class Drawing:
     def info(self) -> dict[str, Any]:
         """The `info` of a COCO annotation file."""
         return {
-            "description": "Pictures drawn by detection.rehearsal. This is not COCO.",
+            "description": "Pictures drawn by detection.synthetic.coco_sized. This is not COCO.",
             "url": "",
             "year": 2026,
             "date_created": "2026/11/21",
@@ -123,7 +126,7 @@ def _missing(folder: Path, drawing: Drawing, split: str) -> int:
             there = {entry.name for entry in entries}
     except OSError:
         there = set()
-    return sum(scenes.file_name(split, index) not in there for index in range(drawing.counts()[split]))
+    return sum(coco_scenes.file_name(split, index) not in there for index in range(drawing.counts()[split]))
 
 
 def _refuse_foreign(folder: Path, drawing: Drawing) -> None:
@@ -207,10 +210,10 @@ def _draw_split(
 ) -> Path:
     """Draw one split, but for its annotation file, which comes back under another name."""
     count = drawing.counts()[split]
-    shards = range(math.ceil(count / scenes.SHARD))
+    shards = range(math.ceil(count / coco_scenes.SHARD))
     drawn = pool.map(partial(_draw_shard, folder, drawing, split, pictures), shards)
     aside = folder / "annotations" / f"{toy.SCRATCH}{split}"
-    images = [row for shard in shards for row in scenes.image_rows(drawing.seed, split, shard)][:count]
+    images = [row for shard in shards for row in coco_scenes.image_rows(drawing.seed, split, shard)][:count]
     head = {
         "info": drawing.info(),
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
@@ -224,34 +227,38 @@ def _draw_split(
             if rows:
                 file.write(separator + rows)
                 separator = ", "
-            progress.update(min(scenes.SHARD, count - shard * scenes.SHARD))
-        categories = [{"supercategory": c.supercategory, "id": c.id, "name": c.name} for c in scenes.COCO]
+            progress.update(min(coco_scenes.SHARD, count - shard * coco_scenes.SHARD))
+        categories = [{"supercategory": c.supercategory, "id": c.id, "name": c.name} for c in coco_scenes.COCO]
         file.write(f'], "categories": {json.dumps(categories)}}}')
     return aside
 
 
 def _draw_shard(folder: Path, drawing: Drawing, split: str, pictures: bool, shard: int) -> str:
     """Draw the pictures of a shard that are not there; returns its annotations, as JSON without the brackets."""
-    plan = scenes.plan(drawing.seed, split, shard)
-    count = min(scenes.SHARD, drawing.counts()[split] - shard * scenes.SHARD)
+    plan = coco_scenes.plan(drawing.seed, split, shard)
+    count = min(coco_scenes.SHARD, drawing.counts()[split] - shard * coco_scenes.SHARD)
     if pictures:
         for image in range(count):
-            path = folder / f"{split}2017" / scenes.file_name(split, shard * scenes.SHARD + image)
+            path = folder / f"{split}2017" / coco_scenes.file_name(split, shard * coco_scenes.SHARD + image)
             # After a loss of power a file can be there and be empty.
             if not path.exists() or not path.stat().st_size:
                 aside = path.with_name(f"{toy.SCRATCH}{os.getpid()}")
-                aside.write_bytes(scenes.picture(plan, image))
+                aside.write_bytes(coco_scenes.picture(plan, image))
                 aside.replace(path)
-    rows = [row for image in range(count) for row in scenes.annotation_rows(plan, image)]
+    rows = [row for image in range(count) for row in coco_scenes.annotation_rows(plan, image)]
     return json.dumps(rows)[1:-1]
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m detection.rehearsal", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m detection.synthetic.coco_sized", description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "folder", metavar="DIR", type=Path, help="new or empty, or an earlier drawing, also a part of it"
     )
-    parser.add_argument("--images", metavar="N", type=toy.positive, default=scenes.TRAIN_IMAGES, help="for training")
+    parser.add_argument(
+        "--images", metavar="N", type=toy.positive, default=coco_scenes.TRAIN_IMAGES, help="for training"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=Drawing.seed, help="0 or more")
     parser.add_argument("--workers", metavar="W", type=toy.positive, default=0, help="processes; as many as cores")
     parser.add_argument("--annotations-only", action="store_true", help="no pictures")

@@ -1,4 +1,4 @@
-"""What is in the pictures of `detection.rehearsal`: sizes, boxes, outlines and JPEGs that cost what COCO's cost.
+"""What is in the pictures of `detection.synthetic.coco_sized`: sizes, boxes, outlines and JPEGs that cost what COCO's cost.
 
 Blots with lobes, coloured by category. Sources of the figures: the annotation files of COCO 2017; detection challenge
 page ("41 % small, 34 % medium, 24 % large"); Singh and Davis 2018 (objects' scales); 160 photos of it (sizes, JPEGs,
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
 
-from detection import backdrop, toy
-from detection.backdrop import BACKGROUNDS, CANVAS_PX, GRAIN_HEADROOM, TILE_PX
+from detection.synthetic import backgrounds, toy
+from detection.synthetic.backgrounds import BACKGROUNDS, CANVAS_PX, GRAIN_HEADROOM, TILE_PX
 
 TRAIN_IMAGES, VAL_IMAGES = 118_287, 5_000
 WITHOUT_BOXES = {"train": (1_021, TRAIN_IMAGES), "val": (48, VAL_IMAGES)}  # so many of so many
@@ -197,7 +197,7 @@ def plan(seed: int, split: str, shard: int) -> Plan:
         colours=colours.clip(GRAIN_HEADROOM, 255 - GRAIN_HEADROOM),
         crowds=crowds,
         qualities=quality[kind].astype(np.int64),
-        grain=backdrop.grain_levels(quality[kind], bits_px),
+        grain=backgrounds.grain_levels(quality[kind], bits_px),
         grey=rng.random(SHARD) < GREY,
         background=np.stack([rng.integers(n, size=SHARD) for n in reach], axis=1),
     )
@@ -338,7 +338,7 @@ def picture(plan: Plan, image: int) -> bytes:
     """The JPEG of one image."""
     seed, (width, height) = plan.seed, plan.sizes_wh[image].tolist()
     background, left, top, grain_left, grain_top = plan.background[image].tolist()
-    canvas = backdrop.backgrounds(seed)[background].crop((left, top, left + width, top + height))
+    canvas = backgrounds.backgrounds(seed)[background].crop((left, top, left + width, top + height))
     pen = ImageDraw.Draw(canvas)
     rows = range(plan.starts[image], plan.starts[image + 1])
     for row in sorted(rows, key=lambda row: -plan.areas[row]):  # so that small ones lie on large ones
@@ -351,7 +351,7 @@ def picture(plan: Plan, image: int) -> bytes:
         pen.polygon(outline.ravel().tolist(), fill=outside)
         centre = plan.boxes_xywh[row, :2] + plan.boxes_xywh[row, 2:] / 2
         pen.polygon(((outline + centre) / 2).ravel().tolist(), fill=inside)
-    grain = backdrop.grain(seed, int(plan.grain[image]))
+    grain = backgrounds.grain(seed, int(plan.grain[image]))
     shifted = grain.crop((grain_left, grain_top, grain_left + width, grain_top + height))
     canvas = ImageChops.add_modulo(canvas, shifted)
     if plan.grey[image]:

@@ -1,4 +1,4 @@
-"""The ground that `detection.scenes` draws on, and the grain that makes its JPEGs as large as wanted.
+"""The ground that `detection.synthetic.coco_scenes` draws on, and the grain that makes its JPEGs as large as wanted.
 
 N images.
 """
