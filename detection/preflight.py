@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import backbone_files, board, run_dir
+from detection import board, run_dir
+from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, describe, read_system
 from detection.data import coco, num_classes, worker_shm
@@ -199,9 +200,9 @@ def check_backbone(config: RunConfig) -> str:
         return "no ImageNet weights are read"
     path = Path(config.trunk_weights)
     try:
-        return backbone_files.check(path)
+        return backbone_urls.check(path)
     except InputError as error:
-        fetch = backbone_files.how_to_fetch(config.trunk_name, path)
+        fetch = backbone_urls.how_to_fetch(config.trunk_name, path)
         raise InputError(f"{error}. Run {fetch}, or start at random: --backbone '' --division open") from error
 
 

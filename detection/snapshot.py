@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from detection import checkpoint
+from detection.checkpoint import checkpointer
+from detection.checkpoint.resume import Resumed
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
-from detection.resume import Resumed
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
 from detection.state import Run, State
@@ -36,7 +36,7 @@ def save(
         "batch_norm": rows,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "random": checkpoint.random_states(run.ranks.device),
+        "random": checkpointer.random_states(run.ranks.device),
         "seed": run.seed,
         "epoch": state.epoch,
         "samples": state.samples,
@@ -48,7 +48,7 @@ def save(
         "config": to_json(run.config),
     }
     try:
-        checkpoint.save(run.folder, epoch=state.epoch, step=state.step, score=score, state=content)
+        checkpointer.save(run.folder, epoch=state.epoch, step=state.step, score=score, state=content)
     except OSError as error:
         run.progress.say(f"warning: no checkpoint was saved after step {state.step}: {error}")
 
@@ -77,4 +77,4 @@ def restore(state: State, resumed: Resumed, config: RunConfig, ranks: Ranks) -> 
     state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.samples, state.evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
     state.step = round(saved["step"] * saved["global_batch_size"] / config.global_batch_size(ranks.world_size))
-    checkpoint.set_random_states(saved["random"], ranks.device)
+    checkpointer.set_random_states(saved["random"], ranks.device)

@@ -15,8 +15,9 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import board, git_state, resume, run_dir
+from detection import board, git_state, run_dir
 from detection.board import Board
+from detection.checkpoint import resume
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Topology, read_topology, to_json
 from detection.data import device_cache

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from detection.checkpoint.resume import Resumed
 from detection.config.run_config import RunConfig
 from detection.data.coco import Category
 from detection.phases import Phases
 from detection.progress import Progress
-from detection.resume import Resumed
 from detection.runtime.device import Precision
 from detection.runtime.distributed import Ranks
 from detection.runtime.signals import Interruption

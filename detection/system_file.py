@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.atomic_file import writing
-from detection.backbone_files import BACKBONE_FILES
+from detection.checkpoint.backbone_urls import BACKBONE_FILES
 from detection.config.run_config import RunConfig
 from detection.config.settings import Resolved, System, names
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from detection.checkpoint.weights import Weights
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.data.coco import Category
-from detection.weights import Weights
 from maskrcnn import config, weights
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import backbone
-from detection import weights as files
+from detection.checkpoint import pretrained_backbone
+from detection.checkpoint import weights as files
+from detection.checkpoint.weights import OURS, Weights
 from detection.config.settings import InputError
-from detection.weights import OURS, Weights
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
 
@@ -136,9 +136,9 @@ def load_trunk(model: MaskRCNN, config: Config) -> None:
     path = Path(config.trunk_weights)
     check_trunk(config)
     if path.suffix == ".pkl":
-        backbone.put(from_detectron(read_pickle(path)), model.backbone.body, config.trunk, path)
+        pretrained_backbone.put(from_detectron(read_pickle(path)), model.backbone.body, config.trunk, path)
     else:
-        backbone.load(model.backbone.body, config.trunk, path)
+        pretrained_backbone.load(model.backbone.body, config.trunk, path)
 
 
 class _Arrays(pickle.Unpickler):

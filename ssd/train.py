@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import backbone, engine, modes, optim, start
+from detection import engine, modes, optim, start
+from detection.checkpoint import pretrained_backbone
 from detection.conclusion import conclude
 from detection.data import device_cache, num_classes
 from detection.runtime import device
@@ -52,7 +53,7 @@ def load_weights(model: SSD300, config: Config, run: Run) -> None:
         run.log.point("checkpoint", Path(config.checkpoint).name)
         run.progress.say(f"{config.checkpoint}: the weights of a checkpoint of {origin}")
     elif config.trunk_weights:
-        backbone.load(model.backbone, config.trunk_name, Path(config.trunk_weights))
+        pretrained_backbone.load(model.backbone, config.trunk_name, Path(config.trunk_weights))
 
 
 def make_benchmark(

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detection import weights as files
+from detection.checkpoint import weights as files
+from detection.checkpoint.weights import OURS, Weights
 from detection.config.settings import InputError
-from detection.weights import OURS, Weights
 from ssd import reference
 from ssd.config import Config
 from ssd.model import SSD300, make_model

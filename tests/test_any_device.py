@@ -14,7 +14,8 @@ import processes
 import stand_in_device
 import test_maskrcnn_run
 from conftest import ROOT
-from detection import checkpoint, run_dir
+from detection import run_dir
+from detection.checkpoint import checkpointer
 from detection.synthetic import toy
 from maskrcnn import train as maskrcnn_train
 from ssd import train
@@ -66,7 +67,7 @@ def test_a_run_there_is_stopped_resumed_and_ends_as_on_the_cpu(third_party, tmp_
     assert processes.run(tmp_path / "cpu", *SMALL)[0] == 3
     assert processes.run(tmp_path / "there", *SMALL, "--compile", "off", "--max-steps", "4", **there)[0] == 3
     (saved,) = run_dir.checkpoints(tmp_path / "there")[-1:]
-    state = checkpoint.load(saved.path, benchmark="stand_in")  # by this process, which knows no such device
+    state = checkpointer.load(saved.path, benchmark="stand_in")  # by this process, which knows no such device
     assert state["step"] == 4
     assert "device" in state["random"], "it was not on the device"
     status, out, err = processes.run(tmp_path / "there", *SMALL, "--resume", "auto", **there)
@@ -88,7 +89,7 @@ def test_auto_is_fp16_with_scaled_gradients_there_and_batches_come_from_workers(
     status, _, err = processes.run(tmp_path / "run", *flags, PYTHONPATH=third_party, STANDIN_DEVICE="standin")
     assert status == 3, err
     (saved,) = run_dir.checkpoints(tmp_path / "run")
-    assert checkpoint.load(saved.path, benchmark="stand_in")["scaler"]["scale"] > 1
+    assert checkpointer.load(saved.path, benchmark="stand_in")["scaler"]["scale"] > 1
 
 
 def test_ranks_that_could_not_speak_to_each_other_there_are_told_so(third_party, tmp_path):
@@ -113,7 +114,7 @@ def train_there(benchmark, flags, third_party, folder):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (saved,) = run_dir.checkpoints(folder)
-    assert "device" in checkpoint.load(saved.path, benchmark=benchmark)["random"], "it was not on the device"
+    assert "device" in checkpointer.load(saved.path, benchmark=benchmark)["random"], "it was not on the device"
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torchvision
 
-from detection import backbone
-from detection.backbone_files import BACKBONE_FILES, how_to_fetch
+from detection.checkpoint import pretrained_backbone
+from detection.checkpoint.backbone_urls import BACKBONE_FILES, how_to_fetch
 from detection.config.settings import InputError
 from ssd.model import Backbone
 
@@ -23,7 +23,7 @@ def weights(resnet34, tmp_path_factory):
 
 def test_torchvisions_weights_load_and_compute_the_same_features(resnet34, weights):
     trunk = Backbone()
-    backbone.load(trunk, "resnet34", weights)
+    pretrained_backbone.load(trunk, "resnet34", weights)
     images = torch.randn(1, 3, 64, 64)
     resnet34.eval()
     trunk.eval()
@@ -52,13 +52,13 @@ def test_the_files_are_those_that_torchvision_publishes(name):
 def test_a_numpy_archive_loads_too(resnet34, tmp_path):
     np.savez(tmp_path / "resnet34.npz", **{name: t.numpy() for name, t in resnet34.state_dict().items()})
     trunk = Backbone()
-    backbone.load(trunk, "resnet34", tmp_path / "resnet34.npz")
+    pretrained_backbone.load(trunk, "resnet34", tmp_path / "resnet34.npz")
     assert torch.equal(trunk.conv1.weight, resnet34.conv1.weight)
 
 
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.pth: no such file.*get_resnet34_backbone"):
-        backbone.load(Backbone(), "resnet34", tmp_path / "none.pth")
+        pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
@@ -66,14 +66,14 @@ def test_a_truncated_file_is_refused(weights, tmp_path, share):
     content = weights.read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=r"cut\.pth: not a whole file of weights"):
-        backbone.load(Backbone(), "resnet34", tmp_path / "cut.pth")
+        pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_the_weights_of_another_network_are_refused(tmp_path, name):
     torch.save(torchvision.models.get_model(name, weights=None).state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match="not the weights of this ResNet"):
-        backbone.load(Backbone(), "resnet34", tmp_path / "other.pth")
+        pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "other.pth")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -83,10 +83,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(InputError, match="not a whole file of weights"):
-        backbone.load(Backbone(), "resnet34", tmp_path / "evil.pth")
+        pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "evil.pth")
 
 
 def test_a_file_without_a_table_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="no table of weights"):
-        backbone.load(Backbone(), "resnet34", tmp_path / "list.pth")
+        pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "list.pth")

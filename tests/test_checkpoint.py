@@ -3,7 +3,7 @@ import errno
 import pytest
 import torch
 
-from detection import checkpoint
+from detection.checkpoint import checkpointer
 
 
 def names(folder):
@@ -11,7 +11,7 @@ def names(folder):
 
 
 def save(folder, epoch, score, **state):
-    return checkpoint.save(folder, epoch=epoch, step=10 * epoch, score=score, state=state)
+    return checkpointer.save(folder, epoch=epoch, step=10 * epoch, score=score, state=state)
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
@@ -26,11 +26,11 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
 
 def test_a_checkpoint_is_loaded_without_running_code(tmp_path):
     path = save(tmp_path, 1, 0.0, benchmark="ssd", model={"weight": torch.arange(3.0)}, config="{}")
-    state = checkpoint.load(path, benchmark="ssd")
+    state = checkpointer.load(path, benchmark="ssd")
     assert torch.equal(state["model"]["weight"], torch.arange(3.0))
-    torch.save({"format": checkpoint.FORMAT, "benchmark": "ssd", "model": print}, path)
+    torch.save({"format": checkpointer.FORMAT, "benchmark": "ssd", "model": print}, path)
     with pytest.raises(ValueError, match="not a whole checkpoint"):
-        checkpoint.load(path, benchmark="ssd")
+        checkpointer.load(path, benchmark="ssd")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])

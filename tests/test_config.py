@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.backbone_files import BACKBONE_FILES
+from detection.checkpoint.backbone_urls import BACKBONE_FILES
 from detection.config.settings import InputError, Topology, describe, read_system, read_topology, to_json
 from ssd.config import Config, load
 

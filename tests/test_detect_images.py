@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, shared
-from detection import checkpoint, drawing
+from detection import drawing
+from detection.checkpoint import checkpointer
 from detection.config.settings import to_json
 from detection.drawing import Mark
 from detection.runtime import sync_batch_norm
@@ -32,7 +33,7 @@ def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
         "config": config,
         "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(NAMES, start=1)],
     }
-    return checkpoint.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
+    return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
 
 
 def sure_of_one_square() -> SSD300:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import checkpoint, drawing
+from detection import drawing
+from detection.checkpoint import checkpointer
 from detection.config.settings import InputError, to_json
 from detection.data import rle
 from detection.drawing import Mark
@@ -52,7 +53,7 @@ def write(folder, model, **extra):
         "batch_norm": sync_batch_norm.statistics(model).unsqueeze(0),
         "categories": [{"id": label, "name": name} for label, name in enumerate(NAMES, start=1)],
     }
-    return checkpoint.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
+    return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
 
 
 def detect(capsys, *words):

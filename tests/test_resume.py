@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import processes
-from detection import checkpoint, run_dir
+from detection import run_dir
+from detection.checkpoint import checkpointer
 from mlperf import check
 from mlperf.log import read
 
@@ -154,7 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_pa
     for broken in (content[:-100], content[:500], b"", bytes(damaged), b"PK nonsense"):
         newer.write_bytes(broken)
         with pytest.raises(ValueError, match=f"{newer.name}: "):
-            checkpoint.load(newer, benchmark="stand_in")
+            checkpointer.load(newer, benchmark="stand_in")
     status, out, _ = processes.run(run, *EACH_STEP, "--resume", "auto")
     assert status == 3
     assert f"warning: {newer}: not a whole checkpoint (" in out
@@ -166,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_pa
 def test_what_is_no_checkpoint_of_this_benchmark_is_refused(whole, tmp_path):
     path = run_dir.checkpoints(whole)[-1].path
     with pytest.raises(ValueError, match="is a checkpoint of stand_in, not of ssd"):
-        checkpoint.load(path, benchmark="ssd")
+        checkpointer.load(path, benchmark="ssd")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     status, _, err = processes.run(tmp_path / "run", "--resume", str(tmp_path / "foreign.pt"))
     assert status == 2
@@ -239,12 +240,12 @@ def test_a_seed_that_contradicts_the_checkpoint_is_refused(tmp_path):
 
 def test_random_states_are_put_back():
     device = torch.device("cpu")
-    states = checkpoint.random_states(device)
+    states = checkpointer.random_states(device)
 
     def draw():
         return random.random(), np.random.random(), float(torch.rand(()))  # noqa: NPY002
 
     first = draw()
     assert draw() != first
-    checkpoint.set_random_states(states, device)
+    checkpointer.set_random_states(states, device)
     assert draw() == first

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from detection import atomic_file, weights
+from detection import atomic_file
+from detection.checkpoint import weights
 from detection.config.settings import InputError
 from detection.run_dir import CHECKPOINTS, Saved, checkpoint_name, checkpoints
 from detection.runtime.device import random_state, set_random_state

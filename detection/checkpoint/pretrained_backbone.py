@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from detection.backbone_files import how_to_fetch
+from detection.checkpoint.backbone_urls import how_to_fetch
+from detection.checkpoint.weights import read
 from detection.config.settings import InputError
-from detection.weights import read
 
 
 def load(trunk: nn.Module, name: str, path: Path) -> None:

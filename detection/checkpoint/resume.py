@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection import checkpoint, run_dir
+from detection import run_dir
+from detection.checkpoint import checkpointer
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
 
@@ -40,7 +41,7 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
     if config.resume == "auto":
         if run_dir.is_finished(folder, config.experiment, config.epochs):
             raise InputError(f"the run in {folder} is finished: there is nothing to resume. Leave --resume out.")
-        newest = checkpoint.newest(folder, benchmark=config.benchmark, say=say)
+        newest = checkpointer.newest(folder, benchmark=config.benchmark, say=say)
         if newest is None:
             say(f"there is nothing to resume in {folder}: the run begins anew")
             clear(folder, config.experiment)
@@ -48,7 +49,7 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
         path, state = newest[0].path, newest[1]
     else:
         path = Path(config.resume)
-        state = checkpoint.load(path, benchmark=config.benchmark)
+        state = checkpointer.load(path, benchmark=config.benchmark)
         if state["evaluated"] and state["epoch"] >= config.epochs:
             raise InputError(f"{path} has all {config.epochs} epochs behind it. Pass more --epochs.")
     continues = path.resolve().parent.parent == folder.resolve()

@@ -1,0 +1,1 @@
+"""Weights and checkpoints: read, write, and find the one to resume from."""
