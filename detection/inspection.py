@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from detection import engine, preflight
+from detection import preflight
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError, System, Topology, read_topology, to_json
 from detection.data import coco, coco2017, device_cache, image_io, num_classes
@@ -24,7 +24,8 @@ from detection.data.batch import Share
 from detection.data.coco import Split
 from detection.data.coco2017 import Published
 from detection.data.prefetch import move
-from detection.engine import Benchmark
+from detection.engine import train_loop
+from detection.engine.train_loop import Benchmark
 from detection.findings import Finding, table, terminal_columns
 from detection.preflight import Checks, batch_bytes
 from detection.resources import MIB, check_machine, size
@@ -202,11 +203,11 @@ def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tu
 
 def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Trial:
     """Train two steps on noise at a learning rate of 0; raises what comes up, out of memory too."""
-    state = engine.build(benchmark, config, alone)
+    state = train_loop.build(benchmark, config, alone)
     share = move(Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), alone.device)
     for _ in range(2):  # the first lays out memory, and compiles
         start_s = time.monotonic()
-        engine.train_step(state, share, 0.0, benchmark, config, alone)
+        train_loop.train_step(state, share, 0.0, benchmark, config, alone)
         device.synchronize(alone.device)
     step_s = time.monotonic() - start_s
     sent = sum(tensor.nbytes for tensor in state.model.parameters() if tensor.requires_grad)

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import board, run_dir
+from detection import run_dir
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, describe, read_system
 from detection.data import coco, num_classes, worker_shm
+from detection.engine import tensorboard
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
 
@@ -160,7 +161,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
     if config.tensorboard:
         try:
-            board.require()
+            tensorboard.require()
         except InputError as error:
             mistakes.append(str(error))
     try:

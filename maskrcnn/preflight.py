@@ -39,10 +39,10 @@ def network(path: Path, config: Config) -> str:
 
 def layers(config: Config) -> str:
     """The layers of the network of the settings."""
-    from detection import layers  # with torch, which only this needs
+    from detection.engine import model_summary
     from maskrcnn.model import make_model
 
-    return layers.describe(make_model, config)
+    return model_summary.describe(make_model, config)
 
 
 CHECKS = preflight.Checks(

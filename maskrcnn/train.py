@@ -1,4 +1,4 @@
-"""Train Mask R-CNN, or what else --mode says: puts model, data and evaluation into detection/engine.py."""
+"""Train Mask R-CNN, or what else --mode says: puts model, data and evaluation into detection/engine/train_loop.py."""
 
 import math
 import sys
@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import engine, modes, optim, start
-from detection.conclusion import conclude
 from detection.data import device_cache, num_classes
+from detection.engine import entrypoint, modes, optim, train_loop
+from detection.engine.finalize import conclude
+from detection.engine.state import Run
 from detection.runtime.distributed import Ranks
-from detection.state import Run
 from maskrcnn import weights
 from maskrcnn.config import Config, load
 from maskrcnn.data import STRIDE_PX, Batch, EvalBatch, MaskRCNNData, MaskRCNNEvalData
@@ -25,15 +25,15 @@ from mlperf.rules import maskrcnn_tensor_names
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit status."""
-    return start.main(argv, lambda flags: load(flags).config, run_mode)
+    return entrypoint.main(argv, lambda flags: load(flags).config, run_mode)
 
 
-def run_mode(config: Config, process: start.Process) -> int:
+def run_mode(config: Config, process: entrypoint.Process) -> int:
     """Do what --mode says; returns the exit status."""
     ranks = process.ranks
     config = ranks.broadcast(num_classes.followed(config) if ranks.is_first else None)
     evaluation = Evaluation(config, ranks, detect)
-    with start.opened(config, process) as run:
+    with entrypoint.opened(config, process) as run:
         model = make_model(config)
         if not run.resumed:
             load_weights(model, config, run)
@@ -54,9 +54,9 @@ def load_weights(model: MaskRCNN, config: Config, run: Run) -> None:
 
 def make_benchmark(
     config: Config, ranks: Ranks, seed: int, model: MaskRCNN, evaluation: Evaluation
-) -> engine.Benchmark[Batch]:
+) -> train_loop.Benchmark[Batch]:
     """Mask R-CNN as the loop sees it."""
-    return engine.Benchmark(
+    return train_loop.Benchmark(
         model=model,
         loss=loss,
         loss_names=LOSSES,
@@ -134,4 +134,4 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    start.end(main(sys.argv[1:]))
+    entrypoint.end(main(sys.argv[1:]))

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import engine
 from detection.data import coco
 from detection.data.prefetch import move
+from detection.engine import train_loop
 from detection.metric import BoxMetric
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks
@@ -245,9 +245,9 @@ def step(batch_size: int, folder: Path) -> Values:
     ranks = Ranks(0, 1, choose(config.device, 0))
     torch.manual_seed(0)
     benchmark = make_benchmark(config, ranks, 0, SSD300(CLASSES), Evaluation(config, ranks))
-    state = engine.build(benchmark, config, ranks)
-    share = move(engine.Share(benchmark.made_up_batch(), batch_size, 1 / batch_size), ranks.device)
-    values = cost(partial(engine.train_step, state, share, 1e-3, benchmark, config, ranks))
+    state = train_loop.build(benchmark, config, ranks)
+    share = move(train_loop.Share(benchmark.made_up_batch(), batch_size, 1 / batch_size), ranks.device)
+    values = cost(partial(train_loop.train_step, state, share, 1e-3, benchmark, config, ranks))
     return values | {"rate": 1000 * batch_size / values["time"]}
 
 

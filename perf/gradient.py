@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detection import engine, start
 from detection.config.settings import InputError, read_topology
 from detection.data.prefetch import move
+from detection.engine import entrypoint, train_loop
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks, connect
 from perf.machine import machine
@@ -117,8 +117,8 @@ class Training:
         self.config, self.alone = config, Ranks(0, 1, device)
         evaluation = Evaluation(config, self.alone)
         self.benchmark = make_benchmark(config, self.alone, 0, SSD300(config.num_classes), evaluation)
-        self.state = engine.build(self.benchmark, config, self.alone)
-        share = engine.Share(self.benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size)
+        self.state = train_loop.build(self.benchmark, config, self.alone)
+        share = train_loop.Share(self.benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size)
         self.share = move(share, device)
         self.last_gradient_s = self.optimiser_s = 0.0
         for parameter in self.state.model.parameters():
@@ -127,7 +127,7 @@ class Training:
 
     def step(self) -> None:
         """One optimiser step."""
-        engine.train_step(self.state, self.share, 0.0, self.benchmark, self.config, self.alone)
+        train_loop.train_step(self.state, self.share, 0.0, self.benchmark, self.config, self.alone)
 
     def gradient_arrived(self, _: Tensor) -> None:
         """A gradient is computed."""
@@ -240,4 +240,4 @@ def show(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    start.end(main(sys.argv[1:]))
+    entrypoint.end(main(sys.argv[1:]))

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from detection import engine
 from detection.data.batch import Share
 from detection.data.image_pipeline import HostPixels
 from detection.data.prefetch import move
-from detection.optim import freeze_batch_norm
+from detection.engine import train_loop
+from detection.engine.optim import freeze_batch_norm
 from detection.runtime.device import compiles
 from detection.synthetic import coco_scenes
 from maskrcnn import box_coder, rpn
@@ -107,11 +107,11 @@ def our_step(bench: Bench, config: Config, theirs: nn.Module) -> Callable[[], ob
     """The run's own step on a batch on the device, from the weights of torchvision's model."""
     evaluation = Evaluation(config, bench.ranks, detect)
     benchmark = make_benchmark(config, bench.ranks, bench.seed, ours_like(theirs, config), evaluation)
-    state = engine.build(benchmark, config, bench.ranks)
+    state = train_loop.build(benchmark, config, bench.ranks)
     share = Share(ready_batch(bench), config.batch_size, 1 / config.batch_size)
 
     def step() -> Tensor:
-        return engine.train_step(state, share, baseline.LEARNING_RATE, benchmark, config, bench.ranks)
+        return train_loop.train_step(state, share, baseline.LEARNING_RATE, benchmark, config, bench.ranks)
 
     return in_precision(config.precision, bench, step)
 

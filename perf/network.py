@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from detection import engine
 from detection.data.batch import Share
 from detection.data.prefetch import move
-from detection.engine import Benchmark
+from detection.engine import train_loop
+from detection.engine.state import State
+from detection.engine.train_loop import Benchmark
 from detection.runtime.device import precision
-from detection.state import State
 from perf import baseline
 from perf.bench import Bench, Result
 from perf.input import first_batch
@@ -37,7 +37,7 @@ def build(bench: Bench, config: Config) -> tuple[Benchmark[Batch], State]:
     torch.manual_seed(bench.seed)
     model = SSD300(config.num_classes)
     benchmark = make_benchmark(config, bench.ranks, bench.seed, model, Evaluation(config, bench.ranks))
-    return benchmark, engine.build(benchmark, config, bench.ranks)
+    return benchmark, train_loop.build(benchmark, config, bench.ranks)
 
 
 def in_precision(name: str, bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
@@ -160,7 +160,7 @@ def network_step(bench: Bench, ready: baseline.Sample) -> Callable[[], object]:
 
     def step() -> None:
         lr = benchmark.learning_rate(state.step, 1)
-        engine.train_step(state, share, lr, from_ready, config, bench.ranks)
+        train_loop.train_step(state, share, lr, from_ready, config, bench.ranks)
 
     return in_precision(config.precision, bench, step)
 
@@ -173,7 +173,7 @@ def whole_step(bench: Bench, config: Config) -> Callable[[], object]:
 
     def step() -> None:
         lr = benchmark.learning_rate(state.step, 1)
-        engine.train_step(state, share, lr, benchmark, config, bench.ranks)
+        train_loop.train_step(state, share, lr, benchmark, config, bench.ranks)
 
     return in_precision(config.precision, bench, step)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from detection import engine
 from detection.data.prefetch import prefetch
+from detection.engine import train_loop
 from detection.runtime.device import decodes_jpeg
 from perf import baseline
 from perf.bench import Bench, Result
@@ -102,7 +102,9 @@ def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> 
     def run() -> None:
         epoch = next(numbers)
         for share in prefetch(data.shares(epoch), bench.device):
-            engine.train_step(state, share, benchmark.learning_rate(state.step, epoch), benchmark, config, bench.ranks)
+            train_loop.train_step(
+                state, share, benchmark.learning_rate(state.step, epoch), benchmark, config, bench.ranks
+            )
 
     where = {"none": "", "host": ", decoded images kept", "device": ", decoded images kept by the device"}
     kept = where[config.decoded_cache] + ", decoded by the device" * (config.decoder == "device")

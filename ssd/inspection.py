@@ -2,8 +2,9 @@
 
 import sys
 
-from detection import inspection, start
-from detection.engine import Benchmark
+from detection import inspection
+from detection.engine import entrypoint
+from detection.engine.train_loop import Benchmark
 from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import Batch
@@ -24,4 +25,4 @@ def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:
 
 
 if __name__ == "__main__":
-    start.end(main(sys.argv[1:]))
+    entrypoint.end(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Train SSD300, or what else --mode says: puts model, loss, data and evaluation into detection/engine.py."""
+"""Train SSD300, or what else --mode says: puts model, loss, data and evaluation into detection/engine/train_loop.py."""
 
 import sys
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection import engine, modes, optim, start
 from detection.checkpoint import pretrained_backbone
-from detection.conclusion import conclude
 from detection.data import device_cache, num_classes
+from detection.engine import entrypoint, modes, optim, train_loop
+from detection.engine.finalize import conclude
+from detection.engine.state import Run
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
-from detection.state import Run
 from mlperf.log import MlperfLog
 from mlperf.rules import ssd_tensor_name
 from ssd import augment, weights
@@ -29,15 +29,15 @@ from ssd.model import SSD300, make_model
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit status."""
-    return start.main(argv, lambda flags: load(flags).config, run_mode)
+    return entrypoint.main(argv, lambda flags: load(flags).config, run_mode)
 
 
-def run_mode(config: Config, process: start.Process) -> int:
+def run_mode(config: Config, process: entrypoint.Process) -> int:
     """Do what --mode says; returns the exit status."""
     ranks = process.ranks
     config = ranks.broadcast(num_classes.followed(config) if ranks.is_first else None)
     evaluation = Evaluation(config, ranks)
-    with start.opened(config, process) as run:
+    with entrypoint.opened(config, process) as run:
         model = make_model(config)
         if not run.resumed:
             load_weights(model, config, run)
@@ -58,9 +58,9 @@ def load_weights(model: SSD300, config: Config, run: Run) -> None:
 
 def make_benchmark(
     config: Config, ranks: Ranks, seed: int, model: SSD300, evaluation: Evaluation
-) -> engine.Benchmark[Batch]:
+) -> train_loop.Benchmark[Batch]:
     """SSD300 as the loop sees it."""
-    return engine.Benchmark(
+    return train_loop.Benchmark(
         model=model,
         loss=make_loss(ranks.device, compiled=device.compiles(config.compile, ranks.device)),
         loss_names=LOSSES,
@@ -144,4 +144,4 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks, model: SSD
 
 
 if __name__ == "__main__":
-    start.end(main(sys.argv[1:]))
+    entrypoint.end(main(sys.argv[1:]))

@@ -17,7 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "detection.start", "detection.engine"])
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.run", "detection.engine.entrypoint", "detection.engine.train_loop"]
+)
 
 
 class Forked:

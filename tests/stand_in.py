@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from detection import engine, start
 from detection.config.run_config import EvalEpochs, RunConfig
 from detection.config.settings import STRICT, resolve, setting
 from detection.data import worker_shm
 from detection.data.batch import Share
 from detection.data.loader import EpochSampler, load, make_loader
+from detection.engine import entrypoint, train_loop
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,9 +119,9 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch.inputs).flatten() - batch.wanted).square().sum()
 
 
-def train(config: Config, process: start.Process) -> int:
+def train(config: Config, process: entrypoint.Process) -> int:
     ranks = process.ranks
-    with start.opened(config, process) as run:
+    with entrypoint.opened(config, process) as run:
         data: list[Data] = []
         inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6).to(ranks.device)
 
@@ -133,7 +133,7 @@ def train(config: Config, process: start.Process) -> int:
             time.sleep(5 * config.step_s)
             return {"AP": float(torch.sigmoid(model(inputs).mean()))}
 
-        benchmark = engine.Benchmark(
+        benchmark = train_loop.Benchmark(
             model=network(),
             loss=lambda model, batch: loss(model, batch)[None],
             loss_names=("error",),
@@ -147,10 +147,12 @@ def train(config: Config, process: start.Process) -> int:
             targets={"AP": config.target},
             accuracy=lambda metrics: metrics["AP"],
         )
-        outcome = engine.run(benchmark, run)
+        outcome = train_loop.run(benchmark, run)
     print(f"ended after epoch {outcome.epoch}")
-    return 0 if outcome.reached else engine.NOT_REACHED
+    return 0 if outcome.reached else train_loop.NOT_REACHED
 
 
 if __name__ == "__main__":
-    start.end(start.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train))
+    entrypoint.end(
+        entrypoint.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train)
+    )

@@ -10,7 +10,7 @@ import maskrcnn.config
 import maskrcnn.train
 import ssd.config
 import ssd.train
-from detection import engine
+from detection.engine import train_loop
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
 
@@ -32,7 +32,7 @@ def graphs(request, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
-    monkeypatch.setattr(engine, "move", copied)
+    monkeypatch.setattr(train_loop, "move", copied)
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
@@ -48,13 +48,13 @@ def copied(value, device=None):
 def trained(benchmark, config, changed):
     """Warm up, then train the batches of an epoch and of what `changed` makes of the last."""
     run = SimpleNamespace(config=config, ranks=RANKS, progress=SimpleNamespace(say=str))
-    state = engine.build(benchmark, config, RANKS)
-    engine.warm_up(state, benchmark, run)
+    state = train_loop.build(benchmark, config, RANKS)
+    train_loop.warm_up(state, benchmark, run)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for share in map(copied, benchmark.open_data().shares(1, 0)):
-        engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+        train_loop.train_step(state, share, 0.0, benchmark, config, RANKS)
     for batch in map(copied, changed(share.batch)):
-        engine.train_step(state, share._replace(batch=batch), 0.0, benchmark, config, RANKS)
+        train_loop.train_step(state, share._replace(batch=batch), 0.0, benchmark, config, RANKS)
     assert torch._dynamo.utils.counters["graph_break"] == {}
     return before
 

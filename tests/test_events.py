@@ -12,9 +12,9 @@ import pytest
 
 import processes
 from conftest import ROOT
-from detection import board
-from detection.board import Board
 from detection.config.settings import InputError
+from detection.engine import tensorboard
+from detection.engine.tensorboard import Board
 from mlperf.log import read
 from ssd import preflight, train
 
@@ -94,7 +94,7 @@ def test_tensorboard_is_asked_for_only_by_name_and_said_to_be_missing(environmen
         assert "Traceback" not in shown
     assert not (tmp_path / "run" / "result_0.txt").exists()
     with pytest.raises(InputError, match="pip install"):
-        board.require()
+        tensorboard.require()
 
 
 def test_a_users_tensorboard_is_given_every_figure(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_users_tensorboard_is_given_every_figure(tmp_path, monkeypatch):
     package.__spec__, writers.SummaryWriter = ModuleSpec("tensorboard", None), Writer
     monkeypatch.setitem(sys.modules, "tensorboard", package)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
-    board.require()
+    tensorboard.require()
     shown = Board(tmp_path)
     shown.add("run_start", {"seed": 1})
     shown.add("step", {"step": 7, "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_s": 9.0})

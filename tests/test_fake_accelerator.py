@@ -13,10 +13,10 @@ import maskrcnn.train
 import ssd.config
 import ssd.evaluation
 import ssd.train
-from detection import engine
 from detection.data.device_cache import DeviceCache
 from detection.data.image_pipeline import Part
 from detection.data.prefetch import move
+from detection.engine import train_loop
 from detection.runtime.distributed import Ranks
 from fake_accelerator import CUDA, pretend
 
@@ -44,12 +44,12 @@ def maskrcnn_benchmark(*flags):
 
 def training_waits(waits, benchmark, config):
     """What two steps wait for, the second time."""
-    state = engine.build(benchmark, config, RANKS)
+    state = train_loop.build(benchmark, config, RANKS)
     assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")  # the other's regions vary at each step
-    share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+    share = move(train_loop.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     for _ in range(2):
         waits.taken()
-        loss = engine.train_step(state, share, 0.1, benchmark, config, RANKS)
+        loss = train_loop.train_step(state, share, 0.1, benchmark, config, RANKS)
     assert loss.device == CUDA
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     assert all(parameter.grad.device == CUDA for parameter in trained)
@@ -59,7 +59,7 @@ def training_waits(waits, benchmark, config):
 
 def detection_waits(waits, benchmark, config):
     """What a batch waits for, and what is detected."""
-    state = engine.build(benchmark, config, RANKS)
+    state = train_loop.build(benchmark, config, RANKS)
     state.model.eval()
     batch = move(benchmark.made_up_eval_batch(), CUDA)
     waits.taken()
@@ -74,7 +74,7 @@ def test_what_mixes_devices_is_refused_there_and_what_waits_is_counted():
         with pytest.raises(RuntimeError, match="device"):
             there + torch.zeros(4)
         with pytest.raises(RuntimeError, match="device"):
-            engine.move(there, CUDA).add_(torch.zeros(4))
+            train_loop.move(there, CUDA).add_(torch.zeros(4))
         assert waits.taken() == {}
         for wait, name in (
             (lambda: there.sum().item(), "aten::_local_scalar_dense"),
@@ -112,12 +112,12 @@ def test_a_training_step_of_ssd_waits_for_nothing(flags):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_training_step_of_ssd_on_a_gpu_that_is_one_waits_for_nothing(precision):
     benchmark, config = ssd_benchmark("--precision", precision)
-    state = engine.build(benchmark, config, RANKS)
-    share = move(engine.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
-    engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+    state = train_loop.build(benchmark, config, RANKS)
+    share = move(train_loop.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+    train_loop.train_step(state, share, 0.0, benchmark, config, RANKS)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.train_step(state, share, 0.0, benchmark, config, RANKS)
+        train_loop.train_step(state, share, 0.0, benchmark, config, RANKS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -10,7 +10,7 @@ import pytest
 
 import processes
 from detection import run_dir
-from detection.progress import slowest
+from detection.engine.run_logger import slowest
 
 TWO = ("--batch-size", "3", "--log-every", "2", "--checkpoint-every", "1 steps")
 

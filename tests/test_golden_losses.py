@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
-from detection import optim
+from detection.engine import optim
 from detection.runtime.distributed import Ranks
 from perf import baseline
 from ssd import augment, reference, train

@@ -10,8 +10,8 @@ import maskrcnn.preflight
 import ssd.config
 import ssd.model
 import ssd.preflight
-from detection.layers import describe
-from detection.optim import freeze_batch_norm
+from detection.engine.model_summary import describe
+from detection.engine.optim import freeze_batch_norm
 
 SSD, MASKRCNN = (ssd.config, ssd.model), (maskrcnn.config, maskrcnn.model)
 CLASSES = ("--num-classes", "5")

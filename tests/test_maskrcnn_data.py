@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import shared
-from detection import engine
 from detection.config.settings import InputError
 from detection.data import coco, image_io
+from detection.engine import train_loop
 from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
@@ -82,7 +82,7 @@ def test_images_are_no_larger_than_the_largest_of_their_batch_needs_and_lie_chan
 
 def test_the_loop_can_cut_a_batch_along_its_images(tiny_toy):
     batch = next(open_data(tiny_toy).shares(1)).batch
-    halves = engine.split(batch, 2)
+    halves = train_loop.split(batch, 2)
     assert [len(half[0]) for half in halves] == [2, 2]
     for whole, parts in zip(batch, zip(*halves, strict=True), strict=True):
         assert torch.equal(torch.cat(parts), whole)

@@ -11,7 +11,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from detection.config.settings import InputError
-from detection.optim import freeze_batch_norm
+from detection.engine.optim import freeze_batch_norm
 from detection.runtime import device
 from maskrcnn import box_coder, masks, rpn, sampling, weights
 from maskrcnn.anchors import STRIDES_PX, make_anchors

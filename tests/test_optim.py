@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from detection import optim
 from detection.config.settings import InputError
+from detection.engine import optim
 
 SCHEDULE = {"peak": 0.09, "warmup_steps": 650, "warmup_factor": 0.0, "decay_epochs": (44, 55), "decay_factor": 0.1}
 

@@ -58,12 +58,12 @@ def test_a_machine_without_git_has_an_unknown_commit(repository, monkeypatch):
 
 
 def test_a_run_logs_the_commit_named_in_the_environment_where_there_is_no_repository(tmp_path, monkeypatch):
-    from detection import start
+    from detection.engine import entrypoint
 
     monkeypatch.setattr(git_state.read, "__defaults__", ("", tmp_path))
     config = load([], {"DETECTION_COMMIT": f"{COMMIT}-dirty"}).config
     with MlperfLog(tmp_path / "log.txt", echo=False) as log:
-        start.log_submission(log, config, num_nodes=1)
+        entrypoint.log_submission(log, config, num_nodes=1)
     (point,) = (event for event in read(tmp_path / "log.txt") if event.key == "commit")
     assert (point.value, point.metadata["dirty"]) == (COMMIT, True)
 

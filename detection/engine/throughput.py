@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from detection import engine
 from detection.config.settings import InputError
 from detection.data.batch import Share
 from detection.data.prefetch import move, prefetch
-from detection.engine import Benchmark
-from detection.phases import Phases
+from detection.engine import train_loop
+from detection.engine.state import Run, State
+from detection.engine.step_timer import Phases
+from detection.engine.train_loop import Benchmark
 from detection.runtime import device
-from detection.state import Run, State
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -30,13 +30,13 @@ PHASE_STEPS = 4  # a quarter of the steps is made again, waiting for the device 
 
 def training(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
     """Measure training steps; the figures of each kind of input, printed and in the summary."""
-    state = engine.build(benchmark, run.config, run.ranks)
-    engine.warm_up(state, benchmark, run)
-    engine.set_training(state.model, run.config)
+    state = train_loop.build(benchmark, run.config, run.ranks)
+    train_loop.warm_up(state, benchmark, run)
+    train_loop.set_training(state.model, run.config)
 
     def work(share: Share[Any]) -> int:
         lr = benchmark.learning_rate(state.step, 1)
-        engine.train_step(state, share, lr, benchmark, run.config, run.ranks)
+        train_loop.train_step(state, share, lr, benchmark, run.config, run.ranks)
         return len(share.batch[0])
 
     def real() -> Iterator[Share[Any]]:
@@ -52,7 +52,7 @@ def training(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
 
 def inference(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
     """Measure evaluation, but for the metric: batch to detections; the figures as in `training`."""
-    state = engine.build(benchmark, run.config, run.ranks)
+    state = train_loop.build(benchmark, run.config, run.ranks)
 
     def real() -> Iterator[Any]:
         data = benchmark.open_eval_data()
@@ -60,7 +60,7 @@ def inference(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
             raise InputError(f"{data.eval_samples} evaluation images are too few for {run.ranks.world_size} ranks")
         return (batch for _ in itertools.count() for batch in data.eval_batches())
 
-    with engine.evaluating(state, run) as model:
+    with train_loop.evaluating(state, run) as model:
         model.register_forward_hook(lambda *_: state.phases.end("forward"))
 
         def work(batch: Any) -> int:
@@ -81,7 +81,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time `work`, which returns its number of images, on each kind of input that was asked for."""
     config, on = run.config, run.ranks.device
-    run.progress.start_clock(engine.facts(benchmark, run, state))
+    run.progress.start_clock(train_loop.facts(benchmark, run, state))
     results = []
     for kind in ("real", "made-up"):
         if config.benchmark_input not in ("both", kind):
@@ -97,7 +97,7 @@ def measure(
         results.append(result)
     run.progress.summarise(
         {
-            **engine.facts(benchmark, run, state),
+            **train_loop.facts(benchmark, run, state),
             "batch_size": config.batch_size if config.mode == "benchmark-training" else config.eval_batch_size,
             "steps": config.benchmark_steps,
             "warmup_steps": config.benchmark_warmup,

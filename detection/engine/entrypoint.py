@@ -15,20 +15,21 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from detection import board, git_state, run_dir
-from detection.board import Board
+from detection import git_state, run_dir
 from detection.checkpoint import resume
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Topology, read_topology, to_json
 from detection.data import device_cache
 from detection.data.loader import WorkerLost, lost_workers_named
-from detection.engine import Stopped
-from detection.progress import Diverged, Progress
+from detection.engine import tensorboard
+from detection.engine.run_logger import Diverged, Progress
+from detection.engine.state import Run
+from detection.engine.tensorboard import Board
+from detection.engine.train_loop import Stopped
 from detection.runtime import device, numa_binding
 from detection.runtime.distributed import PeerLost, Ranks, connect
 from detection.runtime.signals import SIGNALS, Interrupted, Interruption, end_with_parent
 from detection.runtime.watchdog import Watchdog
-from detection.state import Run
 from mlperf.log import MlperfLog
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -101,7 +102,7 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
         folder.mkdir(parents=True, exist_ok=True)
     resumed = ranks.broadcast(resume.find(config, folder) if ranks.is_first else None)
     if config.tensorboard:
-        board.require()
+        tensorboard.require()
     if ranks.is_first:
         (folder / run_dir.CONFIG).write_text(to_json(config))
     progress = Progress(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detection.board import Board
+from detection.engine.tensorboard import Board
 from detection.runtime.device import peak_memory_gib
 from detection.runtime.distributed import Ranks
 

@@ -13,15 +13,15 @@ from typing import Any, Generic, Protocol
 import torch
 from torch import Tensor, nn
 
-from detection import optim, snapshot
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Batch, Share
 from detection.data.coco import Category
 from detection.data.prefetch import move, prefetch
+from detection.engine import optim, save_restore
+from detection.engine.state import Run, State
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
-from detection.state import Run, State
 from mlperf import system
 
 NOT_REACHED = 3  # exit status of a run that ended below its target
@@ -101,7 +101,7 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     state = build(benchmark, run.config, run.ranks)
     warm_up(state, benchmark, run)
     if run.resumed:
-        snapshot.restore(state, run.resumed, run.config, run.ranks)
+        save_restore.restore(state, run.resumed, run.config, run.ranks)
     told = facts(benchmark, run, state)
     run.ranks.barrier()
     if not run.continues:
@@ -149,7 +149,7 @@ def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
                 state.begin(epoch)
             inside = False
             train_epoch(state, data, benchmark, run)
-            written = snapshot.positions(run)  # a run that is broken off in its evaluation does that again
+            written = save_restore.positions(run)  # a run that is broken off in its evaluation does that again
             log.end("epoch", epoch_num=epoch)
         log.end("block", first_epoch_num=block.start)
 
@@ -159,14 +159,14 @@ def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
         try:
             metrics = evaluate(state, data, benchmark, run)
         except KeyboardInterrupt:
-            snapshot.save(state, run, written, together=False)
+            save_restore.save(state, run, written, together=False)
             raise
         log.point("eval_accuracy", benchmark.accuracy(metrics), epoch_num=epoch)
         log.end("eval", epoch_num=epoch)
         progress.evaluated(epoch, metrics, benchmark.targets)
         reached = all_reached(metrics, benchmark.targets)
         state.evaluated = True
-        snapshot.save(state, run, snapshot.positions(run), score=metrics[next(iter(benchmark.targets))])
+        save_restore.save(state, run, save_restore.positions(run), score=metrics[next(iter(benchmark.targets))])
         progress.resume()
         if reached:
             break
@@ -270,23 +270,23 @@ def train_epoch(state: State, data: TrainData[Batch], benchmark: Benchmark[Batch
             alone_s = state.phases.end_s["forward"] - mark_s
             progress.step(state.step - 1, epoch, loss=loss, num_images=share.num_images, lr=lr, alone_s=alone_s)
             if config.saves_after("steps", state.step):
-                snapshot.save(state, run, snapshot.positions(run))
+                save_restore.save(state, run, save_restore.positions(run))
             stop_if_asked(state, run)
             if 0 < config.max_steps <= state.step:
-                snapshot.save(state, run, snapshot.positions(run))
+                save_restore.save(state, run, save_restore.positions(run))
                 raise Stopped(f"max_steps: {state.step} steps are made", NOT_REACHED)
             mark_s = time.monotonic()
         progress.read(state.step - 1, epoch, lr=lr)
         progress.end_epoch(epoch, step=state.step)
         if config.saves_after("epochs", epoch):
-            snapshot.save(state, run, snapshot.positions(run))
+            save_restore.save(state, run, save_restore.positions(run))
         stop_if_asked(state, run, at_once=True)
 
 
 def stop_if_asked(state: State, run: Run, *, at_once: bool = False) -> None:
     """Save and raise Stopped if any rank was told to end; not `at_once`, the ranks may agree on it some steps later."""
     if signal_number := run.interruption.asked(run.ranks, at_once=at_once):
-        snapshot.save(state, run, snapshot.positions(run))
+        save_restore.save(state, run, save_restore.positions(run))
         raise Stopped(f"{signal.Signals(signal_number).name} after step {state.step}", 128 + signal_number)
 
 

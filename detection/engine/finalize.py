@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from detection import run_dir
-from detection.engine import NOT_REACHED, Outcome
-from detection.state import Run
+from detection.engine.state import Run
+from detection.engine.train_loop import NOT_REACHED, Outcome
 from mlperf import compliance
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from detection import engine, throughput
-from detection.engine import Benchmark, Outcome
-from detection.state import Run
+from detection.engine import throughput, train_loop
+from detection.engine.state import Run
+from detection.engine.train_loop import Benchmark, Outcome
 
 
 def do(benchmark: Benchmark[Any], run: Run, log_recipe: Callable[[], None]) -> Outcome | None:
@@ -17,9 +17,9 @@ def do(benchmark: Benchmark[Any], run: Run, log_recipe: Callable[[], None]) -> O
         case "train":
             if not run.continues:
                 log_recipe()
-            return engine.run(benchmark, run)
+            return train_loop.run(benchmark, run)
         case "evaluate":
-            return engine.evaluate_only(benchmark, run)
+            return train_loop.evaluate_only(benchmark, run)
         case "benchmark-training":
             throughput.training(benchmark, run)
         case "benchmark-inference":

@@ -6,8 +6,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from detection import optim
 from detection.config.run_config import RunConfig
+from detection.engine import optim
 
 Config = TypeVar("Config", bound=RunConfig)
 HEADINGS = ("layer", "kind", "weights", "parameters", "")

@@ -9,8 +9,8 @@ from torch import nn
 from detection.checkpoint.resume import Resumed
 from detection.config.run_config import RunConfig
 from detection.data.coco import Category
-from detection.phases import Phases
-from detection.progress import Progress
+from detection.engine.run_logger import Progress
+from detection.engine.step_timer import Phases
 from detection.runtime.device import Precision
 from detection.runtime.distributed import Ranks
 from detection.runtime.signals import Interruption

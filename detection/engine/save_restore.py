@@ -7,9 +7,9 @@ from detection.checkpoint import checkpointer
 from detection.checkpoint.resume import Resumed
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
+from detection.engine.state import Run, State
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
-from detection.state import Run, State
 
 
 def positions(run: Run) -> dict[str, int]:
