@@ -235,7 +235,7 @@ echo "ENDING TIMING RUN AT $(timestamp)"
 # Off the clock, and of a run that was broken off, too; what cannot be drawn costs the report, not the run.
 if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
   if [[ -s $RUN_DIR/detections.json || -s $RUN_DIR/segm.json ]]; then
-    "$python" -m detection.showcase "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
+    "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
   fi
   "$python" -m mlperf.report "$RUN_DIR" || echo "warning: no report was made" >&2
 fi

@@ -19,7 +19,7 @@ from detection.data.batch import Share
 from detection.data.coco import Split
 from detection.data.image_pipeline import Part, Pixels
 from detection.data.loader import EpochSampler, Key, load, make_loader, pad
-from detection.metric import MaskMetric
+from detection.evaluation.coco_metric import MaskMetric
 from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config

@@ -1,6 +1,6 @@
 """Detect on pictures: python -m maskrcnn.detect_images CHECKPOINT IMAGE... [--folder D] [--score .5]
 
-What it reads and writes is said in `detection/detect_images.py`.
+What it reads and writes is said in `detection/evaluation/predict.py`.
 """
 
 import sys
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import detect_images
 from detection.data import image_io
 from detection.data.coco import Category
-from detection.detect_images import Seen
+from detection.evaluation import predict
+from detection.evaluation.predict import Seen
 from maskrcnn import trained
 from maskrcnn.data import lay_out, resized_hw, sizes
 from maskrcnn.evaluation import on_original
@@ -22,7 +22,7 @@ from maskrcnn.evaluation import on_original
 
 def main(argv: Sequence[str]) -> int:
     """Detect, draw and write; returns the exit status."""
-    return detect_images.main(argv, detect_images.Command("maskrcnn", Detector, score=0.5, batch_size=4))
+    return predict.main(argv, predict.Command("maskrcnn", Detector, score=0.5, batch_size=4))
 
 
 class Detector:

@@ -16,7 +16,7 @@ from torch import nn
 
 from detection.data.prefetch import prefetch
 from detection.data.rle import CompressedMask
-from detection.metric import ROW, MaskMetric, to_mask_results, to_results
+from detection.evaluation.coco_metric import ROW, MaskMetric, to_mask_results, to_results
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData

@@ -22,7 +22,7 @@ from torch import Tensor
 from detection.data import coco
 from detection.data.prefetch import move
 from detection.engine import train_loop
-from detection.metric import BoxMetric
+from detection.evaluation.coco_metric import BoxMetric
 from detection.runtime.device import choose
 from detection.runtime.distributed import Ranks
 from detection.synthetic import coco_scenes

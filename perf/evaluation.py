@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from detection.data.prefetch import move
-from detection.metric import BoxMetric
+from detection.evaluation.coco_metric import BoxMetric
 from detection.runtime.device import synchronize
 from perf import baseline
 from perf.bench import FULL_METRIC_IMAGES, Bench, Result

@@ -22,7 +22,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.data.rle import CompressedMask
-from detection.metric import MaskMetric
+from detection.evaluation.coco_metric import MaskMetric
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import Batch

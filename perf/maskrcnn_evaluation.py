@@ -13,7 +13,7 @@ from torch import nn
 from detection.data.coco import Split
 from detection.data.prefetch import move
 from detection.data.rle import CompressedMask
-from detection.metric import MaskMetric
+from detection.evaluation.coco_metric import MaskMetric
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detection.boxes import pairwise_iou, xyxy_to_cxcywh
 from detection.data.coco import Split
-from detection.metric import ROW
+from detection.evaluation.coco_metric import ROW
 from ssd.anchors import NUM_ANCHORS, Anchors
 from ssd.box_coder import to_deltas
 

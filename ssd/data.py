@@ -18,7 +18,7 @@ from detection.data.batch import Share
 from detection.data.coco import Split
 from detection.data.image_pipeline import Part, Pixels
 from detection.data.loader import EpochSampler, Key, load, make_loader, pad
-from detection.metric import BoxMetric
+from detection.evaluation.coco_metric import BoxMetric
 from detection.runtime.distributed import Ranks
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX

@@ -1,6 +1,6 @@
 """Detect on pictures: python -m ssd.detect_images CHECKPOINT IMAGE... [--folder D] [--score .3]
 
-What it reads and writes is said in `detection/detect_images.py`.
+What it reads and writes is said in `detection/evaluation/predict.py`.
 """
 
 import sys
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import detect_images
 from detection.data import image_io
 from detection.data.coco import Category
-from detection.detect_images import Seen
+from detection.evaluation import predict
+from detection.evaluation.predict import Seen
 from ssd import augment, trained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.detect import detect
@@ -22,7 +22,7 @@ from ssd.detect import detect
 
 def main(argv: Sequence[str]) -> int:
     """Detect, draw and write; returns the exit status."""
-    return detect_images.main(argv, detect_images.Command("ssd", Detector, score=0.3, batch_size=8))
+    return predict.main(argv, predict.Command("ssd", Detector, score=0.3, batch_size=8))
 
 
 class Detector:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.data.prefetch import move, prefetch
-from detection.metric import ROW, BoxMetric, to_results
+from detection.evaluation.coco_metric import ROW, BoxMetric, to_results
 from detection.runtime.device import has_float64
 from detection.runtime.distributed import Ranks
 from ssd import augment

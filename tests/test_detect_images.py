@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, shared
-from detection import drawing
 from detection.checkpoint import checkpointer
 from detection.config.settings import to_json
-from detection.drawing import Mark
+from detection.evaluation import visualize
+from detection.evaluation.visualize import Mark
 from detection.runtime import sync_batch_norm
 from ssd import detect_images, train, trained
 from ssd.anchors import NUM_ANCHORS, make_anchors
@@ -89,7 +89,7 @@ def test_a_box_lies_where_the_picture_is_shown(square, tmp_path, capsys):
         wanted = [left * width, top * height, (right - left) * width, (bottom - top) * height]
         assert found["bbox"] == pytest.approx(wanted, abs=0.01)
     drawn = np.asarray(Image.open(tmp_path / "out" / content["images"][0]["drawn"]))
-    coloured = (drawn == drawing.colour(2)).all(axis=-1)
+    coloured = (drawn == visualize.colour(2)).all(axis=-1)
     assert drawn.shape == (200, 300, 3)
     assert coloured[100, 20] or coloured[100, 19]
     assert not coloured[60:180, 60:250].any()
@@ -187,11 +187,11 @@ def test_mistakes_are_one_message_and_2(square, tmp_path, capsys):
 @pytest.mark.parametrize("ground", ["black", "white", "red"])
 def test_boxes_and_names_stand_out_on_any_ground_and_size(size, ground):
     image = Image.new("RGB", size, ground)
-    drawn = drawing.draw(image, [Mark((0, 0, size[0], size[1]), 1, "name 0.50")])
+    drawn = visualize.draw(image, [Mark((0, 0, size[0], size[1]), 1, "name 0.50")])
     assert image.getcolors() == [(size[0] * size[1], Image.new("RGB", (1, 1), ground).getpixel((0, 0)))], "a copy"
-    assert drawing.LEAST_SIDE_PX <= max(drawn.size) <= max(drawing.LEAST_SIDE_PX, drawing.MOST_SIDE_PX)
+    assert visualize.LEAST_SIDE_PX <= max(drawn.size) <= max(visualize.LEAST_SIDE_PX, visualize.MOST_SIDE_PX)
     pixels = np.asarray(drawn)
-    assert (pixels == drawing.colour(1)).all(axis=-1).any()
+    assert (pixels == visualize.colour(1)).all(axis=-1).any()
     if min(size) > 1:
         assert (pixels == 0).all(axis=-1).any(), "text and rim are black"
 
@@ -202,16 +202,16 @@ def test_black_can_be_read_on_every_colour():
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
-    colours = [drawing.colour(label) for label in range(1, 81)]
+    colours = [visualize.colour(label) for label in range(1, 81)]
     assert min((luminance(colour) + 0.05) / 0.05 for colour in colours) > 4.5  # its level AA
     assert len(set(colours)) == 80
 
 
 def test_the_text_of_a_box_at_the_border_is_inside_the_picture():
     box = (400.0, 0.0, 499.0, 40.0)
-    marked = np.asarray(drawing.draw(Image.new("RGB", (500, 400)), [Mark(box, 1, "a long name 0.99")]))
+    marked = np.asarray(visualize.draw(Image.new("RGB", (500, 400)), [Mark(box, 1, "a long name 0.99")]))
     alone = np.asarray(
-        drawing.draw(Image.new("RGB", (500, 400)), [Mark((0.0, 200.0, 499.0, 399.0), 1, "a long name 0.99")])
+        visualize.draw(Image.new("RGB", (500, 400)), [Mark((0.0, 200.0, 499.0, 399.0), 1, "a long name 0.99")])
     )
     inked = [int(((part > 0).all(axis=-1)).sum()) for part in (marked[:25, 300:], alone[175:200])]
     assert inked[0] >= inked[1] * 0.9, "as much of the label is seen as where there is room"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import drawing
 from detection.checkpoint import checkpointer
 from detection.config.settings import InputError, to_json
 from detection.data import rle
-from detection.drawing import Mark
+from detection.evaluation import visualize
+from detection.evaluation.visualize import Mark
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
 from detection.synthetic import coco_scenes
@@ -178,8 +178,8 @@ def test_a_mask_is_seen_and_seen_through(size):
     mask = rle.compress(np.append(runs, pixels.size - runs.sum()), (height, width))
     assert (rle.bitmap(mask) == pixels).all()
     box = (width * 0.9, height * 0.9, width * 0.95, height * 0.95)  # out of the way
-    drawn = np.asarray(drawing.draw(Image.new("RGB", size, (100, 150, 40)), [Mark(box, 2, "", mask)]), dtype=int)
+    drawn = np.asarray(visualize.draw(Image.new("RGB", size, (100, 150, 40)), [Mark(box, 2, "", mask)]), dtype=int)
     inside, outside = (drawn[drawn.shape[0] // 3, drawn.shape[1] * part // 8] for part in (1, 5))
-    half_way = (np.array([100, 150, 40]) + drawing.colour(2)) / 2
+    half_way = (np.array([100, 150, 40]) + visualize.colour(2)) / 2
     np.testing.assert_allclose(inside, half_way, atol=2)
     assert outside.tolist() == [100, 150, 40]

@@ -16,7 +16,7 @@ from torch import nn
 from conftest import ROOT
 from detection.config.settings import read_topology
 from detection.data import coco
-from detection.metric import FIGURES, to_mask_results, to_results
+from detection.evaluation.coco_metric import FIGURES, to_mask_results, to_results
 from detection.runtime.distributed import Ranks, connect
 from maskrcnn import masks
 from maskrcnn.config import Config

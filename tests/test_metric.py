@@ -8,7 +8,7 @@ from pycocotools import mask as mask_api
 from conftest import shared
 from detection.config.settings import InputError
 from detection.data import coco
-from detection.metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
+from detection.evaluation.coco_metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.engine import throughput, train_loop
-from detection.metric import FIGURES
+from detection.evaluation.coco_metric import FIGURES
 from detection.synthetic import toy
 from ssd import preflight, reference, train
 from ssd.model import SSD300

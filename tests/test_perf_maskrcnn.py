@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detection.metric import FIGURES
+from detection.evaluation.coco_metric import FIGURES
 from maskrcnn.heads import BOX_CELLS
 from perf import maskrcnn as parts
 from perf import maskrcnn_baseline as baseline

@@ -18,7 +18,7 @@ from annotation_file import contents, digests
 from conftest import ROOT, shared
 from detection.config.settings import InputError
 from detection.data import coco
-from detection.metric import BoxMetric
+from detection.evaluation.coco_metric import BoxMetric
 from detection.synthetic import coco_scenes, coco_sized
 from detection.synthetic.coco_sized import Drawing
 from ssd import preflight

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import showcase
 from detection.data import coco
+from detection.evaluation import sample_predictions
 from detection.runtime import device
 from detection.synthetic import toy
 from mlperf import check
@@ -106,7 +106,7 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, 
     assert sum(row["objects"] for row in classes) > 0
     summary = record.outcome(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
-    assert showcase.make(run) > 0
+    assert sample_predictions.make(run) > 0
 
 
 def test_data_of_any_classes_are_trained_on_by_four_paths_and_nothing_else(pictures, tmp_path, monkeypatch):

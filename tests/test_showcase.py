@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection import showcase
 from detection.data import coco, rle
 from detection.data.coco import Category, Split
-from detection.metric import BoxMetric
+from detection.evaluation import sample_predictions
+from detection.evaluation.coco_metric import BoxMetric
 
 
 def split_of(*images: list[tuple[list[float], int, bool]]) -> Split:
@@ -41,7 +41,7 @@ def detection(image_id: int, corners: list[float], category_id: int, score: floa
 
 def test_a_detection_is_right_where_it_overlaps_a_free_object_of_its_class_by_half():
     big, small = [0.0, 0, 40, 40], [60.0, 60, 80, 80]
-    (judged,) = showcase.judge(
+    (judged,) = sample_predictions.judge(
         split_of([(big, 1, False), (small, 2, False)]),
         [
             detection(10, [0, 0, 40, 21], 3, 0.9),  # more than half
@@ -60,7 +60,7 @@ def test_a_detection_is_right_where_it_overlaps_a_free_object_of_its_class_by_ha
 
 
 def test_a_crowd_is_no_object_and_detections_in_it_are_no_mistakes():
-    (judged,) = showcase.judge(
+    (judged,) = sample_predictions.judge(
         split_of([([0.0, 0, 100, 100], 1, True)]),
         [detection(10, [5, 5, 15, 15], 3, 0.9), detection(10, [20, 20, 30, 30], 7, 0.8)],
         least_score=0,
@@ -73,8 +73,8 @@ def test_a_crowd_is_no_object_and_detections_in_it_are_no_mistakes():
 def test_as_many_detections_are_shown_as_there_are_objects():
     split = split_of([([0.0, 0, 9, 9], 1, False)] * 2, [([0.0, 0, 9, 9], 1, True)])
     rows = [detection(10, [0, 0, 9, 9], 3, score) for score in (0.2, 0.9, 0.4, 0.1)]
-    assert showcase.threshold(split, rows) == 0.4
-    assert showcase.threshold(split, []) == 0
+    assert sample_predictions.threshold(split, rows) == 0.4
+    assert sample_predictions.threshold(split, []) == 0
 
 
 def test_each_kind_has_its_images_and_none_comes_twice():
@@ -84,7 +84,10 @@ def test_each_kind_has_its_images_and_none_comes_twice():
     rows = [detection(10 + n, box, 3, 0.5) for n in range(8, 20)]
     rows += [detection(17, [60, 60, 90, 90], 7, 0.99)]
     split = split_of(*images)
-    kinds = [(kind, judged.index) for kind, judged in showcase.chosen(list(showcase.judge(split, rows, 0.0)))]
+    kinds = [
+        (kind, judged.index)
+        for kind, judged in sample_predictions.chosen(list(sample_predictions.judge(split, rows, 0.0)))
+    ]
     assert kinds[0] == ("missed", 4)
     assert kinds[3] == ("false", 7)
     assert [kind for kind, _ in kinds] == ["missed"] * 3 + ["false"] + ["best"] * 3 + ["typical"] * 3
@@ -106,7 +109,7 @@ def run(tiny_toy, tmp_path) -> Path:
 
 
 def test_the_pictures_show_truth_and_detections_beside_each_other(run, tiny_toy, capsys):
-    assert showcase.main([str(run)]) == 0
+    assert sample_predictions.main([str(run)]) == 0
     rows = json.loads((run / "pictures.json").read_text())
     assert capsys.readouterr().out == f"{len(rows)} pictures\n"
     assert 4 <= len(rows) <= 12
@@ -116,13 +119,13 @@ def test_the_pictures_show_truth_and_detections_beside_each_other(run, tiny_toy,
     assert words[1] == words[3]
     assert "0 false (score ≥ 0.80)" in best["caption"]
     with Image.open(run / "pictures" / best["file"]) as sheet:
-        half = (sheet.width - showcase.GAP_PX) // 2
+        half = (sheet.width - sample_predictions.GAP_PX) // 2
         left = np.asarray(sheet.crop((0, 0, half, sheet.height)), dtype=int)
-        right = np.asarray(sheet.crop((half + showcase.GAP_PX, 0, sheet.width, sheet.height)), dtype=int)
+        right = np.asarray(sheet.crop((half + sample_predictions.GAP_PX, 0, sheet.width, sheet.height)), dtype=int)
     assert 0 < np.abs(left - right).max(axis=2).mean() < 40  # the same picture and boxes, other texts
     missed = next(row for row in rows if row["caption"].startswith("missed"))
     with Image.open(run / "pictures" / missed["file"]) as sheet:
-        assert max(sheet.height, (sheet.width - showcase.GAP_PX) // 2) <= showcase.SIDE_PX
+        assert max(sheet.height, (sheet.width - sample_predictions.GAP_PX) // 2) <= sample_predictions.SIDE_PX
 
 
 @pytest.fixture
@@ -144,14 +147,14 @@ def best_of(run: Path) -> np.ndarray:
 
 
 def test_masks_are_drawn_on_both_sides(mask_run, tiny_toy):
-    showcase.make(mask_run)
+    sample_predictions.make(mask_run)
     with_masks = best_of(mask_run)
     (mask_run / "bbox.json").rename(mask_run / "detections.json")
     (mask_run / "segm.json").unlink()
-    showcase.make(mask_run)
+    sample_predictions.make(mask_run)
     tinted = np.abs(with_masks - best_of(mask_run)).max(axis=2) > 30
-    half = (tinted.shape[1] - showcase.GAP_PX) // 2
-    left, right = tinted[:, :half], tinted[:, half + showcase.GAP_PX :]
+    half = (tinted.shape[1] - sample_predictions.GAP_PX) // 2
+    left, right = tinted[:, :half], tinted[:, half + sample_predictions.GAP_PX :]
     split = coco.read(*coco.layout(tiny_toy, "val"), segmentations=True)
     inside = np.any([rle.bitmap(mask) for mask in split.masks(0) if mask], axis=0)
     for side in (left, right):
@@ -162,37 +165,37 @@ def test_masks_are_drawn_on_both_sides(mask_run, tiny_toy):
 def test_a_mask_stays_with_its_box_when_they_are_ordered():
     box = [0.0, 0, 9, 9]
     rows = [detection(10, box, 3, score) | {"segmentation": f"of {score}"} for score in (0.2, 0.4, 0.9)]
-    (judged,) = showcase.judge(split_of([(box, 1, False)]), rows, 0.3)
+    (judged,) = sample_predictions.judge(split_of([(box, 1, False)]), rows, 0.3)
     assert judged.masks == ["of 0.9", "of 0.4"]
 
 
 def test_boxes_and_masks_that_are_not_of_one_run_are_refused(mask_run, capsys):
     (mask_run / "bbox.json").write_text("[]")
-    assert showcase.main([str(mask_run)]) == 2
+    assert sample_predictions.main([str(mask_run)]) == 2
     assert "bbox.json has 0 detections and segm.json" in capsys.readouterr().err
 
 
 def test_a_second_time_leaves_no_picture_of_the_first(run):
-    showcase.make(run)
+    sample_predictions.make(run)
     (run / "pictures" / "11_old.jpg").write_bytes(b"")
-    showcase.make(run)
+    sample_predictions.make(run)
     assert not (run / "pictures" / "11_old.jpg").exists()
 
 
 def test_a_run_that_detected_nothing_has_pictures_of_what_it_missed(run):
     (run / "detections.json").write_text("[]")
-    assert showcase.make(run) > 0
+    assert sample_predictions.make(run) > 0
     captions = [row["caption"] for row in json.loads((run / "pictures.json").read_text())]
     assert {caption.split(":")[0] for caption in captions} == {"missed", "typical"}
 
 
 def test_what_is_missing_is_named(run, capsys):
     (run / "detections.json").unlink()
-    assert showcase.main([str(run)]) == 2
+    assert sample_predictions.main([str(run)]) == 2
     assert "detections.json cannot be read" in capsys.readouterr().err
     (run / "detections.json").write_text("[]")
     (run / "config.json").write_text(json.dumps({"data_dir": str(run / "gone"), "allow_missing": False}))
-    assert showcase.main([str(run)]) == 2
+    assert sample_predictions.main([str(run)]) == 2
     assert "Run ./init_datasets.sh" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ END
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
 case $2 in
   *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
-  detection.showcase | mlperf.report) exit "${REPORT:-0}" ;;
+  detection.evaluation.sample_predictions | mlperf.report) exit "${REPORT:-0}" ;;
   detection.runtime.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then

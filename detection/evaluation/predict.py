@@ -33,14 +33,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection import atomic_file, drawing
+from detection import atomic_file
 from detection.config import device_names
 from detection.config.settings import InputError
 from detection.data import pillow_io
 from detection.data.coco import Category
 from detection.data.pillow_io import Picture
 from detection.data.rle import CompressedMask
-from detection.drawing import Mark
+from detection.evaluation import visualize
+from detection.evaluation.visualize import Mark
 from detection.runtime import device
 
 FORMAT = 1
@@ -213,7 +214,7 @@ def run(detector: Detector, paths: Sequence[Path], names: Names, arguments: argp
                 "detections": [entry for entry, _ in found],
             }
             with atomic_file.writing(arguments.folder / name) as partial:
-                drawn = drawing.draw(picture.image, [mark for _, mark in found])
+                drawn = visualize.draw(picture.image, [mark for _, mark in found])
                 drawn.save(partial, "PNG", compress_level=3)
     return list(entries.values())
 

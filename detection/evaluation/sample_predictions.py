@@ -1,4 +1,4 @@
-"""What a run detected beside the truth: python -m detection.showcase RUN_FOLDER
+"""What a run detected beside the truth: python -m detection.evaluation.sample_predictions RUN_FOLDER
 
 Chooses a dozen evaluation images at most (the best, typical ones, large objects that were missed, mistakes made with
 confidence), and writes them to pictures/ in the run's folder, with captions in pictures.json. It reads the run's
@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detection import drawing, run_dir
+from detection import run_dir
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.data.rle import CompressedMask
-from detection.drawing import Mark
+from detection.evaluation import visualize
+from detection.evaluation.visualize import Mark
 
 OF_EACH_KIND = 3
 MATCH_IOU = 0.5
@@ -230,7 +231,7 @@ def draw(split: coco.Split, judged: Judged) -> Image.Image:
             strict=True,
         )
     ]
-    halves = [drawing.draw(image, truth), drawing.draw(image, detected)]
+    halves = [visualize.draw(image, truth), visualize.draw(image, detected)]
     width, height = halves[0].size
     sheet = Image.new("RGB", (2 * width + GAP_PX, height), "white")
     sheet.paste(halves[0], (0, 0))
@@ -240,7 +241,9 @@ def draw(split: coco.Split, judged: Judged) -> Image.Image:
 
 def main(argv: list[str]) -> int:
     """Draw the pictures of the run that is named; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m detection.showcase", description="Draw what a run detected.")
+    parser = argparse.ArgumentParser(
+        prog="python -m detection.evaluation.sample_predictions", description="Draw what a run detected."
+    )
     parser.add_argument("run", type=Path, help="folder of a run that was evaluated")
     try:
         count = make(parser.parse_args(argv).run)
