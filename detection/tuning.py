@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import preflight, system_file, trial
+from detection import system_file, trial
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, read_system
 from detection.data import num_classes
-from detection.preflight import Checks
+from detection.preflight import run_checks
+from detection.preflight.run_checks import Checks
 from detection.runtime import device
 from detection.system_file import SystemFile
 from detection.trial import Trial
@@ -218,9 +219,9 @@ def tune(
 
 def count_images(config: Config, system: System, checks: Checks[Config]) -> int:
     """Training images of an epoch, drawn first where they are to be; raises InputError."""
-    if drawing := preflight.due(config):
+    if drawing := run_checks.due(config):
         drawing()
-    splits, _ = preflight.check_data(config, system, segmentations=checks.segmentations)
+    splits, _ = run_checks.check_data(config, system, segmentations=checks.segmentations)
     return len(splits["train"].with_boxes())
 
 
@@ -358,7 +359,7 @@ def write(
         if found.epochs > 0.9 * old.epochs:
             settings["epochs"] = str(5 * math.ceil(1.3 * found.epochs / 5))
     final = subject.checks.load([*order.flags, *system_file.flags(settings)])
-    judged = preflight.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
+    judged = run_checks.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
     verdict = f"forbids {len(judged[1])} of its values (--dry-run names them)" if judged[1] else "allows it"
     remarks = [
         f"measured: {best.images_per_s:.1f} img/s on {system.ranks_per_node} ranks, "

@@ -1,10 +1,10 @@
-"""Whether the machines of a run of Mask R-CNN are ready for it: `detection.inspection`, with what is Mask R-CNN's."""
+"""Whether the machines of a run of Mask R-CNN are ready for it: `detection.preflight.machine_checks`, with what is Mask R-CNN's."""
 
 import sys
 
-from detection import inspection
 from detection.engine import entrypoint
 from detection.engine.train_loop import Benchmark
+from detection.preflight import machine_checks
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
@@ -16,7 +16,7 @@ from maskrcnn.train import detect, make_benchmark
 
 def main(argv: list[str]) -> int:
     """Inspect on this rank; returns the exit status."""
-    return inspection.main(argv, CHECKS, benchmark)
+    return machine_checks.main(argv, CHECKS, benchmark)
 
 
 def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:

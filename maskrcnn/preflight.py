@@ -1,16 +1,16 @@
-"""Check a run of Mask R-CNN before its clock starts: `detection.preflight`, with what is Mask R-CNN's."""
+"""Check a run of Mask R-CNN before its clock starts: `detection.preflight.run_checks`, with what is Mask R-CNN's."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection import preflight
+from detection.preflight import run_checks
 from maskrcnn.config import Config, load
 
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    return preflight.main(argv, CHECKS)
+    return run_checks.main(argv, CHECKS)
 
 
 def recipe(config: Config, world_size: int) -> Mapping[str, object]:
@@ -45,7 +45,7 @@ def layers(config: Config) -> str:
     return model_summary.describe(make_model, config)
 
 
-CHECKS = preflight.Checks(
+CHECKS = run_checks.Checks(
     load=load, recipe=recipe, image_bytes=image_bytes, network=network, layers=layers, segmentations=True
 )
 

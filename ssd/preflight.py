@@ -1,10 +1,10 @@
-"""Check a run of SSD300 before its clock starts: `detection.preflight`, with what is SSD300's."""
+"""Check a run of SSD300 before its clock starts: `detection.preflight.run_checks`, with what is SSD300's."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection import preflight
+from detection.preflight import run_checks
 from ssd.config import Config, load
 
 IMAGE_BYTES = 3 * 300 * 300
@@ -12,7 +12,7 @@ IMAGE_BYTES = 3 * 300 * 300
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks and return the exit status."""
-    return preflight.main(argv, CHECKS)
+    return run_checks.main(argv, CHECKS)
 
 
 def recipe(config: Config, world_size: int) -> Mapping[str, object]:
@@ -37,7 +37,7 @@ def layers(config: Config) -> str:
     return model_summary.describe(make_model, config)
 
 
-CHECKS = preflight.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers)
+CHECKS = run_checks.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

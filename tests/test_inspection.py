@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from conftest import ROOT
-from detection import inspection, resources
 from detection.config.settings import InputError, System
 from detection.data import coco, coco2017
 from detection.data.coco2017 import Published
-from detection.findings import Finding, table
-from detection.inspection import Trial
-from detection.resources import MIB
+from detection.preflight import machine_checks, resources
+from detection.preflight.check_result import Finding, table
+from detection.preflight.machine_checks import Trial
+from detection.preflight.resources import MIB
 from detection.runtime.device import Driver
 from detection.runtime.distributed import Ranks
 from ssd.config import load
@@ -73,15 +73,15 @@ def test_the_limit_of_open_files_is_held_against_what_workers_hold(limit, verdic
     ],
 )
 def test_a_driver_of_an_older_major_version_fails_and_of_a_minor_one_warns(driver, verdict):
-    found = inspection.check_driver(driver, CARD)
+    found = machine_checks.check_driver(driver, CARD)
     assert found.verdict == verdict
     assert bool(found.what_to_do) == (verdict != "pass")
-    assert inspection.check_driver(driver, CPU).verdict == "pass"
+    assert machine_checks.check_driver(driver, CPU).verdict == "pass"
 
 
 @pytest.mark.parametrize(("skew_s", "verdict"), [(0.0, "pass"), (-0.9, "pass"), (1.5, "warn"), (-70.0, "fail")])
 def test_clocks_that_are_apart_are_told_by_how_much(skew_s, verdict):
-    found = inspection.judge_clock(skew_s)
+    found = machine_checks.judge_clock(skew_s)
     assert found.verdict == verdict
     assert skew_s == 0 or f"{abs(skew_s):.2f} s" in found.what
 
@@ -91,7 +91,7 @@ def test_clocks_that_are_apart_are_told_by_how_much(skew_s, verdict):
     [(10.0, 0.0, "pass"), (4.0, 0.0, "warn"), (10.0, 5.0, "pass"), (10.0, 6.0, "warn")],
 )
 def test_a_step_that_fills_the_device_is_warned_of(total_gib, kept_gib, verdict):
-    found = inspection.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, kept_gib, total_gib)
+    found = machine_checks.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, kept_gib, total_gib)
     assert found.verdict == verdict
     assert ("--decoded-cache-gib" in found.what_to_do) == (kept_gib == 6)
 
@@ -100,33 +100,33 @@ def test_a_step_that_fills_the_device_is_warned_of(total_gib, kept_gib, verdict)
     ("spent_s", "right", "verdict"), [(0.1, True, "pass"), (0.6, True, "warn"), (0.1, False, "fail")]
 )
 def test_a_gradient_that_travels_longer_than_half_a_step_is_warned_of(spent_s, right, verdict):
-    trial = Trial(step_s=1.0, peak_gib=1.0, gradient_bytes=inspection.ALL_REDUCE_BYTES)
-    found = inspection.check_bandwidth((spent_s, right), trial, world_size=2)
+    trial = Trial(step_s=1.0, peak_gib=1.0, gradient_bytes=machine_checks.ALL_REDUCE_BYTES)
+    found = machine_checks.check_bandwidth((spent_s, right), trial, world_size=2)
     assert found.verdict == verdict
     assert bool(found.what_to_do) == (verdict != "pass")
-    assert inspection.check_bandwidth((0.0, True), trial, world_size=1).verdict == "pass"
+    assert machine_checks.check_bandwidth((0.0, True), trial, world_size=1).verdict == "pass"
 
 
 def test_an_accelerator_that_is_not_there_is_a_failed_check_and_the_others_go_on():
-    found, on = inspection.choose("npu", 0)
+    found, on = machine_checks.choose("npu", 0)
     assert (found.verdict, on) == ("fail", CPU)
 
 
 def test_a_card_that_torch_does_not_see_is_warned_of(monkeypatch):
-    monkeypatch.setattr(inspection.device, "accelerator", lambda: None)
+    monkeypatch.setattr(machine_checks.device, "accelerator", lambda: None)
     verdicts = []
     for there in (True, False):
-        monkeypatch.setattr(inspection.device, "has_card", lambda there=there: there)
-        verdicts.append(inspection.choose("auto", 0)[0].verdict)
+        monkeypatch.setattr(machine_checks.device, "has_card", lambda there=there: there)
+        verdicts.append(machine_checks.choose("auto", 0)[0].verdict)
     assert verdicts == ["warn", "pass"]
-    assert inspection.choose("cpu", 0)[0].verdict == "pass"
+    assert machine_checks.choose("cpu", 0)[0].verdict == "pass"
 
 
 def test_a_step_is_tried_and_its_gradient_is_that_of_the_network(handful):
     config = settings(handful, "--num-classes", "4", "--batch-size", "2", "--trunk", "resnet18", "--precision", "fp32")
     alone = Ranks(0, 1, CPU)
     made = benchmark(config, alone)
-    trial, found = inspection.check_step(made, config, alone)
+    trial, found = machine_checks.check_step(made, config, alone)
     assert [finding.verdict for finding in found] == ["pass", "pass"]
     assert trial.gradient_bytes == sum(4 * weight.numel() for weight in made.model.parameters())
     assert trial.step_s > 0
@@ -145,8 +145,8 @@ def test_a_step_that_cannot_be_made_fails_with_its_reason(handful, monkeypatch, 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(inspection, "try_step", fail)
-    trial, (found,) = inspection.check_step(None, settings(handful), Ranks(0, 1, CPU))
+    monkeypatch.setattr(machine_checks, "try_step", fail)
+    trial, (found,) = machine_checks.check_step(None, settings(handful), Ranks(0, 1, CPU))
     assert (trial, found.verdict) == (None, "fail")
     assert what in found.what
     assert todo in found.what_to_do
@@ -160,7 +160,7 @@ def data(handful, tmp_path):
 
 
 def verdicts(folder, *flags):
-    found = inspection.check_data(settings(folder, *flags), System(), segmentations=False)
+    found = machine_checks.check_data(settings(folder, *flags), System(), segmentations=False)
     return {(finding.name, finding.verdict) for finding in found}, " ".join(finding.what for finding in found)
 
 
@@ -210,7 +210,7 @@ def test_coco_is_held_against_its_counts_and_the_sum_of_its_annotations(data):
     whole = Published(4, len(split.labels) + split.dropped_boxes, coco2017.sha256(file))
 
     def check(published, file=file):
-        return [finding.verdict for finding in inspection.check_published("train", split, file, published)]
+        return [finding.verdict for finding in machine_checks.check_published("train", split, file, published)]
 
     assert check(whole) == ["pass", "pass"]
     assert check(Published(5, whole.annotations, whole.sha256)) == ["fail", "pass"]
@@ -252,7 +252,7 @@ def test_the_table_tells_ranks_apart_only_where_they_differ():
 def test_on_a_terminal_lines_are_broken_below_where_they_begin_and_names_of_files_are_not():
     name = "/data/coco/annotations/" + "very_" * 12 + "long.json"
     found = Finding("data", "fail", f"{name} names 118287 images, 17 of them are not there", "Run ./init_datasets.sh.")
-    lines = inspection.table([[found]], columns=60).splitlines()[:-1]
+    lines = machine_checks.table([[found]], columns=60).splitlines()[:-1]
     assert [line for line in lines if len(line) > 60] == [f"fail  data  {name}"]
     assert lines[1:] == [f"{'':12}names 118287 images, 17 of them are not there", f"{'':12}Run ./init_datasets.sh."]
 
@@ -270,7 +270,7 @@ def test_on_a_terminal_lines_are_broken_below_where_they_begin_and_names_of_file
 )  # fmt: skip
 def test_the_rules_are_checked_with_the_machine(tmp_path, flags, verdicts, text):
     config = settings(tmp_path, *flags)
-    found = inspection.check_rules(config, CHECKS.recipe(config, 1), world_size=1)
+    found = machine_checks.check_rules(config, CHECKS.recipe(config, 1), world_size=1)
     assert [finding.verdict for finding in found] == verdicts
     assert any(text in finding.what for finding in found)
     assert all(finding.what_to_do.startswith("Change it, or") for finding in found if finding.verdict == "fail")
@@ -312,7 +312,7 @@ def test_two_ranks_inspect_together_and_print_one_table(handful):
 
 
 def test_one_failed_check_ends_with_2_after_the_whole_table(data, monkeypatch, capsys):
-    monkeypatch.setattr(inspection, "try_step", lambda *_: Trial(1.0, 1.0, 1))
+    monkeypatch.setattr(machine_checks, "try_step", lambda *_: Trial(1.0, 1.0, 1))
     sorted((data / "train2017").iterdir())[0].unlink()
     assert main([*flags_of(data)]) == 2
     shown = capsys.readouterr()
@@ -334,7 +334,7 @@ def test_a_mistake_of_settings_is_one_message(handful, capsys):
 )
 def test_a_rank_with_other_versions_or_settings_fails_and_says_which(handful, monkeypatch, changes, verdict):
     monkeypatch.setattr(Ranks, "broadcast", lambda _, mine: mine | changes)
-    found = inspection.check_alike(settings(handful), Ranks(1, 2, CPU))
+    found = machine_checks.check_alike(settings(handful), Ranks(1, 2, CPU))
     assert found.verdict == verdict
     if verdict == "fail":
         ((name, value),) = changes.items()
@@ -368,9 +368,9 @@ def test_two_nodes_inspect_together(handful):
 
 def test_means_that_come_out_wrong_are_seen(monkeypatch):
     ranks = Ranks(0, 2, CPU)
-    monkeypatch.setattr(inspection, "ALL_REDUCE_BYTES", 64)
+    monkeypatch.setattr(machine_checks, "ALL_REDUCE_BYTES", 64)
     monkeypatch.setattr(Ranks, "barrier", lambda _: None)
     for wrong in (0.0, 1.0):
         monkeypatch.setattr(Ranks, "mean", lambda _, tensor, wrong=wrong: tensor.fill_(0.5 + wrong))
-        assert inspection.measure_all_reduce(ranks)[1] == (wrong == 0)
-    assert np.isfinite(inspection.measure_all_reduce(ranks)[0])
+        assert machine_checks.measure_all_reduce(ranks)[1] == (wrong == 0)
+    assert np.isfinite(machine_checks.measure_all_reduce(ranks)[0])

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from conftest import ROOT, shared
 from detection import run_dir
-from detection.preflight import judge
+from detection.preflight.run_checks import judge
 from maskrcnn import preflight, train
 from maskrcnn.config import load
 from maskrcnn.model import LOSSES

@@ -2,7 +2,7 @@
 
 import pytest
 
-from detection import preflight
+from detection.preflight import run_checks
 from detection.system_file import flags
 from maskrcnn import config as maskrcnn_config
 from maskrcnn import preflight as maskrcnn_preflight
@@ -30,14 +30,14 @@ def test_ssd_keeps_every_rule_with_the_recipe_of_any_batch(batch):
     words = flags(ssd_tune.settings(recipes.recipe("ssd", batch)))
     words += ["--batch-size", str(batch), "--eval-epochs", "every 5", "--backbone", "resnet34.pth"]
     config = ssd_config.load(words, {}).config
-    assert preflight.judge(config, ssd_preflight.recipe(config, 1), 1)[1] == []
+    assert run_checks.judge(config, ssd_preflight.recipe(config, 1), 1)[1] == []
 
 
 @pytest.mark.parametrize("batch", [4, 16, 40, 48, 56, 64, 96, 112, 128, 192, 256])
 def test_mask_rcnn_keeps_every_rule_with_the_recipe_of_any_batch(batch):
     words = flags(maskrcnn_tune.settings(recipes.recipe("maskrcnn", batch)))
     config = maskrcnn_config.load([*words, "--batch-size", str(batch), "--backbone", "R-50.pkl"], {}).config
-    broken = preflight.judge(config, maskrcnn_preflight.recipe(config, 1), 1)[1]
+    broken = run_checks.judge(config, maskrcnn_preflight.recipe(config, 1), 1)[1]
     assert broken == []
 
 

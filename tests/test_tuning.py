@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from detection import preflight, system_file, trial, tuning
+from detection import system_file, trial, tuning
 from detection.config.settings import InputError, System
+from detection.preflight import run_checks
 from detection.trial import Trial
 from detection.tuning import Bench, Direction
 from ssd import tune
@@ -226,7 +227,7 @@ def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here,
     _, config = resolved(here / "config_mine.sh")
     assert config.batch_size == 1024
     assert (config.decay_epochs, config.max_samples, config.warmup_steps) == ((40, 50), 50, 300)
-    assert preflight.judge(config, recipe(config, 1), 1)[1] == []
+    assert run_checks.judge(config, recipe(config, 1), 1)[1] == []
     text = (here / "config_mine.sh").read_text()
     assert "the reference point of 1024; MLPerf 1.1.0 closed allows it" in text
     assert f"expected: 50 epochs, {50 * 117266 / 1024 / 60:.1f} minutes" in text

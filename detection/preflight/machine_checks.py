@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from detection import preflight
 from detection.config.run_config import COCO_CLASSES, RunConfig
 from detection.config.settings import InputError, System, Topology, read_topology, to_json
 from detection.data import coco, coco2017, device_cache, image_io, num_classes
@@ -26,9 +25,10 @@ from detection.data.coco2017 import Published
 from detection.data.prefetch import move
 from detection.engine import train_loop
 from detection.engine.train_loop import Benchmark
-from detection.findings import Finding, table, terminal_columns
-from detection.preflight import Checks, batch_bytes
-from detection.resources import MIB, check_machine, size
+from detection.preflight import run_checks
+from detection.preflight.check_result import Finding, table, terminal_columns
+from detection.preflight.resources import MIB, check_machine, size
+from detection.preflight.run_checks import Checks, batch_bytes
 from detection.runtime import device
 from detection.runtime.distributed import PeerLost, Ranks, connect
 from detection.runtime.signals import end_with_parent
@@ -134,7 +134,7 @@ def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
 
 def check_rules(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> list[Finding]:
     """Whether MLPerf's rules let such a run start; `--dry-run` says what they make of each value."""
-    said, broken = preflight.judge(config, recipe, world_size)
+    said, broken = run_checks.judge(config, recipe, world_size)
     named = f"MLPerf {config.ruleset} {config.division}"
     if broken:
         return [Finding("rules", "fail", *line.rsplit(". ", 1)) for line in broken]
@@ -271,15 +271,15 @@ def check_bandwidth(measured: tuple[float, bool], trial: Trial | None, world_siz
 def check_data(config: RunConfig, system: System, *, segmentations: bool) -> list[Finding]:
     """Whether the data set is whole and can be decoded, and the backbone's weights are what they should be."""
     try:
-        backbone = [Finding("backbone", "pass", preflight.check_backbone(config))]
+        backbone = [Finding("backbone", "pass", run_checks.check_backbone(config))]
     except InputError as error:
         backbone = [Finding("backbone", "fail", str(error))]
     try:
         if not config.reads_data:
             return [Finding("data", "pass", "none are read: the input is made up"), *backbone]
-        if preflight.due(config):
+        if run_checks.due(config):
             return [Finding("data", "pass", f"{config.data_dir}: drawn when the run starts"), *backbone]
-        splits, facts = preflight.check_data(config, system, segmentations=segmentations)
+        splits, facts = run_checks.check_data(config, system, segmentations=segmentations)
     except InputError as error:
         return [Finding("data", "fail", line) for line in str(error).splitlines()] + backbone
     except OSError as error:

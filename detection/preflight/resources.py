@@ -8,7 +8,7 @@ from detection.config.run_config import RunConfig
 from detection.config.settings import Topology
 from detection.data import worker_shm
 from detection.data.host_cache import GIB, free_memory_bytes
-from detection.findings import Finding
+from detection.preflight.check_result import Finding
 
 MIB = 2**20
 KEPT = 4  # checkpoints at once: the last two, the best, and the one that is being written
