@@ -1,8 +1,8 @@
-"""Find the fastest settings of Mask R-CNN on this machine: `detection.tuning`, with what is Mask R-CNN's."""
+"""Find the fastest settings of Mask R-CNN on this machine: `detection.tuning.search`, with what is Mask R-CNN's."""
 
 import sys
 
-from detection import tuning
+from detection.tuning import search
 from maskrcnn.config import PREFIX
 from maskrcnn.preflight import CHECKS
 from mlperf.recipes import Recipe
@@ -10,7 +10,7 @@ from mlperf.recipes import Recipe
 
 def main(argv: list[str]) -> int:
     """Measure, and write the config file; returns the exit status."""
-    return tuning.main(argv, tuning.Subject("maskrcnn.train", PREFIX, CHECKS, settings))
+    return search.main(argv, search.Subject("maskrcnn.train", PREFIX, CHECKS, settings))
 
 
 def settings(recipe: Recipe) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Find the fastest settings of SSD300 on this machine: `detection.tuning`, with what is SSD300's."""
+"""Find the fastest settings of SSD300 on this machine: `detection.tuning.search`, with what is SSD300's."""
 
 import sys
 
-from detection import tuning
+from detection.tuning import search
 from mlperf.recipes import Recipe
 from ssd.config import PREFIX
 from ssd.preflight import CHECKS
@@ -10,7 +10,7 @@ from ssd.preflight import CHECKS
 
 def main(argv: list[str]) -> int:
     """Measure, and write the config file; returns the exit status."""
-    return tuning.main(argv, tuning.Subject("ssd.train", PREFIX, CHECKS, settings))
+    return search.main(argv, search.Subject("ssd.train", PREFIX, CHECKS, settings))
 
 
 def settings(recipe: Recipe) -> dict[str, str]:

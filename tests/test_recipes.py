@@ -3,7 +3,7 @@
 import pytest
 
 from detection.preflight import run_checks
-from detection.system_file import flags
+from detection.tuning.config_file import flags
 from maskrcnn import config as maskrcnn_config
 from maskrcnn import preflight as maskrcnn_preflight
 from maskrcnn import tune as maskrcnn_tune

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from detection import system_file, trial, tuning
 from detection.config.settings import InputError, System
 from detection.preflight import run_checks
-from detection.trial import Trial
-from detection.tuning import Bench, Direction
+from detection.tuning import config_file, search, trial
+from detection.tuning.search import Bench, Direction
+from detection.tuning.trial import Trial
 from ssd import tune
 from ssd.config import Config, load
 from ssd.preflight import recipe
@@ -84,32 +84,32 @@ def test_no_trial_is_begun_that_would_not_end_in_time():
 
 def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
     made, _ = bench(lambda settings: 1.0 if settings["accumulation_steps"] == "4" else "out of memory")
-    assert tuning.begin(made, dict(BASE)).settings["accumulation_steps"] == "4"
+    assert search.begin(made, dict(BASE)).settings["accumulation_steps"] == "4"
     never, _ = bench(lambda _: "out of memory")
     with pytest.raises(InputError, match="smaller --batch-size"):
-        tuning.begin(never, dict(BASE))
+        search.begin(never, dict(BASE))
 
 
 @pytest.mark.parametrize(("ending", "message"), [("failed", "failed: why"), ("out of time", "more seconds")])
 def test_a_first_trial_that_gives_nothing_is_a_mistake_of_the_user(ending, message):
     made, _ = bench(lambda _: ending)
     with pytest.raises(InputError, match=message):
-        tuning.begin(made, dict(BASE))
+        search.begin(made, dict(BASE))
 
 
 def test_short_steps_are_measured_again_in_greater_number():
     made, asked = bench(lambda _: 1.0)
     made.measure = lambda settings, steps, *_: asked.append(steps) or replace(measured(settings, 1.0), step_ms=100)
-    tuning.begin(made, dict(BASE))
-    assert asked == [tuning.STEPS, 49]  # a twentieth of 100 s, in steps of 0.1 s
+    search.begin(made, dict(BASE))
+    assert asked == [search.STEPS, 49]  # a twentieth of 100 s, in steps of 0.1 s
 
 
 def test_the_cache_is_measured_only_where_there_is_time_to_fill_it(capsys):
     made, asked = bench(lambda _: 2.0)
     best = replace(measured(BASE, 1.0), step_ms=1000)
-    assert tuning.try_cache(made, best, 1000, ["host"]) is best
+    assert search.try_cache(made, best, 1000, ["host"]) is best
     assert "not measured" in capsys.readouterr().out
-    assert tuning.try_cache(made, best, 10, ["host"]).settings["decoded_cache"] == "host"
+    assert search.try_cache(made, best, 10, ["host"]).settings["decoded_cache"] == "host"
     assert len(asked) == 1
 
 
@@ -117,18 +117,18 @@ def test_the_memory_is_taken_that_trains_fastest():
     rates = {"none": 1.0, "host": 2.0, "device": 3.0}
     made, asked = bench(lambda settings: rates[settings["decoded_cache"]])
     best = replace(measured(BASE | {"decoder": "device"}, 1.0), step_ms=1)
-    best = tuning.try_cache(made, best, 10, ["host", "device"])
+    best = search.try_cache(made, best, 10, ["host", "device"])
     assert best.settings["decoded_cache"] == "device"
     assert [(one["decoded_cache"], one["decoder"]) for one in asked] == [("host", "host"), ("device", "device")]
 
 
 def test_the_words_of_tuning_are_taken_out_of_the_flags():
-    order = tuning.read(["--batch-size", "8", "--tune", "60", "--name", "mine", "--force", "--seed", "1"])
-    assert order == tuning.Order(60, "mine", True, ("--batch-size", "8", "--seed", "1"))
-    assert tuning.read(["--tune", "--name=mine"]) == tuning.Order(300, "mine")
+    order = search.read(["--batch-size", "8", "--tune", "60", "--name", "mine", "--force", "--seed", "1"])
+    assert order == search.Order(60, "mine", True, ("--batch-size", "8", "--seed", "1"))
+    assert search.read(["--tune", "--name=mine"]) == search.Order(300, "mine")
     for words in (["--tune", "soon"], ["--tune", "0"], ["--tune", "--name", "a b"], ["--tune", "--name"]):
         with pytest.raises(InputError):
-            tuning.read(words)
+            search.read(words)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def here(tmp_path, monkeypatch, handful):
     """The folder that config files are written to; nothing is set in the environment."""
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(search, "FOLDER", tmp_path)
     monkeypatch.setenv("DATADIR", str(handful))
     monkeypatch.setenv("SSD_DEVICE", "cpu")
     return tmp_path
@@ -219,7 +219,7 @@ def test_a_written_file_passes_shellcheck_and_the_dry_run_and_leaves_folders_to_
 
 
 def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here, monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "count_images", lambda *_: 117_266)
+    monkeypatch.setattr(search, "count_images", lambda *_: 117_266)
     monkeypatch.setenv("DATADIR", "data/coco")
     rates_of(monkeypatch, lambda settings: min(1024, float(settings["batch_size"])))
     start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0", "--backbone", "data/resnet34.pth")
@@ -244,10 +244,10 @@ def test_a_file_that_is_there_is_written_over_by_force_alone(here, monkeypatch, 
 
 
 def test_a_file_is_named_after_the_hardware_and_the_benchmark():
-    order, system = tuning.Order(), System(nodes=2, ranks_per_node=8)
+    order, system = search.Order(), System(nodes=2, ranks_per_node=8)
     config = Config()
-    assert tuning.target(order, config, "NVIDIA A100-SXM4-80GB", system).name == "config_A100-SXM4-80GB_2x8.sh"
-    assert tuning.target(order, config, "CPU, 4 cores", System()).name == "config_CPU4-cores_1x1.sh"
+    assert search.target(order, config, "NVIDIA A100-SXM4-80GB", system).name == "config_A100-SXM4-80GB_2x8.sh"
+    assert search.target(order, config, "CPU, 4 cores", System()).name == "config_CPU4-cores_1x1.sh"
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_a_file_is_named_after_the_hardware_and_the_benchmark():
     [(0, "00:15:00"), (901, "00:30:00"), (7200, "02:00:00"), (86400 * 3 + 3600, "3-01:00:00")],
 )
 def test_a_time_is_written_as_slurm_reads_it(seconds, text):
-    assert system_file.clock(seconds) == text
+    assert config_file.clock(seconds) == text
 
 
 @pytest.mark.parametrize("folder", ["data/coco", "/my data/coco", 'a"b`c$d\\e}f'])
 def test_a_folder_of_any_name_is_kept_by_the_shell(folder):
-    script = f"echo {system_file.preset('NOT_SET_HERE', folder)}"
+    script = f"echo {config_file.preset('NOT_SET_HERE', folder)}"
     shown = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
     assert shown.stdout == folder + "\n"
 

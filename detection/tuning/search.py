@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import system_file, trial
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, read_system
 from detection.data import num_classes
 from detection.preflight import run_checks
 from detection.preflight.run_checks import Checks
 from detection.runtime import device
-from detection.system_file import SystemFile
-from detection.trial import Trial
+from detection.tuning import config_file, trial
+from detection.tuning.config_file import SystemFile
+from detection.tuning.trial import Trial
 from mlperf import recipes
 from mlperf.recipes import Recipe
 
@@ -358,7 +358,7 @@ def write(
         source = recipe.source
         if found.epochs > 0.9 * old.epochs:
             settings["epochs"] = str(5 * math.ceil(1.3 * found.epochs / 5))
-    final = subject.checks.load([*order.flags, *system_file.flags(settings)])
+    final = subject.checks.load([*order.flags, *config_file.flags(settings)])
     judged = run_checks.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
     verdict = f"forbids {len(judged[1])} of its values (--dry-run names them)" if judged[1] else "allows it"
     remarks = [

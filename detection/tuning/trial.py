@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from detection import system_file
 from detection.runtime.device import is_out_of_memory
+from detection.tuning import config_file
 
 Ending = Literal["measured", "out of memory", "out of time", "failed"]
 
@@ -58,7 +58,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         summary = Path(folder, "summary.json")
-        tried = system_file.flags(settings)
+        tried = config_file.flags(settings)
         measured = ["--mode", "benchmark-training", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
         measured += [
             "--benchmark-warmup",
