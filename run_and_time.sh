@@ -237,7 +237,7 @@ if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
   if [[ -s $RUN_DIR/detections.json || -s $RUN_DIR/segm.json ]]; then
     "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
   fi
-  "$python" -m mlperf.report "$RUN_DIR" || echo "warning: no report was made" >&2
+  "$python" -m detection.report.html_report "$RUN_DIR" || echo "warning: no report was made" >&2
 fi
 
 if ((status == 0 && NODE_RANK == 0)); then

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, shared
-from mlperf import plots, report
-from mlperf.run_record import read_runs, told_apart
+from detection.report import html_report, plots
+from detection.report.run_record import read_runs, told_apart
 
 RESULTS = ROOT / "perf" / "results"
 TOY, BCCD = RESULTS / "2026-11-21_toy_2core_cpu", RESULTS / "2026-11-21_bccd_2core_cpu"
@@ -63,7 +63,7 @@ class Page(html.parser.HTMLParser):
 def page_of(*paths, against=(), ruleset="") -> Page:
     records = [record for path in paths for record in read_runs(Path(path))]
     others = [record for path in against for record in read_runs(Path(path))]
-    return Page(report.make(records, others, ruleset))
+    return Page(html_report.make(records, others, ruleset))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_report_says_what_machine_versions_and_commit_the_run_had(copy):
 def test_a_report_loads_nothing_and_runs_nothing(toy_page):
     assert all(url.startswith(("#", "data:")) for url in toy_page.loads), toy_page.loads
     assert not {tag for tag, _ in toy_page.elements} & {"script", "link", "iframe", "object"}
-    style = report.make(read_runs(TOY))
+    style = html_report.make(read_runs(TOY))
     assert not re.search(r"@import|url\((?!#)", style)
     assert not [name for _, values in toy_page.elements for name in values if name.startswith("on")]
 
@@ -117,7 +117,7 @@ def test_a_report_loads_nothing_and_runs_nothing(toy_page):
 def test_what_the_figures_refer_to_within_the_page_is_there_once(toy_page):
     ids = [values["id"] for _, values in toy_page.elements if "id" in values]
     assert len(set(ids)) == len(ids)
-    text = report.make(read_runs(TOY))
+    text = html_report.make(read_runs(TOY))
     referred = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     assert len(referred) >= 6
     assert referred <= set(ids)
@@ -135,7 +135,7 @@ def test_every_figure_is_told_in_words_to_those_who_do_not_see_it(toy_page):
 
 
 def test_colours_are_those_of_the_page_in_both_modes(toy_page):
-    text = report.make(read_runs(TOY))
+    text = html_report.make(read_runs(TOY))
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "currentColor" in drawn
     assert "var(--series-0)" in drawn
@@ -167,7 +167,9 @@ def test_runs_beside_each_other_show_what_differs_first():
     rows = [values for tag, values in page.elements if tag == "tr" and values.get("class") == "differs"]
     configs = [json.loads((folder / "config.json").read_text()) for folder in (TOY, BCCD)]
     keys = configs[0].keys() | configs[1].keys()
-    assert len(rows) == sum(report.shown(configs[0].get(key)) != report.shown(configs[1].get(key)) for key in keys)
+    assert len(rows) == sum(
+        html_report.shown(configs[0].get(key)) != html_report.shown(configs[1].get(key)) for key in keys
+    )
     (accuracy,) = (figure["aria-label"] for figure in page.figures() if figure["aria-label"].startswith("AP by epoch"))
     assert "2026-11-21_toy_2core_cpu: 0.2351" in accuracy
     assert "the target is 0.23; the target is 0.55" in accuracy
@@ -304,7 +306,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_the_command_writes_the_report_beside_the_run_and_the_figures_as_pictures(copy, tmp_path, capsys):
-    assert report.main([str(copy), "--png", str(tmp_path / "png")]) == 0
+    assert html_report.main([str(copy), "--png", str(tmp_path / "png")]) == 0
     assert capsys.readouterr().out == f"report: {copy}/report.html\n"
     assert Page((copy / "report.html").read_text()).ids == SECTIONS
     assert {path.stem for path in (tmp_path / "png").iterdir()} == {
@@ -321,9 +323,9 @@ def test_what_is_no_run_is_refused_with_what_to_do(tmp_path, capsys):
         (tmp_path / "result_0.txt", "holds no line of an MLPerf log"),
         (ROOT / "tests", "holds neither metrics.jsonl nor result_*.txt"),
     ):
-        assert report.main([str(path), "--out", str(tmp_path / "out.html")]) == 2
+        assert html_report.main([str(path), "--out", str(tmp_path / "out.html")]) == 2
         assert words in capsys.readouterr().err
-    assert report.main([str(TOY), "--out", str(tmp_path / "result_0.txt" / "out.html")]) == 2
+    assert html_report.main([str(TOY), "--out", str(tmp_path / "result_0.txt" / "out.html")]) == 2
     assert "name files that can be read and written" in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
 
@@ -357,7 +359,7 @@ def test_a_browser_shows_it_without_sideways_scrolling_on_a_phone(tmp_path):
     if chromium is None:
         pytest.skip("no Chromium is installed")
     file = tmp_path / "report.html"
-    file.write_text(report.make(read_runs(TOY) + read_runs(BCCD)))
+    file.write_text(html_report.make(read_runs(TOY) + read_runs(BCCD)))
     # In a frame of a phone's width: a headless window may not be made as narrow.
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -13,8 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from conftest import ROOT
-from mlperf import watch
-from mlperf.watch import Follower, Watched
+from detection.report import watch
+from detection.report.watch import Follower, Watched
 
 TOY = ROOT / "perf" / "results" / "2026-11-21_toy_2core_cpu"
 LINES = (TOY / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -98,7 +98,7 @@ def test_the_view_fits_narrow_terminals_and_those_without_blocks(folder):
     append(folder, *LINES[:-1])
     for width in (40, 80, 200):
         shown(Watched(folder), width)
-    command = [sys.executable, "-m", "mlperf.watch", str(folder)]
+    command = [sys.executable, "-m", "detection.report.watch", str(folder)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}
     append(folder, LINES[-1])
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
@@ -152,7 +152,7 @@ def test_it_renews_itself_and_ends_with_the_run(folder):
 
 def test_a_pipe_gets_a_line_for_each_event_as_it_comes(folder):
     append(folder, *LINES[:2])
-    command = [sys.executable, "-m", "mlperf.watch", "--under", str(folder.parents[2]), "--every", "0.1"]
+    command = [sys.executable, "-m", "detection.report.watch", "--under", str(folder.parents[2]), "--every", "0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout.readline() == "ssd300-r34 on 1 × cpu, 2 threads\n"
         assert process.stdout.readline().startswith("epoch 1/12  step 10  loss 23.68  lr 0.0009  4.0 img/s")

@@ -22,7 +22,7 @@ END
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
 case $2 in
   *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
-  detection.evaluation.sample_predictions | mlperf.report) exit "${REPORT:-0}" ;;
+  detection.evaluation.sample_predictions | detection.report.html_report) exit "${REPORT:-0}" ;;
   detection.runtime.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
@@ -81,7 +81,7 @@ run_and_time() {
       [ "$status" -eq "$expected" ]
       [ "$(grep --count RESULT <<<"$output")" -eq $((expected == 0)) ]
       [ "$(grep --count 'warning: no report' <<<"$output")" -eq "$REPORT" ]
-      [[ $(tail -1 "$calls") == "python -m mlperf.report $RUN ["* ]]
+      [[ $(tail -1 "$calls") == "python -m detection.report.html_report $RUN ["* ]]
       [ "$(grep --count showcase "$calls")" -eq 0 ] # there are no detections to show
     done
   done

@@ -1,6 +1,6 @@
 """A report of one run or several, as one HTML file that needs no network.
 
-    python -m mlperf.report RUN... [--against LOG...] [--out FILE] [--png DIR]
+    python -m detection.report.html_report RUN... [--against LOG...] [--out FILE] [--png DIR]
 
 RUN is a run's folder, that of a series of runs (NEXP), an MLPerf log, or a folder of logs; LOG the same, drawn for
 comparison. What a run did not leave is left out or said. Exit status: 0, or 2 where a run cannot be read or the report
@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from detection.report.run_record import RunRecord, number, read_runs, told_apart
 from mlperf import check, rules
-from mlperf.run_record import RunRecord, number, read_runs, told_apart
 
 CLASSES_SHOWN = 15
 PICTURE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
@@ -36,7 +36,7 @@ def make(records: Sequence[RunRecord], against: Sequence[RunRecord] = (), rulese
     import jinja2  # with matplotlib half a second, which whoever only asks for --help need not wait for
     from markupsafe import Markup
 
-    from mlperf import plots
+    from detection.report import plots
 
     together = told_apart([*records, *against])
     records, against = together[: len(records)], together[len(records) :]
@@ -333,7 +333,9 @@ def duration(seconds: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report that the command line asks for; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mlperf.report", description="Report on runs, as one HTML file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m detection.report.html_report", description="Report on runs, as one HTML file."
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or an MLPerf log")
     parser.add_argument(
         "--against", nargs="+", type=Path, default=[], metavar="LOG", help="logs to draw for comparison"

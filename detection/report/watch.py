@@ -1,6 +1,6 @@
 """A run in progress, live in the terminal.
 
-    python -m mlperf.watch [RUN] [--under results]
+    python -m detection.report.watch [RUN] [--under results]
 
 RUN is a run's folder; without it, the newest run below `results`. On a terminal the view renews itself in place, else
 each event is a line. It ends when the run does; Ctrl-C ends it, and leaves the run alone. Exit status: 0, or 2
@@ -27,8 +27,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from detection.report.run_record import RunRecord, number, read_json
 from mlperf import log
-from mlperf.run_record import RunRecord, number, read_json
 
 METRICS = "metrics.jsonl"
 CURVE_WIDTH = 20
@@ -314,7 +314,7 @@ def newest(under: Path) -> Path | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Watch the run that the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mlperf.watch", description="Watch a run in progress.")
+    parser = argparse.ArgumentParser(prog="python -m detection.report.watch", description="Watch a run in progress.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="its folder; default: the newest")
     parser.add_argument("--under", type=Path, default=Path("results"), help="where to look for it (%(default)s)")
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look this often (%(default)s)")

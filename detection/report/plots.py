@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from detection.report.run_record import RunRecord, number
 from mlperf.rules import ReferencePoint
-from mlperf.run_record import RunRecord, number
 
 # For light ground, for dark ground: at least 3:1 against it.
 PALETTE = (
