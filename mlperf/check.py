@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf import convergence, published, score
+from mlperf import published, rcp, score
 from mlperf.compliance import Verdict as Verdict
 from mlperf.compliance import check as check
-from mlperf.convergence import Together
 from mlperf.published import Published
+from mlperf.rcp import Together
 from mlperf.rules import RULESETS
 from mlperf.score import Entry, Run, Score
 
@@ -103,7 +103,7 @@ def judge(checked: Sequence[tuple[Run, Verdict]]) -> Result:
     runs, verdicts = [run for run, _ in checked], [verdict for _, verdict in checked]
     entry, ruleset = runs[0].entry, verdicts[0].ruleset
     failed = [run.path for run, verdict in checked if not verdict.passed]
-    together = convergence.check([run.path for run in runs], ruleset, entry.division) if len(runs) > 1 else []
+    together = rcp.check([run.path for run in runs], ruleset, entry.division) if len(runs) > 1 else []
     others = published.of(entry.benchmark) if entry.dataset == score.DATASET else ()
     return Result(entry, ruleset, runs, verdicts, score.score(runs, failed), together, others)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf import compliance, rules, score, system
+from mlperf import compliance, rules, score, system_desc
 from mlperf.check import InputError, logs
 from mlperf.log import read
 
@@ -307,7 +307,7 @@ def _described(first: Logged, options: argparse.Namespace) -> dict[str, str]:
         if not sign:
             raise InputError(f"--set {assignment}: write it as FIELD=VALUE")
         given[field] = value
-    if unknown := sorted(given.keys() - set(system.FIELDS)):
+    if unknown := sorted(given.keys() - set(system_desc.FIELDS)):
         raise InputError(f"{', '.join(unknown)}: no such field. There are: {', '.join(system.FIELDS)}")
     entry = first.run.entry
     match = re.match(r"(\d+)x", entry.platform)
@@ -315,9 +315,9 @@ def _described(first: Logged, options: argparse.Namespace) -> dict[str, str]:
     for field, value in own.items():
         if given.get(field) not in (None, value):
             raise InputError(f"{field}={given[field]}: it follows the logs and --system, which say {value}")
-    facts = own | system.describe(int(match[1]) if match else None)
+    facts = own | system_desc.describe(int(match[1]) if match else None)
     facts |= {field: str(value) for field, value in given.items() if value is not None}
-    described = {field: facts[field] for field in system.FIELDS}
+    described = {field: facts[field] for field in system_desc.FIELDS}
     if missing := [field for field, value in described.items() if value is None]:
         draft = options.out / f"{options.system}.json"
         options.out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import shared
 from made_up_log import write_run
-from mlperf import check, convergence
+from mlperf import check, rcp
 from mlperf.check import main
 from mlperf.compliance import Verdict
 from mlperf.published import PUBLISHED, of
@@ -25,7 +25,7 @@ def runs(folder, minutes, **changes):
 
 
 def seeds_and_convergence(logs, ruleset="1.1.0", division="closed"):
-    return [found.passed for found in convergence.check([run.path for run in logs], ruleset, division)]
+    return [found.passed for found in rcp.check([run.path for run in logs], ruleset, division)]
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_the_official_checkers_accept_runs_that_converge_as_the_reference(tmp_pa
 def test_runs_that_converge_too_fast_are_refused_and_slightly_faster_ones_are_scaled(tmp_path):
     assert seeds_and_convergence(runs(tmp_path / "a", [10] * 5, epochs=45)) == [True, False]
     faster = runs(tmp_path / "b", [10] * 5, benchmark="maskrcnn", epochs=13, global_batch_size=64)
-    _, found = convergence.check([run.path for run in faster], "1.1.0", "closed")
+    _, found = rcp.check([run.path for run in faster], "1.1.0", "closed")
     assert found.passed
     assert "multiplied by 1.0769" in found.text
 
 
 def test_a_seed_used_twice_is_refused_and_nothing_is_printed(tmp_path, capfd):
     same = [read_run(write_run(tmp_path / f"result_{i}.txt", seed=7)) for i in range(5)]
-    seeds, _ = convergence.check([run.path for run in same], "1.1.0", "closed")
+    seeds, _ = rcp.check([run.path for run in same], "1.1.0", "closed")
     assert not seeds.passed
     assert "logs seed 7" in seeds.text
     assert capfd.readouterr() == ("", "")
@@ -131,7 +131,7 @@ def test_a_log_that_breaks_the_official_checker_is_told(tmp_path):
     five = runs(tmp_path, [10] * 5)
     text = five[0].path.read_text()
     five[0].path.write_text(text.replace('"value": "ssd"', '"value": "chess"'))
-    seeds, found = convergence.check([run.path for run in five], "1.1.0", "closed")
+    seeds, found = rcp.check([run.path for run in five], "1.1.0", "closed")
     assert (seeds.passed, found.passed) == (True, False)
     assert "broke off" in found.text
 

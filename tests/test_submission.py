@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from made_up_log import write_run
-from mlperf import check, compliance, system
+from mlperf import check, compliance, system_desc
 from mlperf.compliance import Verdict
 from mlperf.rules import BENCHMARKS, RULESETS
 from mlperf.submission import CODE, main, parser, show_verdict
@@ -36,8 +36,8 @@ def repository(tmp_path_factory):
 @pytest.fixture
 def described(monkeypatch):
     """A machine that tells everything but how it is cooled and how its memory is made up."""
-    told = dict.fromkeys(system.FIELDS[4:], "some") | dict.fromkeys(("host_memory_configuration", "cooling"))
-    monkeypatch.setattr(system, "describe", lambda nodes: told | {"number_of_nodes": str(nodes)})
+    told = dict.fromkeys(system_desc.FIELDS[4:], "some") | dict.fromkeys(("host_memory_configuration", "cooling"))
+    monkeypatch.setattr(system_desc, "describe", lambda nodes: told | {"number_of_nodes": str(nodes)})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_five_runs_become_a_folder_that_the_official_checkers_accept(
     assert facts["settings"] == {"ruleset": ruleset, "system": "DESK", "precision": "bf16"}
     assert facts["hyperparameters"]["global_batch_size"] in (96, 960)
     description = json.loads((folder / "systems" / "DESK.json").read_text())
-    assert list(description) == list(system.FIELDS)
+    assert list(description) == list(system_desc.FIELDS)
     assert (description["submitter"], description["division"], description["status"]) == ("us", "closed", "onprem")
     assert (description["number_of_nodes"], description["cooling"]) == ("1", "air")
     assert (folder.stat().st_mode & 0o777) == 0o755
@@ -116,7 +116,7 @@ def test_the_fields_are_those_that_the_official_checker_misses_in_an_empty_descr
     assert not show_verdict(tmp_path, "DESK", "1.1.0")
     out = capsys.readouterr().out
     assert "FAIL system description" in out
-    assert sorted(set(re.findall(r"Missing field ([\w-]+)", out))) == sorted(system.FIELDS)
+    assert sorted(set(re.findall(r"Missing field ([\w-]+)", out))) == sorted(system_desc.FIELDS)
 
 
 def test_the_official_package_checker_refuses_a_folder_whose_runs_are_too_fast_or_share_a_seed(
@@ -264,12 +264,12 @@ def test_a_text_that_is_no_log_and_a_log_named_twice_are_refused(tmp_path, repos
 
 
 def test_this_machine_is_described_in_texts_and_what_it_does_not_tell_is_none():
-    described = system.describe(nodes=1)
-    assert list(described) == list(system.FIELDS[4:])
+    described = system_desc.describe(nodes=1)
+    assert list(described) == list(system_desc.FIELDS[4:])
     assert all(value is None or isinstance(value, str) for value in described.values())
     assert described["framework"].startswith("PyTorch ")
     assert described["cooling"] is None
-    assert system.describe(nodes=2)["host_networking"] is None
+    assert system_desc.describe(nodes=2)["host_networking"] is None
 
 
 def test_processors_caches_memory_and_disks_are_read_from_the_kernels_files(tmp_path):
@@ -291,7 +291,7 @@ def test_processors_caches_memory_and_disks_are_read_from_the_kernels_files(tmp_
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    described = system.describe(2, tmp_path)
+    described = system_desc.describe(2, tmp_path)
     assert {field: described[field] for field in described if field.startswith("host_") and described[field]} == {
         "host_processors_per_node": "2",
         "host_processor_model_name": "A CPU",
@@ -303,10 +303,10 @@ def test_processors_caches_memory_and_disks_are_read_from_the_kernels_files(tmp_
         "host_storage_type": "HDD, NVMe SSD",
         "host_storage_capacity": "3840 GB + 1000 GB",
     }
-    told = system.summary(tmp_path)
+    told = system_desc.summary(tmp_path)
     assert (told["processors"], told["memory"]) == ("2 × A CPU, 2 cores each", "512 GiB")
     assert "numpy " in told["software"]
-    assert "memory" not in system.summary(tmp_path / "absent")
+    assert "memory" not in system_desc.summary(tmp_path / "absent")
 
 
 def test_the_page_names_every_flag_and_its_commands_are_taken():

@@ -22,7 +22,7 @@ from detection.engine import optim, save_restore
 from detection.engine.state import Run, State
 from detection.runtime import device
 from detection.runtime.distributed import Ranks
-from mlperf import system
+from mlperf import system_desc
 
 NOT_REACHED = 3  # exit status of a run that ended below its target
 
@@ -185,7 +185,7 @@ def facts(benchmark: Benchmark[Batch], run: Run, state: State) -> dict[str, obje
         "device": device.describe(ranks.device),
         "precision": state.precision.name,
         "torch": torch.__version__,
-        "machine": system.summary(),
+        "machine": system_desc.summary(),
         "seed": run.seed,
         "global_batch_size": config.global_batch_size(ranks.world_size),
         "epochs": config.epochs,
