@@ -12,7 +12,7 @@ status=0
 
 if [[ -f $vectors ]]; then
   for precision in fp32 tf32 bf16 fp16; do
-    "$python" -m ssd.conform "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
+    "$python" -m ssd.conformance "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
     tail -n 1 "$out/conform_$precision.txt"
     grep WRONG "$out/conform_$precision.txt"
   done

@@ -41,9 +41,9 @@ from ssd.augment import (
     iou_with,
 )
 from ssd.box_coder import POSITIVE_IOU, decode, to_deltas
-from ssd.detect import Detections
 from ssd.loss import NEGATIVES_PER_POSITIVE
 from ssd.model import Backbone, make_extras, map_channels
+from ssd.postprocess import Detections
 
 resize = transforms.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX))
 recolour = transforms.Compose(

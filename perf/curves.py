@@ -35,10 +35,10 @@ from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config
 from ssd.data import SSDData
-from ssd.detect import detect
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
+from ssd.postprocess import detect
 from ssd.train import make_benchmark
 
 CLASSES = 81  # of COCO, with the background

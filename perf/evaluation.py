@@ -22,7 +22,7 @@ from perf.predictions import EARLY, TRAINED, make_rows, predict
 from perf.timing import Side, spread
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.data import SSDData
-from ssd.detect import Detections, detect
+from ssd.postprocess import Detections, detect
 
 TRUTH_IMAGES = 256
 DETECTIONS_PER_IMAGE = 200

@@ -35,7 +35,7 @@ from perf.machine import machine
 from perf.table import align
 from perf.timing import Side, seconds, spread
 from ssd.config import Config
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.model import SSD300
 from ssd.train import make_benchmark
 

@@ -26,7 +26,7 @@ from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX, NUM_ANCHORS, make_anchors
 from ssd.config import Config
 from ssd.data import Batch
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
 from ssd.train import make_benchmark, prepare

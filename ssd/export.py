@@ -30,11 +30,11 @@ from detection import atomic_file
 from detection.config.settings import InputError
 from detection.data import coco, image_io, pillow_io
 from detection.synthetic import toy
-from ssd import augment, trained
+from ssd import augment, pretrained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
-from ssd.detect import detect
-from ssd.detector import Detector
-from ssd.trained import Trained
+from ssd.export_module import Detector
+from ssd.postprocess import detect
+from ssd.pretrained import Trained
 
 OUTPUTS = ("boxes", "labels", "scores")
 DRAWN_PICTURES = 8
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{arguments.out}: should end in .onnx or .pt2, which says what is written")
         if kind == ".onnx":
             require("onnx", "onnxscript", "onnxruntime")
-        network = trained.load(arguments.checkpoint)
+        network = pretrained.load(arguments.checkpoint)
         seen = read_pictures(arguments.images)
         score = network.score_threshold if arguments.score is None else arguments.score
         detector = Detector(

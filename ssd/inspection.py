@@ -8,7 +8,7 @@ from detection.preflight import machine_checks
 from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import Batch
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.model import make_model
 from ssd.preflight import CHECKS
 from ssd.train import make_benchmark

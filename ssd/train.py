@@ -22,7 +22,7 @@ from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
 from ssd.data import FLIP_DIRECTIONS, SIZE_HW, Batch, EvalBatch, SSDData, SSDEvalData
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.loss import LOSSES, multibox_loss
 from ssd.model import SSD300, make_model
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from detection.checkpoint import weights as files
 from detection.checkpoint.weights import OURS, Weights
 from detection.config.settings import InputError
-from ssd import reference
+from ssd import checkpoint_names
 from ssd.config import Config
 from ssd.model import SSD300, make_model
 
 # A file's origin, by what the names of its trunk's tensors start with; and its table of names.
 ORIGINS = {
-    "model.layer": ("the MLPerf reference", reference.NAMES),
-    "feature_extractor.": ("SSD300 v1.1", reference.V1_1_NAMES),
+    "model.layer": ("the MLPerf reference", checkpoint_names.NAMES),
+    "feature_extractor.": ("SSD300 v1.1", checkpoint_names.V1_1_NAMES),
 }
 
 # A trunk, by whether its blocks are bottlenecks and how many of them layer3 has.
@@ -52,7 +52,7 @@ def read(path: Path) -> Weights:
     for start, (origin, names) in ORIGINS.items():
         if any(name.startswith(start) for name in state):
             try:
-                return Weights(reference.from_reference(state, names), origin)
+                return Weights(checkpoint_names.from_reference(state, names), origin)
             except KeyError as error:
                 raise InputError(
                     f"{path}: looks like a checkpoint of {origin}, but for the tensor {error}, which is missing or "

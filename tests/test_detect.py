@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 
 from detection.boxes import pairwise_iou
-from ssd import detect as module
+from ssd import postprocess as module
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import decode
-from ssd.detect import detect, suppress
+from ssd.postprocess import detect, suppress
 
 
 def one_by_one(boxes, scores, threshold=0.05, nms_iou=0.5, most=200):

@@ -15,7 +15,7 @@ from detection.config.settings import to_json
 from detection.evaluation import visualize
 from detection.evaluation.visualize import Mark
 from detection.runtime import sync_batch_norm
-from ssd import detect_images, train, trained
+from ssd import predict, pretrained, train
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.config import Config
 from ssd.model import SSD300
@@ -56,7 +56,7 @@ def square(tmp_path_factory):
 
 
 def detect(capsys, *words):
-    status = detect_images.main([*map(str, words), "--device", "cpu"])
+    status = predict.main([*map(str, words), "--device", "cpu"])
     return status, *capsys.readouterr()
 
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_is_older_than_its_names_calls_them_by_number(tmp_path
     state = torch.load(path, weights_only=True)
     del state["categories"]
     torch.save(state, path)
-    assert [category.name for category in trained.load(path).categories] == ["1", "2", "3"]
+    assert [category.name for category in pretrained.load(path).categories] == ["1", "2", "3"]
 
 
 def test_mistakes_are_one_message_and_2(square, tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_three_categories_work_from_training_to_drawn_pictures(tmp_path, capsys)
         flags += [f"--{split}-annotations", str(data / f"annotations/instances_{split}2017.json")]
     assert train.main([*flags, "--max-steps", "3", "--division", "open"]) == 3
     (path,) = (tmp_path / "run/checkpoints").iterdir()
-    command = [sys.executable, "-m", "ssd.detect_images", str(path), str(data / "val2017"), "--score", "0.01"]
+    command = [sys.executable, "-m", "ssd.predict", str(path), str(data / "val2017"), "--score", "0.01"]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path / "out")], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
     )

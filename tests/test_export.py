@@ -8,9 +8,9 @@ from torch import nn
 
 from ssd import export
 from ssd.anchors import NUM_ANCHORS, make_anchors
-from ssd.detect import detect
-from ssd.detector import Detector
+from ssd.export_module import Detector
 from ssd.model import SSD300
+from ssd.postprocess import detect
 from test_detect import predictions
 from test_detect_images import sure_of_one_square, write_checkpoint
 

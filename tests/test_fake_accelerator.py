@@ -11,7 +11,7 @@ import maskrcnn.config
 import maskrcnn.evaluation
 import maskrcnn.train
 import ssd.config
-import ssd.evaluation
+import ssd.evaluator
 import ssd.train
 from detection.data.device_cache import DeviceCache
 from detection.data.image_pipeline import Part
@@ -31,7 +31,7 @@ SMALL = ("--trunk", "resnet18", "--min-image-size", "96", "--max-image-size", "1
 
 def ssd_benchmark(*flags):
     config = ssd.config.load([*COMMON, *flags], {}).config
-    evaluation = ssd.evaluation.Evaluation(config, RANKS)
+    evaluation = ssd.evaluator.Evaluation(config, RANKS)
     return ssd.train.make_benchmark(config, RANKS, 0, ssd.train.make_model(config), evaluation), config
 
 
@@ -132,11 +132,11 @@ def test_ssd_waits_for_its_detections_however_many_images_there_are_alike(precis
             )
             category_ids = torch.zeros(5, dtype=torch.int64, device=CUDA)
             waits.taken()
-            rows = ssd.evaluation.to_rows(found, batch.image_ids, batch.sizes_wh, category_ids)
+            rows = ssd.evaluator.to_rows(found, batch.image_ids, batch.sizes_wh, category_ids)
             assert (rows.device, rows.dtype, waits.taken()) == (CUDA, torch.float64, {})
         by_size.append(waited)
         # Candidates and what stays of them are counted, and suppression goes on until nothing changes.
-        assert {place.split(" ")[0] for place, _ in waited} == {"ssd/detect.py"}
+        assert {place.split(" ")[0] for place, _ in waited} == {"ssd/postprocess.py"}
         assert sum(waited.values()) < 40
     assert by_size[0] == by_size[1]
 

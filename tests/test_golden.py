@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ssd import conform, reference
+from ssd import checkpoint_names, conformance
 from ssd.model import SSD300
 
 
-@pytest.mark.parametrize("parts", conform.PARTS, ids=lambda parts: parts.__name__)
+@pytest.mark.parametrize("parts", conformance.PARTS, ids=lambda parts: parts.__name__)
 def test_every_part_of_the_reference_is_reproduced(golden, parts):
-    bench = conform.open_bench(golden, "cpu", "fp32")
+    bench = conformance.open_bench(golden, "cpu", "fp32")
     results = list(parts(bench))
     assert results
     assert [part for part in results if not part.agrees] == []
@@ -25,28 +25,30 @@ def test_every_part_of_the_reference_is_reproduced(golden, parts):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_the_accelerator_reproduces_the_reference(golden, precision):
-    bench = conform.open_bench(golden, "auto", precision)
+    bench = conformance.open_bench(golden, "auto", precision)
     assert bench.device.type != "cpu"
-    wrong = [part for parts in conform.PARTS for part in parts(bench) if not part.agrees]
+    wrong = [part for parts in conformance.PARTS for part in parts(bench) if not part.agrees]
     assert wrong == []
 
 
 def test_the_builtin_names_are_those_of_the_reference(golden):
     content = json.loads(golden.with_name("ssd_reference_state_dict.json").read_text())
-    assert reference.tensor_kinds() == [(name, tuple(shape), kind) for name, shape, kind in content["state_dict"]]
+    assert checkpoint_names.tensor_kinds() == [
+        (name, tuple(shape), kind) for name, shape, kind in content["state_dict"]
+    ]
 
 
 def test_the_network_works_in_bf16_within_its_tolerance(golden):
-    bench = conform.open_bench(golden, "cpu", "bf16")
-    assert [part for part in conform.network_parts(bench) if not part.agrees] == []
+    bench = conformance.open_bench(golden, "cpu", "bf16")
+    assert [part for part in conformance.network_parts(bench) if not part.agrees] == []
 
 
 def test_a_wrong_vector_is_told_and_exits_1(golden, tmp_path, capsys, monkeypatch):
     vectors = dict(np.load(golden))
     vectors["default_boxes_xyxy"] = vectors["default_boxes_xyxy"] + np.float32(1e-3)
     np.savez(tmp_path / "changed.npz", **vectors)
-    monkeypatch.setattr(conform, "PARTS", (conform.anchor_parts,))
-    assert conform.main([str(tmp_path / "changed.npz"), "--device", "cpu"]) == 1
+    monkeypatch.setattr(conformance, "PARTS", (conformance.anchor_parts,))
+    assert conformance.main([str(tmp_path / "changed.npz"), "--device", "cpu"]) == 1
     shown = capsys.readouterr().out
     assert "anchors xyxy" in shown
     assert "WRONG" in shown
@@ -63,14 +65,14 @@ def test_an_unusable_file_exits_2(tmp_path, capsys, content, message):
         path.write_bytes(content)
     elif content is not None:
         np.savez(path, **content)
-    assert conform.main([str(path), "--device", "cpu"]) == 2
+    assert conformance.main([str(path), "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_goes_to_the_reference_and_back_unchanged():
     model = SSD300()
-    there = reference.to_reference(model.state_dict())
-    back = reference.from_reference(there)
+    there = checkpoint_names.to_reference(model.state_dict())
+    back = checkpoint_names.from_reference(there)
     assert list(back) == list(model.state_dict())
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -82,9 +84,9 @@ def test_the_network_has_the_parameters_of_the_benchmark():
 
 
 def test_the_command_runs_by_itself(golden):
-    command = [sys.executable, "-m", "ssd.conform", str(golden), "--device", "nonsense"]
+    command = [sys.executable, "-m", "ssd.conformance", str(golden), "--device", "nonsense"]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(conform.__file__).parent.parent, env=os.environ
+        command, capture_output=True, text=True, cwd=Path(conformance.__file__).parent.parent, env=os.environ
     )
     assert result.returncode == 2
     assert "error:" in result.stderr

@@ -12,7 +12,7 @@ import torchvision.transforms.v2.functional as tv
 from detection.engine import optim
 from detection.runtime.distributed import Ranks
 from perf import baseline
-from ssd import augment, reference, train
+from ssd import augment, checkpoint_names, train
 from ssd.anchors import make_anchors
 from ssd.config import Config
 from ssd.data import SSDData
@@ -26,7 +26,7 @@ def plain_network(model: SSD300) -> baseline.PlainSSD300:
     """The plain network with the weights of the fast one, whose fused heads are two each."""
     plain = baseline.PlainSSD300(model.num_classes).to(next(model.parameters()).dtype)
     state = model.state_dict()
-    heads = {name: t for name, t in reference.to_reference(state).items() if name.startswith(("loc", "conf"))}
+    heads = {name: t for name, t in checkpoint_names.to_reference(state).items() if name.startswith(("loc", "conf"))}
     plain.load_state_dict({name: t for name, t in state.items() if not name.startswith("heads")} | heads)
     return plain
 

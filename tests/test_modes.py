@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from detection.engine import throughput, train_loop
 from detection.evaluation.coco_metric import FIGURES
 from detection.synthetic import toy
-from ssd import preflight, reference, train
+from ssd import checkpoint_names, preflight, train
 from ssd.model import SSD300
 from test_run import launch
 
@@ -55,7 +55,7 @@ def test_a_public_checkpoint_is_evaluated_to_the_figures_of_its_detections(
     data = tmp_path / "val_alone"  # whoever evaluates needs no training images
     shutil.copytree(handful, data, ignore=shutil.ignore_patterns("train2017", "instances_train2017.json"))
     monkeypatch.setenv("DATADIR", str(data))
-    torch.save({"model": reference.to_reference(state)}, tmp_path / "reference.pt")
+    torch.save({"model": checkpoint_names.to_reference(state)}, tmp_path / "reference.pt")
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--checkpoint", str(tmp_path / "reference.pt"), "--summary", str(summary))
     assert preflight.main(flags) == 0

@@ -11,13 +11,13 @@ from torch import nn
 from detection.data import coco, image_io
 from perf import baseline
 from perf.predictions import EARLY, TRAINED, predict
-from ssd import augment, reference
+from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode
 from ssd.data import box_px
-from ssd.detect import detect
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
+from ssd.postprocess import detect
 
 ANCHORS = make_anchors()
 
@@ -147,7 +147,7 @@ def test_the_loss_and_its_gradients_are_the_same():
 def test_the_network_is_the_same():
     torch.manual_seed(0)
     ours, theirs = SSD300(21).eval(), baseline.PlainSSD300(21).eval()
-    heads = {k: v for k, v in reference.to_reference(ours.state_dict()).items() if k.startswith(("loc", "conf"))}
+    heads = {k: v for k, v in checkpoint_names.to_reference(ours.state_dict()).items() if k.startswith(("loc", "conf"))}
     trunk = {k: v for k, v in ours.state_dict().items() if not k.startswith("heads")}
     theirs.load_state_dict(trunk | heads)
     images_in = torch.randn(1, 3, 300, 300)

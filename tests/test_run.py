@@ -20,7 +20,7 @@ from mlperf import check
 from mlperf.log import read
 from perf import record
 from ssd import train
-from ssd.evaluation import Evaluation
+from ssd.evaluator import Evaluation
 from ssd.model import SSD300
 
 FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")

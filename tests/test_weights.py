@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from detection.config.settings import InputError
-from ssd import conform, preflight, reference, weights
+from ssd import checkpoint_names, conformance, preflight, weights
 from ssd.config import load
 from ssd.model import SSD300, ExtraBlock
 
@@ -109,8 +109,8 @@ def test_a_checkpoint_of_a_smaller_trunk_loads_too(tmp_path):
 
 
 def test_a_checkpoint_of_the_mlperf_reference_reproduces_its_outputs(golden, tmp_path):
-    bench = conform.open_bench(golden, "cpu", "fp32")
-    state = conform.reference_state(bench)
+    bench = conformance.open_bench(golden, "cpu", "fp32")
+    state = conformance.reference_state(bench)
     torch.save(
         {"model": state, "label_map": {1: "person"}}, tmp_path / "iter_1.pt", _use_new_zipfile_serialization=False
     )
@@ -120,8 +120,8 @@ def test_a_checkpoint_of_the_mlperf_reference_reproduces_its_outputs(golden, tmp
     images = bench.made(rng.standard_normal((2, 3, 300, 300)))
     with torch.no_grad():
         deltas, logits = (t.transpose(1, 2) for t in model(images))
-    assert conform.relative(deltas[:, :, ::53], bench.tensor("model_eval_loc_sample")) < 1e-4
-    assert conform.relative(logits[:, ::4, ::53], bench.tensor("model_eval_cls_sample")) < 1e-4
+    assert conformance.relative(deltas[:, :, ::53], bench.tensor("model_eval_loc_sample")) < 1e-4
+    assert conformance.relative(logits[:, ::4, ::53], bench.tensor("model_eval_cls_sample")) < 1e-4
 
 
 def test_a_checkpoint_of_our_own_has_the_mean_statistics_of_all_ranks(tmp_path):
@@ -186,9 +186,15 @@ def without(state, *names):
             lambda state: state | {"heads.2.bias": torch.ones(9)},
             r"another shape of 1 tensors \(first: heads.2.bias, which",
         ),
-        (lambda state: without(reference.to_reference(state), "conf.3.bias"), "of the MLPerf reference.*conf.3.bias"),
-        (lambda state: reference.to_reference(state) | {"model.x": torch.ones(1)}, "of the MLPerf reference.*model.x"),
-        (lambda state: reference.to_reference(state) | {"loc.0.bias": torch.ones(3)}, "are of no SSD300"),
+        (
+            lambda state: without(checkpoint_names.to_reference(state), "conf.3.bias"),
+            "of the MLPerf reference.*conf.3.bias",
+        ),
+        (
+            lambda state: checkpoint_names.to_reference(state) | {"model.x": torch.ones(1)},
+            "of the MLPerf reference.*model.x",
+        ),
+        (lambda state: checkpoint_names.to_reference(state) | {"loc.0.bias": torch.ones(3)}, "are of no SSD300"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path, capsys, change, said):

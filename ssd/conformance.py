@@ -1,6 +1,6 @@
 """Conformance: do the functions of this project give the numbers of the MLPerf reference on this device?
 
-    python -m ssd.conform FILE.npz [--device D] [--precision P]
+    python -m ssd.conformance FILE.npz [--device D] [--precision P]
 
 FILE.npz holds vectors that were computed once with the reference. Each part prints its largest error, its
 tolerance and a verdict; the exit status is 0 if all parts agree, 1 if one does not, 2 if the file cannot be used.
@@ -26,12 +26,12 @@ from detection.boxes import xyxy_to_cxcywh
 from detection.config import device_names
 from detection.config.settings import InputError
 from detection.runtime.device import Precision, choose, describe, precision
-from ssd import augment, reference
+from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode, match
-from ssd.detect import detect
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
+from ssd.postprocess import detect
 
 NUM_CLASSES = 81
 
@@ -207,7 +207,7 @@ def reference_state(bench: Bench) -> dict[str, Tensor]:
 def filled(bench: Bench) -> SSD300:
     """The network with the reference's state dict, on the device, channels last."""
     model = SSD300(NUM_CLASSES)
-    model.load_state_dict(reference.from_reference(reference_state(bench)))
+    model.load_state_dict(checkpoint_names.from_reference(reference_state(bench)))
     return model.to(bench.device).to(memory_format=torch.channels_last)
 
 
@@ -234,7 +234,9 @@ def network_parts(bench: Bench) -> Iterator[Part]:
         loss = multibox_loss(deltas, logits, *targets).sum(dim=1).mean()
     loss.backward()
     yield Part("network, training: loss", relative(loss.detach(), bench.tensor("model_train_loss")), tolerance)
-    gradients = reference.to_reference({name: t.grad for name, t in model.named_parameters() if t.grad is not None})
+    gradients = checkpoint_names.to_reference(
+        {name: t.grad for name, t in model.named_parameters() if t.grad is not None}
+    )
     got = torch.stack([gradients[name].double().norm() for name in bench.parameters])
     wanted = bench.tensor("model_train_grad_norms")
     # Behind a ReLU that never fires the gradient is 0 in the reference too.
@@ -293,7 +295,7 @@ def open_bench(path: Path, device_name: str, precision_name: str) -> Bench:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a file of conformance vectors ({error})") from error
     names_file = path.with_name(f"{path.stem}_state_dict.json")
-    tensors = reference.tensor_kinds()
+    tensors = checkpoint_names.tensor_kinds()
     parameters = [name for name, _, kind in tensors if kind in ("conv", "bias", "bn_weight")]
     if names_file.exists():
         content = json.loads(names_file.read_text())
@@ -305,7 +307,7 @@ def open_bench(path: Path, device_name: str, precision_name: str) -> Bench:
 
 def main(argv: list[str]) -> int:
     """Run every part; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssd.conform", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m ssd.conformance", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="vectors of the reference (.npz)")
     parser.add_argument("--device", default="auto", help=device_names.HELP)
     parser.add_argument("--precision", default="fp32", choices=NETWORK_TOLERANCE, help="of the network")

@@ -16,7 +16,7 @@ from ssd.box_coder import decode
 class Detector(nn.Module):
     """The network, with what comes before and after it: images in, detections out.
 
-    What `ssd.detect` finds, in shapes that do not depend on the values: each image has D = `max_detections` rows, the
+    What `ssd.postprocess` finds, in shapes that do not depend on the values: each image has D = `max_detections` rows, the
     best first, and rows of score 0 and label 0 where it has fewer.
     """
 
@@ -51,7 +51,7 @@ class Detector(nn.Module):
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of the last dimension, falling, and their places; of equal ones the first, as `ssd.detect` has it."""
+    """The largest of the last dimension, falling, and their places; of equal ones the first, as `ssd.postprocess` has it."""
     values, places = scores.sort(dim=-1, descending=True, stable=True)
     return values[..., :count], places[..., :count]
 
@@ -59,7 +59,7 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def stay(boxes_xyxy: Tensor, candidate: Tensor, nms_iou: float) -> Tensor:
     """Which boxes (B, C, W, 4) of each class, best first, stay: (B, C, W) bool, of those that are candidates.
 
-    As `ssd.detect.stay`: applied until nothing changes, the rule gives what it gives box after box.
+    As `ssd.postprocess.stay`: applied until nothing changes, the rule gives what it gives box after box.
     """
     width = candidate.shape[-1]
     better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)

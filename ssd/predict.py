@@ -1,4 +1,4 @@
-"""Detect on pictures: python -m ssd.detect_images CHECKPOINT IMAGE... [--folder D] [--score .3]
+"""Detect on pictures: python -m ssd.predict CHECKPOINT IMAGE... [--folder D] [--score .3]
 
 What it reads and writes is said in `detection/evaluation/predict.py`.
 """
@@ -15,9 +15,9 @@ from detection.data import image_io
 from detection.data.coco import Category
 from detection.evaluation import predict
 from detection.evaluation.predict import Seen
-from ssd import augment, trained
+from ssd import augment, pretrained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
-from ssd.detect import detect
+from ssd.postprocess import detect
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ class Detector:
     """The network of a checkpoint, on pictures of any size; raises InputError where the file is of none."""
 
     def __init__(self, checkpoint: Path, score: float, device: torch.device):
-        self.network, self.score, self.device = trained.load(checkpoint), score, device
+        self.network, self.score, self.device = pretrained.load(checkpoint), score, device
         self.network.model.to(device)
 
     @property

@@ -18,7 +18,7 @@ from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
 from ssd.data import EvalBatch, SSDEvalData
-from ssd.detect import Detections, detect
+from ssd.postprocess import Detections, detect
 
 
 class Evaluation:
