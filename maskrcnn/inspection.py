@@ -8,7 +8,7 @@ from detection.preflight import machine_checks
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
-from maskrcnn.evaluation import Evaluation
+from maskrcnn.evaluator import Evaluation
 from maskrcnn.model import make_model
 from maskrcnn.preflight import CHECKS
 from maskrcnn.train import detect, make_benchmark

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from detection.runtime.device import constant
-from maskrcnn import box_coder, masks, rpn, sampling
+from maskrcnn import box_coder, masks, matcher, rpn
 from maskrcnn.anchors import SIZES_PX, STRIDES_PX
+from maskrcnn.backbone import Pixels, Trunk, normalise
 from maskrcnn.config import Config
-from maskrcnn.detections import Detections
-from maskrcnn.heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, BoxHead, MaskHead
-from maskrcnn.pooling import roi_align
+from maskrcnn.postprocess import Detections
+from maskrcnn.roi_align import roi_align
+from maskrcnn.roi_heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, BoxHead, MaskHead
 from maskrcnn.rpn import ProposalSettings, RegionProposals
-from maskrcnn.trunk import Pixels, Trunk, normalise
 
 LOSSES = ("objectness", "rpn_box", "classifier", "box", "mask")
 POSITIVE_IOU = 0.5
@@ -174,7 +174,7 @@ class MaskRCNN(nn.Module):
                 drop_straddling=s.drop_straddling,
                 legacy=s.legacy,
             )
-            drawn, is_drawn = sampling.draw(kind, truth.seeds, s.rpn_samples, s.rpn_positive_share)
+            drawn, is_drawn = matcher.draw(kind, truth.seeds, s.rpn_samples, s.rpn_positive_share)
         return rpn.loss(logits, deltas, anchors, truth.boxes_xyxy, matched, drawn, is_drawn, kind, legacy=s.legacy)
 
     def head_losses(
@@ -233,7 +233,7 @@ class MaskRCNN(nn.Module):
         boxes = torch.cat([proposals.boxes_xyxy, truth.boxes_xyxy], dim=1)
         there = torch.cat([proposals.is_proposal, truth.labels > 0], dim=1)
         matches = [
-            sampling.match(
+            matcher.match(
                 image_boxes,
                 truth_boxes,
                 labels > 0,
@@ -245,8 +245,8 @@ class MaskRCNN(nn.Module):
             for image_boxes, truth_boxes, labels in zip(boxes, truth.boxes_xyxy, truth.labels, strict=True)
         ]
         matched, kind = (torch.stack(part) for part in zip(*matches, strict=True))
-        kind = kind.masked_fill(~there, sampling.IGNORED)
-        drawn, is_drawn = sampling.draw(kind, truth.seeds + 1, s.box_samples, s.box_positive_share)
+        kind = kind.masked_fill(~there, matcher.IGNORED)
+        drawn, is_drawn = matcher.draw(kind, truth.seeds + 1, s.box_samples, s.box_positive_share)
         images, slot = is_drawn.nonzero(as_tuple=True)
         index = drawn[images, slot]
         return Regions(boxes[images, index], images), matched[images, index], kind[images, index] == 1

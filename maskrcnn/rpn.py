@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
-from maskrcnn import box_coder, sampling
+from maskrcnn import box_coder, matcher
 from maskrcnn.anchors import RATIOS, SIZES_PX, grid_hw, make_anchors
-from maskrcnn.trunk import NUM_CHANNELS
+from maskrcnn.backbone import NUM_CHANNELS
 
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 BETA = 1 / 9  # of smooth L1
@@ -153,7 +153,7 @@ def targets(
     """
     index, kind = zip(
         *(
-            sampling.match(
+            matcher.match(
                 anchors,
                 truth,
                 valid,
@@ -170,7 +170,7 @@ def targets(
     if drop_straddling:
         limits = sizes_hw.flip(1)[:, None].to(anchors)
         inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] < limits).all(dim=-1)
-        kinds = kinds.masked_fill(~inside, sampling.IGNORED)
+        kinds = kinds.masked_fill(~inside, matcher.IGNORED)
     return torch.stack(index), kinds
 
 

@@ -16,9 +16,9 @@ from detection.runtime.distributed import Ranks
 from maskrcnn import weights
 from maskrcnn.config import Config, load
 from maskrcnn.data import STRIDE_PX, Batch, EvalBatch, MaskRCNNData, MaskRCNNEvalData
-from maskrcnn.detections import Detections
-from maskrcnn.evaluation import Evaluation
+from maskrcnn.evaluator import Evaluation
 from maskrcnn.model import LOSSES, MaskRCNN, Truth, make_model
+from maskrcnn.postprocess import Detections
 from mlperf.log import MlperfLog
 from mlperf.rules import maskrcnn_tensor_names
 

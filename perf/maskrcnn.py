@@ -27,15 +27,15 @@ from detection.runtime.device import compiles
 from detection.synthetic import coco_scenes
 from maskrcnn import box_coder, rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
+from maskrcnn.backbone import NUM_CHANNELS
 from maskrcnn.config import Config, load
 from maskrcnn.data import Batch, TrainImages, is_wide
-from maskrcnn.evaluation import Evaluation
-from maskrcnn.heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, MaskHead
+from maskrcnn.evaluator import Evaluation
 from maskrcnn.model import POOLED_STRIDES_PX, MaskRCNN, make_model
-from maskrcnn.pooling import roi_align
+from maskrcnn.roi_align import roi_align
+from maskrcnn.roi_heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, MaskHead
 from maskrcnn.rpn import ProposalSettings
 from maskrcnn.train import detect, make_benchmark
-from maskrcnn.trunk import NUM_CHANNELS
 from maskrcnn.weights import from_torchvision
 from perf import maskrcnn_baseline as baseline
 from perf.bench import Bench, Result

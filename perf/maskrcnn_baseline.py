@@ -24,10 +24,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.data.rle import CompressedMask
 from detection.evaluation.coco_metric import MaskMetric
 from maskrcnn import masks
+from maskrcnn.backbone import STAGES
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
-from maskrcnn.evaluation import Found, both, together
-from maskrcnn.trunk import STAGES
+from maskrcnn.evaluator import Found, both, together
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 """torchvision's names, in the order of `maskrcnn.model.LOSSES`."""

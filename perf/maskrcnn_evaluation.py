@@ -17,9 +17,9 @@ from detection.evaluation.coco_metric import MaskMetric
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData
-from maskrcnn.detections import Detections
-from maskrcnn.evaluation import Evaluation
-from maskrcnn.heads import MASK_SIZE
+from maskrcnn.evaluator import Evaluation
+from maskrcnn.postprocess import Detections
+from maskrcnn.roi_heads import MASK_SIZE
 from perf import maskrcnn
 from perf import maskrcnn_baseline as baseline
 from perf.bench import Bench, Result

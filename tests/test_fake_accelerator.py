@@ -8,7 +8,7 @@ import torch
 
 import fake_accelerator
 import maskrcnn.config
-import maskrcnn.evaluation
+import maskrcnn.evaluator
 import maskrcnn.train
 import ssd.config
 import ssd.evaluator
@@ -38,7 +38,7 @@ def ssd_benchmark(*flags):
 def maskrcnn_benchmark(*flags):
     config = maskrcnn.config.load([*COMMON, *SMALL, *flags], {}).config
     detect = maskrcnn.train.detect
-    evaluation = maskrcnn.evaluation.Evaluation(config, RANKS, detect)
+    evaluation = maskrcnn.evaluator.Evaluation(config, RANKS, detect)
     return maskrcnn.train.make_benchmark(config, RANKS, 0, maskrcnn.train.make_model(config), evaluation), config
 
 

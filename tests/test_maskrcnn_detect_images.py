@@ -16,10 +16,10 @@ from detection.evaluation.visualize import Mark
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import Ranks
 from detection.synthetic import coco_scenes
-from maskrcnn import detect_images, trained, weights
+from maskrcnn import predict, pretrained, weights
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
-from maskrcnn.evaluation import Evaluation
+from maskrcnn.evaluator import Evaluation
 from maskrcnn.model import make_model
 from maskrcnn.train import detect as detect_batch
 
@@ -57,7 +57,7 @@ def write(folder, model, **extra):
 
 
 def detect(capsys, *words):
-    status = detect_images.main([*map(str, words), "--device", "cpu"])
+    status = predict.main([*map(str, words), "--device", "cpu"])
     return status, *capsys.readouterr()
 
 
@@ -133,7 +133,7 @@ def test_detections_below_the_score_are_left_out_whatever_the_run_kept(any_netwo
 
 
 def test_the_network_is_made_by_the_settings_in_its_checkpoint(any_network):
-    network = trained.load(any_network, 0.5)
+    network = pretrained.load(any_network, 0.5)
     assert (network.min_size_px, network.max_size_px) == (64, 96)
     assert [category.name for category in network.categories] == list(NAMES)
     made = network.model.settings
@@ -144,11 +144,11 @@ def test_the_network_is_made_by_the_settings_in_its_checkpoint(any_network):
 
 def test_torchvisions_checkpoint_takes_its_own_settings_and_cocos_names(tmp_path):
     state = {"box_head.predictor.cls_score.bias": torch.zeros(81)}
-    config = trained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
+    config = pretrained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
     assert (config.variant, config.trunk_stride, config.pixels) == ("torchvision", "3x3", "rgb-unit")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
     wanted = [(category.id, category.name) for category in coco_scenes.COCO]
-    assert [(category.id, category.name) for category in trained.coco_categories()] == wanted
+    assert [(category.id, category.name) for category in pretrained.coco_categories()] == wanted
 
 
 def test_a_checkpoint_without_settings_or_of_another_network_is_refused(any_network, handful, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_settings_or_of_another_network_is_refused(any_netw
     with (tmp_path / "cut.pt").open("r+b") as file:
         file.truncate(10_000)
     with pytest.raises(InputError, match="not a whole file"):
-        trained.load(tmp_path / "cut.pt", 0.5)
+        pretrained.load(tmp_path / "cut.pt", 0.5)
 
 
 @pytest.mark.parametrize("size", [(400, 300), (40, 30), (9000, 60)])

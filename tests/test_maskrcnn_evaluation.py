@@ -21,8 +21,8 @@ from detection.runtime.distributed import Ranks, connect
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
-from maskrcnn.detections import Detections
-from maskrcnn.evaluation import Evaluation
+from maskrcnn.evaluator import Evaluation
+from maskrcnn.postprocess import Detections
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MODEL = nn.Identity()
@@ -143,7 +143,7 @@ def nothing(size):
 
 
 def test_neither_the_batch_size_nor_the_threads_nor_half_precision_change_the_figures(whole, tiny_toy, monkeypatch):
-    monkeypatch.setattr("maskrcnn.evaluation.WAITING", 1)
+    monkeypatch.setattr("maskrcnn.evaluator.WAITING", 1)
     assert evaluated(tiny_toy, eval_batch_size=8, num_workers=2)[1] == whole[1]
     config = config_of(tiny_toy)
     oracle = Oracle(open_val(tiny_toy))

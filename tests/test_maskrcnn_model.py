@@ -13,12 +13,12 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from detection.config.settings import InputError
 from detection.engine.optim import freeze_batch_norm
 from detection.runtime import device
-from maskrcnn import box_coder, masks, rpn, sampling, weights
+from maskrcnn import box_coder, masks, matcher, rpn, weights
 from maskrcnn.anchors import STRIDES_PX, make_anchors
+from maskrcnn.backbone import Trunk, convolve, normalise
 from maskrcnn.config import TORCHVISION, load
 from maskrcnn.model import LOSSES, MaskRCNN, Truth, make_model
-from maskrcnn.pooling import roi_align
-from maskrcnn.trunk import Trunk, convolve, normalise
+from maskrcnn.roi_align import roi_align
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 128, 192  # multiples of 64: torchvision's anchors of P6 have another stride elsewhere
@@ -266,7 +266,7 @@ def test_a_legacy_box_includes_its_last_pixel():
 def test_every_truth_keeps_an_anchor_however_little_it_overlaps():
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
     truth = torch.tensor([[19.0, 0, 22, 3], [0, 0, 0, 0]])  # the second is padding
-    index, kind = sampling.match(
+    index, kind = matcher.match(
         anchors, truth, torch.tensor([True, False]), positive_iou=0.7, negative_iou=0.3, keep_best=True, legacy=False
     )
     assert kind.tolist() == [0, 1, 0]
@@ -276,29 +276,29 @@ def test_every_truth_keeps_an_anchor_however_little_it_overlaps():
 def test_what_overlaps_in_between_is_ignored():
     anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2]])
     truth = torch.tensor([[0.0, 0, 10, 10]])
-    _, kind = sampling.match(
+    _, kind = matcher.match(
         anchors, truth, torch.tensor([True]), positive_iou=0.7, negative_iou=0.3, keep_best=True, legacy=False
     )
-    assert kind.tolist() == [1, sampling.IGNORED, 0]
+    assert kind.tolist() == [1, matcher.IGNORED, 0]
 
 
 def test_a_draw_keeps_its_shares_and_is_a_function_of_the_seed_alone():
     kind = torch.zeros(3, 1000, dtype=torch.int64)
     kind[:2, ::10] = 1  # a hundred positives in two images, none in the third
-    kind[:, 1::10] = sampling.IGNORED
+    kind[:, 1::10] = matcher.IGNORED
     seeds = torch.tensor([5, 6, 7])
-    drawn, is_drawn = sampling.draw(kind, seeds, 64, 0.25)
+    drawn, is_drawn = matcher.draw(kind, seeds, 64, 0.25)
     of_kind = kind.gather(1, drawn)
     assert [int((of_kind[i][is_drawn[i]] == 1).sum()) for i in range(3)] == [16, 16, 0]
     assert is_drawn.sum(dim=1).tolist() == [64, 64, 64]
     assert (of_kind[is_drawn] >= 0).all()
     assert all(len(set(drawn[i][is_drawn[i]].tolist())) == 64 for i in range(3))
-    alone, is_alone = sampling.draw(kind[1:2], seeds[1:2], 64, 0.25)
+    alone, is_alone = matcher.draw(kind[1:2], seeds[1:2], 64, 0.25)
     assert torch.equal(alone[is_alone], drawn[1][is_drawn[1]])
 
 
 def test_the_noise_is_even():
-    noise = sampling.noise(torch.arange(20), 5000)
+    noise = matcher.noise(torch.arange(20), 5000)
     assert noise.min() >= 0
     assert noise.max() < 1
     counts = torch.histc(noise, 20, 0, 1)
@@ -308,8 +308,8 @@ def test_the_noise_is_even():
 
 
 def test_too_few_are_drawn_whole():
-    kind = torch.tensor([[1, 0, sampling.IGNORED, 0]])
-    drawn, is_drawn = sampling.draw(kind, torch.tensor([1]), 64, 0.5)
+    kind = torch.tensor([[1, 0, matcher.IGNORED, 0]])
+    drawn, is_drawn = matcher.draw(kind, torch.tensor([1]), 64, 0.5)
     assert sorted(drawn[is_drawn].tolist()) == [0, 1, 3]
 
 
@@ -338,7 +338,7 @@ def test_anchors_that_cross_the_border_can_be_left_out():
             anchors, truth, torch.tensor([[True]]), torch.tensor([[64, 64]]), drop_straddling=drop, legacy=True
         )
         crosses = (anchors < 0).any(dim=1) | (anchors > 63).any(dim=1)
-        assert (kind[0, crosses] != sampling.IGNORED).any() != drop
+        assert (kind[0, crosses] != matcher.IGNORED).any() != drop
 
 
 def test_frozen_batch_norm_is_folded_exactly():

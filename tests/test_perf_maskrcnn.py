@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detection.evaluation.coco_metric import FIGURES
-from maskrcnn.heads import BOX_CELLS
+from maskrcnn.roi_heads import BOX_CELLS
 from perf import maskrcnn as parts
 from perf import maskrcnn_baseline as baseline
 from perf import maskrcnn_evaluation as evaluation

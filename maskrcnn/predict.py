@@ -1,4 +1,4 @@
-"""Detect on pictures: python -m maskrcnn.detect_images CHECKPOINT IMAGE... [--folder D] [--score .5]
+"""Detect on pictures: python -m maskrcnn.predict CHECKPOINT IMAGE... [--folder D] [--score .5]
 
 What it reads and writes is said in `detection/evaluation/predict.py`.
 """
@@ -15,9 +15,9 @@ from detection.data import image_io
 from detection.data.coco import Category
 from detection.evaluation import predict
 from detection.evaluation.predict import Seen
-from maskrcnn import trained
+from maskrcnn import pretrained
 from maskrcnn.data import lay_out, resized_hw, sizes
-from maskrcnn.evaluation import on_original
+from maskrcnn.evaluator import on_original
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ class Detector:
     """The network of a checkpoint, on pictures of any size; raises InputError where the file is of none."""
 
     def __init__(self, checkpoint: Path, score: float, device: torch.device):
-        self.network, self.device = trained.load(checkpoint, score), device
+        self.network, self.device = pretrained.load(checkpoint, score), device
         self.network.model.to(device)
 
     @property

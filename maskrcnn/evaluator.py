@@ -20,8 +20,8 @@ from detection.evaluation.coco_metric import ROW, MaskMetric, to_mask_results, t
 from detection.runtime.distributed import Ranks
 from maskrcnn.config import Config
 from maskrcnn.data import EvalBatch, MaskRCNNEvalData
-from maskrcnn.detections import Detections
 from maskrcnn.masks import Floats, paste
+from maskrcnn.postprocess import Detections
 
 # Images whose masks wait for a thread, at most, for each of them: all of them would take gigabytes.
 WAITING = 16
