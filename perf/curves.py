@@ -29,7 +29,7 @@ from detection.synthetic import coco_scenes
 from perf import footprint
 from perf.footprint import Values, cost, memory_mib
 from perf.photos import make_up, make_up_truth
-from perf.predictions import make_rows
+from perf.ssd.predictions import make_rows
 from ssd import augment
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode

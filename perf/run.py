@@ -25,11 +25,13 @@ import torch
 
 from detection.config.settings import InputError
 from detection.runtime.device import choose, describe, tune
-from perf import evaluation, input, maskrcnn, maskrcnn_evaluation, network, table, training
-from perf.bench import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
+from perf import table
+from perf.harness import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine
+from perf.maskrcnn import evaluation, training
 from perf.photos import open_photos
-from perf.trace import Operation, trace
+from perf.profiler import Operation, trace
+from perf.ssd import evaluation, input, network, training
 
 PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "decode": input.time_decode,
@@ -46,13 +48,13 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "evaluate": evaluation.time_evaluate,
     "end-to-end": training.time_end_to_end,
     "scaling": training.time_scaling,
-    "maskrcnn_step": maskrcnn.time_step,
-    "maskrcnn_trunk": maskrcnn.time_trunk,
-    "maskrcnn_align": maskrcnn.time_align,
-    "maskrcnn_proposals": maskrcnn.time_proposals,
-    "maskrcnn_mask_head": maskrcnn.time_mask_head,
-    "maskrcnn_paste": maskrcnn_evaluation.time_paste,
-    "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
+    "maskrcnn_step": training.time_step,
+    "maskrcnn_trunk": training.time_trunk,
+    "maskrcnn_align": training.time_align,
+    "maskrcnn_proposals": training.time_proposals,
+    "maskrcnn_mask_head": training.time_mask_head,
+    "maskrcnn_paste": evaluation.time_paste,
+    "maskrcnn_evaluation": evaluation.time_evaluation,
 }
 
 MASK_RCNN = "maskrcnn"  # what the names of its parts begin with

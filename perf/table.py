@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from detection.config.settings import InputError
-from perf.bench import Result
-from perf.trace import Operation
+from perf.harness import Result
+from perf.profiler import Operation
 
 RESULT = TypeAdapter(Result)
 

@@ -11,7 +11,7 @@ import torchvision.transforms.v2.functional as tv
 
 from detection.engine import optim
 from detection.runtime.distributed import Ranks
-from perf import baseline
+from perf.ssd import baseline
 from ssd import augment, checkpoint_names, train
 from ssd.anchors import make_anchors
 from ssd.config import Config

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 
 from detection.data import coco, image_io
-from perf import baseline
-from perf.predictions import EARLY, TRAINED, predict
+from perf.ssd import baseline
+from perf.ssd.predictions import EARLY, TRAINED, predict
 from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode

@@ -8,10 +8,9 @@ import torch
 
 from detection.evaluation.coco_metric import FIGURES
 from maskrcnn.roi_heads import BOX_CELLS
-from perf import maskrcnn as parts
-from perf import maskrcnn_baseline as baseline
-from perf import maskrcnn_evaluation as evaluation
-from perf.bench import Bench, quick
+from perf.harness import Bench, quick
+from perf.maskrcnn import baseline, evaluation
+from perf.maskrcnn import training as parts
 from perf.timing import threads
 
 CPU = torch.device("cpu")

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from detection.config.settings import InputError
-from perf import maskrcnn, table
-from perf.bench import Result, Scale, quick, whole
-from perf.limits import count_network
+from perf import table
+from perf.harness import Result, Scale, quick, whole
+from perf.maskrcnn import training
+from perf.roofline import count_network
 from perf.run import PARTS, chosen_parts, main, parse
 from perf.table import REQUIREMENTS, check, compare, read
 from perf.timing import Side, Spread, in_turns, spread, threads
@@ -17,7 +18,7 @@ from ssd.model import SSD300
 from test_perf_baseline import Trunk
 
 CPU = torch.device("cpu")
-configured = maskrcnn.configured
+configured = training.configured
 TINY = Scale(
     rounds=1,
     limit_s=0,
@@ -55,12 +56,12 @@ def measured(tmp_path_factory, tiny_toy):
     with pytest.MonkeyPatch.context() as patch, threads(1):
         patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call a sample
         patch.setattr("ssd.model.Backbone", Trunk)
-        patch.setattr("perf.baseline.Backbone", Trunk)
-        patch.setattr("perf.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
+        patch.setattr("perf.ssd.baseline.Backbone", Trunk)
+        patch.setattr("perf.ssd.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
         for name in ("maskrcnn.BOX_REGIONS", "maskrcnn.MASK_REGIONS", "maskrcnn_evaluation.DETECTIONS_PER_IMAGE"):
             patch.setattr(f"perf.{name}", 4)
         less = ("--trunk", "resnet18", "--box-samples", "16")
-        patch.setattr(maskrcnn, "configured", lambda bench, *flags: configured(bench, *flags, *less))
+        patch.setattr(training, "configured", lambda bench, *flags: configured(bench, *flags, *less))
         assert main(argv, TINY) == 0
     by_part = {}
     for result in read(file)["results"]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, shared
 from detection.runtime.distributed import Ranks
-from perf import gradient, scaling
-from perf.published_runs import DGX_A100, GENERATIONS, check, fit
-from perf.step_model import (
+from perf.scaling import gradient, study
+from perf.scaling.published_runs import DGX_A100, GENERATIONS, check, fit
+from perf.scaling.step_model import (
     EPOCHS,
     TRAIN_IMAGES,
     Accelerator,
@@ -144,8 +144,8 @@ def test_published_epochs_are_predicted(network):
 
 
 def test_wider_is_faster_and_less_efficient_within_the_batches_that_are_known_to_converge(network):
-    runs = [best_run(network, A100, DGX_A100, ranks) for ranks in scaling.WIDTHS]
-    assert [one.layout.ranks for one in runs] == list(scaling.WIDTHS)
+    runs = [best_run(network, A100, DGX_A100, ranks) for ranks in study.WIDTHS]
+    assert [one.layout.ranks for one in runs] == list(study.WIDTHS)
     minutes = [one.minutes for one in runs]
     assert minutes == sorted(minutes, reverse=True)
     spent = [one.minutes * one.layout.ranks for one in runs]
@@ -173,10 +173,10 @@ def test_the_epochs_in_the_table_are_those_of_the_logs(folder, system):
 
 
 def test_the_command_writes_the_page_the_plot_and_the_figures(tmp_path, monkeypatch, capsys):
-    (tmp_path / "SCALING.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in scaling.PLACES))
-    monkeypatch.setattr(scaling, "measure", lambda: [made_up_figures()])
+    (tmp_path / "SCALING.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in study.PLACES))
+    monkeypatch.setattr(study, "measure", lambda: [made_up_figures()])
     out = tmp_path / "scaling.json"
-    assert scaling.main(["--measure", "--docs", str(tmp_path), "--out", str(out)]) == 0
+    assert study.main(["--measure", "--docs", str(tmp_path), "--out", str(out)]) == 0
     page, record = (tmp_path / "SCALING.md").read_text(), json.loads(out.read_text())
     assert "old" not in page
     assert "fp32: 1.0000 of the bytes" in page
@@ -194,7 +194,7 @@ def test_the_command_writes_the_page_the_plot_and_the_figures(tmp_path, monkeypa
     ],
 )
 def test_a_mistake_is_one_message(flags, message, capsys):
-    assert scaling.main(flags) == 2
+    assert study.main(flags) == 2
     assert message in capsys.readouterr().err
 
 
@@ -202,9 +202,9 @@ def test_the_page_shows_what_the_model_says(network):
     page = (ROOT / "docs" / "SCALING.md").read_text()
     checks = [(generation.name, one) for generation in GENERATIONS for one in check(network, generation)]
     accelerator = fit(network, GENERATIONS[0].fitted)
-    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in scaling.WIDTHS]
-    for rows in (scaling.published_rows(checks), scaling.width_rows(runs), scaling.variant_rows(network, accelerator)):
-        assert scaling.markdown(rows) in page
+    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in study.WIDTHS]
+    for rows in (study.published_rows(checks), study.width_rows(runs), study.variant_rows(network, accelerator)):
+        assert study.markdown(rows) in page
     assert (ROOT / "docs" / "scaling.png").is_file()
 
 
@@ -260,7 +260,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from detection.config.settings import read_topology
 from detection.runtime.distributed import connect
-from perf.gradient import received_bytes
+from perf.scaling.gradient import received_bytes
 
 with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
     found = {}
@@ -310,7 +310,15 @@ def test_two_ranks_send_each_other_one_gradient_and_half_of_it_in_bf16(tmp_path)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradients_way_is_measured(tmp_path, ranks):
     out = tmp_path / "gradient.json"
-    launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", "perf.gradient"]
+    launch = [
+        sys.executable,
+        "-m",
+        "detection.runtime.launch",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "perf.scaling.gradient",
+    ]
     flags = ["--batch-size", "1", "--rounds", "2", "--out", str(out)]
     done = subprocess.run([*launch, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

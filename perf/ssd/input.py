@@ -21,10 +21,10 @@ from detection.data import device_cache, image_io
 from detection.data.image_pipeline import Original, Originals, Part
 from detection.data.prefetch import move, prefetch
 from detection.runtime.device import decodes_jpeg
-from perf import baseline
-from perf.bench import Bench, Result
-from perf.limits import Work, moved
+from perf.harness import Bench, Result
 from perf.photos import Photos
+from perf.roofline import Work, moved
+from perf.ssd import baseline
 from perf.timing import Side, spread, threads
 from ssd import augment
 from ssd.anchors import make_anchors

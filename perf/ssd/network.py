@@ -17,10 +17,10 @@ from detection.engine import train_loop
 from detection.engine.state import State
 from detection.engine.train_loop import Benchmark
 from detection.runtime.device import precision
-from perf import baseline
-from perf.bench import Bench, Result
-from perf.input import first_batch
-from perf.limits import Work, count_network, moved
+from perf.harness import Bench, Result
+from perf.roofline import Work, count_network, moved
+from perf.ssd import baseline
+from perf.ssd.input import first_batch
 from perf.timing import Side, seconds, spread
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX, NUM_ANCHORS, make_anchors

@@ -1,6 +1,6 @@
 """What it costs to share one gradient: bytes on the wire, time beside the backward pass, and time at one rank.
 
-    python -m detection.runtime.launch --nproc-per-node 2 -m perf.gradient [--batch-size 2] [--rounds 9] [--out FILE]
+    python -m detection.runtime.launch --nproc-per-node 2 -m perf.scaling.gradient [--batch-size 2] [--rounds 9] [--out FILE]
 
 With one rank it compares a step with DistributedDataParallel to one without it; with several, steps that share their
 gradient to steps that keep it and to the all-reduce alone, in turns. The bytes are those that the kernel counts on this
@@ -49,7 +49,9 @@ ROUNDED, ALONE = "DDP, gradient in bf16", "all-reduce alone"
 def main(argv: list[str]) -> int:
     """Measure on this rank, the first writes; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.gradient", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.scaling.gradient",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each kind")

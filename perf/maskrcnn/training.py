@@ -37,10 +37,10 @@ from maskrcnn.roi_heads import BOX_CELLS, MASK_CELLS, MASK_SIZE, MaskHead
 from maskrcnn.rpn import ProposalSettings
 from maskrcnn.train import detect, make_benchmark
 from maskrcnn.weights import from_torchvision
-from perf import maskrcnn_baseline as baseline
-from perf.bench import Bench, Result
-from perf.limits import count
-from perf.network import first_step, in_precision, plain_side
+from perf.harness import Bench, Result
+from perf.maskrcnn import baseline
+from perf.roofline import count
+from perf.ssd.network import first_step, in_precision, plain_side
 from perf.timing import Side
 
 SLOW_ROUNDS = 3

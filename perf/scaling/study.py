@@ -1,10 +1,10 @@
 """How far SSD300 scales: a model of 1 to 1,024 accelerators, beside published runs, and what is measured for it here.
 
-    python -m perf.scaling [--measure] [--docs DIR] [--out FILE] [--rate IMG_S --fixed-ms MS]
+    python -m perf.scaling.study [--measure] [--docs DIR] [--out FILE] [--rate IMG_S --fixed-ms MS]
 
 Prints the tables: the published runs that the model was checked against, the fastest run at each width, and what that
 run would take if one thing were otherwise. --docs brings DIR/SCALING.md and DIR/scaling.png up to date. --measure runs
-perf.gradient on one rank and on two. --rate and --fixed-ms stand for an accelerator of your own.
+perf.scaling.gradient on one rank and on two. --rate and --fixed-ms stand for an accelerator of your own.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from typing import Any
 import matplotlib
 
 from detection.config.settings import InputError
-from perf import gradient
 from perf.page import fill, place
-from perf.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit
-from perf.step_model import Accelerator, Network, Run, Step, System, best_run, count_network
+from perf.scaling import gradient
+from perf.scaling.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit
+from perf.scaling.step_model import Accelerator, Network, Run, Step, System, best_run, count_network
 from perf.table import align
 
 matplotlib.use("Agg")
@@ -57,7 +57,7 @@ Rows = list[tuple[str, ...]]
 def main(argv: list[str]) -> int:
     """Compute, print and write; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.scaling.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true", help="measure the gradient's way here, in some minutes")
     parser.add_argument("--docs", type=Path, help=f"folder with the {PAGE} to bring up to date")
@@ -107,13 +107,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def measure() -> list[dict[str, Any]]:
-    """What perf.gradient finds with one rank and with two."""
+    """What perf.scaling.gradient finds with one rank and with two."""
     found = []
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         for ranks in ("1", "2"):
             out = Path(folder) / f"{ranks}.json"
             launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", ranks]
-            subprocess.run([*launch, "-m", "perf.gradient", "--out", str(out)], check=True)
+            subprocess.run([*launch, "-m", "perf.scaling.gradient", "--out", str(out)], check=True)
             found.append(json.loads(out.read_text()))
     return found
 

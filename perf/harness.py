@@ -12,8 +12,8 @@ import torch
 from detection.data import coco
 from detection.runtime.device import Precision, precision
 from detection.runtime.distributed import Ranks
-from perf.limits import Limits, Work, measure
 from perf.photos import Photos, make_up, make_up_truth
+from perf.roofline import Limits, Work, measure
 from perf.timing import Side, Spread, in_turns, spread
 from ssd.config import Config
 from ssd.data import SSDData

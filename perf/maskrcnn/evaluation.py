@@ -20,13 +20,12 @@ from maskrcnn.data import EvalBatch, MaskRCNNEvalData
 from maskrcnn.evaluator import Evaluation
 from maskrcnn.postprocess import Detections
 from maskrcnn.roi_heads import MASK_SIZE
-from perf import maskrcnn
-from perf import maskrcnn_baseline as baseline
-from perf.bench import Bench, Result
-from perf.maskrcnn import Sides, few
-from perf.maskrcnn_baseline import Scene
+from perf.harness import Bench, Result
+from perf.maskrcnn import baseline, training
+from perf.maskrcnn.baseline import Scene
+from perf.maskrcnn.training import Sides, few
 from perf.photos import make_up_truth
-from perf.predictions import make_rows
+from perf.ssd.predictions import make_rows
 from perf.timing import Side
 
 DETECTIONS_PER_IMAGE = 100
@@ -69,7 +68,7 @@ def time_evaluation(bench: Bench) -> Iterator[Result]:
 
 def evaluation_sides(bench: Bench) -> Sides:
     """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
-    config = maskrcnn.configured(bench, "--no-legacy-boxes")  # as torchvision writes them
+    config = training.configured(bench, "--no-legacy-boxes")  # as torchvision writes them
     truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
     scenes = make_scenes(truth, bench.seed)
     official = MaskMetric(truth.annotation_file)

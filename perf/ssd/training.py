@@ -10,11 +10,11 @@ import numpy as np
 from detection.data.prefetch import prefetch
 from detection.engine import train_loop
 from detection.runtime.device import decodes_jpeg
-from perf import baseline
-from perf.bench import Bench, Result
-from perf.input import SMALL_BATCH, train_images
-from perf.limits import count_network
-from perf.network import build, in_precision, plain_side, whole_step
+from perf.harness import Bench, Result
+from perf.roofline import count_network
+from perf.ssd import baseline
+from perf.ssd.input import SMALL_BATCH, train_images
+from perf.ssd.network import build, in_precision, plain_side, whole_step
 from perf.timing import Side, threads
 from ssd.config import Config
 from ssd.model import SSD300

@@ -1,4 +1,4 @@
-"""Published runs of SSD300, the constants of `perf.step_model` fitted to them, and the model held against each."""
+"""Published runs of SSD300, the constants of `perf.scaling.step_model` fitted to them, and the model held against each."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perf.step_model import TRAIN_IMAGES, Accelerator, Layout, Network, Run, System, run, step
+from perf.scaling.step_model import TRAIN_IMAGES, Accelerator, Layout, Network, Run, System, run, step
 
 # Bus bandwidth: NCCL reckons with 235 GB/s of the 300 in each direction that an A100 has, and its authors with a fifth
 # lost to the protocol on any NVLink (nccl-tests #212; users see 200, #149). Network: 85 % of the links, the mean that

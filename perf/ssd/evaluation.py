@@ -14,11 +14,11 @@ from torch.utils.data import Subset
 from detection.data.prefetch import move
 from detection.evaluation.coco_metric import BoxMetric
 from detection.runtime.device import synchronize
-from perf import baseline
-from perf.bench import FULL_METRIC_IMAGES, Bench, Result
-from perf.input import SMALL_BATCH
-from perf.network import build, in_precision, plain_side
-from perf.predictions import EARLY, TRAINED, make_rows, predict
+from perf.harness import FULL_METRIC_IMAGES, Bench, Result
+from perf.ssd import baseline
+from perf.ssd.input import SMALL_BATCH
+from perf.ssd.network import build, in_precision, plain_side
+from perf.ssd.predictions import EARLY, TRAINED, make_rows, predict
 from perf.timing import Side, spread
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.data import SSDData

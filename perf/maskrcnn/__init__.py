@@ -1,0 +1,1 @@
+"""Benchmarks of Mask R-CNN's parts."""

@@ -1,0 +1,1 @@
+"""How far training scales: measured gradients and a model of the step."""

@@ -1,0 +1,1 @@
+"""Benchmarks of SSD300's parts."""
