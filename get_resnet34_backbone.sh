@@ -16,7 +16,7 @@ END
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=download.sh
+# shellcheck source=scripts/lib/download.sh
 . "$here/download.sh"
 
 npz=false folder=''

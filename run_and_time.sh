@@ -63,14 +63,14 @@ if $help; then usage; fi
 
 export NEXP=${NEXP:-1}
 [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
-# shellcheck source=systems.sh
-source ./systems.sh
+# shellcheck source=scripts/lib/resolve_config.sh
+source ./scripts/lib/resolve_config.sh
 find_system .
 
 # NEXP runs of this script, one after the other.
 if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
-  # shellcheck source=series.sh
-  source ./series.sh
+  # shellcheck source=scripts/lib/experiments.sh
+  source ./scripts/lib/experiments.sh
   recipe=$(
     # shellcheck source=/dev/null
     source "./$config" && seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"

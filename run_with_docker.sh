@@ -34,14 +34,14 @@ die() {
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage && exit; fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=systems.sh
+# shellcheck source=scripts/lib/resolve_config.sh
 . "$here/systems.sh"
 find_system "$here"
 [[ -n ${CONT:-} ]] || die "CONT names no image. Make one (docker build -t detection .) and name it: CONT=detection $0"
 NEXP=${NEXP:-5}
-# shellcheck source=series.sh
+# shellcheck source=scripts/lib/experiments.sh
 . "$here/series.sh"
-# shellcheck source=mounts.sh
+# shellcheck source=scripts/lib/container_mounts.sh
 . "$here/mounts.sh"
 # shellcheck source=/dev/null
 . "$here/$config"

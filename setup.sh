@@ -216,8 +216,8 @@ if $check; then
 fi
 
 if [[ -n $vendor ]]; then
-  # shellcheck source=vendor.sh
-  source ./vendor.sh
+  # shellcheck source=scripts/lib/vendor.sh
+  source ./scripts/lib/vendor.sh
   check_vendor
   if [[ -n $packages ]]; then install_vendor_software; fi
 fi

@@ -28,7 +28,7 @@ exec {python} "${{words[@]}}"
 @pytest.fixture
 def project(tmp_path):
     """A folder with the script, and an environment whose python trains the stand-in."""
-    for script in ("run_and_time.sh", "series.sh", "systems.sh"):
+    for script in ("run_and_time.sh", "scripts/lib/experiments.sh", "scripts/lib/resolve_config.sh"):
         shutil.copy(ROOT / script, tmp_path)
     (tmp_path / "config_toy.sh").write_text("export DGXNNODES=1 DGXNGPU=1\n")
     for name, text in (

@@ -111,7 +111,13 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture
 def slurm(conf, tmp_path):
-    for script in ("run.sub", "run_and_time.sh", "series.sh", "systems.sh", "mounts.sh"):
+    for script in (
+        "run.sub",
+        "run_and_time.sh",
+        "scripts/lib/experiments.sh",
+        "scripts/lib/resolve_config.sh",
+        "scripts/lib/container_mounts.sh",
+    ):
         shutil.copy(ROOT / script, tmp_path)
     (tmp_path / "config_pair.sh").write_text(CONFIG)
     for name, text in (

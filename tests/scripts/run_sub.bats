@@ -9,7 +9,7 @@ setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/the data" "$bin"
-  cp "$repository"/{run.sub,run_and_time.sh,series.sh,systems.sh,mounts.sh} "$project/"
+  cp "$repository"/{run.sub,run_and_time.sh,scripts/lib/experiments.sh,scripts/lib/resolve_config.sh,scripts/lib/container_mounts.sh} "$project/"
   printf 'export %s\n' DGXNNODES=2 DGXNGPU=8 WALLTIME=00:20:30 DATADIR="\${DATADIR:-data/coco}" SSD_BATCH_SIZE=7 >"$project/config_pair.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 WALLTIME=2-01:00:00 SSD_DATASET=toy >"$project/config_toy.sh"
   printf 'export %s\n' DGXNNODES=1 WALLTIME=soon >"$project/config_soon.sh"

@@ -98,7 +98,7 @@ calls() {
   CONT=other run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: $bin/docker has no image other"* ]]
   DGXSYSTEM=none run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_big.sh config_rehearsal.sh config_toy.sh config_two.sh"* ]]
+  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_big.sh config_synthetic_coco.sh config_toy.sh config_two.sh"* ]]
   DGXSYSTEM=big run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: DATADIR=data/coco is no folder" ]]
   DGXSYSTEM=two run "$project/run_with_docker.sh"

@@ -1,4 +1,4 @@
-# config_rehearsal.sh: any machine, before COCO is fetched: two epochs of drawn pictures, as many and as large as COCO's
+# config_synthetic_coco.sh: any machine, before COCO is fetched: two epochs of drawn pictures, as many and as large as COCO's
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What a container sees of this machine: sourced by run_with_docker.sh and run.sub, which hand it to docker or pyxis.
-# The caller has `die`, and check_series of series.sh.
+# The caller has `die`, and check_series of scripts/lib/experiments.sh.
 
 mounts=() # source, target, and ro or rw: three words each
 inside=() # the flags, with the names that files have in there
