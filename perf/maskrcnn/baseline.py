@@ -2,7 +2,7 @@
 
 float32 and channels first; frozen batch norm as a module of its own; a mask of every class for every region; each
 detection's mask laid onto its whole image before it is compressed; COCO's figures by the official library.
-tests/test_perf_maskrcnn.py holds that it computes what maskrcnn/ computes with `--variant torchvision`.
+tests/perf/test_maskrcnn.py holds that it computes what maskrcnn/ computes with `--variant torchvision`.
 
 B images, G ground-truth boxes of one image, D detections of one image, S side of a mask (28).
 """

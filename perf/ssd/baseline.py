@@ -2,7 +2,7 @@
 
 Pillow and torchvision for the pictures, one at a time; float32 and channels first for the network; a sort and a
 sort of the sort for hard negatives; a loop over images and classes for detections. It computes what ssd/ computes,
-which tests/test_perf_baseline.py holds, and is written as one would write it: nothing here is slower than it need be
+which tests/perf/test_ssd_baseline.py holds, and is written as one would write it: nothing here is slower than it need be
 for what it is. Of ssd/ it uses what no choice of speed lies in: anchors, box formats, the law of the crop, the trunk.
 
 B images, G boxes of one image, A anchors, K classes with background 0.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bats
 # run.sub, and what run_and_time.sh does in its jobs, with stubs for Slurm's commands, which write down their arguments,
-# one a line. tests/test_slurm.py has a real Slurm.
+# one a line. tests/engine/test_slurm.py has a real Slurm.
 
 load scripts
 

@@ -1,0 +1,128 @@
+"""metrics.jsonl, the summary and TensorBoard: what docs/EVENTS.md says is what a run writes."""
+
+import json
+import math
+import os
+import re
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import processes
+import pytest
+
+from conftest import ROOT
+from detection.config.settings import InputError
+from detection.engine import tensorboard
+from detection.engine.tensorboard import Board
+from mlperf.log import read
+from ssd import preflight, train
+
+FLAGS = ("--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
+SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
+
+
+def documented() -> dict[str, list[str]]:
+    """Fields of each event, as the page lists them."""
+    _, *parts = SECTION.split((ROOT / "docs" / "EVENTS.md").read_text())
+    return {
+        name: ["event", "time_s", *re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)]
+        for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@pytest.fixture
+def environment(handful, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
+        monkeypatch.delenv(name)
+    values = {"DATADIR": handful, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
+    for name, value in (values | {"SSD_DIVISION": "open", "SSD_DEVICE": "cpu", "SSD_TRUNK": "resnet18"}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment, tmp_path):
+    flags = (*FLAGS, "--epochs", "1", "--target", "0", "--evaluate-first")
+    assert train.main([*flags, "--summary", str(tmp_path / "summary.json")]) == 0
+    found = events(tmp_path / "run")
+    for event in found:
+        assert list(event) == documented()[event["event"]], event["event"]
+    names = [event["event"] for event in found]
+    steps = [event for event in found if event["event"] == "step"]
+    assert names == ["run_start", "evaluation", *["step"] * len(steps), "epoch", "evaluation", "summary"]
+    by_name = {event["event"]: event for event in found}  # the last of each
+    epoch, summary = by_name["epoch"], by_name["summary"]
+    assert [event["time_s"] for event in found] == sorted(event["time_s"] for event in found)
+    assert epoch["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps))
+    samples = next(event.value for event in read(tmp_path / "run" / "result_0.txt") if event.key == "train_samples")
+    assert epoch["images"] == summary["images"] == samples
+    assert epoch["images_per_s"] == pytest.approx(samples / epoch["seconds"], rel=1e-2)
+    assert summary["metrics"] == by_name["evaluation"]["metrics"]
+    assert (summary["converged"], summary["epoch"], by_name["run_start"]["resumed_from"]) == (True, 1, None)
+    assert [event["epoch"] for event in found if event["event"] == "evaluation"] == [0, 1]
+    assert summary["init_s"] + summary["run_s"] == pytest.approx(summary["e2e_s"], abs=0.01)
+    assert summary["run_s"] >= summary["train_s"] + summary["eval_s"] > 0
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written == {name: value for name, value in summary.items() if name not in ("event", "time_s")}
+
+
+def test_an_aborted_run_has_a_summary_that_says_so(tmp_path):
+    status, _, err = processes.run(tmp_path, "--batch-size", "8", "--log-every", "1", FAULT="nan 0 1")
+    assert status == 1, err
+    *_, step, summary = events(tmp_path)
+    assert math.isnan(step["loss"])
+    assert (summary["event"], summary["converged"], summary["stopped_by"]) == ("summary", False, "Diverged")
+    assert (summary["epoch"], summary["images_per_s"]) == (None, None)
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_the_clock(environment, tmp_path, capsys):
+    assert train.main([*FLAGS, "--summary", str(tmp_path / "absent" / "summary.json")]) == 2
+    assert "summary.json: it cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result_0.txt").exists()
+
+
+def test_tensorboard_is_asked_for_only_by_name_and_said_to_be_missing(environment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for main in (train.main, preflight.main):
+        assert main([*FLAGS, "--tensorboard"]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("error:") == 1
+        assert "tensorboard is not installed" in shown
+        assert "Traceback" not in shown
+    assert not (tmp_path / "run" / "result_0.txt").exists()
+    with pytest.raises(InputError, match="pip install"):
+        tensorboard.require()
+
+
+def test_a_users_tensorboard_is_given_every_figure(tmp_path, monkeypatch):
+    drawn = []
+
+    class Writer:
+        def __init__(self, folder):
+            drawn.append(folder)
+
+        def add_scalar(self, name, value, over):
+            drawn.append((name, value, over))
+
+        def close(self):
+            drawn.append("closed")
+
+    package, writers = types.ModuleType("tensorboard"), types.ModuleType("torch.utils.tensorboard")
+    package.__spec__, writers.SummaryWriter = ModuleSpec("tensorboard", None), Writer
+    monkeypatch.setitem(sys.modules, "tensorboard", package)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
+    tensorboard.require()
+    shown = Board(tmp_path)
+    shown.add("run_start", {"seed": 1})
+    shown.add("step", {"step": 7, "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_s": 9.0})
+    shown.add("evaluation", {"epoch": 2, "seconds": 3.0, "metrics": {"AP": 0.2}})
+    shown.close()
+    assert drawn == [
+        str(tmp_path),
+        ("step/loss", 2.5, 7), ("step/lr", 0.1, 7), ("step/images_per_s", 9.0, 7),
+        ("evaluation/seconds", 3.0, 2), ("evaluation/AP", 0.2, 2),
+        "closed",
+    ]  # fmt: skip

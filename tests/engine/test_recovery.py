@@ -1,0 +1,152 @@
+"""docs/RECOVERY.md: its commands, by the real script with the stand-in for the network, and the tests that it names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+
+from conftest import ROOT
+from detection import run_dir
+
+PAGE = (ROOT / "docs/RECOVERY.md").read_text()
+COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
+# The environment's python: no preflight, and the stand-in for ssd.train.
+PYTHON = """#!/usr/bin/env bash
+if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
+for word in "$@"; do
+  [[ $word == ssd.train ]] && words[-1]={stand_in} || words+=("$word")
+done
+exec {python} "${{words[@]}}"
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the script, and an environment whose python trains the stand-in."""
+    for script in ("run_and_time.sh", "scripts/lib/experiments.sh", "scripts/lib/resolve_config.sh"):
+        shutil.copy(ROOT / script, tmp_path)
+    (tmp_path / "config_toy.sh").write_text("export DGXNNODES=1 DGXNGPU=1\n")
+    for name, text in (
+        ("setup.sh", "#!/bin/sh\n"),
+        ("venv/bin/python", PYTHON.format(stand_in=processes.STAND_IN, python=sys.executable)),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return tmp_path
+
+
+def page(word: str) -> str:
+    """The one command that has a word, with checkpoints as often as a run of nine steps needs them."""
+    (command,) = (command for command in COMMANDS if word in command)
+    return command.replace("500 steps", "1 steps").replace("--hang-timeout-s 120", "--hang-timeout-s 5")
+
+
+def start(project: Path, command: str, **extra: str) -> subprocess.Popen[str]:
+    settings = {"BATCH_SIZE": "8", "NUM_WORKERS": "0", "PRECISION": "fp32", "SEED": "5"}
+    unset = ("DGXNGPU", "DGXSYSTEM", "NEXP", "EXPERIMENT", "MAX_RESTARTS", "RUN_DIR", "LOGDIR")
+    environment = processes.environment(
+        VENV="venv",
+        CLEAR_CACHES="0",
+        PYTHONPATH=str(ROOT),
+        **{f"STANDIN_{name}": value for name, value in settings.items()},
+        **extra,
+    )
+    return subprocess.Popen(
+        ["bash", "-c", f"exec env {command}"],
+        cwd=project,
+        env={name: value for name, value in environment.items() if name not in unset},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_every_command_of_the_page_is_run_here():
+    assert len(COMMANDS) == 6
+    words = ("=results/mine ./run_and_time.sh --checkpoint-every", "kill -TERM", "--resume auto", "NAME.pt")
+    for word in (*words[:2], "results/mine ./run_and_time.sh --resume", words[3], "MAX_RESTARTS", "--hang-timeout-s"):
+        assert page(word)
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(test_\w+\.py::test_\w+)`", PAGE))
+def test_a_test_that_the_page_names_is_there(name):
+    file, function = name.split("::")
+    assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_goes_on_by_the_commands_of_the_page(project):
+    mine = project / "results/mine"
+    process = start(project, page("results/mine ./run_and_time.sh --checkpoint-every"), STANDIN_STEP_S="0.3")
+    processes.wait_for(mine / "result_0.txt", "run_start")
+    subprocess.run(["bash", "-c", page("kill").replace("PID", str(process.pid))], check=True)
+    status, out, err = processes.finish(process)
+    assert status == 143, err
+    assert "SIGTERM: ending the run" in err
+    assert "RESULT" not in out
+    first = run_dir.checkpoints(mine)[-1]
+    assert 0 < first.step < 9
+    assert {"result_0.txt", "metrics.jsonl", "config.json", "checkpoints"} <= {path.name for path in mine.iterdir()}
+
+    copy = project / "kept.pt"
+    shutil.copy(first.path, copy)
+    status, out, _ = processes.finish(start(project, page("results/mine ./run_and_time.sh --resume")))
+    assert status == 3, "the stand-in reaches no target"
+    assert f"resuming from results/mine/checkpoints/{first.path.name}" in out
+    assert run_dir.checkpoints(mine)[-1].step == 9
+
+    os.replace(copy, mine / "checkpoints" / first.path.name)
+    elsewhere = page("NAME.pt").replace("NAME.pt", first.path.name)
+    status, _, err = processes.finish(start(project, elsewhere))
+    assert status == 3, err
+    assert '"key": "resumed"' in (project / "results/other/result_0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_that_die_start_again_by_the_command_of_the_page(project):
+    mark = project / "mark"
+    process = start(project, page("MAX_RESTARTS"), FAULT="exit 0 4", FAULT_MARK=str(mark))
+    status, out, err = processes.finish(process)
+    assert status == 3, err
+    assert mark.exists(), "the rank has died"
+    assert "resuming from results/restarts/checkpoints/" in out
+    assert run_dir.checkpoints(project / "results/restarts")[-1].step == 9
+
+
+@pytest.mark.slow
+def test_a_hang_ends_by_the_command_of_the_page(project):
+    status, _, err = processes.finish(start(project, page("--hang-timeout-s"), FAULT="hang 0 4"))
+    assert status == 1
+    assert "rank 0 has made no step for 5 s" in err
+
+
+@pytest.mark.slow
+def test_a_series_that_is_told_to_end_in_its_second_run_goes_on_there(project):
+    series = project / "results/two"
+    command = "RUN_DIR=results/two NEXP=2 ./run_and_time.sh --seed 7"
+    process = start(project, command, STANDIN_STEP_S="0.3")
+    processes.wait_for(series / "experiment_1/metrics.jsonl", "run_start")
+    first = (series / "result_0.txt").read_text()
+    process.terminate()
+    status, out, err = processes.finish(process)
+    assert status == 3, "of the first run, which failed first"
+    assert "SIGTERM: ending the run" in err
+    assert "To go on: RUN_DIR=results/two NEXP=2" in out
+
+    status, out, _ = processes.finish(start(project, command))
+    assert status == 3
+    assert "experiment 1 of 2 had come to its end, with status 3" in out
+    assert "resuming from results/two/experiment_1/checkpoints/" in out
+    assert (series / "result_0.txt").read_text() == first
+    for number in (0, 1):
+        assert f'"key": "seed", "value": {7 + number},' in (series / f"result_{number}.txt").read_text()
+        assert run_dir.checkpoints(series / f"experiment_{number}")[-1].step == 9

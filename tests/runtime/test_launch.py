@@ -1,0 +1,117 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from forked import Forked
+
+from detection.runtime import launch
+
+ROOT = Path(__file__).parent.parent
+
+# A rank: says its process id, then ends as its number's argument says, or waits to be ended.
+RANK = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+open(f"pid_{rank}", "w").write(f"{os.getpid()} {os.environ['WORLD_SIZE']} {sys.argv[1:]}")
+open("starts", "a").write("x")
+end = sys.argv[1:][rank]
+if end.startswith("-"):
+    os.kill(os.getpid(), int(end[1:]))
+if end == "wait":
+    time.sleep(300)
+sys.exit(int(end))
+"""
+
+
+def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> Forked:
+    (folder / "rank.py").write_text(RANK)
+    flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
+    words = ["-m", "detection.runtime.launch", *flags, "-m", "rank", *ends]
+    return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}, folder)
+
+
+def result(folder: Path, *ends: str) -> tuple[int, str]:
+    process = start(folder, *ends)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_run_that_succeeds_exits_with_0_and_says_nothing(tmp_path):
+    assert result(tmp_path, "0", "0") == (0, "")
+    assert (tmp_path / "pid_1").read_text().endswith("2 ['0', '0']")
+
+
+def test_the_status_of_the_rank_that_failed_is_the_status_of_the_run(tmp_path):
+    assert result(tmp_path, "wait", "7") == (7, "error: rank 1 ended with status 7\n")
+
+
+def test_epochs_used_up_pass_in_silence(tmp_path):
+    assert result(tmp_path, "3") == (3, "")
+
+
+@pytest.mark.parametrize(("end", "starts"), [("3", 1), ("2", 1), ("7", 2)])
+def test_only_a_rank_that_died_is_started_again(tmp_path, end, starts):
+    process = start(tmp_path, end, restarts=1)
+    process.communicate(timeout=60)
+    assert process.returncode == int(end)
+    assert len((tmp_path / "starts").read_text()) == starts
+
+
+def test_a_rank_killed_by_a_signal_is_named_with_the_signal(tmp_path):
+    status, stderr = result(tmp_path, "wait", "-9")
+    assert status == 128 + signal.SIGKILL
+    assert stderr == "error: rank 1 ended with SIGKILL (out of memory?)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_ranks(tmp_path, number):
+    process = start(tmp_path, "wait", "wait")
+    files = [tmp_path / "pid_0", tmp_path / "pid_1"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"error: stopped by {number.name}" in stderr
+    assert not any(alive(int(file.read_text().split()[0])) for file in files)
+
+
+def test_a_wrong_number_of_ranks_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)  # in this process, which is other tests' too
+    assert launch.main(["--nnodes", "1", "--nproc-per-node", "many", "-m", "rank"]) == 2
+    assert "many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("exitcodes", "cause"),
+    [
+        ({0: 1, 1: -9}, 1),  # rank 0 lost its peer
+        ({0: 1, 1: 2}, 1),
+        ({0: -15, 1: 1}, 1),  # rank 0 was ended by the launcher
+        ({0: 143, 1: 1}, 1),
+        ({0: 3, 1: 3}, 0),
+    ],
+)
+def test_the_cause_is_told_from_its_consequences(exitcodes, cause):
+    failures = {rank: launch.ProcessFailure(rank, 1, code, "") for rank, code in exitcodes.items()}
+    for failure in failures.values():
+        failure.timestamp = 0
+    assert launch._first(failures)[0] == cause
+
+
+def test_the_earliest_failure_is_the_cause():
+    failures = {rank: launch.ProcessFailure(rank, 1, 5, "") for rank in (0, 1)}
+    failures[0].timestamp, failures[1].timestamp = 2, 1
+    assert launch._first(failures)[0] == 1

@@ -1,0 +1,95 @@
+"""Runs of the stand-in benchmark as processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from forked import Forked
+
+from conftest import ROOT
+from detection import run_dir
+
+STAND_IN = str(ROOT / "tests" / "dummy_workload.py")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "STANDIN_DEVICE": "cpu"} | extra
+
+
+def command(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = ()) -> list[str]:
+    """The command of a run; `ranks` of 0 is one without a launcher."""
+    flags = ("--run-dir", str(run), "--seed", "5", "--precision", "fp32", "--num-workers", "0", *flags)
+    if not ranks:
+        return [sys.executable, STAND_IN, *flags]
+    return [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *launch, STAND_IN, *flags]
+
+
+def start(
+    run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = (), **extra: str
+) -> subprocess.Popen[str] | Forked:
+    words = command(run, *flags, ranks=ranks, launch=launch)
+    if "PYTHONPATH" not in extra:  # which is for an interpreter that starts
+        return Forked(words[1:], environment(**extra))
+    return subprocess.Popen(
+        words,
+        env=environment(**extra),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 60) -> tuple[int, str, str]:
+    """Status, stdout and stderr; a process that does not end in time fails the test, and is ended."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return process.returncode, out, err
+
+
+def run(folder: Path, *flags: str, ranks: int = 0, timeout_s: float = 60, **extra: str) -> tuple[int, str, str]:
+    return finish(start(folder, *flags, ranks=ranks, **extra), timeout_s)
+
+
+def wait_for(path: Path, text: str, timeout_s: float = 40) -> None:
+    """Wait until a file holds a text."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} never said {text!r}")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, buffers and momenta of the newest checkpoint."""
+    state = torch.load(run_dir.checkpoints(folder)[-1].path, weights_only=True)
+    momenta = {f"momentum {i}": slot["momentum_buffer"] for i, slot in state["optimizer"]["state"].items()}
+    return state["model"] | {"batch norm": state["batch_norm"]} | momenta
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def steps(folder: Path) -> list[int]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def alive(group: int) -> bool:
+    """Whether any process of a session is left."""
+    return subprocess.run(["pgrep", "-s", str(group)], capture_output=True, check=False).returncode == 0
