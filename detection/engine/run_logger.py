@@ -233,7 +233,7 @@ class Progress:
             self.bar.clear()
 
     def write(self, event: str, **values: object) -> None:
-        """Append an event to metrics.jsonl, as docs/EVENTS.md describes them."""
+        """Append an event to metrics.jsonl, as docs/METRICS_JSONL.md describes them."""
         if self.board is not None:
             self.board.add(event, values)
         if self.file is not None:

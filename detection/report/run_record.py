@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 class RunRecord:
     """One run as it was recorded; what it did not leave is empty.
 
-    name: short, for people. log: the MLPerf log. events: of that. metrics: of metrics.jsonl (docs/EVENTS.md).
+    name: short, for people. log: the MLPerf log. events: of that. metrics: of metrics.jsonl (docs/METRICS_JSONL.md).
     config: every setting. summary: of summary.json. classes: of classes.json. pictures: of pictures.json, `file`
     being the whole path. remarks: what is missing or damaged.
     """

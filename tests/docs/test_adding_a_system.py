@@ -1,4 +1,4 @@
-"""docs/NEW_SYSTEM.md: its commands run, and it explains each line that a config file has."""
+"""docs/ADDING_A_SYSTEM.md: its commands run, and it explains each line that a config file has."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 
-TEXT = (ROOT / "docs/NEW_SYSTEM.md").read_text()
+TEXT = (ROOT / "docs/ADDING_A_SYSTEM.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", TEXT, re.MULTILINE)
 SMALL = "--device cpu --batch-size 2 --trunk resnet18 --dataset toy --division open --num-workers 0 --precision fp32"
 FEW_STEPS = " --benchmark-warmup 0 --benchmark-input made-up --compile off"

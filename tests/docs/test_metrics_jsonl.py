@@ -1,4 +1,4 @@
-"""metrics.jsonl, the summary and TensorBoard: what docs/EVENTS.md says is what a run writes."""
+"""metrics.jsonl, the summary and TensorBoard: what docs/METRICS_JSONL.md says is what a run writes."""
 
 import json
 import math
@@ -24,7 +24,7 @@ SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 
 def documented() -> dict[str, list[str]]:
     """Fields of each event, as the page lists them."""
-    _, *parts = SECTION.split((ROOT / "docs" / "EVENTS.md").read_text())
+    _, *parts = SECTION.split((ROOT / "docs" / "METRICS_JSONL.md").read_text())
     return {
         name: ["event", "time_s", *re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)]
         for name, text in zip(parts[::2], parts[1::2], strict=True)

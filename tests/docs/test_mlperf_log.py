@@ -1,4 +1,4 @@
-"""docs/LOGS.md: every key that the code can log is in it, with who logs it and which rules ask for it."""
+"""docs/MLPERF_LOG.md: every key that the code can log is in it, with who logs it and which rules ask for it."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ BY_A_BENCHMARK = {key for benchmark in BENCHMARKS for key in hyperparameter_keys
 
 def documented() -> dict[str, tuple[str, str]]:
     """Module and rules of each key, as the page lists them."""
-    rows = ROW.findall((ROOT / "docs" / "LOGS.md").read_text())
+    rows = ROW.findall((ROOT / "docs" / "MLPERF_LOG.md").read_text())
     assert len(rows) == len({key for key, *_ in rows}), "a key is there twice"
     return {key: (module, asked) for key, module, asked in rows}
 
