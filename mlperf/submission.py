@@ -308,7 +308,7 @@ def _described(first: Logged, options: argparse.Namespace) -> dict[str, str]:
             raise InputError(f"--set {assignment}: write it as FIELD=VALUE")
         given[field] = value
     if unknown := sorted(given.keys() - set(system_desc.FIELDS)):
-        raise InputError(f"{', '.join(unknown)}: no such field. There are: {', '.join(system.FIELDS)}")
+        raise InputError(f"{', '.join(unknown)}: no such field. There are: {', '.join(system_desc.FIELDS)}")
     entry = first.run.entry
     match = re.match(r"(\d+)x", entry.platform)
     own = {"submitter": entry.org, "division": entry.division, "status": first.status, "system_name": options.system}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from detection.data import coco
+from detection.data.batch import Share
 from detection.data.prefetch import move
 from detection.engine import train_loop
 from detection.evaluation.coco_metric import BoxMetric
@@ -246,7 +247,7 @@ def step(batch_size: int, folder: Path) -> Values:
     torch.manual_seed(0)
     benchmark = make_benchmark(config, ranks, 0, SSD300(CLASSES), Evaluation(config, ranks))
     state = train_loop.build(benchmark, config, ranks)
-    share = move(train_loop.Share(benchmark.made_up_batch(), batch_size, 1 / batch_size), ranks.device)
+    share = move(Share(benchmark.made_up_batch(), batch_size, 1 / batch_size), ranks.device)
     values = cost(partial(train_loop.train_step, state, share, 1e-3, benchmark, config, ranks))
     return values | {"rate": 1000 * batch_size / values["time"]}
 

@@ -28,7 +28,8 @@ from detection.runtime.device import choose, describe, tune
 from perf import table
 from perf.harness import FULL_METRIC_IMAGES, Bench, Result, Scale, cores, quick, whole
 from perf.machine import RESULTS, machine
-from perf.maskrcnn import evaluation, training
+from perf.maskrcnn import evaluation as maskrcnn_evaluation
+from perf.maskrcnn import training as maskrcnn_training
 from perf.photos import open_photos
 from perf.profiler import Operation, trace
 from perf.ssd import evaluation, input, network, training
@@ -48,13 +49,13 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Result]]] = {
     "evaluate": evaluation.time_evaluate,
     "end-to-end": training.time_end_to_end,
     "scaling": training.time_scaling,
-    "maskrcnn_step": training.time_step,
-    "maskrcnn_trunk": training.time_trunk,
-    "maskrcnn_align": training.time_align,
-    "maskrcnn_proposals": training.time_proposals,
-    "maskrcnn_mask_head": training.time_mask_head,
-    "maskrcnn_paste": evaluation.time_paste,
-    "maskrcnn_evaluation": evaluation.time_evaluation,
+    "maskrcnn_step": maskrcnn_training.time_step,
+    "maskrcnn_trunk": maskrcnn_training.time_trunk,
+    "maskrcnn_align": maskrcnn_training.time_align,
+    "maskrcnn_proposals": maskrcnn_training.time_proposals,
+    "maskrcnn_mask_head": maskrcnn_training.time_mask_head,
+    "maskrcnn_paste": maskrcnn_evaluation.time_paste,
+    "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
 }
 
 MASK_RCNN = "maskrcnn"  # what the names of its parts begin with

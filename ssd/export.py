@@ -182,7 +182,7 @@ def open_onnx(path: Path) -> Callable[[Tensor], Answer]:
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
     def answer(images: Tensor) -> Answer:
-        boxes, labels, scores = session.run(OUTPUTS, {"images": image_io.numpy()})
+        boxes, labels, scores = session.run(OUTPUTS, {"images": images.numpy()})
         return torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(scores)
 
     return answer

@@ -8,19 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+from paths import shared
 
 # A process for each core: more threads would wait for each other. Alone, two do.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
-
-
-def shared(relative: str) -> Path:
-    """A file or folder of the material beside the repository; skips the test where it is absent."""
-    path = SHARED / relative
-    if not path.exists():
-        pytest.skip(f"../shared/{relative} is not there")
-    return path
 
 
 def pytest_collection_finish() -> None:

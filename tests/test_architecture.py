@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
+from paths import ROOT
 
 MODULES = sorted(path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
 
@@ -51,7 +51,7 @@ def test_only_the_device_module_names_a_device():
 
 
 def test_the_list_of_devices_is_only_that():
-    (module,) = (path for path in MODULES if path.name == "device_kinds.py")
+    (module,) = (path for path in MODULES if path.name == "device_names.py")
     tree = ast.parse(module.read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)]
 

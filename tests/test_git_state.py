@@ -1,15 +1,14 @@
 """The commit of the program: from its repository, or named where it has none; in a run's log and in its record."""
 
-import subprocess
-
 import pytest
-from synthetic_log import write_run
 
 from detection import git_state
 from detection.config.settings import InputError
 from detection.git_state import Source
+from git_repository import git
 from mlperf.log import MlperfLog, read
 from ssd.config import load
+from synthetic_log import write_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,10 +22,6 @@ def repository(tmp_path):
     git(root, "add", "a.py")
     git(root, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "One file")
     return root
-
-
-def git(root, *words):
-    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_a_repository_names_its_commit_and_says_when_files_differ_or_are_new(repository):

@@ -88,10 +88,10 @@ class Split:
         height, width = self.sizes_hw[index].tolist()
         masks: list[CompressedMask | None] = []
         for box in range(*self.box_starts[index : index + 2].tolist()):
-            first, last = polygons.line_starts[box : box + 2].tolist()
-            ends = polygons.point_starts[first : last + 1].tolist()
+            first, last = outlines.line_starts[box : box + 2].tolist()
+            ends = outlines.point_starts[first : last + 1].tolist()
             # To the decimals that float32 has blurred: pycocotools rounds fifths of a pixel, where many are ties.
-            lines = [polygons.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
+            lines = [outlines.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
             masks.append(rle.filled(lines, (height, width)) if lines else None)
         return masks
 
@@ -113,7 +113,7 @@ class Split:
         kept_before = starts(keep.astype(np.int64))
         outlines = self.outlines
         if outlines:  # of which a crowd has none, so that all lines stay
-            outlines = replace(outlines, line_starts=starts(np.diff(polygons.line_starts)[keep]))
+            outlines = replace(outlines, line_starts=starts(np.diff(outlines.line_starts)[keep]))
         return replace(
             self,
             box_starts=kept_before[self.box_starts],

@@ -17,7 +17,7 @@ def do(benchmark: Benchmark[Any], run: Run, log_recipe: Callable[[], None]) -> O
         case "train":
             if not run.continues:
                 log_recipe()
-            return train_loop.run(benchmark, run)
+            return train_loop.train_to_target(benchmark, run)
         case "evaluate":
             return train_loop.evaluate_only(benchmark, run)
         case "benchmark-training":

@@ -92,7 +92,7 @@ class Stopped(Exception):
         self.status = status
 
 
-def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
+def train_to_target(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     """Train until every target is met at a scheduled evaluation, or the epochs are used up.
 
     The caller has logged init_start and what is submitted, unless an older log goes on. Raises Diverged, Stopped and
@@ -111,7 +111,7 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     if run.resumed:
         run.log.point("resumed", run.resumed.path.name, epoch_num=state.epoch, step=state.step)
     try:
-        outcome = train(state, benchmark, run)
+        outcome = train_timed(state, benchmark, run)
     except BaseException as error:
         run.log.end("run", status="aborted")
         run.progress.end(converged=False, stopped_by=type(error).__name__)
@@ -121,7 +121,7 @@ def run(benchmark: Benchmark[Batch], run: Run) -> Outcome:
     return outcome
 
 
-def train(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
+def train_timed(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
     """The part of the run that is on the clock."""
     log, progress = run.log, run.progress
     data = benchmark.open_data()

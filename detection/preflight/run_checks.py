@@ -24,7 +24,8 @@ from detection import run_dir
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, Resolved, System, describe, read_system
-from detection.data import coco, num_classes, worker_shm
+from detection.data import coco, worker_shm
+from detection.data.num_classes import followed
 from detection.engine import tensorboard
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
@@ -86,7 +87,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
         print("\n".join(report), file=sys.stderr, flush=True)
         if mistakes or broken:
             raise InputError("\n".join(broken + mistakes))
-        num_classes = num_classes.followed(config).num_classes
+        num_classes = followed(config).num_classes
         if system.node_rank == 0:
             make(folder, config)
     except InputError as error:
@@ -101,7 +102,7 @@ def with_classes(config: Config) -> Config:
     if config.num_classes == 0 and due(config):
         categories = {"toy": toy.SHAPES, "rehearsal": coco_scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
-    return num_classes.followed(config)
+    return followed(config)
 
 
 def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> tuple[list[str], list[str]]:
@@ -170,7 +171,7 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         mistakes.append(str(error))
     if config.checkpoint:
         try:
-            found = checks.network(Path(config.checkpoint), num_classes.followed(config))
+            found = checks.network(Path(config.checkpoint), followed(config))
             facts.append(f"checkpoint: {config.checkpoint} ({found})")
         except InputError as error:
             mistakes.append(str(error))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from detection.config.settings import InputError, read_topology
+from detection.data.batch import Share
 from detection.data.prefetch import move
 from detection.engine import entrypoint, train_loop
 from detection.runtime.device import choose
@@ -120,7 +121,7 @@ class Training:
         evaluation = Evaluation(config, self.alone)
         self.benchmark = make_benchmark(config, self.alone, 0, SSD300(config.num_classes), evaluation)
         self.state = train_loop.build(self.benchmark, config, self.alone)
-        share = train_loop.Share(self.benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size)
+        share = Share(self.benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size)
         self.share = move(share, device)
         self.last_gradient_s = self.optimiser_s = 0.0
         for parameter in self.state.model.parameters():

@@ -1,17 +1,17 @@
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from config_files import exported
 from detection.checkpoint.backbone_urls import BACKBONE_FILES
 from detection.config.settings import InputError, Topology, describe, read_system, read_topology, to_json
+from paths import ROOT
 from ssd.config import Config, load
 
-ROOT = Path(__file__).parent.parent
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
 
 
@@ -23,14 +23,6 @@ def refusal(*argv: str, **environ: str) -> str:
     with pytest.raises(InputError) as caught:
         load(argv, environ)
     return str(caught.value)
-
-
-def exported(system: str, **environ: str) -> dict[str, str]:
-    """What config_*.sh leaves in the environment."""
-    script = f"source ./config_{system}.sh; exec env -0"
-    environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system, **environ}
-    shell = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environ, capture_output=True, check=True)
-    return dict(line.split("=", 1) for line in shell.stdout.decode().strip("\0").split("\0"))
 
 
 def test_a_flag_wins_over_the_environment_which_wins_over_the_default():

@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from annotation_file import annotation, content, data_folder, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotation_file import annotation, content, data_folder, read
 from detection.config.settings import InputError
 from detection.data import coco
+from paths import SHARED
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = SHARED / "data"
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_file import content, data_folder, read
 
+from annotation_file import content, data_folder, read
 from detection.config.settings import InputError
 from detection.data import coco
 

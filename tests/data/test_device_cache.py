@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_host_cache import batches_of
 
 from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io
@@ -16,6 +15,7 @@ from maskrcnn.config import Config as MaskRCNNConfig
 from maskrcnn.data import MaskRCNNData
 from ssd.config import Config
 from ssd.data import SSDData
+from tiny_ssd import batches_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)

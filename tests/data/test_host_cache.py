@@ -9,6 +9,7 @@ from detection.data.host_cache import GIB, DecodedCache, free_memory_bytes
 from detection.runtime.distributed import Ranks
 from ssd.config import Config
 from ssd.data import SSDData
+from tiny_ssd import batches_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -19,16 +20,6 @@ def epochs(folder, count, num_workers, after_first=lambda: None, **settings):
         data_dir=folder, dataset="toy", num_classes=4, batch_size=5, num_workers=num_workers, seed=1, **settings
     )
     return batches_of(SSDData(config, ALONE, 1), count, after_first)
-
-
-def batches_of(data, count, after_first=lambda: None):
-    """The training batches of some epochs of a data set that is open."""
-    batches = []
-    for epoch in range(1, count + 1):
-        batches += [share.batch for share in data.shares(epoch)]
-        if epoch == 1:
-            after_first()
-    return batches
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -3,13 +3,13 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from annotation_file import annotation, content, data_folder, read
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from conftest import shared
+from annotation_file import annotation, content, data_folder, read
 from detection.config.settings import InputError
 from detection.data import coco
+from paths import shared
 
 SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "prepare-json.py"
+from paths import ROOT
+
+SCRIPT = ROOT / "prepare-json.py"
 
 ANNOTATIONS: dict[str, Any] = {
     "info": {"description": "made up"},

@@ -3,8 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from conftest import shared
 from detection.data import coco, voc_to_coco
+from paths import shared
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose>{extra}<bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>
 <ymax>{3}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"""

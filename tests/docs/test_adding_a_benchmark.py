@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from paths import ROOT
 
 PAGE = (ROOT / "docs" / "ADDING_A_BENCHMARK.md").read_text()
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from paths import ROOT
 
 TEXT = (ROOT / "docs/ADDING_A_SYSTEM.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", TEXT, re.MULTILINE)

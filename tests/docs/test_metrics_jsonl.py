@@ -8,14 +8,14 @@ import sys
 import types
 from importlib.machinery import ModuleSpec
 
-import processes
 import pytest
 
-from conftest import ROOT
+import processes
 from detection.config.settings import InputError
 from detection.engine import tensorboard
 from detection.engine.tensorboard import Board
 from mlperf.log import read
+from paths import ROOT
 from ssd import preflight, train
 
 FLAGS = ("--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")

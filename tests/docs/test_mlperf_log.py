@@ -5,11 +5,11 @@ import re
 from functools import cache
 
 import pytest
-from test_rules import checker_yaml
 
-from conftest import ROOT
 from mlperf.log import read
 from mlperf.rules import BENCHMARKS, DIVISIONS, RULESETS, hyperparameter_keys
+from paths import ROOT
+from recipes_and_checkers import checker_yaml
 
 ROW = re.compile(r"^\| `(\w+)` \|.*\| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 BY_A_BENCHMARK = {key for benchmark in BENCHMARKS for key in hyperparameter_keys(benchmark)} | {

@@ -10,11 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_settings import exported
 
-from conftest import ROOT
+from config_files import exported
 from detection.synthetic import toy
 from maskrcnn import config as maskrcnn_config
+from paths import ROOT
 from perf import run as perf_run
 from ssd import config as ssd_config
 

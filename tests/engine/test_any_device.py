@@ -5,20 +5,20 @@ import os
 import subprocess
 import sys
 
-import fake_privateuse1
 import numpy as np
-import processes
 import pytest
-import test_run
 import torch
 from torch.utils import backend_registration
 
-from conftest import ROOT
+import fake_privateuse1
+import processes
 from detection import run_dir
 from detection.checkpoint import checkpointer
 from detection.synthetic import toy
 from maskrcnn import train as maskrcnn_train
+from paths import ROOT
 from ssd import train
+from tiny_maskrcnn import SMALL
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -137,7 +137,7 @@ def test_ssd300_trains_and_detects_there_as_on_the_cpu(third_party, tmp_path, mo
 
 @pytest.mark.slow
 def test_mask_rcnn_trains_and_detects_there_as_on_the_cpu(third_party, handful, tmp_path, monkeypatch):
-    for name, value in test_run.SMALL.items():
+    for name, value in SMALL.items():
         monkeypatch.setenv(f"MASKRCNN_{name}", value)
     monkeypatch.setenv("DATADIR", str(handful))
     flags = ["--precision", "fp32", "--compile", "off"]

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import fake_cuda
 import numpy as np
 import pytest
 import torch
-from fake_cuda import CUDA, pretend
 
+import fake_cuda
 import maskrcnn.config
 import maskrcnn.evaluator
 import maskrcnn.train
@@ -19,6 +18,7 @@ from detection.data.image_pipeline import Part
 from detection.data.prefetch import move
 from detection.engine import train_loop
 from detection.runtime.distributed import Ranks
+from fake_cuda import CUDA, pretend
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C, "_set_only_lift_cpu_tensors"), reason=f"torch {torch.__version__} copies constants unseen"

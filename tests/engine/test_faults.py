@@ -6,9 +6,9 @@ import signal
 import subprocess
 import time
 
-import processes
 import pytest
 
+import processes
 from detection import run_dir
 from detection.engine.run_logger import slowest
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_run import launch
 
 from detection.engine import throughput, train_loop
 from detection.evaluation.coco_metric import FIGURES
 from detection.synthetic import toy
 from ssd import checkpoint_names, preflight, train
 from ssd.model import SSD300
+from torchrun import launch
 
 BENCHMARK = ("--batch-size", "2", "--eval-batch-size", "2", "--benchmark-steps", "1", "--benchmark-warmup", "0")
 BENCHMARK += ("--score-threshold", "0.5")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import processes
 import pytest
 
-from conftest import ROOT
+import processes
 from detection import run_dir
+from paths import ROOT
 
 pytestmark = pytest.mark.hosts
 

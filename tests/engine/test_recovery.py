@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 
-from conftest import ROOT
+import processes
 from detection import run_dir
+from paths import ROOT
 
 PAGE = (ROOT / "docs/RECOVERY.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)

@@ -6,10 +6,10 @@ import signal
 import time
 
 import numpy as np
-import processes
 import pytest
 import torch
 
+import processes
 from detection import run_dir
 from detection.checkpoint import checkpointer
 from mlperf import check

@@ -1,9 +1,6 @@
 """Whole runs: what they log, how they end, and that more ranks train the same."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from detection.data import coco
 from detection.evaluation import sample_predictions
 from detection.runtime import device
@@ -22,6 +18,7 @@ from perf import record
 from ssd import train
 from ssd.evaluator import Evaluation
 from ssd.model import SSD300
+from torchrun import launch
 
 FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 
@@ -242,21 +239,6 @@ def scores(run: Path):
     for detection in json.loads((run / "detections.json").read_text()):
         by_image[detection["image_id"]].append(detection["score"])
     return np.array([[len(found), np.mean(found)] for _, found in sorted(by_image.items())])
-
-
-def launch(ranks, run, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "detection.runtime.launch",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "ssd.train",
-        *flags,
-    ]
-    environment = os.environ | {"RUN_DIR": str(run), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("batch_size", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import processes
 import pytest
 
-from conftest import ROOT, shared
+import processes
 from detection import run_dir
+from paths import ROOT, shared
 
 pytestmark = pytest.mark.slurm
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_api
 
-from conftest import shared
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.evaluation.coco_metric import FIGURES, BoxMetric, MaskMetric, to_mask_results, to_results
+from paths import shared
 
 
 @pytest.fixture

@@ -9,45 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, shared
-from detection.checkpoint import checkpointer
-from detection.config.settings import to_json
 from detection.evaluation import visualize
 from detection.evaluation.visualize import Mark
-from detection.runtime import sync_batch_norm
+from paths import ROOT, shared
 from ssd import predict, pretrained, train
 from ssd.anchors import NUM_ANCHORS, make_anchors
-from ssd.config import Config
 from ssd.model import SSD300
+from tiny_ssd import sure_of_one_square, write_checkpoint
 
 ANCHOR = NUM_ANCHORS - 4  # the square of 261 px in the middle of the last map, which has one cell
-NAMES = ("disc", "square", "triangle")
-
-
-def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
-    config = to_json(Config(dataset="toy", num_classes=model.num_classes))
-    state = {
-        "benchmark": "ssd",
-        "model": model.state_dict(),
-        "batch_norm": sync_batch_norm.statistics(model).unsqueeze(0),
-        "config": config,
-        "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(NAMES, start=1)],
-    }
-    return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
-
-
-def sure_of_one_square() -> SSD300:
-    """A network that sees nothing but a square, label 2, of score .9 in the middle of any picture."""
-    model = SSD300(4)
-    for head in model.heads:
-        torch.nn.init.zeros_(head.weight)
-        with torch.no_grad():
-            per_anchor = head.bias.view(-1, 8)
-            per_anchor[:] = torch.tensor([0.0, 0, 0, 0, 20, 0, 0, 0])
-    with torch.no_grad():
-        logits = torch.tensor([0.05, 0.025, 0.9, 0.025]).log()
-        model.heads[-1].bias.view(-1, 8)[0, 4:] = logits
-    return model
 
 
 @pytest.fixture(scope="module")

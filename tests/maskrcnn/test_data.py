@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import shared
 from detection.config.settings import InputError
 from detection.data import coco, image_io
 from detection.engine import train_loop
@@ -15,6 +14,7 @@ from detection.runtime.distributed import Ranks
 from maskrcnn import masks
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNData, resized_hw
+from paths import shared
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)

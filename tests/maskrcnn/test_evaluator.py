@@ -13,7 +13,6 @@ import torch
 from pycocotools import mask as mask_api
 from torch import nn
 
-from conftest import ROOT
 from detection.config.settings import read_topology
 from detection.data import coco
 from detection.evaluation.coco_metric import FIGURES, to_mask_results, to_results
@@ -23,6 +22,7 @@ from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalData
 from maskrcnn.evaluator import Evaluation
 from maskrcnn.postprocess import Detections
+from paths import ROOT
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MODEL = nn.Identity()

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from conftest import shared
 from detection.data import coco
 from detection.data.polygons import Outlines
 from maskrcnn import masks
+from paths import shared
 
 SIDE = 28
 

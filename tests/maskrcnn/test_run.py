@@ -11,7 +11,6 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from conftest import ROOT, shared
 from detection import run_dir
 from detection.preflight.run_checks import judge
 from maskrcnn import preflight, train
@@ -20,30 +19,8 @@ from maskrcnn.model import LOSSES
 from mlperf import compliance
 from mlperf.log import read
 from mlperf.rules import hyperparameter_keys, maskrcnn_tensor_names
-
-SMALL = {
-    "TRUNK": "resnet18",
-    "FROZEN_STAGES": "0",
-    "FREEZE_BATCH_NORM": "false",
-    "BATCH_NORM_EPS": "1e-5",
-    "MIN_IMAGE_SIZE": "96",
-    "MAX_IMAGE_SIZE": "128",
-    "RPN_AFTER_NMS": "50",
-    "RPN_AFTER_NMS_EVAL": "20",
-    "BOX_SAMPLES": "16",
-    "BATCH_SIZE": "2",
-    "EVAL_BATCH_SIZE": "2",
-    "NUM_WORKERS": "0",
-    "LOG_EVERY": "1",
-    "WARMUP_STEPS": "2",
-    "EPOCHS": "1",
-    "TARGET": "0",
-    "MASK_TARGET": "0",
-    "DATASET": "toy",
-    "DIVISION": "open",
-    "DEVICE": "cpu",
-    "SEED": "7",
-}
+from paths import ROOT, shared
+from tiny_maskrcnn import SMALL
 
 
 def set_up(handful, monkeypatch):

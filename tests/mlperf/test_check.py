@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_log import write_run
 
 from mlperf.check import check, main
 from mlperf.rules import BENCHMARKS, DIVISIONS, RULESETS
+from paths import SHARED
+from synthetic_log import write_run
 
-SHARED_LOGS = Path(__file__).parents[2] / "shared" / "logs"
+SHARED_LOGS = SHARED / "logs"
 
 
 @pytest.mark.parametrize("division", DIVISIONS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mlperf.log import Event, MlperfLog, read
+from paths import SHARED
 
-SHARED_LOGS = Path(__file__).parents[2] / "shared" / "logs"
+SHARED_LOGS = SHARED / "logs"
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Recipes for any global batch: the published ones, and that what lies between keeps the rules."""
 
 import pytest
-from test_settings import exported
 
+from config_files import exported
 from detection.preflight import run_checks
 from detection.tuning.config_file import flags
 from maskrcnn import config as maskrcnn_config

@@ -5,15 +5,15 @@ import logging
 from dataclasses import replace
 
 import pytest
-from synthetic_log import write_run
 
-from conftest import shared
 from mlperf import check, rcp
 from mlperf.check import main
 from mlperf.compliance import Verdict
 from mlperf.published import PUBLISHED, of
 from mlperf.rules import BENCHMARKS
 from mlperf.score import read_run, score
+from paths import shared
+from synthetic_log import write_run
 
 
 def runs(folder, minutes, **changes):

@@ -8,15 +8,15 @@ import shutil
 import subprocess
 
 import pytest
-from synthetic_log import write_run
 
-from conftest import ROOT
+from git_repository import git
 from mlperf import check, compliance, system_desc
 from mlperf.compliance import Verdict
 from mlperf.rules import BENCHMARKS, RULESETS
 from mlperf.submission import CODE, main, parser, show_verdict
+from paths import ROOT
 from ssd.config import load
-from test_git_state import git
+from synthetic_log import write_run
 
 BY_HAND = ("--set", "host_memory_configuration=2 × 12 GiB", "--set", "cooling=air")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from detection.config.settings import InputError
 from detection.runtime.distributed import Ranks
+from paths import ROOT
 from perf import curves, footprint, growth
 from perf.page import place
 from ssd.config import Config

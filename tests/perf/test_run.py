@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from test_ssd_baseline import Trunk
 
 from detection.config.settings import InputError
 from perf import table
@@ -16,6 +15,7 @@ from perf.run import PARTS, chosen_parts, main, parse
 from perf.table import REQUIREMENTS, check, compare, read
 from perf.timing import Side, Spread, in_turns, spread, threads
 from ssd.model import SSD300
+from tiny_ssd import Trunk
 
 CPU = torch.device("cpu")
 configured = training.configured

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ROOT, shared
 from detection.runtime.distributed import Ranks
+from paths import ROOT, shared
 from perf.scaling import gradient, study
 from perf.scaling.published_runs import DGX_A100, GENERATIONS, check, fit
 from perf.scaling.step_model import (

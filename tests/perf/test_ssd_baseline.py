@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from detection.data import coco, image_io
 from perf.ssd import baseline
@@ -18,15 +17,9 @@ from ssd.data import box_px
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
 from ssd.postprocess import detect
+from tiny_ssd import Trunk
 
 ANCHORS = make_anchors()
-
-
-class Trunk(nn.Sequential):
-    """One convolution in place of ResNet-34: the same shapes, a hundredth of the work."""
-
-    def __init__(self, name="resnet34"):
-        super().__init__(nn.Conv2d(3, 256, kernel_size=8, stride=8, padding=2))
 
 
 @pytest.fixture(scope="module")

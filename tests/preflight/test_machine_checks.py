@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from detection.config.settings import InputError, System
 from detection.data import coco, coco2017
 from detection.data.coco2017 import Published
@@ -23,6 +22,7 @@ from detection.preflight.machine_checks import Trial
 from detection.preflight.resources import MIB
 from detection.runtime.device import Driver
 from detection.runtime.distributed import Ranks
+from paths import ROOT
 from ssd.config import load
 from ssd.inspection import benchmark, main
 from ssd.preflight import CHECKS

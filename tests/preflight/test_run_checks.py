@@ -14,10 +14,10 @@ import torch
 from detection.data import worker_shm
 from detection.synthetic import toy
 from maskrcnn import preflight as maskrcnn_preflight
+from paths import ROOT
 from ssd import preflight
 from ssd.model import SSD300
 
-ROOT = Path(__file__).parent.parent
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import ROOT, shared
 from detection.report import html_report, plots
 from detection.report.run_record import read_runs, told_apart
+from paths import ROOT, shared
 
 RESULTS = ROOT / "perf" / "results"
 TOY, BCCD = RESULTS / "2026-11-21_toy_2core_cpu", RESULTS / "2026-11-21_bccd_2core_cpu"

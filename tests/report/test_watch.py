@@ -12,9 +12,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from conftest import ROOT
 from detection.report import watch
 from detection.report.watch import Follower, Watched
+from paths import ROOT
 
 TOY = ROOT / "perf" / "results" / "2026-11-21_toy_2core_cpu"
 LINES = (TOY / "metrics.jsonl").read_text().splitlines(keepends=True)

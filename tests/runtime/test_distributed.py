@@ -1,11 +1,11 @@
 """The same mathematics at any width: ranks × batch, with batch norm shared over all ranks."""
 
 import numpy as np
-import processes
 import pytest
 import torch
 from torch import nn
 
+import processes
 from detection.runtime import distributed, sync_batch_norm
 
 SAME = ("--bn-group", "0", "--log-every", "1")

@@ -4,11 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from forked import Forked
 
 from detection.runtime import launch
-
-ROOT = Path(__file__).parent.parent
+from forked import Forked
+from paths import ROOT
 
 # A rank: says its process id, then ends as its number's argument says, or waits to be ended.
 RANK = """

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ROOT
 from detection.config.settings import InputError, Topology
 from detection.runtime import numa_binding
 from detection.runtime.numa_binding import Machine, accelerator_nodes, homes, numbers, places, ranges, read_machine
+from paths import ROOT
 
 
 def made_up(num_nodes, cores_per_node, threads_per_core=1, allowed=None, quota=math.inf):

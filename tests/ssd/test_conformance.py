@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from paths import ROOT
 from ssd import checkpoint_names, conformance
 from ssd.model import SSD300
 
@@ -85,9 +85,7 @@ def test_the_network_has_the_parameters_of_the_benchmark():
 
 def test_the_command_runs_by_itself(golden):
     command = [sys.executable, "-m", "ssd.conformance", str(golden), "--device", "nonsense"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(conformance.__file__).parent.parent, env=os.environ
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert result.returncode == 2
     assert "error:" in result.stderr
     assert "Traceback" not in result.stderr

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import shared
 from detection.config.settings import InputError
 from detection.data import coco, image_io
 from detection.data.loader import EpochSampler
 from detection.runtime.distributed import Ranks
+from paths import shared
 from ssd.config import Config
 from ssd.data import SSDData
 

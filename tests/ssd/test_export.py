@@ -4,8 +4,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_postprocess import predictions
-from test_predict import sure_of_one_square, write_checkpoint
 from torch import nn
 
 from ssd import export
@@ -13,6 +11,7 @@ from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.export_module import Detector
 from ssd.model import SSD300
 from ssd.postprocess import detect
+from tiny_ssd import predictions, sure_of_one_square, write_checkpoint
 
 RULES = {"score_threshold": 0.05, "nms_iou": 0.5, "max_detections": 200}
 

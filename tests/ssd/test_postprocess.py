@@ -4,9 +4,10 @@ from hypothesis import given, settings
 
 from detection.boxes import pairwise_iou
 from ssd import postprocess as module
-from ssd.anchors import NUM_ANCHORS, make_anchors
+from ssd.anchors import make_anchors
 from ssd.box_coder import decode
 from ssd.postprocess import detect, suppress
+from tiny_ssd import predictions
 
 
 def one_by_one(boxes, scores, threshold=0.05, nms_iou=0.5, most=200):
@@ -24,16 +25,6 @@ def one_by_one(boxes, scores, threshold=0.05, nms_iou=0.5, most=200):
             overlap = pairwise_iou(boxes[best : best + 1], boxes[rest])[0] if rest else []
             candidates = [a for a, iou in zip(rest, overlap, strict=True) if iou < nms_iou]
     return sorted(kept, reverse=True)[:most]
-
-
-def predictions(seed, batch=2, classes=4, peak=6.0):
-    generator = torch.Generator().manual_seed(seed)
-    deltas = 0.5 * torch.randn(batch, NUM_ANCHORS, 4, generator=generator)
-    logits = torch.randn(batch, NUM_ANCHORS, classes, generator=generator)
-    logits[..., 0] += peak
-    hot = torch.randint(0, NUM_ANCHORS, (60,), generator=generator)
-    logits[:, hot, torch.randint(1, classes, (60,), generator=generator)] += 8
-    return deltas, logits
 
 
 def test_detections_are_those_of_the_sequential_rule():

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from detection.config.run_config import EvalEpochs, RunConfig
 from detection.config.settings import STRICT, resolve, setting
@@ -147,7 +147,7 @@ def train(config: Config, process: entrypoint.Process) -> int:
             targets={"AP": config.target},
             accuracy=lambda metrics: metrics["AP"],
         )
-        outcome = train_loop.run(benchmark, run)
+        outcome = train_loop.train_to_target(benchmark, run)
     print(f"ended after epoch {outcome.epoch}")
     return 0 if outcome.reached else train_loop.NOT_REACHED
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import maskrcnn.anchors
 import ssd.anchors
-from conftest import ROOT
+from paths import ROOT
 
 CUDA = torch.device("cuda", 0)
 ANCHORS = (ssd.anchors.make_anchors, maskrcnn.anchors.make_anchors)

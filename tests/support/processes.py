@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import torch
-from forked import Forked
 
-from conftest import ROOT
 from detection import run_dir
+from forked import Forked
+from paths import ROOT
 
-STAND_IN = str(ROOT / "tests" / "dummy_workload.py")
+STAND_IN = str(ROOT / "tests" / "support" / "dummy_workload.py")
 
 
 def environment(**extra: str) -> dict[str, str]:

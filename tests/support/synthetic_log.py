@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from test_rules import RECIPES, parameters_of_ssd300_r34
-
 from mlperf.log import MlperfLog
 from mlperf.rules import UNLOGGED, maskrcnn_tensor_names, ssd_tensor_name
+from recipes_and_checkers import RECIPES, parameters_of_ssd300_r34
 
 EPOCHS = {"ssd": 50, "maskrcnn": 14}  # as many as the reference needs, so that convergence is no question
 REACHED: dict[str, Any] = {"ssd": 0.231, "maskrcnn": {"BBOX": 0.3774, "SEGM": 0.3427}}

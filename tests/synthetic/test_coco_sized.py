@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotation_file import contents, digests
 from PIL import Image
 from pycocotools import mask as rle
 
-from conftest import ROOT, shared
+from annotation_file import contents, digests
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.evaluation.coco_metric import BoxMetric
 from detection.synthetic import coco_scenes, coco_sized
 from detection.synthetic.coco_sized import Drawing
+from paths import ROOT, shared
 from ssd import preflight
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotation_file import contents, digests
 from PIL import Image
 from pycocotools import mask as rle
 
+from annotation_file import contents, digests
 from detection.data import coco
 from detection.synthetic import toy
+from paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
@@ -211,7 +212,7 @@ def test_a_wrong_flag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_killed_drawing_is_never_taken_for_done(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     command = [sys.executable, "-m", "detection.synthetic.toy", folder, "--train-images", "100000"]
-    with subprocess.Popen(command, cwd=Path(toy.__file__).parents[1]) as process:
+    with subprocess.Popen(command, cwd=ROOT) as process:
         deadline = time.monotonic() + 30
         while not list(folder.glob(f"{toy.SCRATCH}*/fresh/train2017/*.jpg")) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from detection.config.settings import InputError, System
 from detection.preflight import run_checks
 from detection.tuning import config_file, search, trial
 from detection.tuning.search import Bench, Direction
 from detection.tuning.trial import Trial
+from paths import ROOT
 from ssd import tune
 from ssd.config import Config, load
 from ssd.preflight import recipe

@@ -1,0 +1,7 @@
+"""Git commands on a repository of a test."""
+
+import subprocess
+
+
+def git(root, *words):
+    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()

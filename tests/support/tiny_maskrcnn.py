@@ -1,0 +1,25 @@
+"""Settings of a Mask R-CNN that trains in seconds."""
+
+SMALL = {
+    "TRUNK": "resnet18",
+    "FROZEN_STAGES": "0",
+    "FREEZE_BATCH_NORM": "false",
+    "BATCH_NORM_EPS": "1e-5",
+    "MIN_IMAGE_SIZE": "96",
+    "MAX_IMAGE_SIZE": "128",
+    "RPN_AFTER_NMS": "50",
+    "RPN_AFTER_NMS_EVAL": "20",
+    "BOX_SAMPLES": "16",
+    "BATCH_SIZE": "2",
+    "EVAL_BATCH_SIZE": "2",
+    "NUM_WORKERS": "0",
+    "LOG_EVERY": "1",
+    "WARMUP_STEPS": "2",
+    "EPOCHS": "1",
+    "TARGET": "0",
+    "MASK_TARGET": "0",
+    "DATASET": "toy",
+    "DIVISION": "open",
+    "DEVICE": "cpu",
+    "SEED": "7",
+}
