@@ -20,7 +20,7 @@ COPY . .
 
 # Last, since it is another at each build.
 ARG COMMIT=
-ENV DETECTION_COMMIT=$COMMIT
+ENV DETECTION_SOURCE_COMMIT=$COMMIT
 LABEL org.opencontainers.image.title=detection-training \
   org.opencontainers.image.version=0.1.0 \
   org.opencontainers.image.licenses=Apache-2.0 \

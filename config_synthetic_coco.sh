@@ -3,9 +3,9 @@
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}
 export WALLTIME=1-00:00:00
-export DATADIR=${DATADIR:-data/rehearsal}
-export REHEARSAL_IMAGES=${REHEARSAL_IMAGES:-118287} # for training, drawn with 1/24 as many for evaluation: 20 GB
-export SSD_DATASET=rehearsal
+export DATADIR=${DATADIR:-data/synthetic_coco}
+export SYNTHETIC_IMAGES=${SYNTHETIC_IMAGES:-118287} # for training, drawn with 1/24 as many for evaluation: 20 GB
+export SSD_DATASET=synthetic_coco
 export SSD_DIVISION=open  # the data are not COCO
 export SSD_BATCH_SIZE=32  # images per accelerator
 export SSD_BASE_LR=2.5e-3 # per 32 images

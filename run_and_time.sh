@@ -5,12 +5,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'END'
-usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --describe | --preflight | --tune [SECONDS]] [--name value ...]
+usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --model-summary | --preflight | --autotune [SECONDS]] [--name value ...]
 
   --dry-run    only say what would be run, with which settings, and what the rules say of it
-  --describe   only list the layers of the network: shapes, parameters, trained or frozen
+  --model-summary   only list the layers of the network: shapes, parameters, trained or frozen
   --preflight  only check the machine, or on each node all machines: data, disk, memory, driver, collectives, clocks
-  --tune       only measure what is fastest here, for 300 s or as many as are given, and write a config file of it:
+  --autotune       only measure what is fastest here, for 300 s or as many as are given, and write a config file of it:
                config_NAME.sh with --name NAME, else named after the hardware; --force writes over one that is there
 
 environment (paths are relative to the folder of this script):
@@ -35,8 +35,8 @@ A setting of the recipe that the config file names is changed by a flag, not by 
 NEXP=5 leaves RUN_DIR/experiment_0/ to experiment_4/ and, beside them, their logs result_0.txt to result_4.txt. The same
 command with RUN_DIR, or with --resume auto, goes on: what has come to its end is not repeated. A signal ends all.
 
-Other modes: --mode evaluate --checkpoint FILE prints the twelve figures; --mode benchmark-training and
-benchmark-inference say how fast this machine is. They exit with 0 when they are done, and print no RESULT.
+Other modes: --mode evaluate --weights FILE prints the twelve figures; --mode bench-train and
+bench-infer say how fast this machine is. They exit with 0 when they are done, and print no RESULT.
 
 exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target; of several
 experiments that of the first that failed
@@ -53,9 +53,9 @@ for argument in "$@"; do
   case $argument in
     -h | --help) help=true ;;
     --dry-run) dry_run=true ;;
-    --describe) describe=true ;;
+    --model-summary) describe=true ;;
     --preflight) module=inspection ;;
-    --tune) module=tune flags+=("$argument") ;;
+    --autotune) module=tune flags+=("$argument") ;;
     *) flags+=("$argument") ;;
   esac
 done
@@ -77,7 +77,7 @@ if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
   )
   { read -r nodes && read -r seed; } <<<"$recipe" || true
   check_series "${flags[@]}"
-  [[ -z ${EXPERIMENT:-} ]] || die "EXPERIMENT=$EXPERIMENT is of one run, and there are NEXP=$NEXP: unset one of them"
+  [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX is of one run, and there are NEXP=$NEXP: unset one of them"
   [[ -n ${RUN_DIR:-} ]] || ((nodes == 1)) ||
     die "NEXP=$NEXP on DGXNNODES=$nodes nodes: name one RUN_DIR on all of them, on a disk that all see"
 
@@ -98,7 +98,7 @@ if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
   done
   # shellcheck disable=SC2329 # called by run_series
   single() {
-    NEXP=1 EXPERIMENT=$1 RUN_DIR=$run/experiment_$1 in_background ./run_and_time.sh "${@:2}"
+    NEXP=1 RUN_INDEX=$1 RUN_DIR=$run/experiment_$1 in_background ./run_and_time.sh "${@:2}"
   }
   # shellcheck disable=SC2329 # called by the traps
   end_step() {
@@ -107,7 +107,7 @@ if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
   if $dry_run; then
     echo "run folder of the NEXP=$NEXP experiments: $run"
     flags_of "$run" 0 "${flags[@]}"
-    NEXP=1 EXPERIMENT=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${own[@]}"
+    NEXP=1 RUN_INDEX=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${own[@]}"
   fi
   take_signals
   run_series "$run" single "${flags[@]}"
@@ -136,7 +136,7 @@ export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
 if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
-if $describe; then exec "$python" -m "$BENCHMARK.preflight" --describe "${flags[@]}"; fi
+if $describe; then exec "$python" -m "$BENCHMARK.preflight" --model-summary "${flags[@]}"; fi
 
 if [[ $module == tune ]]; then exec "$python" -m "$BENCHMARK.tune" "${flags[@]}"; fi
 
@@ -163,7 +163,7 @@ if ((DGXNNODES > 1)); then
   # Two jobs of Slurm on one node take two ports.
   : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"
   # A port for each experiment: a node that is ahead must not meet the ranks of the one before.
-  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + ${EXPERIMENT:-0})))
+  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + ${RUN_INDEX:-0})))
 fi
 if ((${MAX_RESTARTS:-0} > 0)); then
   [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would begin anew"
@@ -191,17 +191,17 @@ drop_caches() {
   if [[ ${CLEAR_CACHES:-1} != 1 ]]; then
     echo "The machine's file caches are kept: CLEAR_CACHES=$CLEAR_CACHES"
   elif sync && { echo 3 >/proc/sys/vm/drop_caches || sudo -n /sbin/sysctl -q vm.drop_caches=3; } 2>/dev/null; then
-    CACHES_CLEARED=1
+    PAGE_CACHE_DROPPED=1
   else
     echo "The machine's file caches are kept: dropping them needs root, or sudo without a password"
   fi
 }
 # run_with_docker.sh drops them outside the container, which may not, and says so.
-if [[ -z ${CACHES_CLEARED:-} && $mode == train ]]; then
-  CACHES_CLEARED=0
+if [[ -z ${PAGE_CACHE_DROPPED:-} && $mode == train ]]; then
+  PAGE_CACHE_DROPPED=0
   drop_caches
 fi
-export CACHES_CLEARED
+export PAGE_CACHE_DROPPED
 
 timestamp() {
   LC_ALL=C date "+%Y-%m-%d %I:%M:%S %p"
@@ -245,7 +245,7 @@ if ((status == 0 && NODE_RANK == 0)); then
     echo "No RESULT line: --mode $mode trains nothing to a target. What it gave is above, and in $RUN_DIR"
     exit
   fi
-  if grep -qs '"key": "resumed"' "$RUN_DIR/result_${EXPERIMENT:-0}.txt"; then
+  if grep -qs '"key": "resumed"' "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
     echo "No RESULT line: the run was resumed, and this was the time of its last part"
     exit
   fi

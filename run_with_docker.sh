@@ -6,7 +6,7 @@ usage() {
   cat <<'END'
 usage: CONT=image [NAME=value ...] ./run_with_docker.sh [flags of run_and_time.sh]
 
-Files that the flags name (--checkpoint, --train-images and the like) are mounted, read-only but for --summary.
+Files that the flags name (--weights, --train-images and the like) are mounted, read-only but for --summary-json.
 
 environment:
   CONT            image, made by: docker build -t detection .
@@ -124,8 +124,8 @@ experiment() {
     fi
   fi
   container=detection_${stamp//[^[:alnum:]_.-]/_}_$((number + 1))_$$
-  in_background logged "$docker" run --name "$container" "${options[@]}" --env CACHES_CLEARED="$cleared" \
-    --env EXPERIMENT="$number" --env RUN_DIR="/results/$name/experiment_$number" "$CONT" ./run_and_time.sh "$@" || result=$?
+  in_background logged "$docker" run --name "$container" "${options[@]}" --env PAGE_CACHE_DROPPED="$cleared" \
+    --env RUN_INDEX="$number" --env RUN_DIR="/results/$name/experiment_$number" "$CONT" ./run_and_time.sh "$@" || result=$?
   remove_container
   container=''
   return "$result"

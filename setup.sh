@@ -203,7 +203,7 @@ check_machine() {
     presence "$command" "$(command -v "$command")" optional
   done
   presence 'toy data' data/toy/annotations './run_and_time.sh draws it'
-  presence rehearsal data/rehearsal/annotations 'DGXSYSTEM=rehearsal ./run_and_time.sh draws it, 20G'
+  presence 'COCO-sized data' data/synthetic_coco/annotations 'DGXSYSTEM=synthetic_coco ./run_and_time.sh draws it, 20G'
   presence COCO "$coco/train2017" "not in $coco: ./init_datasets.sh fetches it (DATADIR= names another folder)"
   presence backbone "$backbone" "no $backbone: ./get_resnet34_backbone.sh fetches it"
   row disk ok "$(df --human-readable --output=avail . | tail -n 1 | tr -d ' ') free here; the environment takes 7G, COCO 2017 up to 45G"

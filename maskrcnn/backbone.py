@@ -17,20 +17,20 @@ from detection.runtime.device import constant
 NUM_CHANNELS = 256  # of each level of the pyramid
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
-Pixels = Literal["bgr-255", "rgb-unit"]
+Pixels = Literal["caffe-bgr", "imagenet-rgb"]
 """What the weights of a trunk were trained on: BGR from 0 to 255 less its mean, or RGB of mean 0 and variance 1."""
 
 # Mean and standard deviation of ImageNet, on a scale from 0 to 255, in the order of the channels.
 STATISTICS = {
-    "bgr-255": ((102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)),
-    "rgb-unit": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "caffe-bgr": ((102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)),
+    "imagenet-rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 
 
 def normalise(images: Tensor, sizes_hw: Tensor, pixels: Pixels) -> Tensor:
     """Images (B, 3, H, W) uint8 RGB as the network sees them, float32; 0 outside of sizes_hw (B, 2)."""
     mean, deviation = (constant(values, images.device)[:, None, None] for values in STATISTICS[pixels])
-    images = ((images.flip(1) if pixels == "bgr-255" else images) - mean) / deviation
+    images = ((images.flip(1) if pixels == "caffe-bgr" else images) - mean) / deviation
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     inside = (rows < sizes_hw[:, :1])[:, :, None] & (columns < sizes_hw[:, 1:])[:, None, :]
     return images * inside[:, None]
@@ -40,11 +40,11 @@ class Trunk(nn.Module):
     """Images to the five levels of the pyramid, P2 to P6.
 
     name: of torchvision's ResNet. stride_in_1x1: whether a block that halves its input does so in its first 1×1
-    convolution, as the original ResNet of MSRA, or in its 3×3 one, as torchvision. frozen_stages: of stem and layer1
+    convolution, as the original ResNet of MSRA, or in its 3×3 one, as torchvision. freeze_at: of stem and layer1
     (stage 2 of the paper) and on, how many are not trained. batch_norm_eps: 0 where the weights have it in them.
     """
 
-    def __init__(self, name: str, *, stride_in_1x1: bool, frozen_stages: int, batch_norm_eps: float):
+    def __init__(self, name: str, *, stride_in_1x1: bool, freeze_at: int, batch_norm_eps: float):
         super().__init__()
         body = getattr(resnet, name)(weights=None)
         widths = [
@@ -58,8 +58,8 @@ class Trunk(nn.Module):
                 module.eps = batch_norm_eps
             elif isinstance(module, resnet.Bottleneck) and stride_in_1x1:
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        if frozen_stages:
-            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[:frozen_stages])):
+        if freeze_at:
+            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[:freeze_at])):
                 frozen.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:

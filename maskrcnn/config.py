@@ -14,16 +14,16 @@ PREFIX = "MASKRCNN_"
 
 # What torchvision's model does otherwise than the reference, in the order of the settings.
 TORCHVISION = {
-    "trunk_stride": "3x3",
-    "pixels": "rgb-unit",
+    "stride_in_1x1": "false",
+    "input_format": "imagenet-rgb",
     "batch_norm_eps": "1e-5",
     "legacy_boxes": "false",
     "drop_straddling": "false",
     "proposals_per_batch": "false",
-    "rpn_before_nms_eval": "1000",
-    "box_beta": "0.1111111111111111",
-    "soft_masks": "true",
-    "decay_biases": "true",
+    "rpn_pre_nms_top_n_eval": "1000",
+    "box_smooth_l1_beta": "0.1111111111111111",
+    "mask_targets": "roi-align",
+    "weight_decay_on_bias_and_norm": "true",
     "bias_lr_factor": "1",
 }
 
@@ -38,7 +38,7 @@ class Config(RunConfig):
     benchmark: ClassVar[str] = "maskrcnn"
 
     weight_decay: float = setting(1e-4, ge=0, le=1, help="on all weights but biases (MLPerf: 1e-4)")
-    decay_biases: bool = setting(False, help="weight decay on biases, too (MLPerf Mask R-CNN: no)")
+    weight_decay_on_bias_and_norm: bool = setting(False, help="weight decay on biases, too (MLPerf Mask R-CNN: no)")
     bias_lr_factor: float = setting(2.0, gt=0, le=10, help="biases learn so much faster (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
         True, help="use batch norm's running statistics, train neither its weights nor its biases (MLPerf: yes)"
@@ -59,56 +59,68 @@ class Config(RunConfig):
     base_lr: float = setting(
         0.02, gt=0, le=1, unit="per 16 images", heading="Mask R-CNN: training", help="learning rate after warm-up"
     )
-    lr_multiple: float = setting(
+    lr_round_to: float = setting(
         0.0, ge=0, le=1, help="round the peak learning rate to a multiple (MLPerf closed: 0.02); 0 leaves it"
     )
     warmup_steps: int = setting(625, ge=0, le=1_000_000, unit="steps", help="linear warm-up (MLPerf: any number)")
     warmup_factor: float = setting(1e-4, gt=0, le=1, help="share of the learning rate that warm-up starts at (> 0)")
-    decay_images: Numbers = setting(
+    lr_decay_images: Numbers = setting(
         (1_152_000, 1_536_000),
         unit="images",
         help="trained, after each the learning rate falls (MLPerf: (960,000, 1,280,000)·(1 + k/10))",
     )
-    decay_factor: float = setting(0.1, gt=0, le=1, help="the learning rate is multiplied by this (MLPerf: .1)")
+    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="the learning rate is multiplied by this (MLPerf: .1)")
     variant: Literal["reference", "torchvision"] = setting(
         "reference", help="torchvision: what its model does otherwise, each where it is not set by itself"
     )
-    trunk: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
         "resnet50", help="torchvision's ResNet under the pyramid (MLPerf: resnet50)"
     )
-    trunk_stride: Literal["1x1", "3x3"] = setting(
-        "1x1", help="convolution of a bottleneck that halves its input: as in MSRA's weights, or in torchvision's"
+    stride_in_1x1: bool = setting(
+        True,
+        help="halve the input of a bottleneck in its first 1x1 convolution, as MSRA's weights do; torchvision's: 3x3",
     )
-    frozen_stages: int = setting(1, ge=0, le=4, help="with the stem, not trained: 1 is stage 2 of the paper; 0: none")
-    pixels: Literal["bgr-255", "rgb-unit"] = setting(
-        "bgr-255", help="what the trunk's weights have been trained on: BGR from 0 to 255, or RGB over its deviation"
+    freeze_at: int = setting(1, ge=0, le=4, help="with the stem, not trained: 1 is stage 2 of the paper; 0: none")
+    input_format: Literal["caffe-bgr", "imagenet-rgb"] = setting(
+        "caffe-bgr", help="what the trunk's weights have been trained on: BGR from 0 to 255, or RGB over its deviation"
     )
     batch_norm_eps: float = setting(0.0, ge=0, lt=1, help="added to a variance: 0 where the weights have it in them")
     legacy_boxes: bool = setting(True, help="a box includes its last pixel: its width is x1 - x0 + 1")
     anchor_sizes: Numbers = setting((32, 64, 128, 256, 512), unit="pixels", help="of the anchors of P2 to P6")
     drop_straddling: bool = setting(True, help="do not train anchors that cross the border of their image")
-    rpn_before_nms: int = setting(2000, ge=1, unit="per level", help="proposals before their NMS, in training")
-    rpn_before_nms_eval: int = setting(2000, ge=1, unit="per level", help="proposals before their NMS, in evaluation")
-    rpn_after_nms: int = setting(2000, ge=1, help="proposals after their NMS, in training")
-    rpn_after_nms_eval: int = setting(1000, ge=1, unit="per image", help="proposals after their NMS, in evaluation")
+    rpn_pre_nms_top_n: int = setting(2000, ge=1, unit="per level", help="proposals before their NMS, in training")
+    rpn_pre_nms_top_n_eval: int = setting(
+        2000, ge=1, unit="per level", help="proposals before their NMS, in evaluation"
+    )
+    rpn_post_nms_top_n: int = setting(2000, ge=1, help="proposals after their NMS, in training")
+    rpn_post_nms_top_n_eval: int = setting(
+        1000, ge=1, unit="per image", help="proposals after their NMS, in evaluation"
+    )
     proposals_per_batch: bool = setting(True, help="in training those are of a rank's whole batch, not of an image")
-    rpn_nms_iou: float = setting(0.7, gt=0, le=1, unit="IoU", help="proposals that overlap as much are one")
-    rpn_samples: int = setting(256, ge=1, unit="per image", help="anchors that are trained")
-    rpn_positive_share: float = setting(0.5, gt=0, le=1, help="of those are positive, at most")
-    box_samples: int = setting(512, ge=1, unit="per image", help="regions that are trained")
-    box_positive_share: float = setting(0.25, gt=0, le=1, help="of those are positive, at most")
-    box_beta: float = setting(1.0, gt=0, le=10, help="where smooth L1 of the box head turns straight")
-    soft_masks: bool = setting(False, help="cut mask targets out of whole bitmaps, not of their outlines")
+    rpn_nms_threshold: float = setting(0.7, gt=0, le=1, unit="IoU", help="proposals that overlap as much are one")
+    rpn_batch_size_per_image: int = setting(256, ge=1, unit="per image", help="anchors that are trained")
+    rpn_positive_fraction: float = setting(0.5, gt=0, le=1, help="of those are positive, at most")
+    box_batch_size_per_image: int = setting(512, ge=1, unit="per image", help="regions that are trained")
+    box_positive_fraction: float = setting(0.25, gt=0, le=1, help="of those are positive, at most")
+    box_smooth_l1_beta: float = setting(1.0, gt=0, le=10, help="where smooth L1 of the box head turns straight")
+    mask_targets: Literal["polygon", "roi-align"] = setting(
+        "polygon",
+        help="polygon: rasterize the polygons within each region; roi-align: sample whole bitmaps, as torchvision",
+    )
     min_image_size: int = setting(800, ge=32, le=8192, unit="pixels", help="of the short side, once resized")
     max_image_size: int = setting(1333, ge=32, le=8192, unit="pixels", help="of the long side, at most")
     flip: bool = setting(True, help="mirror every other training image, by chance")
-    aspect_groups: bool = setting(True, help="batches of wide or of high images, so that they need little padding")
+    group_by_aspect_ratio: bool = setting(
+        True, help="batches of wide or of high images, so that they need little padding"
+    )
 
     target: float = setting(
         0.377, ge=0, lt=1, unit="box mAP", heading="Mask R-CNN: evaluation", help="stop when both are reached"
     )
     mask_target: float = setting(0.339, ge=0, lt=1, unit="mask mAP", help="stop when both are reached")
-    nms_iou: float = setting(0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one")
+    nms_threshold: float = setting(
+        0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one"
+    )
     score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")
     max_detections: int = setting(100, ge=1, unit="per image", help="kept for the metric, the best first")
 
@@ -127,12 +139,12 @@ class Config(RunConfig):
     @property
     def trunk_name(self) -> str:
         """The ResNet that the network stands on, as torchvision calls it."""
-        return self.trunk
+        return self.backbone
 
     @property
     def network_name(self) -> str:
         """The network, with what is not the reference's."""
-        trunk = self.trunk.replace("resnet", "r")
+        trunk = self.backbone.replace("resnet", "r")
         return f"maskrcnn-{trunk}-fpn" + ("" if self.variant == "reference" else f" ({self.variant})")
 
     def exact_lr(self, world_size: int) -> float:
@@ -141,23 +153,23 @@ class Config(RunConfig):
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up, rounded where the recipe says so."""
-        return to_multiple(self.exact_lr(world_size), self.lr_multiple)
+        return to_multiple(self.exact_lr(world_size), self.lr_round_to)
 
     def decay_steps(self, world_size: int) -> tuple[int, ...]:
         """Steps after which the learning rate falls."""
-        return tuple(round(images / self.global_batch_size(world_size)) for images in self.decay_images)
+        return tuple(round(images / self.global_batch_size(world_size)) for images in self.lr_decay_images)
 
     def hyperparameters(self, world_size: int) -> dict[str, object]:
         """What MLPerf's rules are about, under the names of its log keys."""
         return {
             "global_batch_size": self.global_batch_size(world_size),
-            "gradient_accumulation_steps": self.accumulation_steps,
+            "gradient_accumulation_steps": self.grad_accum_steps,
             "opt_base_learning_rate": self.peak_lr(world_size),
             "opt_learning_rate_warmup_steps": self.warmup_steps,
             "opt_learning_rate_warmup_factor": self.warmup_factor,
-            "opt_learning_rate_decay_factor": self.decay_factor,
+            "opt_learning_rate_decay_factor": self.lr_decay_factor,
             "opt_learning_rate_decay_steps": list(self.decay_steps(world_size)),
-            "num_image_candidates": self.rpn_after_nms,
+            "num_image_candidates": self.rpn_post_nms_top_n,
             "min_image_size": self.min_image_size,
             "max_image_size": self.max_image_size,
         }

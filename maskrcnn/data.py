@@ -182,7 +182,7 @@ def pad_edges(edges: Sequence[Sequence[masks.Floats]]) -> Tensor:
 def open_split(config: Config, name: Literal["train", "val"]) -> Split:
     """A split with its masks, checked; raises InputError."""
     files = coco.files(config, name, segmentations=True)
-    split = coco.read(*files, allow_missing=config.allow_missing, segmentations=True)
+    split = coco.read(*files, skip_missing_images=config.skip_missing_images, segmentations=True)
     coco.check_classes(config.num_classes, split)
     return split
 
@@ -204,7 +204,7 @@ class MaskRCNNEvalData:
     def __init__(self, config: Config, ranks: Ranks):
         val = open_split(config, "val")
         self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
-        self.metric = MaskMetric(val.annotation_file, config.metric) if ranks.is_first else None
+        self.metric = MaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_first else None
         mine = by_shape(val.sizes_hw, config)[ranks.rank :: ranks.world_size].tolist()
         batches = [mine[i : i + config.eval_batch_size] for i in range(0, len(mine), config.eval_batch_size)]
         dataset = EvalImages(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
@@ -228,7 +228,7 @@ class MaskRCNNData(MaskRCNNEvalData):
             seed=seed,
             ranks=ranks,
             last_batch=config.last_batch,
-            groups=is_wide(train.sizes_hw) if config.aspect_groups else None,
+            groups=is_wide(train.sizes_hw) if config.group_by_aspect_ratio else None,
         )
         self.steps_per_epoch = len(self.sampler)
         pixels, self.device_cache = device_cache.make(config, train, ranks)

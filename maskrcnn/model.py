@@ -36,26 +36,26 @@ class Settings:
 
     trunk: str
     stride_in_1x1: bool
-    frozen_stages: int
+    freeze_at: int
     batch_norm_eps: float
     pixels: Pixels
     legacy: bool
     num_classes: int
     drop_straddling: bool
     proposals_per_batch: bool
-    rpn_before_nms: int
-    rpn_before_nms_eval: int
-    rpn_after_nms: int
-    rpn_after_nms_eval: int
-    rpn_nms_iou: float
-    rpn_samples: int
-    rpn_positive_share: float
-    box_samples: int
-    box_positive_share: float
-    box_beta: float
+    rpn_pre_nms_top_n: int
+    rpn_pre_nms_top_n_eval: int
+    rpn_post_nms_top_n: int
+    rpn_post_nms_top_n_eval: int
+    rpn_nms_threshold: float
+    rpn_batch_size_per_image: int
+    rpn_positive_fraction: float
+    box_batch_size_per_image: int
+    box_positive_fraction: float
+    box_smooth_l1_beta: float
     soft_masks: bool
     score_threshold: float
-    nms_iou: float
+    nms_threshold: float
     max_detections: int
     anchor_sizes_px: tuple[int, ...] = SIZES_PX
 
@@ -64,28 +64,28 @@ def make_model(config: Config) -> "MaskRCNN":
     """The model of the settings, with weights drawn at random; num_classes is known."""
     return MaskRCNN(
         Settings(
-            trunk=config.trunk,
-            stride_in_1x1=config.trunk_stride == "1x1",
-            frozen_stages=config.frozen_stages,
+            trunk=config.backbone,
+            stride_in_1x1=config.stride_in_1x1,
+            freeze_at=config.freeze_at,
             batch_norm_eps=config.batch_norm_eps,
-            pixels=config.pixels,
+            pixels=config.input_format,
             legacy=config.legacy_boxes,
             num_classes=config.num_classes,
             drop_straddling=config.drop_straddling,
             proposals_per_batch=config.proposals_per_batch,
-            rpn_before_nms=config.rpn_before_nms,
-            rpn_before_nms_eval=config.rpn_before_nms_eval,
-            rpn_after_nms=config.rpn_after_nms,
-            rpn_after_nms_eval=config.rpn_after_nms_eval,
-            rpn_nms_iou=config.rpn_nms_iou,
-            rpn_samples=config.rpn_samples,
-            rpn_positive_share=config.rpn_positive_share,
-            box_samples=config.box_samples,
-            box_positive_share=config.box_positive_share,
-            box_beta=config.box_beta,
-            soft_masks=config.soft_masks,
+            rpn_pre_nms_top_n=config.rpn_pre_nms_top_n,
+            rpn_pre_nms_top_n_eval=config.rpn_pre_nms_top_n_eval,
+            rpn_post_nms_top_n=config.rpn_post_nms_top_n,
+            rpn_post_nms_top_n_eval=config.rpn_post_nms_top_n_eval,
+            rpn_nms_threshold=config.rpn_nms_threshold,
+            rpn_batch_size_per_image=config.rpn_batch_size_per_image,
+            rpn_positive_fraction=config.rpn_positive_fraction,
+            box_batch_size_per_image=config.box_batch_size_per_image,
+            box_positive_fraction=config.box_positive_fraction,
+            box_smooth_l1_beta=config.box_smooth_l1_beta,
+            soft_masks=config.mask_targets == "roi-align",
             score_threshold=config.score_threshold,
-            nms_iou=config.nms_iou,
+            nms_threshold=config.nms_threshold,
             max_detections=config.max_detections,
             anchor_sizes_px=config.anchor_sizes,
         )
@@ -117,7 +117,7 @@ class MaskRCNN(nn.Module):
         self.backbone = Trunk(
             settings.trunk,
             stride_in_1x1=settings.stride_in_1x1,
-            frozen_stages=settings.frozen_stages,
+            freeze_at=settings.freeze_at,
             batch_norm_eps=settings.batch_norm_eps,
         )
         self.rpn = RegionProposals(legacy=settings.legacy, sizes_px=settings.anchor_sizes_px)
@@ -153,9 +153,9 @@ class MaskRCNN(nn.Module):
         """How proposals are made, which differs in evaluation."""
         s = self.settings
         return ProposalSettings(
-            before_nms=s.rpn_before_nms if training else s.rpn_before_nms_eval,
-            after_nms=s.rpn_after_nms if training else s.rpn_after_nms_eval,
-            nms_iou=s.rpn_nms_iou,
+            before_nms=s.rpn_pre_nms_top_n if training else s.rpn_pre_nms_top_n_eval,
+            after_nms=s.rpn_post_nms_top_n if training else s.rpn_post_nms_top_n_eval,
+            nms_threshold=s.rpn_nms_threshold,
             per_batch=training and s.proposals_per_batch,
             legacy=s.legacy,
         )
@@ -174,7 +174,7 @@ class MaskRCNN(nn.Module):
                 drop_straddling=s.drop_straddling,
                 legacy=s.legacy,
             )
-            drawn, is_drawn = matcher.draw(kind, truth.seeds, s.rpn_samples, s.rpn_positive_share)
+            drawn, is_drawn = matcher.draw(kind, truth.seeds, s.rpn_batch_size_per_image, s.rpn_positive_fraction)
         return rpn.loss(logits, deltas, anchors, truth.boxes_xyxy, matched, drawn, is_drawn, kind, legacy=s.legacy)
 
     def head_losses(
@@ -195,7 +195,7 @@ class MaskRCNN(nn.Module):
         wanted = box_coder.encode(
             truth.boxes_xyxy[of_truth], inside.boxes_xyxy, box_coder.HEAD_WEIGHTS, legacy=s.legacy
         )
-        off = F.smooth_l1_loss(deltas[positives, own_class], wanted, beta=s.box_beta, reduction="none").sum()
+        off = F.smooth_l1_loss(deltas[positives, own_class], wanted, beta=s.box_smooth_l1_beta, reduction="none").sum()
 
         with torch.no_grad():
             edges = truth.edges[of_truth]
@@ -246,7 +246,7 @@ class MaskRCNN(nn.Module):
         ]
         matched, kind = (torch.stack(part) for part in zip(*matches, strict=True))
         kind = kind.masked_fill(~there, matcher.IGNORED)
-        drawn, is_drawn = matcher.draw(kind, truth.seeds + 1, s.box_samples, s.box_positive_share)
+        drawn, is_drawn = matcher.draw(kind, truth.seeds + 1, s.box_batch_size_per_image, s.box_positive_fraction)
         images, slot = is_drawn.nonzero(as_tuple=True)
         index = drawn[images, slot]
         return Regions(boxes[images, index], images), matched[images, index], kind[images, index] == 1
@@ -286,7 +286,7 @@ class MaskRCNN(nn.Module):
         start = 0
         for of_classes in of_images:
             own = slice(start, start := start + sum(of_classes))
-            keep = rpn.suppress(boxes[own], scores[own], of_classes, s.nms_iou, s.legacy)[: s.max_detections]
+            keep = rpn.suppress(boxes[own], scores[own], of_classes, s.nms_threshold, s.legacy)[: s.max_detections]
             found.append((boxes[own][keep], scores[own][keep], label[own][keep]))
         boxes_xyxy, best, labels = (rpn.pad(list(part)) for part in zip(*found, strict=True))
         images, slot = (labels > 0).nonzero(as_tuple=True)

@@ -25,7 +25,7 @@ def image_bytes(config: Config) -> int:
     the long side of another.
     """
     short, long = (-(-size // 32) * 32 for size in (config.min_image_size, config.max_image_size))
-    return 3 * long * (short if config.aspect_groups else long)
+    return 3 * long * (short if config.group_by_aspect_ratio else long)
 
 
 def network(path: Path, config: Config) -> str:

@@ -43,7 +43,7 @@ class ProposalSettings:
 
     before_nms: int
     after_nms: int
-    nms_iou: float
+    nms_threshold: float
     per_batch: bool
     legacy: bool
     min_size_px: float = 1e-3
@@ -98,7 +98,9 @@ def propose(
     kept_boxes, kept_scores, kept_large = [], [], []
     for image in range(batch):
         sizes = [level.shape[1] for level in scores]
-        keep = suppress(all_boxes[image], all_scores[image], sizes, settings.nms_iou, legacy)[: settings.after_nms]
+        keep = suppress(all_boxes[image], all_scores[image], sizes, settings.nms_threshold, legacy)[
+            : settings.after_nms
+        ]
         kept_boxes.append(all_boxes[image, keep])
         kept_scores.append(all_scores[image, keep])
         kept_large.append(large[image, keep])

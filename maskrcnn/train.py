@@ -44,10 +44,10 @@ def run_mode(config: Config, process: entrypoint.Process) -> int:
 
 def load_weights(model: MaskRCNN, config: Config, run: Run) -> None:
     """Load what the settings name: the whole network, or else its trunk, or nothing; raises InputError."""
-    if config.checkpoint:
-        origin = weights.load(model, config, Path(config.checkpoint)).origin
-        run.log.point("checkpoint", Path(config.checkpoint).name)
-        run.progress.say(f"{config.checkpoint}: the weights of a checkpoint of {origin}")
+    if config.weights:
+        origin = weights.load(model, config, Path(config.weights)).origin
+        run.log.point("checkpoint", Path(config.weights).name)
+        run.progress.say(f"{config.weights}: the weights of a checkpoint of {origin}")
     elif config.trunk_weights:
         weights.load_trunk(model, config)
 
@@ -70,7 +70,7 @@ def make_benchmark(
             warmup_steps=config.warmup_steps,
             warmup_share=config.warmup_factor,
             decay_steps=config.decay_steps(ranks.world_size),
-            decay_factor=config.decay_factor,
+            lr_decay_factor=config.lr_decay_factor,
         ),
         detect=detect,
         evaluate=evaluation,

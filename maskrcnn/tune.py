@@ -18,9 +18,9 @@ def settings(recipe: Recipe) -> dict[str, str]:
     tenths = 10 + recipe.stretch
     return {
         "base_lr": f"{recipe.base_lr:g}",
-        "lr_multiple": f"{recipe.lr_multiple:g}",
+        "lr_round_to": f"{recipe.lr_round_to:g}",
         "warmup_steps": str(recipe.warmup_steps),
-        "decay_images": f"{96_000 * tenths},{128_000 * tenths}",
+        "lr_decay_images": f"{96_000 * tenths},{128_000 * tenths}",
     }
 
 

@@ -51,8 +51,8 @@ def read(path: Path) -> Weights:
         return Weights(of_coco(from_torchvision(state)), TORCHVISION)
     first = next(iter(state), "nothing at all")
     raise InputError(
-        f"{path}: these are not the weights of a Mask R-CNN (the first is {first}). --checkpoint takes a checkpoint of "
-        f"{OURS} or of torchvision's maskrcnn_resnet50_fpn; weights of the trunk alone are for --backbone."
+        f"{path}: these are not the weights of a Mask R-CNN (the first is {first}). --weights takes a checkpoint of "
+        f"{OURS} or of torchvision's maskrcnn_resnet50_fpn; weights of the trunk alone are for --pretrained-backbone."
     )
 
 
@@ -97,7 +97,7 @@ def check(weights: Weights, config: Config, path: Path) -> None:
     if theirs != config.num_classes:
         raise InputError(
             f"{path} tells {theirs} classes apart, and the settings ask for {config.num_classes}. "
-            f"Pass --num-classes {theirs}, or another --checkpoint"
+            f"Pass --num-classes {theirs}, or another --weights"
         )
     files.check(weights.state, wanted(config), config.network_name, path)
 
@@ -118,7 +118,7 @@ def put(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:
 def check_trunk(config: Config) -> None:
     """Raise InputError where the trunk's ImageNet weights are not of the kind that the settings are for."""
     path = Path(config.trunk_weights)
-    msra = (config.trunk_stride, config.pixels, config.batch_norm_eps) == ("1x1", "bgr-255", 0)
+    msra = (config.stride_in_1x1, config.input_format, config.batch_norm_eps) == (True, "caffe-bgr", 0)
     if (path.suffix == ".pkl") == msra:
         return
     whose, other, what_to_do = (
@@ -127,7 +127,7 @@ def check_trunk(config: Config) -> None:
         else ("MSRA's", "torchvision's", "name torchvision's file, or leave out --variant torchvision")
     )
     raise InputError(
-        f"{path}: these weights are {whose}, and trunk_stride, pixels and batch_norm_eps are for {other}: {what_to_do}"
+        f"{path}: these weights are {whose}, and stride_in_1x1, pixels and batch_norm_eps are for {other}: {what_to_do}"
     )
 
 
@@ -136,9 +136,9 @@ def load_trunk(model: MaskRCNN, config: Config) -> None:
     path = Path(config.trunk_weights)
     check_trunk(config)
     if path.suffix == ".pkl":
-        pretrained_backbone.put(from_detectron(read_pickle(path)), model.backbone.body, config.trunk, path)
+        pretrained_backbone.put(from_detectron(read_pickle(path)), model.backbone.body, config.backbone, path)
     else:
-        pretrained_backbone.load(model.backbone.body, config.trunk, path)
+        pretrained_backbone.load(model.backbone.body, config.backbone, path)
 
 
 class _Arrays(pickle.Unpickler):

@@ -18,7 +18,7 @@ class Recipe:
     """A recipe for a global batch, in the units of the settings.
 
     base_lr: per 32 images for SSD, per 16 for Mask R-CNN. stretch: tenths by which the decay comes later than the
-    rule's least, its K. lr_multiple: the peak was rounded to one; 0: it was not. max_samples: of SSD.
+    rule's least, its K. lr_round_to: the peak was rounded to one; 0: it was not. max_samples: of SSD.
     """
 
     global_batch_size: int
@@ -27,27 +27,27 @@ class Recipe:
     weight_decay: float
     stretch: int
     source: str
-    lr_multiple: float = 0.0
+    lr_round_to: float = 0.0
     max_samples: int = 1
 
 
 PUBLISHED: Mapping[str, tuple[Recipe, ...]] = {
     "ssd": (
         Recipe(32, 2.5e-3, 300, 5e-4, 1, "the reference's own recipe"),
-        Recipe(896, 3.2e-3, 650, 1.3e-4, 1, "NVIDIA's two DGX A100 in 0.7", lr_multiple=2.5e-3),
-        Recipe(912, 3.2e-3, 650, 1.3e-4, 1, "NVIDIA's DGX A100 in 1.1", lr_multiple=2.5e-3),
-        Recipe(960, 2.92e-3, 650, 1.6e-4, 1, "NVIDIA's DGX-1 in 0.7", lr_multiple=2.5e-3),
+        Recipe(896, 3.2e-3, 650, 1.3e-4, 1, "NVIDIA's two DGX A100 in 0.7", lr_round_to=2.5e-3),
+        Recipe(912, 3.2e-3, 650, 1.3e-4, 1, "NVIDIA's DGX A100 in 1.1", lr_round_to=2.5e-3),
+        Recipe(960, 2.92e-3, 650, 1.6e-4, 1, "NVIDIA's DGX-1 in 0.7", lr_round_to=2.5e-3),
         Recipe(1024, 2.5e-3, 300, 5e-4, 0, "the reference point of 1024", max_samples=50),
         Recipe(1536, 2.5e-3, 200, 1.3e-4, 1, "the reference point of 1536", max_samples=50),
         Recipe(2048, 4.57e-3, 1489, 4e-5, 5, "the reference point of 2048", max_samples=50),
         Recipe(4096, 2.5e-3, 1145, 4e-5, 10, "the reference point of 4096", max_samples=50),
     ),
     "maskrcnn": (
-        Recipe(48, 0.02, 625, 1e-4, 2, "the submissions of 48 images a step", lr_multiple=0.02),
-        Recipe(64, 0.02, 800, 1e-4, 2, "the submissions of 64 images a step", lr_multiple=0.02),
-        Recipe(96, 0.02, 625, 1e-4, 2, "the submissions of 96 images a step", lr_multiple=0.02),
-        Recipe(128, 0.02, 625, 1e-4, 2, "the reference point of 128", lr_multiple=0.02),
-        Recipe(256, 0.015, 1800, 1e-4, 5, "the reference point of 256", lr_multiple=0.02),
+        Recipe(48, 0.02, 625, 1e-4, 2, "the submissions of 48 images a step", lr_round_to=0.02),
+        Recipe(64, 0.02, 800, 1e-4, 2, "the submissions of 64 images a step", lr_round_to=0.02),
+        Recipe(96, 0.02, 625, 1e-4, 2, "the submissions of 96 images a step", lr_round_to=0.02),
+        Recipe(128, 0.02, 625, 1e-4, 2, "the reference point of 128", lr_round_to=0.02),
+        Recipe(256, 0.015, 1800, 1e-4, 5, "the reference point of 256", lr_round_to=0.02),
     ),
 }
 
@@ -80,7 +80,7 @@ def recipe(benchmark: str, global_batch_size: int) -> Recipe:
         weight_decay=float(f"{between(low.weight_decay, high.weight_decay):.2g}"),
         stretch=round(between(low.stretch, high.stretch)),
         source=f"between {low.source} ({low.global_batch_size}) and {high.source} ({high.global_batch_size})",
-        lr_multiple=nearest.lr_multiple,
+        lr_round_to=nearest.lr_round_to,
         max_samples=nearest.max_samples,
     )
 

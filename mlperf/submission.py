@@ -31,7 +31,7 @@ CODE = ("README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh")
 """What the folder of an implementation must hold."""
 
 _OF_ONE_RUN = frozenset(
-    ("seed", "experiment", "data_dir", "run_dir", "log_dir", "resume", "summary", "caches_cleared", "commit")
+    ("seed", "experiment", "data_dir", "run_dir", "log_dir", "resume", "summary", "page_cache_dropped", "commit")
 )
 """Settings that may differ between runs of one recipe."""
 

@@ -123,7 +123,7 @@ def open_photos(folder: Path, limit: int) -> Photos:
 
 def from_layout(folder: Path, name: str, limit: int) -> Photos:
     """Up to `limit` photos that have boxes, of the training split of a data set in COCO's layout."""
-    split = coco.read(*coco.layout(folder, "train"), allow_missing=True).with_boxes()
+    split = coco.read(*coco.layout(folder, "train"), skip_missing_images=True).with_boxes()
     photos = []
     for index in range(min(limit, len(split))):
         height, width = split.sizes_hw[index].tolist()

@@ -32,7 +32,7 @@ class Config(RunConfig):
     base_lr: float = setting(
         2.5e-3, gt=0, le=1, unit="per 32 images", heading="SSD: training", help="learning rate after warm-up"
     )
-    lr_multiple: float = setting(
+    lr_round_to: float = setting(
         0.0,
         ge=0,
         le=1,
@@ -44,29 +44,32 @@ class Config(RunConfig):
     warmup_factor: float = setting(
         0.0, ge=0, le=30, help="warm-up starts at peak·(1 - 2^-factor): 0 starts at 0 (MLPerf: any from 0 up)"
     )
-    decay_epochs: Numbers = setting(
+    lr_decay_epochs: Numbers = setting(
         (44, 55), unit="epochs", help="after each, the learning rate falls (MLPerf: [40, 50]·(1 + k/10))"
     )
-    decay_factor: float = setting(0.1, gt=0, le=1, help="the learning rate is multiplied by this (MLPerf: .1)")
+    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="the learning rate is multiplied by this (MLPerf: .1)")
     max_samples: int = setting(
         1, ge=1, le=1000, help="tries of the IoU crop before another option is drawn (MLPerf: 1 or 50)"
     )
     crop: bool = setting(True, help="IoU crop of training images")
-    flip: Literal["none", "horizontal", "both"] = setting(
-        "horizontal", help="mirror every second training image left to right; both: and top to bottom, as cells allow"
+    flip: Literal["none", "horizontal", "horizontal+vertical"] = setting(
+        "horizontal",
+        help="mirror every second training image left to right; horizontal+vertical: and top to bottom, as cells allow",
     )
     jitter: bool = setting(True, help="colour jitter of training images")
     network: Literal["ssd300-r34", "ssd300-r50"] = setting(
         "ssd300-r34", help="ssd300-r34: MLPerf's; ssd300-r50: SSD300 v1.1, with batch norm in its extra blocks"
     )
-    trunk: Literal["auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
+    backbone: Literal["auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
         "auto", help="torchvision's ResNet below it; auto: the one that the network is named after"
     )
 
     target: float = setting(
         0.23, ge=0, lt=1, unit="box mAP", heading="SSD: evaluation", help="stop when reached (MLPerf: .23)"
     )
-    nms_iou: float = setting(0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one")
+    nms_threshold: float = setting(
+        0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one"
+    )
     score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")
     max_detections: int = setting(200, ge=1, le=8732, unit="per image", help="kept for the metric, the best first")
 
@@ -78,7 +81,7 @@ class Config(RunConfig):
     @property
     def trunk_name(self) -> str:
         """The ResNet that the network stands on, as torchvision calls it."""
-        return self.named_after if self.trunk == "auto" else self.trunk
+        return self.named_after if self.backbone == "auto" else self.backbone
 
     @property
     def network_name(self) -> str:
@@ -96,20 +99,20 @@ class Config(RunConfig):
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up, rounded where the recipe says so."""
-        return to_multiple(self.exact_lr(world_size), self.lr_multiple)
+        return to_multiple(self.exact_lr(world_size), self.lr_round_to)
 
     def hyperparameters(self, world_size: int) -> dict[str, object]:
         """What MLPerf's rules are about, under the names of its log keys."""
         return {
             "global_batch_size": self.global_batch_size(world_size),
-            "gradient_accumulation_steps": self.accumulation_steps,
-            "model_bn_span": self.batch_size // self.accumulation_steps * self.bn_ranks(world_size),
+            "gradient_accumulation_steps": self.grad_accum_steps,
+            "model_bn_span": self.batch_size // self.grad_accum_steps * self.bn_ranks(world_size),
             "max_samples": self.max_samples,
             "opt_base_learning_rate": self.peak_lr(world_size),
             "opt_weight_decay": self.weight_decay,
             "opt_learning_rate_warmup_steps": self.warmup_steps,
             "opt_learning_rate_warmup_factor": self.warmup_factor,
-            "opt_learning_rate_decay_boundary_epochs": list(self.decay_epochs),
+            "opt_learning_rate_decay_boundary_epochs": list(self.lr_decay_epochs),
         }
 
 

@@ -25,7 +25,7 @@ from ssd.anchors import IMAGE_SIZE_PX
 from ssd.config import Config
 
 SIZE_HW = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "both": 2}
+FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "horizontal+vertical": 2}
 
 
 class Batch(NamedTuple):
@@ -148,10 +148,10 @@ class SSDEvalData:
     """The evaluation images of a run, and the metric over them."""
 
     def __init__(self, config: Config, ranks: Ranks):
-        val = coco.read(*coco.files(config, "val"), allow_missing=config.allow_missing)
+        val = coco.read(*coco.files(config, "val"), skip_missing_images=config.skip_missing_images)
         coco.check_classes(config.num_classes, val)
         self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
-        self.metric = BoxMetric(val.annotation_file, config.metric) if ranks.is_first else None
+        self.metric = BoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_first else None
         mine = range(ranks.rank, len(val), ranks.world_size)
         batches = [list(mine[i : i + config.eval_batch_size]) for i in range(0, len(mine), config.eval_batch_size)]
         self.eval_loader = make_loader(EvalImages(val), batches, num_workers=config.num_workers, device=ranks.device)
@@ -165,7 +165,7 @@ class SSDData(SSDEvalData):
     """The training and evaluation images of a run, from the moment its clock has started."""
 
     def __init__(self, config: Config, ranks: Ranks, seed: int):
-        train = coco.read(*coco.files(config, "train"), allow_missing=config.allow_missing)
+        train = coco.read(*coco.files(config, "train"), skip_missing_images=config.skip_missing_images)
         coco.check_classes(config.num_classes, train)
         super().__init__(config, ranks)
         train = train.with_boxes()

@@ -53,7 +53,7 @@ class Evaluation:
             logits,
             make_anchors(self.ranks.device),
             score_threshold=self.config.score_threshold,
-            nms_iou=self.config.nms_iou,
+            nms_threshold=self.config.nms_threshold,
             max_detections=self.config.max_detections,
         )
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         detector = Detector(
             network.model,
             score_threshold=score,
-            nms_iou=network.nms_iou,
+            nms_threshold=network.nms_threshold,
             max_detections=network.max_detections,
         )
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def check(network: Trained, score: float, exported: Callable[[Tensor], Answer], 
             logits,
             make_anchors(),
             score_threshold=score,
-            nms_iou=network.nms_iou,
+            nms_threshold=network.nms_threshold,
             max_detections=network.max_detections,
         )
         boxes, labels, scores = exported(padded)

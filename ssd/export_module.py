@@ -23,10 +23,10 @@ class Detector(nn.Module):
     anchors_cxcywh: Tensor
     anchors_xyxy: Tensor
 
-    def __init__(self, model: nn.Module, *, score_threshold: float, nms_iou: float, max_detections: int) -> None:
+    def __init__(self, model: nn.Module, *, score_threshold: float, nms_threshold: float, max_detections: int) -> None:
         super().__init__()
         self.model = model
-        self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
+        self.score_threshold, self.nms_threshold, self.max_detections = score_threshold, nms_threshold, max_detections
         anchors = make_anchors()
         self.register_buffer("anchors_cxcywh", anchors.boxes_cxcywh)  # nn.Buffer needs torch 2.5
         self.register_buffer("anchors_xyxy", anchors.boxes_xyxy)
@@ -43,7 +43,7 @@ class Detector(nn.Module):
         rows = torch.arange(deltas.shape[0], device=deltas.device)[:, None, None]
         anchors = Anchors(self.anchors_cxcywh, self.anchors_xyxy)
         boxes = decode(deltas[rows, anchor].float(), anchors[anchor])
-        score = torch.where(stay(boxes, candidate, self.nms_iou), score, 0).flatten(1)
+        score = torch.where(stay(boxes, candidate, self.nms_threshold), score, 0).flatten(1)
         score, place = best(score, self.max_detections)
         labels = torch.where(score > 0, place // anchor.shape[-1] + 1, 0)
         boxes = boxes.flatten(1, 2).gather(1, place.unsqueeze(-1).expand(-1, -1, 4))
@@ -56,14 +56,14 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[..., :count], places[..., :count]
 
 
-def stay(boxes_xyxy: Tensor, candidate: Tensor, nms_iou: float) -> Tensor:
+def stay(boxes_xyxy: Tensor, candidate: Tensor, nms_threshold: float) -> Tensor:
     """Which boxes (B, C, W, 4) of each class, best first, stay: (B, C, W) bool, of those that are candidates.
 
     As `ssd.postprocess.stay`: applied until nothing changes, the rule gives what it gives box after box.
     """
     width = candidate.shape[-1]
     better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
-    beats = ((pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_iou) & better).float()
+    beats = ((pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_threshold) & better).float()
 
     def changed(keep: Tensor, before: Tensor, beats: Tensor, candidate: Tensor) -> Tensor:
         return (keep != before).any()

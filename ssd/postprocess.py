@@ -41,13 +41,13 @@ def detect(
     anchors: Anchors,
     *,
     score_threshold: float = 0.05,
-    nms_iou: float = 0.5,
+    nms_threshold: float = 0.5,
     max_detections: int = 200,
 ) -> Detections:
     """Detections of deltas (B, A, 4) and logits (B, A, K), as in the MLPerf reference.
 
     Of each class, the `max_detections` best candidates above the threshold go through suppression, which drops
-    a box that overlaps a better one that stays by `nms_iou` or more; of what stays, each image keeps its best
+    a box that overlaps a better one that stays by `nms_threshold` or more; of what stays, each image keeps its best
     `max_detections`.
     """
     num_classes = logits.shape[-1]
@@ -64,7 +64,7 @@ def detect(
     group, score, image, anchor, label = (t[order] for t in (group, score, image, anchor, label))
     boxes = decode(deltas[image, anchor].float(), anchors[anchor])
 
-    keep = suppress(boxes, group, nms_iou)
+    keep = suppress(boxes, group, nms_threshold)
     image, label, score, boxes = (t[keep] for t in (image, label, score, boxes))
     order = sort_by_group(image, score)
     order = order[place_in_group(image[order]) < max_detections]
@@ -95,7 +95,7 @@ def place_in_group(sorted_group: Tensor) -> Tensor:
     return torch.arange(len(sorted_group), device=sorted_group.device) - starts[inverse]
 
 
-def suppress(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
+def suppress(boxes_xyxy: Tensor, group: Tensor, nms_threshold: float) -> Tensor:
     """Which of N boxes stay: (N,) bool. boxes_xyxy: (N, 4) sorted by group, best first; group: (N,).
 
     Groups of like size go together, since a group is padded to the largest beside it, and costs its square.
@@ -106,11 +106,11 @@ def suppress(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
     for least, most in pairwise((0, *GROUP_SIZES, len(group))):
         (alike,) = ((size > least) & (size <= most)).nonzero(as_tuple=True)
         if len(alike):
-            keep[alike] = suppress_alike(boxes_xyxy[alike], group[alike], nms_iou)
+            keep[alike] = suppress_alike(boxes_xyxy[alike], group[alike], nms_threshold)
     return keep
 
 
-def suppress_alike(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
+def suppress_alike(boxes_xyxy: Tensor, group: Tensor, nms_threshold: float) -> Tensor:
     """As `suppress`, of groups that are padded to the largest and suppressed side by side.
 
     A box stays if no better box that stays overlaps it. Applied until nothing changes, this reaches what the
@@ -122,13 +122,13 @@ def suppress_alike(boxes_xyxy: Tensor, group: Tensor, nms_iou: float) -> Tensor:
     padded = boxes_xyxy.new_zeros(len(counts), width, 4)
     padded[row, column] = boxes_xyxy
     better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
-    kept = [stay(part, better, nms_iou) for part in padded.split(max(1, MAX_PAIRS // width**2))]
+    kept = [stay(part, better, nms_threshold) for part in padded.split(max(1, MAX_PAIRS // width**2))]
     return torch.cat(kept)[row, column]
 
 
-def stay(boxes_xyxy: Tensor, better: Tensor, nms_iou: float) -> Tensor:
+def stay(boxes_xyxy: Tensor, better: Tensor, nms_threshold: float) -> Tensor:
     """Which boxes of (groups, W, 4), best first, stay: (groups, W) bool; better[i, j] says i comes before j."""
-    beats = (pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_iou) & better
+    beats = (pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_threshold) & better
     keep = torch.ones(beats.shape[:2], dtype=torch.bool, device=beats.device)
     while True:
         # A matrix product over booleans, as float: is any box that stays one that beats me?

@@ -47,7 +47,7 @@ class Detector:
             logits,
             make_anchors(self.device),
             score_threshold=self.score,
-            nms_iou=self.network.nms_iou,
+            nms_threshold=self.network.nms_threshold,
             max_detections=self.network.max_detections,
         )
         of_image, boxes, labels, scores = (part.cpu().numpy() for part in detections)

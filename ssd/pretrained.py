@@ -12,20 +12,20 @@ from ssd import weights
 from ssd.config import Config
 from ssd.model import make_model
 
-AS_EVALUATED = ("score_threshold", "nms_iou", "max_detections")
+AS_EVALUATED = ("score_threshold", "nms_threshold", "max_detections")
 
 
 @dataclass(frozen=True)
 class Trained:
     """The network, in evaluation mode on the CPU, and what its labels stand for: label i is categories[i - 1].
 
-    score_threshold, nms_iou, max_detections: as it was evaluated.
+    score_threshold, nms_threshold, max_detections: as it was evaluated.
     """
 
     model: nn.Module
     categories: tuple[Category, ...]
     score_threshold: float
-    nms_iou: float
+    nms_threshold: float
     max_detections: int
 
 
@@ -48,6 +48,6 @@ def load(path: Path) -> Trained:
         model,
         read.categories or coco.numbered(network.num_classes),
         score_threshold=settings.score_threshold,
-        nms_iou=settings.nms_iou,
+        nms_threshold=settings.nms_threshold,
         max_detections=settings.max_detections,
     )

@@ -48,10 +48,10 @@ def run_mode(config: Config, process: entrypoint.Process) -> int:
 
 def load_weights(model: SSD300, config: Config, run: Run) -> None:
     """Load what the settings name: the whole network, or else its trunk, or nothing; raises InputError."""
-    if config.checkpoint:
-        origin = weights.load(model, Path(config.checkpoint)).origin
-        run.log.point("checkpoint", Path(config.checkpoint).name)
-        run.progress.say(f"{config.checkpoint}: the weights of a checkpoint of {origin}")
+    if config.weights:
+        origin = weights.load(model, Path(config.weights)).origin
+        run.log.point("checkpoint", Path(config.weights).name)
+        run.progress.say(f"{config.weights}: the weights of a checkpoint of {origin}")
     elif config.trunk_weights:
         pretrained_backbone.load(model.backbone, config.trunk_name, Path(config.trunk_weights))
 
@@ -73,8 +73,8 @@ def make_benchmark(
             peak=config.peak_lr(ranks.world_size),
             warmup_steps=config.warmup_steps,
             warmup_factor=config.warmup_factor,
-            decay_epochs=config.decay_epochs,
-            decay_factor=config.decay_factor,
+            lr_decay_epochs=config.lr_decay_epochs,
+            lr_decay_factor=config.lr_decay_factor,
         ),
         detect=evaluation.detect,
         evaluate=evaluation,

@@ -18,10 +18,10 @@ def settings(recipe: Recipe) -> dict[str, str]:
     tenths = 10 + recipe.stretch
     return {
         "base_lr": f"{recipe.base_lr:g}",
-        "lr_multiple": f"{recipe.lr_multiple:g}",
+        "lr_round_to": f"{recipe.lr_round_to:g}",
         "warmup_steps": str(recipe.warmup_steps),
         "weight_decay": f"{recipe.weight_decay:g}",
-        "decay_epochs": f"{4 * tenths},{5 * tenths}",
+        "lr_decay_epochs": f"{4 * tenths},{5 * tenths}",
         "max_samples": str(recipe.max_samples),
     }
 

@@ -64,8 +64,8 @@ def read(path: Path) -> Weights:
                 ) from error
     first = next(iter(state), "nothing at all")
     raise InputError(
-        f"{path}: these are not the weights of an SSD300 (the first is {first}). --checkpoint takes a checkpoint of "
-        f"{OURS}, of the MLPerf reference or of SSD300 v1.1; weights of the trunk alone are for --backbone."
+        f"{path}: these are not the weights of an SSD300 (the first is {first}). --weights takes a checkpoint of "
+        f"{OURS}, of the MLPerf reference or of SSD300 v1.1; weights of the trunk alone are for --pretrained-backbone."
     )
 
 
@@ -93,8 +93,8 @@ def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
     if theirs != ours:
         raise InputError(
             f"{path} holds {theirs}, and the settings ask for {ours}. "
-            f"Pass --network {theirs.name} --trunk {theirs.trunk or 'auto'} --num-classes {theirs.num_classes}, or "
-            "another --checkpoint"
+            f"Pass --network {theirs.name} --backbone {theirs.trunk or 'auto'} --num-classes {theirs.num_classes}, or "
+            "another --weights"
         )
     files.check(weights.state, wanted, str(ours), path)
 

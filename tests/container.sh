@@ -63,7 +63,7 @@ says() {
   [[ $said == *"$2"* ]] || die "the image should say $2 in $1, and says: $said" 1
 }
 says '{{.OCIv1.Config.User}}' 1000:1000
-says '{{.OCIv1.Config.Env}}' "DETECTION_COMMIT=$commit"
+says '{{.OCIv1.Config.Env}}' "DETECTION_SOURCE_COMMIT=$commit"
 says '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.revision:$commit"
 says '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.version:$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
 

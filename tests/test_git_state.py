@@ -56,7 +56,7 @@ def test_a_run_logs_the_commit_named_in_the_environment_where_there_is_no_reposi
     from detection.engine import entrypoint
 
     monkeypatch.setattr(git_state.read, "__defaults__", ("", tmp_path))
-    config = load([], {"DETECTION_COMMIT": f"{COMMIT}-dirty"}).config
+    config = load([], {"DETECTION_SOURCE_COMMIT": f"{COMMIT}-dirty"}).config
     with MlperfLog(tmp_path / "log.txt", echo=False) as log:
         entrypoint.log_submission(log, config, num_nodes=1)
     (point,) = (event for event in read(tmp_path / "log.txt") if event.key == "commit")
@@ -64,8 +64,8 @@ def test_a_run_logs_the_commit_named_in_the_environment_where_there_is_no_reposi
 
 
 def test_a_commit_that_is_none_is_refused():
-    with pytest.raises(InputError, match="DETECTION_COMMIT=main"):
-        load([], {"DETECTION_COMMIT": "main"})
+    with pytest.raises(InputError, match="DETECTION_SOURCE_COMMIT=main"):
+        load([], {"DETECTION_SOURCE_COMMIT": "main"})
 
 
 def test_a_record_has_the_commit_of_the_run_and_not_of_the_day_it_is_recorded(tmp_path):

@@ -14,7 +14,7 @@ from detection.config.settings import InputError, to_json
 # Settings that may change from start to start of one run: they say nothing about what is trained.
 INCIDENTAL = {
     "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "experiment",
-    "checkpoint", "evaluate_first", "summary", "tensorboard",
+    "checkpoint", "eval_before_training", "summary", "tensorboard",
 }  # fmt: skip
 
 
@@ -39,12 +39,12 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
     if config.resume == "none":
         return None
     if config.resume == "auto":
-        if run_dir.is_finished(folder, config.experiment, config.epochs):
+        if run_dir.is_finished(folder, config.run_index, config.epochs):
             raise InputError(f"the run in {folder} is finished: there is nothing to resume. Leave --resume out.")
         newest = checkpointer.newest(folder, benchmark=config.benchmark, say=say)
         if newest is None:
             say(f"there is nothing to resume in {folder}: the run begins anew")
-            clear(folder, config.experiment)
+            clear(folder, config.run_index)
             return None
         path, state = newest[0].path, newest[1]
     else:
@@ -54,7 +54,7 @@ def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) ->
             raise InputError(f"{path} has all {config.epochs} epochs behind it. Pass more --epochs.")
     continues = path.resolve().parent.parent == folder.resolve()
     if continues:
-        run_dir.cut(run_dir.log_file(folder, config.experiment), state["written"]["log"])
+        run_dir.cut(run_dir.log_file(folder, config.run_index), state["written"]["log"])
         run_dir.cut(folder / run_dir.METRICS, state["written"]["metrics"])
     say(f"resuming from {path}")
     for name, (old, new) in changes(json.loads(state["config"]), json.loads(to_json(config))).items():

@@ -38,7 +38,7 @@ NumClasses = Annotated[int, AfterValidator(_not_background_alone)]
 OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 """The settings that name data in place of DATADIR."""
 
-DRAWN = ("toy", "rehearsal")
+DRAWN = ("toy", "synthetic_coco")
 """Data sets that the program draws itself."""
 
 EvalEpochs = Annotated[Numbers, BeforeValidator(_every)]
@@ -51,10 +51,10 @@ class RunConfig:
 
     benchmark: ClassVar[str]
 
-    mode: Literal["train", "evaluate", "benchmark-training", "benchmark-inference"] = setting(
+    mode: Literal["train", "evaluate", "bench-train", "bench-infer"] = setting(
         "train",
         heading="Run",
-        help="evaluate: the figures of --checkpoint; the benchmark modes: how fast, in img/s. Only train has a RESULT",
+        help="evaluate: the figures of --weights; the benchmark modes: how fast, in img/s. Only train has a RESULT",
     )
     batch_size: int = setting(
         32,
@@ -63,7 +63,7 @@ class RunConfig:
         unit="images per accelerator and optimiser step",
         help="the learning rate follows it",
     )
-    accumulation_steps: int = setting(
+    grad_accum_steps: int = setting(
         1,
         ge=1,
         le=4096,
@@ -74,23 +74,25 @@ class RunConfig:
     )
     momentum: float = setting(0.9, ge=0, lt=1, help="of SGD (MLPerf: .9)")
     weight_decay: float
-    decay_biases: bool = setting(True, help="weight decay on biases and batch norm, too (MLPerf SSD: yes)")
+    weight_decay_on_bias_and_norm: bool = setting(
+        True, help="weight decay on biases and batch norm, too (MLPerf SSD: yes)"
+    )
     bias_lr_factor: float = setting(1.0, gt=0, le=10, help="biases learn so much faster (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
         False, help="use batch norm's running statistics and train neither its weights nor its biases"
     )
-    backbone: str = setting(
+    pretrained_backbone: str = setting(
         "",
         help="ImageNet weights of the trunk, .pth or .npz (get_resnet34_backbone.sh); empty is random",
     )
     seed: int | None = setting(None, ge=0, lt=2**32, help="of everything random; none takes one from the system")
     epochs: int
     eval_epochs: EvalEpochs
-    checkpoint: str = setting(
+    weights: str = setting(
         "", help="weights of the whole network to start from or evaluate: of this program, or a public checkpoint"
     )
-    evaluate_first: bool = setting(False, help="evaluate once before training, on the clock")
-    benchmark_input: Literal["both", "real", "made-up"] = setting(
+    eval_before_training: bool = setting(False, help="evaluate once before training, on the clock")
+    benchmark_input: Literal["both", "real", "synthetic"] = setting(
         "both", help="of the benchmark modes: images of the data set, or noise that is on the device already"
     )
     benchmark_steps: int = setting(20, ge=1, le=1_000_000, unit="steps", help="that the benchmark modes measure")
@@ -106,38 +108,38 @@ class RunConfig:
     dataset: str = setting(
         "coco2017",
         pattern=r"^[\w.-]+$",
-        help="what the data are, for the log; toy and rehearsal are drawn where they are absent; "
+        help="what the data are, for the log; toy and synthetic_coco are drawn where they are absent; "
         "custom where --train-images names others and this none",
     )
-    rehearsal_images: int = setting(
+    synthetic_images: int = setting(
         118_287,
         ge=1,
         le=1_000_000,
-        env="REHEARSAL_IMAGES",
+        env="SYNTHETIC_IMAGES",
         unit="images",
-        help="training images that rehearsal has, and 5,000 of 118,287 as many to evaluate",
+        help="training images that synthetic_coco has, and 5,000 of 118,287 as many to evaluate",
     )
     num_classes: NumClasses = setting(
         0, ge=0, le=10_000, help="categories and the background; 0: those of the annotations (coco2017: 81)"
     )
-    allow_missing: bool = setting(False, help="train without the images that the folder lacks")
-    last_batch: Literal["partial", "padded", "mixed"] = setting(
+    skip_missing_images: bool = setting(False, help="train without the images that the folder lacks")
+    last_batch: Literal["partial", "pad", "carry-over"] = setting(
         "partial",
         help="the last global batch of an epoch: what remains; or filled up with the epoch's first images, trained "
-        "twice (padded), or with those of the next epoch, which it then lacks (mixed)",
+        "twice (pad), or with those of the next epoch, which it then lacks (carry-over)",
     )
     num_workers: int = setting(
         4, ge=0, le=256, unit="processes per rank", help="decode images; 0 decodes in the rank itself"
     )
 
-    decoder: Literal["host", "device"] = setting(
-        "host", help="decodes training images: host, the data workers; device, an NVIDIA accelerator's JPEG decoder"
+    jpeg_decoder: Literal["cpu", "gpu"] = setting(
+        "cpu", help="decodes training images: cpu, the data workers; gpu, an NVIDIA accelerator's JPEG decoder"
     )
-    decoded_cache: Literal["none", "host", "device"] = setting(
+    image_cache: Literal["none", "host", "device"] = setting(
         "none",
         help="keep decoded training images, filled in the first epoch: in the memory of the host, or of each device",
     )
-    decoded_cache_gib: float = setting(
+    image_cache_gib: float = setting(
         0.0,
         ge=0,
         unit="GiB",
@@ -156,16 +158,18 @@ class RunConfig:
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", help="what gradients travel between ranks in: half the bytes in bf16 or fp16, and less exact"
     )
-    bind: Literal["off", "node", "exclusive"] = setting(
+    numa_binding: Literal["off", "node", "exclusive"] = setting(
         "off", help="tie ranks to cores near their accelerator: node: all of its NUMA node; exclusive: a share of those"
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", help="fuse the operations of the network, before the clock starts; auto: on an accelerator"
     )
-    sgd: Literal["torch", "apex"] = setting("torch", help="whose fused optimiser kernel; apex must be installed by you")
+    optimizer_backend: Literal["torch", "apex"] = setting(
+        "torch", help="whose fused optimiser kernel; apex must be installed by you"
+    )
     channels_last: bool = setting(True, help="memory layout of images and weights")
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
-    metric: Literal["auto", "hotcoco", "pycocotools"] = setting(
+    coco_eval_backend: Literal["auto", "hotcoco", "pycocotools"] = setting(
         "auto", help="what computes the mAP; auto: hotcoco if it is installed; pycocotools confirms the last figures"
     )
 
@@ -183,11 +187,11 @@ class RunConfig:
         "or the name of a checkpoint's file",
     )
     max_steps: int = setting(0, ge=0, unit="steps", help="end the run there, for a trial; 0: train to the end")
-    hang_timeout_s: float = setting(
+    step_timeout_s: float = setting(
         900.0, gt=0, unit="s", help="a rank that makes no step in this time says where it hangs and ends the run"
     )
-    experiment: int = setting(0, ge=0, le=9999, env="EXPERIMENT", help="the log is result_<experiment>.txt")
-    summary: str = setting("", help="file that the outcome is written to as JSON, in every mode")
+    run_index: int = setting(0, ge=0, le=9999, env="RUN_INDEX", help="the log is result_<experiment>.txt")
+    summary_json: str = setting("", help="file that the outcome is written to as JSON, in every mode")
     tensorboard: bool = setting(
         False, help="also write events for TensorBoard, to the run's folder; its package must be installed by you"
     )
@@ -199,19 +203,23 @@ class RunConfig:
     )
     org: str = setting("unknown", min_length=1, pattern=r"^[^,\n]+$", help="who runs it")
     platform: str = setting("", help="what it runs on; empty says nodes × system")
-    status: Literal["cloud", "onprem", "preview", "research"] = setting("onprem", help="availability of the machine")
-    commit: str = setting(
+    availability: Literal["cloud", "onprem", "preview", "research"] = setting(
+        "onprem", help="availability of the machine"
+    )
+    source_commit: str = setting(
         "",
-        env="DETECTION_COMMIT",
+        env="DETECTION_SOURCE_COMMIT",
         pattern=r"^([0-9a-f]{40}(-dirty)?)?$",
         help="of this program, for the log, where it lies without its git repository, as in a container",
     )
-    caches_cleared: bool = setting(False, env="CACHES_CLEARED", help="./run_and_time.sh dropped the system's caches")
+    page_cache_dropped: bool = setting(
+        False, env="PAGE_CACHE_DROPPED", help="./run_and_time.sh dropped the system's caches"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.batch_size % self.accumulation_steps:
-            raise ValueError(f"accumulation_steps {self.accumulation_steps} should divide batch_size {self.batch_size}")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(f"grad_accum_steps {self.grad_accum_steps} should divide batch_size {self.batch_size}")
         if absent := [name for name in OWN_DATA if not getattr(self, name)]:
             if len(absent) < len(OWN_DATA):
                 flags = [f"--{name.replace('_', '-')}" for name in absent]
@@ -223,14 +231,14 @@ class RunConfig:
                 f"dataset {self.dataset} is drawn by the program, and train_images names other pictures: "
                 "give them another name by --dataset"
             )
-        if self.mode == "evaluate" and not self.checkpoint:
-            raise ValueError("--mode evaluate evaluates a checkpoint: pass --checkpoint FILE")
+        if self.mode == "evaluate" and not self.weights:
+            raise ValueError("--mode evaluate evaluates a checkpoint: pass --weights FILE")
         if self.mode != "train" and self.resume != "none":
-            raise ValueError(f"--mode {self.mode} resumes nothing: pass --checkpoint FILE in place of --resume")
-        if self.mode != "train" and self.evaluate_first:
-            raise ValueError(f"--evaluate-first is for --mode train, not for {self.mode}")
-        if self.decoder == "device" and self.decoded_cache == "host":
-            raise ValueError("--decoder device leaves nothing to keep on the host: pass --decoded-cache device or none")
+            raise ValueError(f"--mode {self.mode} resumes nothing: pass --weights FILE in place of --resume")
+        if self.mode != "train" and self.eval_before_training:
+            raise ValueError(f"--eval-before-training is for --mode train, not for {self.mode}")
+        if self.jpeg_decoder == "gpu" and self.image_cache == "host":
+            raise ValueError("--jpeg-decoder gpu leaves nothing to keep on the host: pass --image-cache device or none")
         return self
 
     @model_validator(mode="after")
@@ -247,7 +255,7 @@ class RunConfig:
     @property
     def trunk_weights(self) -> str:
         """The ImageNet weights that a run starts from, if it does: not with those of a checkpoint."""
-        return self.backbone if self.mode == "train" and not self.checkpoint else ""
+        return self.pretrained_backbone if self.mode == "train" and not self.weights else ""
 
     @property
     def network_name(self) -> str:
@@ -257,14 +265,14 @@ class RunConfig:
     @property
     def reads_data(self) -> tuple[Literal["train", "val"], ...]:
         """The splits of the data set that the mode reads."""
-        if self.mode.startswith("benchmark") and self.benchmark_input == "made-up":
+        if self.mode.startswith("bench") and self.benchmark_input == "synthetic":
             return ()
-        return ("val",) if self.mode in ("evaluate", "benchmark-inference") else ("train", "val")
+        return ("val",) if self.mode in ("evaluate", "bench-infer") else ("train", "val")
 
     @property
     def images_on_device(self) -> bool:
         """Whether the device makes the training images out of whole ones, which workers send it."""
-        return "device" in (self.decoded_cache, self.decoder)
+        return self.image_cache == "device" or self.jpeg_decoder == "gpu"
 
     def exact_lr(self, world_size: int) -> float:
         """Learning rate after warm-up before it is rounded, if it is."""
@@ -293,7 +301,7 @@ class RunConfig:
         if self.run_dir:
             return Path(self.run_dir)
         parent = self.log_dir / self.system / self.benchmark
-        unfinished = newest_unfinished(parent, self.experiment, self.epochs) if self.resume == "auto" else None
+        unfinished = newest_unfinished(parent, self.run_index, self.epochs) if self.resume == "auto" else None
         return unfinished or parent / start
 
     def bn_ranks(self, world_size: int) -> int:

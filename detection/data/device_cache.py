@@ -105,18 +105,18 @@ class DeviceCache:
 
 def check(config: RunConfig, on: torch.device) -> None:
     """Raise InputError where the settings ask the device for what it does not have."""
-    if config.decoded_cache == "device":
+    if config.image_cache == "device":
         if on.type == "cpu":
-            raise InputError("--decoded-cache device: this run computes on the CPU, whose memory is called host.")
-        if not config.decoded_cache_gib and device.free_memory_bytes(on) is None:
-            raise InputError("--decoded-cache device: torch cannot tell how much is free. Pass --decoded-cache-gib.")
-    if config.decoder == "device":
+            raise InputError("--image-cache device: this run computes on the CPU, whose memory is called host.")
+        if not config.image_cache_gib and device.free_memory_bytes(on) is None:
+            raise InputError("--image-cache device: torch cannot tell how much is free. Pass --image-cache-gib.")
+    if config.jpeg_decoder == "gpu":
         if not device.decodes_jpeg(on):
-            raise InputError(f"--decoder device: {device.describe(on)} has no decoder that torchcodec can use.")
+            raise InputError(f"--jpeg-decoder gpu: {device.describe(on)} has no decoder that torchcodec can use.")
         try:
             import torchcodec.decoders  # noqa: F401
         except (ImportError, OSError, RuntimeError) as error:
-            raise InputError(f"--decoder device: torchcodec cannot be loaded ({error}).") from error
+            raise InputError(f"--jpeg-decoder gpu: torchcodec cannot be loaded ({error}).") from error
 
 
 def make(config: RunConfig, split: Split, ranks: Ranks) -> tuple[Pixels, DeviceCache | None]:
@@ -128,7 +128,7 @@ def make(config: RunConfig, split: Split, ranks: Ranks) -> tuple[Pixels, DeviceC
         limit_bytes(config, ranks.device),
         split.image_path,
         ranks.device,
-        device_decodes=config.decoder == "device",
+        device_decodes=config.jpeg_decoder == "gpu",
         compiled=device.compiles(config.compile, ranks.device),
     )
     return cache.worker, cache
@@ -136,9 +136,9 @@ def make(config: RunConfig, split: Split, ranks: Ranks) -> tuple[Pixels, DeviceC
 
 def limit_bytes(config: RunConfig, on: torch.device) -> int:
     """The memory of the device that images may be kept in."""
-    if config.decoded_cache != "device":
+    if config.image_cache != "device":
         return 0
-    return int(config.decoded_cache_gib * GIB) or int(SHARE_OF_FREE * (device.free_memory_bytes(on) or 0))
+    return int(config.image_cache_gib * GIB) or int(SHARE_OF_FREE * (device.free_memory_bytes(on) or 0))
 
 
 def shares(of_workers: Iterator[Share[Any]], cache: DeviceCache | None) -> Iterator[Share[Any]]:

@@ -54,9 +54,9 @@ class DecodedCache:
 
 def make(config: RunConfig, sizes_hw: NDArray[np.int32], ranks: Ranks) -> DecodedCache | None:
     """The cache that the settings ask for, if they do, of training images of these sizes (N, 2) in pixels."""
-    if config.decoded_cache == "none":
+    if config.image_cache == "none":
         return None
-    limit_bytes = int(config.decoded_cache_gib * GIB) or free_memory_bytes() // 2
+    limit_bytes = int(config.image_cache_gib * GIB) or free_memory_bytes() // 2
     return DecodedCache(sizes_hw, limit_bytes, ranks)
 
 

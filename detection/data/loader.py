@@ -21,12 +21,12 @@ from detection.runtime.signals import SIGNALS
 
 T = TypeVar("T")
 
-# How many workers pay is what --tune measures: torch counts cores alone.
+# How many workers pay is what --autotune measures: torch counts cores alone.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 # (epoch, index in the split): what a batch is asked for by, so that workers need not be told of the epoch.
 Key = tuple[int, int]
-LastBatch = Literal["partial", "padded", "mixed"]
+LastBatch = Literal["partial", "pad", "carry-over"]
 
 
 class WorkerLost(RuntimeError):
@@ -42,7 +42,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     last_batch: of the last global batch of an epoch. "partial": what remains, shared as evenly as it can be; a rank
     for which nothing is left is given one image again, with weight 0 in the loss, if not in batch norm's statistics.
-    "padded": filled up with the epoch's first images, which are trained twice. "mixed": filled up with the first of
+    "pad": filled up with the epoch's first images, which are trained twice. "carry-over": filled up with the first of
     the next epoch, which begins after them: each image is still trained once per epoch.
 
     groups: (num_images,) of which kind each image is. Where given, every global batch is of one kind, as far as the
@@ -70,7 +70,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         """The (epoch, index) of this rank's images in each step that is left of the current epoch."""
-        following = self.epoch + 1 if self.last_batch == "mixed" else self.epoch
+        following = self.epoch + 1 if self.last_batch == "carry-over" else self.epoch
         keys = [(self.epoch, int(index)) for index in self.order(self.epoch)]
         keys += [(following, int(index)) for index in self.order(following)[: self.global_batch_size]]
         for start, stop, _ in self.stretches():
@@ -103,7 +103,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     def begun(self, epoch: int) -> int:
         """How many of an epoch's images the last batch of the one before it has trained."""
-        return -(epoch - 1) * self.num_images % self.global_batch_size if self.last_batch == "mixed" else 0
+        return -(epoch - 1) * self.num_images % self.global_batch_size if self.last_batch == "carry-over" else 0
 
 
 def make_loader(
@@ -185,6 +185,6 @@ def lost_workers_named() -> Iterator[None]:
             raise
         what = str(error).splitlines()[0]
         raise WorkerLost(
-            f"{what} Where it was out of memory: fewer --num-workers, a smaller --decoded-cache-gib; where it was "
+            f"{what} Where it was out of memory: fewer --num-workers, a smaller --image-cache-gib; where it was "
             "a bus error: more shared memory (docker run --shm-size)."
         ) from error

@@ -56,12 +56,12 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
             check_bn_group(config, topology)
             rank_device = device.choose(config.device, topology.local_rank)
             device_cache.check(config, rank_device)
-            if bound := numa_binding.bind(config.bind, topology, rank_device):
+            if bound := numa_binding.bind(config.numa_binding, topology, rank_device):
                 print(bound, flush=True)
             with (
-                Watchdog(topology.rank, config.hang_timeout_s) as watchdog,
+                Watchdog(topology.rank, config.step_timeout_s) as watchdog,
                 # The watchdog speaks first: it knows where a rank hangs.
-                connect(topology, rank_device, timeout_s=config.hang_timeout_s + 60) as ranks,
+                connect(topology, rank_device, timeout_s=config.step_timeout_s + 60) as ranks,
                 lost_workers_named(),
             ):
                 return train(config, Process(ranks, topology.nodes, interruption, watchdog))
@@ -112,7 +112,7 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
         summary_file=summary_file(config),
         board=Board(folder / run_dir.BOARD) if config.tensorboard and ranks.is_first else None,
     )
-    log_file = run_dir.log_file(folder, config.experiment)
+    log_file = run_dir.log_file(folder, config.run_index)
     try:
         log = MlperfLog(
             log_file if ranks.is_first and config.mode == "train" else None,
@@ -139,14 +139,14 @@ def opened(config: RunConfig, process: Process) -> Iterator[Run]:
 
 
 def summary_file(config: RunConfig) -> Path | None:
-    """The file of --summary, if one is asked for; raises InputError where it cannot be written."""
-    if not config.summary:
+    """The file of --summary-json, if one is asked for; raises InputError where it cannot be written."""
+    if not config.summary_json:
         return None
-    path = Path(config.summary)
+    path = Path(config.summary_json)
     try:
         path.open("a").close()
     except OSError as error:
-        raise InputError(f"--summary {path}: it cannot be written ({error.strerror})") from error
+        raise InputError(f"--summary-json {path}: it cannot be written ({error.strerror})") from error
     return path
 
 
@@ -160,11 +160,11 @@ def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
     log.point("submission_benchmark", config.benchmark)
     log.point("submission_org", config.org)
     log.point("submission_division", config.division)
-    log.point("submission_status", config.status)
+    log.point("submission_status", config.availability)
     log.point("submission_platform", config.submission_platform(num_nodes))
     log.point("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
-    log.point("cache_clear", config.caches_cleared)
-    program = git_state.read(config.commit)
+    log.point("cache_clear", config.page_cache_dropped)
+    program = git_state.read(config.source_commit)
     log.point("commit", program.commit, dirty=program.dirty)
     log.point("config", json.loads(to_json(config)))
 

@@ -37,7 +37,7 @@ def conclude(outcome: Outcome, run: Run, evaluation: Evaluation) -> int:
         show_files(run.folder)
         if official != outcome.metrics:
             said = shown(official, run)
-            print(f"error: pycocotools says {said}. Run again with --metric pycocotools.", file=sys.stderr)
+            print(f"error: pycocotools says {said}. Run again with --coco-eval-backend pycocotools.", file=sys.stderr)
             return 1
         print("pycocotools confirms the last figures")
         if run.log.broken:
@@ -51,7 +51,7 @@ def report(outcome: Outcome, run: Run) -> None:
     reached = "the target is reached" if outcome.reached else f"the {run.config.epochs} epochs are used up"
     targets = ", ".join(map(str, run.progress.facts["targets"].values()))
     print(f"{shown(outcome.metrics, run)} after epoch {outcome.epoch}, target {targets}: {reached}")
-    verdict = compliance.check(run_dir.log_file(run.folder, run.config.experiment), run.config.ruleset)
+    verdict = compliance.check(run_dir.log_file(run.folder, run.config.run_index), run.config.ruleset)
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")

@@ -1,4 +1,4 @@
-"""The layers of a network as a table: what ./run_and_time.sh --describe prints."""
+"""The layers of a network as a table: what ./run_and_time.sh --model-summary prints."""
 
 from collections.abc import Callable
 from typing import TypeVar

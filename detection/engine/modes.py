@@ -20,8 +20,8 @@ def do(benchmark: Benchmark[Any], run: Run, log_recipe: Callable[[], None]) -> O
             return train_loop.train_to_target(benchmark, run)
         case "evaluate":
             return train_loop.evaluate_only(benchmark, run)
-        case "benchmark-training":
+        case "bench-train":
             throughput.training(benchmark, run)
-        case "benchmark-inference":
+        case "bench-infer":
             throughput.inference(benchmark, run)
     return None

@@ -14,20 +14,20 @@ def make_sgd(
     kernels: str,
     momentum: float,
     weight_decay: float,
-    decay_biases: bool = True,
+    weight_decay_on_bias_and_norm: bool = True,
     bias_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
     """SGD over all trained parameters; the loop sets the learning rate, `set_learning_rate`.
 
-    kernels: whose fused update, "torch" or "apex"; both compute the same. decay_biases: whether biases and batch
+    kernels: whose fused update, "torch" or "apex"; both compute the same. weight_decay_on_bias_and_norm: whether biases and batch
     norm decay, too; bias_lr_factor: how much faster they learn; where they differ, they make a group of their own.
     InputError where apex is not installed.
     On devices without torch's it is not fused: the same numbers to a rounding, slower.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, Any]] = [{"params": trained}]
-    if not decay_biases or bias_lr_factor != 1:
-        decay = weight_decay if decay_biases else 0.0
+    if not weight_decay_on_bias_and_norm or bias_lr_factor != 1:
+        decay = weight_decay if weight_decay_on_bias_and_norm else 0.0
         biases = [parameter for parameter in trained if parameter.dim() <= 1]
         parameters = [
             {"params": [parameter for parameter in trained if parameter.dim() > 1]},
@@ -41,7 +41,9 @@ def make_sgd(
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
-        raise InputError(f"--sgd apex: apex cannot be imported ({error}). Install it, or pass --sgd torch.") from error
+        raise InputError(
+            f"--optimizer-backend apex: apex cannot be imported ({error}). Install it, or pass --optimizer-backend torch."
+        ) from error
     optimizer: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
     return optimizer
 
@@ -84,14 +86,14 @@ def learning_rate_by_steps(
     warmup_steps: int,
     warmup_share: float,
     decay_steps: tuple[int, ...],
-    decay_factor: float,
+    lr_decay_factor: float,
 ) -> float:
     """Learning rate of a step (from 0), whatever its epoch.
 
-    Linear warm-up from peak·share over the first `warmup_steps`, multiplied by `decay_factor` from each of
+    Linear warm-up from peak·share over the first `warmup_steps`, multiplied by `lr_decay_factor` from each of
     `decay_steps` on (Detectron).
     """
-    rate = peak * decay_factor ** sum(step >= boundary for boundary in decay_steps)
+    rate = peak * lr_decay_factor ** sum(step >= boundary for boundary in decay_steps)
     done = min(1.0, step / warmup_steps) if warmup_steps else 1.0
     return rate * (warmup_share * (1 - done) + done)
 
@@ -103,15 +105,15 @@ def learning_rate(
     peak: float,
     warmup_steps: int,
     warmup_factor: float,
-    decay_epochs: tuple[int, ...],
-    decay_factor: float,
+    lr_decay_epochs: tuple[int, ...],
+    lr_decay_factor: float,
 ) -> float:
     """Learning rate of a step (from 0) in an epoch (from 1).
 
-    Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `decay_factor` after
-    each of `decay_epochs` (MLPerf reference).
+    Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `lr_decay_factor` after
+    each of `lr_decay_epochs` (MLPerf reference).
     """
-    rate = peak * decay_factor ** sum(epoch > boundary for boundary in decay_epochs)
+    rate = peak * lr_decay_factor ** sum(epoch > boundary for boundary in lr_decay_epochs)
     if step < warmup_steps:
         rate -= (warmup_steps - step) * rate / (warmup_steps * 2**warmup_factor)
     return rate

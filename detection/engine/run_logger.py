@@ -87,7 +87,7 @@ class Progress:
         self.totals.train_s += done.train_s
 
     def end(self, *, converged: bool, **more: object) -> None:
-        """The run is over: its last event, and the file of --summary. more: what else is to be said."""
+        """The run is over: its last event, and the file of --summary-json. more: what else is to be said."""
         now_s = time.monotonic()
         done = self.totals
         self.summarise(
@@ -108,7 +108,7 @@ class Progress:
         )
 
     def summarise(self, values: Mapping[str, object]) -> None:
-        """Write the outcome of a run, as its last event and to the file of --summary."""
+        """Write the outcome of a run, as its last event and to the file of --summary-json."""
         self.write("summary", **values)
         if self.summary_file is not None and self.ranks.is_first:
             try:

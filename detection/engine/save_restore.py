@@ -72,7 +72,7 @@ def restore(state: State, resumed: Resumed, config: RunConfig, ranks: Ranks) -> 
         state.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
         raise InputError(
-            f"{resumed.path}: the checkpoint is of another optimiser ({error}). Give --decay-biases as it was"
+            f"{resumed.path}: the checkpoint is of another optimiser ({error}). Give --weight-decay-on-bias-and-norm as it was"
         ) from error
     state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.samples, state.evaluated = saved["epoch"], saved["samples"], saved["evaluated"]

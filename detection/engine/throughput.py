@@ -1,4 +1,4 @@
-"""How fast this machine trains and evaluates: the modes benchmark-training and benchmark-inference.
+"""How fast this machine trains and evaluates: the modes bench-train and bench-infer.
 
 The steps are the loop's own (`engine.train_step`, the benchmark's `detect`), on the data that a run has, or on noise
 that is on the device already. Nothing of it is an MLPerf result, and no MLPerf log is written.
@@ -83,7 +83,7 @@ def measure(
     config, on = run.config, run.ranks.device
     run.progress.start_clock(train_loop.facts(benchmark, run, state))
     results = []
-    for kind in ("real", "made-up"):
+    for kind in ("real", "synthetic"):
         if config.benchmark_input not in ("both", kind):
             continue
         batches = prefetch(real(), on) if kind == "real" else itertools.repeat(move(made_up(), on))
@@ -98,7 +98,7 @@ def measure(
     run.progress.summarise(
         {
             **train_loop.facts(benchmark, run, state),
-            "batch_size": config.batch_size if config.mode == "benchmark-training" else config.eval_batch_size,
+            "batch_size": config.batch_size if config.mode == "bench-train" else config.eval_batch_size,
             "steps": config.benchmark_steps,
             "warmup_steps": config.benchmark_warmup,
             "results": results,

@@ -131,7 +131,7 @@ def train_timed(state: State, benchmark: Benchmark[Batch], run: Run) -> Outcome:
         log.point("eval_samples", data.eval_samples)
     progress.begin(data.steps_per_epoch * run.config.epochs, run.config.epochs, first_step=state.step)
 
-    if run.config.evaluate_first and not run.resumed:
+    if run.config.eval_before_training and not run.resumed:
         metrics = evaluate_once(state, data, benchmark, run)
         log.point("accuracy_before_training", benchmark.accuracy(metrics))
         progress.resume()
@@ -209,10 +209,10 @@ def build(benchmark: Benchmark[Batch], config: RunConfig, ranks: Ranks) -> State
         model=ranks.wrap(model, config.gradient_dtype),
         optimizer=optim.make_sgd(
             model,
-            kernels=config.sgd,
+            kernels=config.optimizer_backend,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            decay_biases=config.decay_biases,
+            weight_decay_on_bias_and_norm=config.weight_decay_on_bias_and_norm,
             bias_lr_factor=config.bias_lr_factor,
         ),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
@@ -300,14 +300,14 @@ def train_step(
 ) -> Tensor:
     """One optimiser step; returns this rank's parts of the loss, (L,), without waiting for them.
 
-    The share, on the device, is computed in `accumulation_steps` parts. Each part's loss carries the weight of the
+    The share, on the device, is computed in `grad_accum_steps` parts. Each part's loss carries the weight of the
     whole global batch, so that the sum of their gradients is the gradient of its mean. What is compiled is so for
     a full batch: the last of an epoch, which is smaller, is computed without.
     """
     optim.set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(len(benchmark.loss_names), device=ranks.device)
-    parts = split(share.batch, config.accumulation_steps)
+    parts = split(share.batch, config.grad_accum_steps)
     is_full = len(share.batch[0]) == config.batch_size
     with nullcontext() if is_full else device.eager():
         for number, part in enumerate(parts, start=1):

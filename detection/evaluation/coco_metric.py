@@ -97,7 +97,9 @@ def open_fast(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
         hotcoco = importlib.import_module("hotcoco")
     except ImportError as error:
         if required:
-            raise InputError(f"--metric hotcoco: {error}. Install it, or pass --metric auto.") from error
+            raise InputError(
+                f"--coco-eval-backend hotcoco: {error}. Install it, or pass --coco-eval-backend auto."
+            ) from error
         return None
     try:
         truth = hotcoco.COCO(str(annotation_file))

@@ -74,7 +74,7 @@ def make(folder: Path) -> int:
     detections = with_masks(folder) if masks else read_json(folder / "detections.json")
     named = config.get("val_annotations")
     files = (Path(named), Path(config["val_images"])) if named else coco.layout(Path(config["data_dir"]), "val")
-    split = coco.read(*files, allow_missing=config["allow_missing"], segmentations=masks)
+    split = coco.read(*files, skip_missing_images=config["skip_missing_images"], segmentations=masks)
     least = threshold(split, detections)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)

@@ -183,10 +183,10 @@ def judge_clock(skew_s: float) -> Finding:
 
 def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tuple[Trial | None, list[Finding]]:
     """Train two steps on noise, the second timed, and say what memory they took."""
-    fewer = "Pass a smaller --batch-size, or more --accumulation-steps, which compute it in parts."
+    fewer = "Pass a smaller --batch-size, or more --grad-accum-steps, which compute it in parts."
     of_batch = f"{config.batch_size} images"
-    if config.accumulation_steps > 1:
-        of_batch += f" in {config.accumulation_steps} parts"
+    if config.grad_accum_steps > 1:
+        of_batch += f" in {config.grad_accum_steps} parts"
     try:
         trial = try_step(benchmark, config, alone)
     except InputError as error:
@@ -195,9 +195,9 @@ def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tu
         lines = str(error).splitlines() or [type(error).__name__]
         if isinstance(error, MemoryError) or device.is_out_of_memory(str(error)):
             return None, [Finding("training step", "fail", f"{of_batch} do not fit: {lines[0]}", fewer)]
-        return None, [Finding("training step", "fail", lines[0], "See what `--mode benchmark-training` says.")]
+        return None, [Finding("training step", "fail", lines[0], "See what `--mode bench-train` says.")]
     what = f"{of_batch} in {trial.step_s:.3g} s"
-    kept_gib = config.decoded_cache_gib if config.decoded_cache == "device" else 0.0
+    kept_gib = config.image_cache_gib if config.image_cache == "device" else 0.0
     return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device, kept_gib)]
 
 
@@ -225,7 +225,7 @@ def check_device_memory(
     if kept_gib:
         what += f", decoded images {kept_gib:.1f}"
     if trial.peak_gib + kept_gib > 0.9 * total_gib:
-        smaller = "--batch-size or --decoded-cache-gib" if kept_gib else "--batch-size"
+        smaller = "--batch-size or --image-cache-gib" if kept_gib else "--batch-size"
         return Finding("device memory", "warn", what, f"Larger batches of boxes may not fit: a smaller {smaller}.")
     return Finding("device memory", "pass", what)
 

@@ -41,7 +41,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 def cache_bytes(config: RunConfig) -> int:
     """What decoded images are asked to take, where the settings say how much; else they take what is free."""
-    return int(config.decoded_cache_gib * GIB) if config.decoded_cache == "host" else 0
+    return int(config.image_cache_gib * GIB) if config.image_cache == "host" else 0
 
 
 def check_disk(folder: Path, free: int, needed: int) -> Finding:
@@ -71,7 +71,7 @@ def check_open_files(limit: int, num_workers: int, files_of_a_batch: int) -> Fin
 def check_memory(free: int, needed: int) -> Finding:
     """Whether the batches ahead and the decoded images fit beside what the ranks hold already."""
     what = f"{size(free)} free beside the ranks, batches ahead and decoded images take {size(needed)}"
-    todo = "Pass fewer --num-workers, or a smaller --decoded-cache-gib."
+    todo = "Pass fewer --num-workers, or a smaller --image-cache-gib."
     return compare("memory", free, needed, what, todo)
 
 

@@ -5,7 +5,7 @@ report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organ
 the number of classes, which follows the annotations where it is not set.
 With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
 all settings. What the closed division forbids is a mistake in both; the open division is told what the closed one would
-refuse. With --describe nothing is checked but the settings, and the layers of the network go to stdout.
+refuse. With --model-summary nothing is checked but the settings, and the layers of the network go to stdout.
 
 It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
 one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
@@ -59,7 +59,7 @@ def batch_bytes(config: Config, checks: Checks[Config]) -> int:
     """Of a batch as a worker hands it over: of its first epoch, where the device makes the images."""
     image_bytes = checks.image_bytes(config)
     if config.images_on_device:
-        image_bytes = LARGEST_FILE_BYTES if config.decoder == "device" else LARGEST_IMAGE_BYTES
+        image_bytes = LARGEST_FILE_BYTES if config.jpeg_decoder == "gpu" else LARGEST_IMAGE_BYTES
     return config.batch_size * image_bytes
 
 
@@ -67,8 +67,8 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
     """Run all checks and return the exit status."""
     dry_run = "--dry-run" in argv
     try:
-        resolved = checks.load([word for word in argv if word not in ("--dry-run", "--describe")])
-        if "--describe" in argv:
+        resolved = checks.load([word for word in argv if word not in ("--dry-run", "--model-summary")])
+        if "--model-summary" in argv:
             print(checks.layers(with_classes(resolved.config)))
             return 0
         config, system = resolved.config, read_system()
@@ -100,7 +100,7 @@ def main(argv: Sequence[str], checks: Checks[Config]) -> int:
 def with_classes(config: Config) -> Config:
     """The settings with their number of classes, before pictures that the program draws are there, too."""
     if config.num_classes == 0 and due(config):
-        categories = {"toy": toy.SHAPES, "rehearsal": coco_scenes.COCO}[config.dataset]
+        categories = {"toy": toy.SHAPES, "synthetic_coco": coco_scenes.COCO}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
     return followed(config)
 
@@ -116,8 +116,8 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
         "eval_epochs": tuple(block[-1] for block in config.blocks()),
         "dataset": config.dataset,
         "network": config.network_name,
-        "checkpoint": config.checkpoint or "none",
-        "backbone": config.backbone or "none",
+        "checkpoint": config.weights or "none",
+        "backbone": config.pretrained_backbone or "none",
         "seed": "none" if config.seed is None else config.seed,
     }
     named = f"MLPerf {config.ruleset} {config.division}"
@@ -133,7 +133,7 @@ def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> t
         said.append(f"{named}: as in the reference: {', '.join(kept)}")
     exact, peak = config.exact_lr(world_size), config.peak_lr(world_size)
     as_asked = math.isclose(peak, exact, rel_tol=1e-9)
-    rounded = "not rounded" if as_asked else f"rounded from {exact:.6g} by lr_multiple"
+    rounded = "not rounded" if as_asked else f"rounded from {exact:.6g} by lr_round_to"
     said.append(f"peak learning rate {peak:.6g}: {rounded}")
     if config.division == "closed":
         return said, [f"{rule}. Change it, or pass --division open" for rule in broken]
@@ -169,10 +169,10 @@ def check_input(config: Config, system: System, checks: Checks[Config], draw: bo
         worker_shm.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
     except InputError as error:
         mistakes.append(str(error))
-    if config.checkpoint:
+    if config.weights:
         try:
-            found = checks.network(Path(config.checkpoint), followed(config))
-            facts.append(f"checkpoint: {config.checkpoint} ({found})")
+            found = checks.network(Path(config.weights), followed(config))
+            facts.append(f"checkpoint: {config.weights} ({found})")
         except InputError as error:
             mistakes.append(str(error))
     elif config.trunk_weights:
@@ -187,8 +187,8 @@ def due(config: RunConfig) -> Callable[[], bool] | None:
     """What draws the pictures of this data set, or None: they are there, or are not to be drawn."""
     if config.dataset == "toy" and not any(config.data_dir.glob("*")):
         return partial(toy.draw, config.data_dir, toy.Drawing())
-    rehearsed = coco_sized.Drawing(config.rehearsal_images)
-    if config.dataset == "rehearsal" and not coco_sized.is_complete(config.data_dir, rehearsed):
+    rehearsed = coco_sized.Drawing(config.synthetic_images)
+    if config.dataset == "synthetic_coco" and not coco_sized.is_complete(config.data_dir, rehearsed):
         return partial(coco_sized.draw, config.data_dir, rehearsed)
     return None
 
@@ -205,7 +205,9 @@ def check_backbone(config: RunConfig) -> str:
         return backbone_urls.check(path)
     except InputError as error:
         fetch = backbone_urls.how_to_fetch(config.trunk_name, path)
-        raise InputError(f"{error}. Run {fetch}, or start at random: --backbone '' --division open") from error
+        raise InputError(
+            f"{error}. Run {fetch}, or start at random: --pretrained-backbone '' --division open"
+        ) from error
 
 
 def check_data(
@@ -222,7 +224,7 @@ def check_data(
     for name in config.reads_data:
         try:
             files = coco.files(config, name, segmentations=segmentations)
-            split = coco.read(*files, allow_missing=config.allow_missing, segmentations=segmentations)
+            split = coco.read(*files, skip_missing_images=config.skip_missing_images, segmentations=segmentations)
         except InputError as error:
             mistakes += str(error).splitlines()
             continue
@@ -257,12 +259,12 @@ def check_data(
 
 def make(folder: Path, config: RunConfig) -> None:
     """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
-    log = run_dir.log_file(folder, config.experiment)
+    log = run_dir.log_file(folder, config.run_index)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if log.exists() and config.resume == "none":
             raise InputError(
-                f"{log} is there already: choose another RUN_DIR or EXPERIMENT, or go on with it by --resume auto"
+                f"{log} is there already: choose another RUN_DIR or RUN_INDEX, or go on with it by --resume auto"
             )
         trial = folder / f".{log.name}"
         trial.touch()

@@ -78,8 +78,8 @@ def places(choice: Choice, machine: Machine, wanted: Sequence[int | None]) -> li
         physical, among, before = machine.physical(node), nodes.count(node), nodes[:rank].count(node)
         if choice == "exclusive" and len(physical) < among:
             raise InputError(
-                f"--bind exclusive: NUMA node {node} has {len(physical)} physical cores for {among} ranks. "
-                "Pass --bind node, or start fewer ranks."
+                f"--numa-binding exclusive: NUMA node {node} has {len(physical)} physical cores for {among} ranks. "
+                "Pass --numa-binding node, or start fewer ranks."
             )
         share = physical[len(physical) * before // among : len(physical) * (before + 1) // among]
         cores = frozenset().union(*share) if choice == "exclusive" else machine.nodes[node]

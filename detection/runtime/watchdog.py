@@ -54,7 +54,7 @@ class Watchdog:
     def end(self) -> None:
         """Print the stack of every thread and end the process, whatever it is doing."""
         print(
-            f"error: rank {self.rank} has made no step for {self.allowed_s:g} s (--hang-timeout-s). "
+            f"error: rank {self.rank} has made no step for {self.allowed_s:g} s (--step-timeout-s). "
             "It is here, the most recent call first:",
             file=sys.stderr,
             flush=True,

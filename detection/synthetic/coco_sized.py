@@ -159,7 +159,7 @@ def _refuse_full(folder: Path, drawing: Drawing, pictures: int) -> None:
         raise InputError(
             f"{folder}: {needed / 1e9:.2f} GB are needed for {pictures} pictures and their annotations, and its disk "
             f"has {free / 1e9:.2f} GB free. Name a folder on a larger disk, or fewer images "
-            "(--images, or REHEARSAL_IMAGES for ./run_and_time.sh)."
+            "(--images, or SYNTHETIC_IMAGES for ./run_and_time.sh)."
         )
 
 

@@ -16,7 +16,7 @@ from detection.config.settings import Resolved, System, names
 # Of one run, and not of a system.
 OF_A_RUN = {
     *("mode", "checkpoint", "benchmark_input", "benchmark_steps", "benchmark_warmup", "data_dir", "log_dir", "run_dir"),
-    *("resume", "max_steps", "experiment", "summary", "seed", "system", "platform", "caches_cleared"),
+    *("resume", "max_steps", "experiment", "summary", "seed", "system", "platform", "page_cache_dropped"),
 }
 
 

@@ -1,6 +1,6 @@
 """Which settings train fastest on this machine: tried one after the other for a bounded time, and written to a file.
 
-`python -m BENCHMARK.tune --tune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of the
+`python -m BENCHMARK.tune --autotune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of the
 config file and the flags. Each direction is followed as long as it gains; what is out of memory ends it.
 """
 
@@ -30,7 +30,7 @@ Config = TypeVar("Config", bound=RunConfig)
 Settings = Mapping[str, str]
 
 SECONDS = 300
-TUNED = ("batch_size", "accumulation_steps", "num_workers", "precision", "compile", "decoded_cache", "decoder")
+TUNED = ("batch_size", "grad_accum_steps", "num_workers", "precision", "compile", "image_cache", "jpeg_decoder")
 GAIN = 1.03  # less may be chance
 WORKERS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 20, 24, 32)
 STEPS, MOST_STEPS = 3, 50
@@ -130,11 +130,11 @@ def read(argv: Sequence[str]) -> Order:
     order, flags, words = Order(), [], list(argv)
     while words:
         word = words.pop(0)
-        if word == "--tune":
+        if word == "--autotune":
             if words and not words[0].startswith("-"):
                 seconds = words.pop(0)
                 if not seconds.isdecimal() or int(seconds) < 1:
-                    raise InputError(f"--tune {seconds}: should be a whole number of seconds")
+                    raise InputError(f"--autotune {seconds}: should be a whole number of seconds")
                 order = replace(order, seconds=int(seconds))
         elif word == "--force":
             order = replace(order, force=True)
@@ -237,13 +237,13 @@ def begin(bench: Bench, settings: dict[str, str]) -> Trial:
     """
     one = bench.try_out(settings)
     while one and one.ending == "out of memory":
-        parts = 2 * int(settings["accumulation_steps"])
+        parts = 2 * int(settings["grad_accum_steps"])
         if int(settings["batch_size"]) % parts:
             raise InputError(f"batch_size {settings['batch_size']} does not fit: pass a smaller --batch-size")
-        settings = {**settings, "accumulation_steps": str(parts)}
+        settings = {**settings, "grad_accum_steps": str(parts)}
         one = bench.try_out(settings)
     if one is None or one.ending == "out of time":
-        raise InputError("the first trial did not end in time: give --tune more seconds")
+        raise InputError("the first trial did not end in time: give --autotune more seconds")
     if one.ending == "failed":
         raise InputError(f"the first trial failed: {one.why.removeprefix('error: ')}")
     of_a_trial_s = (bench.end_s - time.monotonic()) / 20
@@ -280,7 +280,7 @@ def directions(first: Trial, config: RunConfig, system: System, num_images: int,
         Direction("num_workers", tuple(str(count) for count in reversed(WORKERS) if count < workers)),
     ]
     if device.decodes_jpeg(on):
-        others.append(Direction("decoder", ("device",)))
+        others.append(Direction("jpeg_decoder", ("gpu",)))
     if device.CAN_COMPILE:
         others.append(Direction("compile", ("off" if compiled else "on",)))
     return [batches, *others] if published else [*others, batches]
@@ -288,7 +288,7 @@ def directions(first: Trial, config: RunConfig, system: System, num_images: int,
 
 def try_cache(bench: Bench, best: Trial, steps_per_epoch: int, memories: Sequence[str]) -> Trial:
     """Measure decoded images kept in each memory, after the epoch that fills it, where there is time for that."""
-    if best.settings["decoded_cache"] != "none":
+    if best.settings["image_cache"] != "none":
         return best
     plain, settings = best, best.settings
     for memory in memories:
@@ -296,8 +296,8 @@ def try_cache(bench: Bench, best: Trial, steps_per_epoch: int, memories: Sequenc
         if fill_s > bench.end_s - time.monotonic():
             print(f"decoded images kept by the {memory} are not measured: the epoch before takes some {fill_s:.0f} s")
             return best
-        decoder = settings["decoder"] if memory == "device" else "host"
-        one = bench.try_out({**settings, "decoded_cache": memory, "decoder": decoder}, warmup=steps_per_epoch)
+        decoder = settings["jpeg_decoder"] if memory == "device" else "cpu"
+        one = bench.try_out({**settings, "image_cache": memory, "jpeg_decoder": decoder}, warmup=steps_per_epoch)
         if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
             best = one
     return best
@@ -310,7 +310,7 @@ COLUMNS = (
     "precision",
     "compile",
     "cache",
-    "decoder",
+    "jpeg_decoder",
     "img/s",
     "ms a step",
     "waits for data",
@@ -368,7 +368,7 @@ def write(
         f"expected: {found.epochs:g} epochs{'' if published else ' at most'}, {found.train_s / 60:.1f} minutes of "
         "training, evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
     ]
-    title = f"{system.nodes}×{system.ranks_per_node} {hardware(old)}, by ./run_and_time.sh --tune"
+    title = f"{system.nodes}×{system.ranks_per_node} {hardware(old)}, by ./run_and_time.sh --autotune"
     always = (*TUNED[:4], "compile")
     SystemFile(title, remarks, system, 1.5 * found.train_s, always).write(path, final, subject.prefix)
     print("\n".join([*remarks, f"wrote {path}: DGXSYSTEM={path.stem.removeprefix('config_')} ./run_and_time.sh"]))

@@ -1,4 +1,4 @@
-"""One measurement of training with certain settings: the mode benchmark-training in processes of its own."""
+"""One measurement of training with certain settings: the mode bench-train in processes of its own."""
 
 import json
 import os
@@ -59,11 +59,11 @@ def run(
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         summary = Path(folder, "summary.json")
         tried = config_file.flags(settings)
-        measured = ["--mode", "benchmark-training", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
+        measured = ["--mode", "bench-train", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
         measured += [
             "--benchmark-warmup",
             str(warmup),
-            "--summary",
+            "--summary-json",
             str(summary),
             "--run-dir",
             str(Path(folder, "run")),

@@ -64,10 +64,10 @@ def make_model(config: Config) -> Any:
     do to maskrcnn/.
     """
     backbone = resnet_fpn_backbone(
-        backbone_name=config.trunk,
+        backbone_name=config.backbone,
         weights=None,
         norm_layer=FrozenBatchNorm2d,
-        trainable_layers=len(STAGES) - config.frozen_stages,
+        trainable_layers=len(STAGES) - config.freeze_at,
     )
     for block in backbone.body.modules():
         if isinstance(block, BasicBlock | Bottleneck):
@@ -76,10 +76,10 @@ def make_model(config: Config) -> Any:
     return MaskRCNN(
         backbone,
         config.num_classes,
-        rpn_pre_nms_top_n_train=config.rpn_before_nms,
-        rpn_post_nms_top_n_train=config.rpn_after_nms,
-        rpn_batch_size_per_image=config.rpn_samples,
-        box_batch_size_per_image=config.box_samples,
+        rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n,
+        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n,
+        rpn_batch_size_per_image=config.rpn_batch_size_per_image,
+        box_batch_size_per_image=config.box_batch_size_per_image,
         _skip_resize=True,
     )
 

@@ -93,7 +93,7 @@ class MadeUpData(MaskRCNNEvalData):
 
     def __init__(self, truth: Split, scenes: list[Scene], config: Config, device: torch.device):
         self.val, self.eval_samples, self.categories = truth, len(truth), truth.categories
-        self.metric = MaskMetric(truth.annotation_file, config.metric)
+        self.metric = MaskMetric(truth.annotation_file, config.coco_eval_backend)
         label_of = {category.id: label for label, category in enumerate(truth.categories, 1)}
         self.batches: list[EvalBatch] = []
         self.answers: dict[int, Detections] = {}

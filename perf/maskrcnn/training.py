@@ -221,9 +221,9 @@ def proposal_sides(bench: Bench) -> Sides:
         towards.shape, device=bench.device
     )
     settings = ProposalSettings(
-        before_nms=config.rpn_before_nms,
-        after_nms=config.rpn_after_nms,
-        nms_iou=config.rpn_nms_iou,
+        before_nms=config.rpn_pre_nms_top_n,
+        after_nms=config.rpn_post_nms_top_n,
+        nms_threshold=config.rpn_nms_threshold,
         per_batch=False,
         legacy=False,
     )

@@ -295,7 +295,7 @@ def detect(deltas: Tensor, logits: Tensor, anchors: Anchors) -> Detections:
 
 
 def detect_one(
-    boxes_xyxy: Tensor, scores: Tensor, threshold: float = 0.05, nms_iou: float = 0.5, most: int = 200
+    boxes_xyxy: Tensor, scores: Tensor, threshold: float = 0.05, nms_threshold: float = 0.5, most: int = 200
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (D, 4), labels (D,) and scores (D,) of one image, best first, of boxes (A, 4) and scores (A, K)."""
     boxes, labels, confidences = [boxes_xyxy[:0]], [scores.new_zeros(0, dtype=torch.int64)], [scores[:0, 0]]
@@ -306,7 +306,7 @@ def detect_one(
             continue
         order = of_class[candidates].argsort(descending=True, stable=True)[:most]
         candidates = candidates[order]
-        kept = candidates[suppress(boxes_xyxy[candidates], nms_iou)]
+        kept = candidates[suppress(boxes_xyxy[candidates], nms_threshold)]
         boxes.append(boxes_xyxy[kept])
         labels.append(torch.full_like(kept, label))
         confidences.append(of_class[kept])
@@ -315,7 +315,7 @@ def detect_one(
     return torch.cat(boxes)[order], torch.cat(labels)[order], together[order]
 
 
-def suppress(boxes_xyxy: Tensor, nms_iou: float) -> list[int]:
+def suppress(boxes_xyxy: Tensor, nms_threshold: float) -> list[int]:
     """Which of the boxes (N, 4), best first, stay: the best, then the best of those that it overlaps by less, ..."""
     left = torch.arange(len(boxes_xyxy), device=boxes_xyxy.device)
     kept = []
@@ -324,5 +324,5 @@ def suppress(boxes_xyxy: Tensor, nms_iou: float) -> list[int]:
         kept.append(best)
         rest = left[1:]
         overlap = pairwise_iou(boxes_xyxy[best].unsqueeze(0), boxes_xyxy[rest])[0]
-        left = rest[overlap < nms_iou]
+        left = rest[overlap < nms_threshold]
     return kept

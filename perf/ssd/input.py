@@ -110,7 +110,7 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
 def resampled(bench: Bench, dataset: TrainImages) -> Side:
     """Batches cut and resized on the device, of images that it holds."""
     size = bench.scale.batch_size
-    config = bench.config(compile="auto", decoded_cache="device", decoded_cache_gib=1)
+    config = bench.config(compile="auto", image_cache="device", image_cache_gib=1)
     worker, cache = device_cache.make(config, dataset.split, bench.ranks)
     assert cache
     held = TrainImages(
@@ -229,7 +229,7 @@ def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
     for kept in ("", ", decoded images kept"):
         alone = Side(f"a worker's part alone{kept}, {where}", worker, len(samples))
         yield from bench.compare("input", alone, *bench.plain([pillow]), unit="img/s")
-        host = bench.config(decoded_cache="host", decoded_cache_gib=1)
+        host = bench.config(image_cache="host", image_cache_gib=1)
         dataset.pixels, _ = device_cache.make(host, dataset.split, bench.ranks)
 
 

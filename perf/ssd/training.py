@@ -46,11 +46,11 @@ def time_end_to_end(bench: Bench) -> Iterator[Result]:
 
 def memories(bench: Bench) -> list[dict[str, Any]]:
     """Where decoded images can be kept, and who else can decode them, as settings."""
-    found: list[dict[str, Any]] = [{"decoded_cache": "host"}]
+    found: list[dict[str, Any]] = [{"image_cache": "host"}]
     if bench.device.type != "cpu":
-        found.append({"decoded_cache": "device"})
+        found.append({"image_cache": "device"})
     if decodes_jpeg(bench.device):
-        found.append({"decoder": "device"})
+        found.append({"jpeg_decoder": "gpu"})
     return found
 
 
@@ -107,7 +107,7 @@ def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> 
             )
 
     where = {"none": "", "host": ", decoded images kept", "device": ", decoded images kept by the device"}
-    kept = where[config.decoded_cache] + ", decoded by the device" * (config.decoder == "device")
+    kept = where[config.image_cache] + ", decoded by the device" * (config.jpeg_decoder == "gpu")
     variant = f"{config.precision}, batch {batch_size}, {num_workers} workers, {bench.photos.name}{kept}"
     return Side(variant, in_precision(config.precision, bench, run), num_images)
 

@@ -34,7 +34,7 @@ mount_flag() {
       source=$(folder "$1" "$2")
       mount "$source" "$target" ro
       ;;
-    --summary)
+    --summary-json)
       mkdir -p "$(dirname "$2")" || die "$1 $2: its folder cannot be made"
       source=$(folder "$1" "$(dirname "$2")")
       mount "$source" "$target" rw
@@ -59,7 +59,7 @@ plan_mounts() {
   if [[ $dataset == toy ]]; then
     # shellcheck disable=SC2034 # read by the caller
     data_inside=/tmp/toy # drawn in the container
-  elif [[ $dataset == rehearsal ]]; then
+  elif [[ $dataset == synthetic_coco ]]; then
     mkdir -p "$data" || die "DATADIR=$data cannot be made"
     data=$(folder DATADIR "$data")
     mount "$data" /data rw # drawn once
@@ -73,11 +73,11 @@ plan_mounts() {
   fi
   while (($#)); do
     case $1 in
-      --train-images=* | --train-annotations=* | --val-images=* | --val-annotations=* | --checkpoint=* | \
-        --backbone=* | --summary=*)
+      --train-images=* | --train-annotations=* | --val-images=* | --val-annotations=* | --weights=* | \
+        --pretrained-backbone=* | --summary-json=*)
         mount_flag "${1%%=*}" "${1#*=}"
         ;;
-      --train-images | --train-annotations | --val-images | --val-annotations | --checkpoint | --backbone | --summary)
+      --train-images | --train-annotations | --val-images | --val-annotations | --weights | --pretrained-backbone | --summary-json)
         (($# > 1)) || die "$1 needs a value"
         mount_flag "$1" "$2"
         shift

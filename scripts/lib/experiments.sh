@@ -29,7 +29,7 @@ value_of() {
 check_series() {
   local flag value variable=${BENCHMARK^^}_SEED
   [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
-  for flag in --run-dir --log-dir --experiment; do
+  for flag in --run-dir --log-dir --run-index; do
     if value=$(value_of "$flag" "$@"); then
       die "$flag $value: each experiment has a folder and a number of its own. Name the folder of all by RUN_DIR or LOGDIR"
     fi
@@ -51,8 +51,8 @@ flags_of() {
   shift 2
   own=()
   if [[ $seed =~ ^[0-9]{1,10}$ ]]; then own+=(--seed $((10#$seed + number))); fi
-  if summary=$(value_of --summary "$@") && [[ -n $summary ]] && ((NEXP > 1)); then
-    own+=(--summary "${summary%.json}_$number.json")
+  if summary=$(value_of --summary-json "$@") && [[ -n $summary ]] && ((NEXP > 1)); then
+    own+=(--summary-json "${summary%.json}_$number.json")
   fi
   if [[ -d $folder ]]; then own+=(--resume auto); fi
 }

@@ -145,12 +145,12 @@ def test_statistics_without_a_counter_load(tmp_path):
     ("flags", "said"),
     [
         (("--network", "ssd300-r50"), "--num-classes 5"),
-        (("--num-classes", "5"), "--network ssd300-r50 --trunk resnet50"),
-        (("--network", "ssd300-r50", "--trunk", "resnet101", "--num-classes", "5"), "--trunk resnet50"),
+        (("--num-classes", "5"), "--network ssd300-r50 --backbone resnet50"),
+        (("--network", "ssd300-r50", "--backbone", "resnet101", "--num-classes", "5"), "--backbone resnet50"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused_with_the_settings_that_fit(published, flags, said):
-    config = load([*flags, "--checkpoint", str(published)], {}).config
+    config = load([*flags, "--weights", str(published)], {}).config
     with pytest.raises(InputError, match="holds ssd300-r50 on resnet50 for 5 classes, and the settings ask") as caught:
         preflight.network(published, config)
     assert said in str(caught.value)
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_settings_that_fit(p
 
 
 def test_a_checkpoint_that_fits_passes_before_the_clock(published):
-    config = load(["--network", "ssd300-r50", "--num-classes", "5", "--checkpoint", str(published)], {}).config
+    config = load(["--network", "ssd300-r50", "--num-classes", "5", "--weights", str(published)], {}).config
     assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in preflight.network(published, config)
 
 
@@ -179,7 +179,7 @@ def without(state, *names):
         (lambda state: {"model": "none"}, "no table of weights"),
         (lambda state: {"model": {"a": 1}}, "no table of weights"),
         (lambda state: {"model": {}}, "not the weights of an SSD300"),
-        (lambda state: torchvision.models.resnet18(weights=None).state_dict(), "are for --backbone"),
+        (lambda state: torchvision.models.resnet18(weights=None).state_dict(), "are for --pretrained-backbone"),
         (lambda state: without(state, "heads.2.bias"), r"lacks 1 tensors \(first: heads.2.bias\)"),
         (lambda state: state | {"backbone.x": torch.ones(1)}, r"does not know 1 tensors \(first: backbone.x\)"),
         (

@@ -38,7 +38,7 @@ def test_an_empty_variable_counts_as_unset():
 
 
 def test_an_empty_flag_overrules_the_environment():
-    assert settings("--backbone", "", SSD_BACKBONE="weights.pth").backbone == ""
+    assert settings("--pretrained-backbone", "", SSD_PRETRAINED_BACKBONE="weights.pth").pretrained_backbone == ""
 
 
 def test_a_setting_with_a_name_of_its_own_is_read_from_that_variable():
@@ -53,8 +53,8 @@ def test_a_switch_is_a_word_in_the_environment_and_a_pair_of_flags(word, value):
 
 
 def test_lists_are_written_with_commas():
-    assert settings(SSD_DECAY_EPOCHS="40, 50").decay_epochs == (40, 50)
-    assert settings("--decay-epochs", "48").decay_epochs == (48,)
+    assert settings(SSD_LR_DECAY_EPOCHS="40, 50").lr_decay_epochs == (40, 50)
+    assert settings("--lr-decay-epochs", "48").lr_decay_epochs == (48,)
 
 
 @pytest.mark.parametrize("text", ["every 5", "every-5", "every5"])
@@ -92,12 +92,15 @@ def test_all_mistakes_are_reported_at_once():
 
 
 def test_epochs_that_do_not_ascend_are_refused():
-    message = refusal("--decay-epochs", "55,44", "--eval-epochs", "5,5")
-    assert sorted(message.splitlines()) == ["--decay-epochs=55,44: should ascend", "--eval-epochs=5,5: should ascend"]
+    message = refusal("--lr-decay-epochs", "55,44", "--eval-epochs", "5,5")
+    assert sorted(message.splitlines()) == [
+        "--lr-decay-epochs=55,44: should ascend",
+        "--eval-epochs=5,5: should ascend",
+    ]
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
-    assert refusal("--accumulation-steps", "5") == "accumulation_steps 5 should divide batch_size 32"
+    assert refusal("--grad-accum-steps", "5") == "grad_accum_steps 5 should divide batch_size 32"
 
 
 @pytest.mark.parametrize(
@@ -105,12 +108,12 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
     [
         ("--batch-size", "0"),
         ("--batch-size", "1.5"),
-        ("--accumulation-steps", "0"),
+        ("--grad-accum-steps", "0"),
         ("--base-lr", "0"),
         ("--base-lr", "inf"),
         ("--warmup-steps", "-1"),
-        ("--decay-epochs", "0,5"),
-        ("--decay-epochs", "a"),
+        ("--lr-decay-epochs", "0,5"),
+        ("--lr-decay-epochs", "a"),
         ("--eval-epochs", "every 0"),
         ("--momentum", "1"),
         ("--weight-decay", "-1e-4"),
@@ -135,11 +138,11 @@ def test_a_value_out_of_range_is_refused_by_its_flag(flag, value):
     ("base_lr", "batch_size", "peak"), [(2.92e-3, 120, 0.0875), (3.2e-3, 114, 0.09), (1e-5, 1, 2.5e-3)]
 )
 def test_the_peak_learning_rate_is_the_one_that_the_submissions_logged(base_lr, batch_size, peak):
-    assert Config(base_lr=base_lr, batch_size=batch_size, lr_multiple=2.5e-3).peak_lr(world_size=8) == peak
+    assert Config(base_lr=base_lr, batch_size=batch_size, lr_round_to=2.5e-3).peak_lr(world_size=8) == peak
 
 
 def test_the_peak_learning_rate_is_linear_in_the_global_batch():
-    config = Config(batch_size=64, accumulation_steps=4)
+    config = Config(batch_size=64, grad_accum_steps=4)
     assert config.global_batch_size(4) == 256
     assert config.peak_lr(4) == pytest.approx(2.5e-3 * 8)
 
@@ -147,9 +150,9 @@ def test_the_peak_learning_rate_is_linear_in_the_global_batch():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--mode", "evaluate"), "pass --checkpoint FILE"),
-        (("--mode", "benchmark-training", "--resume", "auto"), "resumes nothing"),
-        (("--mode", "benchmark-inference", "--evaluate-first"), "--evaluate-first is for --mode train"),
+        (("--mode", "evaluate"), "pass --weights FILE"),
+        (("--mode", "bench-train", "--resume", "auto"), "resumes nothing"),
+        (("--mode", "bench-infer", "--eval-before-training"), "--eval-before-training is for --mode train"),
         (("--mode", "training"), "--mode=training: should be"),
     ],
 )
@@ -170,7 +173,7 @@ def test_blocks_cover_every_epoch_once_and_end_with_the_last(eval_epochs):
 
 
 def test_batch_norm_spans_the_part_that_is_computed_at_once():
-    values = Config(batch_size=32, accumulation_steps=4).hyperparameters(world_size=2)
+    values = Config(batch_size=32, grad_accum_steps=4).hyperparameters(world_size=2)
     assert (values["model_bn_span"], values["global_batch_size"]) == (8, 64)
 
 
@@ -251,9 +254,9 @@ def test_every_config_file_leaves_folders_and_ranks_to_the_user(system):
     environ = exported(system, DATADIR="/here", DGXNGPU="3", PRETRAINED_DIR="/weights")
     assert load([], environ).config.data_dir == Path("/here")
     assert read_system(environ).ranks_per_node == 3
-    if system not in ("toy", "rehearsal"):
+    if system not in ("toy", "synthetic_coco"):
         config = load([], environ).config
-        assert config.backbone == f"/weights/{BACKBONE_FILES[config.trunk_name]}"
+        assert config.pretrained_backbone == f"/weights/{BACKBONE_FILES[config.trunk_name]}"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_the_config_files_hold_the_recipes_of_the_submissions(system, global_bat
     config, world_size = load([], environ).config, read_system(environ).world_size
     assert config.global_batch_size(world_size) == global_batch_size
     assert config.peak_lr(world_size) == peak_lr
-    assert (config.weight_decay, config.warmup_steps, config.decay_epochs) == (weight_decay, 650, (44, 55))
+    assert (config.weight_decay, config.warmup_steps, config.lr_decay_epochs) == (weight_decay, 650, (44, 55))
 
 
 @pytest.mark.parametrize(("system", "ranks"), [("MLU370_1x1", 1), ("MLU370_1x4", 4)])
@@ -280,7 +283,7 @@ def test_cambricons_cards_are_given_the_recipe_of_ssd300_v1_1(system, ranks):
     config = load([], environ).config
     assert read_system(environ).world_size == ranks
     assert config.peak_lr(ranks) == pytest.approx(2.6e-3 * ranks)
-    assert (config.epochs, config.decay_epochs, config.warmup_steps) == (65, (43, 54), 300)
+    assert (config.epochs, config.lr_decay_epochs, config.warmup_steps) == (65, (43, 54), 300)
     assert (config.device, config.precision, config.weight_decay) == ("mlu", "fp16", 5e-4)
 
 
@@ -288,7 +291,7 @@ def test_cambricons_cards_are_given_the_recipe_of_ssd300_v1_1(system, ranks):
 def test_a_vendors_config_file_says_what_is_the_vendors_and_leaves_that_to_the_user(system):
     environ = exported(system)
     assert environ["RESET_COMMAND"] == ""
-    assert {"SSD_DEVICE", "SSD_PRECISION", "SSD_SGD"} <= environ.keys()
+    assert {"SSD_DEVICE", "SSD_PRECISION", "SSD_OPTIMIZER_BACKEND"} <= environ.keys()
     visible = "MLU_VISIBLE_DEVICES" if "MLU" in system else "CUDA_VISIBLE_DEVICES"
     assert len(environ[visible].split(",")) == read_system(environ).ranks_per_node
     assert exported(system, **{visible: "3", "RESET_COMMAND": "reset it"})[visible] == "3"
@@ -318,14 +321,14 @@ def test_a_network_of_the_background_alone_is_refused():
 def test_the_config_files_of_ssd300_v1_1_hold_its_recipe(system):
     config = load([], exported(system)).config
     assert (config.network_name, config.trunk_name, config.extras_batch_norm) == ("ssd300-r50", "resnet50", True)
-    assert (config.base_lr, config.epochs, config.decay_epochs) == (2.6e-3, 65, (43, 54))
+    assert (config.base_lr, config.epochs, config.lr_decay_epochs) == (2.6e-3, 65, (43, 54))
     assert config.eval_epochs == (21, 31, 37, 42, 48, 53, 59, 64)
-    assert (config.weight_decay, config.decay_biases, config.warmup_steps) == (5e-4, False, 300)
+    assert (config.weight_decay, config.weight_decay_on_bias_and_norm, config.warmup_steps) == (5e-4, False, 300)
     assert config.division == "open"
 
 
 def test_the_trunk_follows_the_network_unless_it_is_named():
     assert settings().network_name == "ssd300-r34"
     assert settings("--network", "ssd300-r50").trunk_name == "resnet50"
-    assert settings("--network", "ssd300-r50", "--trunk", "resnet101").network_name == "ssd300-r50 on resnet101"
-    assert "--trunk=vgg16" in refusal("--trunk", "vgg16")
+    assert settings("--network", "ssd300-r50", "--backbone", "resnet101").network_name == "ssd300-r50 on resnet101"
+    assert "--backbone=vgg16" in refusal("--backbone", "vgg16")

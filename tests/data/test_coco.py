@@ -110,14 +110,14 @@ def test_all_mistakes_come_in_one_message(folder: Path) -> None:
 
 def test_absent_images_are_refused_with_their_number_and_what_to_do(folder: Path) -> None:
     (folder / "train2017" / "000000000010.jpg").unlink()
-    message = r"names 3 images, 1 of them are not in train2017/ \(first: 000000000010.jpg\).*--allow-missing"
+    message = r"names 3 images, 1 of them are not in train2017/ \(first: 000000000010.jpg\).*--skip-missing-images"
     with pytest.raises(InputError, match=message):
         read(folder, content())
 
 
 def test_absent_images_are_left_out_with_their_boxes_when_allowed(folder: Path) -> None:
     (folder / "train2017" / "000000000020.jpg").unlink()
-    split = read(folder, content(), allow_missing=True)
+    split = read(folder, content(), skip_missing_images=True)
     assert split.image_ids.tolist() == [10, 30]
     assert split.missing_images == 1
     assert split.box_starts.tolist() == [0, 0, 2]
@@ -129,7 +129,7 @@ def test_a_folder_without_any_of_the_images_is_refused_even_when_absence_is_allo
     for path in (folder / "train2017").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="none of its 3 images"):
-        read(folder, content(), allow_missing=True)
+        read(folder, content(), skip_missing_images=True)
 
 
 def test_images_in_subfolders_are_found(folder: Path) -> None:

@@ -34,12 +34,12 @@ OPENED = {"ssd": ssd_data, "maskrcnn": maskrcnn_data}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("decoder", ["host", "device"])
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
 @pytest.mark.parametrize("benchmark", OPENED)
 def test_training_is_the_same_and_the_second_epoch_reads_no_file(benchmark, decoder, num_workers, pictures):
     plain = batches_of(OPENED[benchmark](pictures, num_workers=num_workers), 3)
     data = OPENED[benchmark](
-        pictures, num_workers=num_workers, decoder=decoder, decoded_cache="device", decoded_cache_gib=1
+        pictures, num_workers=num_workers, jpeg_decoder=decoder, image_cache="device", image_cache_gib=1
     )
     cached = batches_of(data, 3, after_first=lambda: shutil.rmtree(pictures / "train2017"))
     assert len(plain) == len(cached) > 10
@@ -125,7 +125,7 @@ def test_what_no_device_decodes_the_worker_decodes(tiny_toy, tmp_path):
 def test_a_corrupt_image_is_named(benchmark, num_workers, pictures):
     path = sorted((pictures / "train2017").iterdir())[3]
     path.write_bytes(path.read_bytes()[:-500])
-    data = OPENED[benchmark](pictures, num_workers=num_workers, decoder="device")
+    data = OPENED[benchmark](pictures, num_workers=num_workers, jpeg_decoder="gpu")
     with pytest.raises(InputError, match=rf"{path.name}: this image cannot be decoded"):
         batches_of(data, 1)
 
@@ -146,12 +146,12 @@ def test_a_file_that_only_the_device_cannot_decode_is_decoded_by_the_cpu(tiny_to
 
 def test_what_the_device_does_not_have_is_refused_before_the_clock():
     with pytest.raises(InputError, match="computes on the CPU"):
-        device_cache.check(Config(decoded_cache="device"), CPU)
-    with pytest.raises(InputError, match=r"--decoder device: .* has no decoder"):
-        device_cache.check(Config(decoder="device"), CPU)
-    device_cache.check(Config(decoded_cache="host"), CPU)
+        device_cache.check(Config(image_cache="device"), CPU)
+    with pytest.raises(InputError, match=r"--jpeg-decoder gpu: .* has no decoder"):
+        device_cache.check(Config(jpeg_decoder="gpu"), CPU)
+    device_cache.check(Config(image_cache="host"), CPU)
     with pytest.raises(ValueError, match="nothing to keep on the host"):
-        Config(decoder="device", decoded_cache="host")
+        Config(jpeg_decoder="gpu", image_cache="host")
 
 
 def test_workers_make_the_images_where_nothing_else_is_asked_for(tiny_toy):
@@ -168,7 +168,7 @@ def test_an_accelerator_makes_the_same_bytes(benchmark, pictures):
     there = Ranks(0, 1, torch.device(device.type, 0))
     plain = batches_of(OPENED[benchmark](pictures, num_workers=2), 2)
     config = {"data_dir": pictures, "dataset": "toy", "num_classes": 4, "batch_size": 5, "seed": 1, "num_workers": 2}
-    config |= {"decoded_cache": "device", "decoded_cache_gib": 1}
+    config |= {"image_cache": "device", "image_cache_gib": 1}
     for compiled in ("off", "on"):
         if benchmark == "ssd":
             data = SSDData(Config(**config, compile=compiled), there, 1)
@@ -183,13 +183,13 @@ def test_an_accelerator_makes_the_same_bytes(benchmark, pictures):
 def test_the_accelerators_own_decoder_comes_close_to_the_cpus(pictures):
     device = torch.accelerator.current_accelerator()
     try:
-        device_cache.check(Config(decoder="device"), device)
+        device_cache.check(Config(jpeg_decoder="gpu"), device)
     except InputError as error:
         pytest.skip(str(error))
     there = Ranks(0, 1, torch.device(device.type, 0))
     settings = {"data_dir": pictures, "dataset": "toy", "num_classes": 4, "batch_size": 5, "num_workers": 2}
     plain = batches_of(ssd_data(pictures, num_workers=2), 1)
-    data = SSDData(Config(**settings, seed=1, decoder="device"), there, 1)
+    data = SSDData(Config(**settings, seed=1, jpeg_decoder="gpu"), there, 1)
     for one, other in zip(plain, batches_of(data, 1), strict=True):
         difference = (one.images.int() - other.images.cpu().int()).abs()
         assert difference.float().mean() < 2  # levels of 256; decoders may round, and smooth colours, in their own way

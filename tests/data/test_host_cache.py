@@ -26,7 +26,7 @@ def epochs(folder, count, num_workers, after_first=lambda: None, **settings):
 def test_training_is_the_same_and_the_second_epoch_reads_no_file(pictures, num_workers):
     plain = epochs(pictures, 3, num_workers)
     cached = epochs(
-        pictures, 3, num_workers, after_first=lambda: shutil.rmtree(pictures / "train2017"), decoded_cache="host"
+        pictures, 3, num_workers, after_first=lambda: shutil.rmtree(pictures / "train2017"), image_cache="host"
     )
     assert len(plain) == len(cached) > 10
     for one, other in zip(plain, cached, strict=True):

@@ -79,7 +79,7 @@ def test_a_mask_of_run_lengths_is_given_back(folder: Path, compressed: bool) -> 
 
 def check_masks(annotation_file: Path, image_folder: Path) -> None:
     """Hold the masks of all boxes against those of pycocotools."""
-    split = coco.read(annotation_file, image_folder, allow_missing=True, segmentations=True)
+    split = coco.read(annotation_file, image_folder, skip_missing_images=True, segmentations=True)
     official = COCO(str(annotation_file))
     seen = 0
     for index, image_id in enumerate(split.image_ids.tolist()):

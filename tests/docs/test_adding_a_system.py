@@ -11,8 +11,8 @@ from paths import ROOT
 
 TEXT = (ROOT / "docs/ADDING_A_SYSTEM.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", TEXT, re.MULTILINE)
-SMALL = "--device cpu --batch-size 2 --trunk resnet18 --dataset toy --division open --num-workers 0 --precision fp32"
-FEW_STEPS = " --benchmark-warmup 0 --benchmark-input made-up --compile off"
+SMALL = "--device cpu --batch-size 2 --backbone resnet18 --dataset toy --division open --num-workers 0 --precision fp32"
+FEW_STEPS = " --benchmark-warmup 0 --benchmark-input synthetic --compile off"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_copied_file_is_what_a_dry_run_shows(clone, handful):
     assert done.returncode == 0, done.stderr
     for part in ("batch_size          114 images", "MLPerf 1.1.0 closed: reference_convergence", "launch:"):
         assert part in done.stdout
-    done = run(f"{dry_run} --decay-epochs 3,5", clone, handful)
+    done = run(f"{dry_run} --lr-decay-epochs 3,5", clone, handful)
     assert done.returncode == 2
     assert "forbids opt_learning_rate_decay_boundary_epochs" in done.stderr
     assert "launch:" not in done.stdout
@@ -73,7 +73,7 @@ def test_a_copied_file_is_what_a_dry_run_shows(clone, handful):
 @pytest.mark.slow
 def test_the_preflight_of_a_copied_file_checks_the_machine_and_starts_no_run(clone, handful):
     run(COMMANDS[1], clone, handful)
-    done = run(f"{COMMANDS[3]} {SMALL} --backbone ''", clone, handful)
+    done = run(f"{COMMANDS[3]} {SMALL} --pretrained-backbone ''", clone, handful)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("ready: ")
     assert "STARTING" not in done.stdout
@@ -95,7 +95,7 @@ def test_the_speed_of_a_copied_file_is_measured(clone, handful):
 
 @pytest.mark.slow
 def test_a_measured_file_passes_a_dry_run(clone, handful):
-    command = f"DATADIR=DIR {COMMANDS[0].replace('300', '60')} --trunk resnet18 --batch-size 2 --num-workers 0"
+    command = f"DATADIR=DIR {COMMANDS[0].replace('300', '60')} --backbone resnet18 --batch-size 2 --num-workers 0"
     done = run(command, clone, handful)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (clone / "config_mine.sh").is_file()

@@ -36,7 +36,7 @@ def environment(handful, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
     values = {"DATADIR": handful, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
-    for name, value in (values | {"SSD_DIVISION": "open", "SSD_DEVICE": "cpu", "SSD_TRUNK": "resnet18"}).items():
+    for name, value in (values | {"SSD_DIVISION": "open", "SSD_DEVICE": "cpu", "SSD_BACKBONE": "resnet18"}).items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -45,8 +45,8 @@ def events(folder):
 
 
 def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment, tmp_path):
-    flags = (*FLAGS, "--epochs", "1", "--target", "0", "--evaluate-first")
-    assert train.main([*flags, "--summary", str(tmp_path / "summary.json")]) == 0
+    flags = (*FLAGS, "--epochs", "1", "--target", "0", "--eval-before-training")
+    assert train.main([*flags, "--summary-json", str(tmp_path / "summary.json")]) == 0
     found = events(tmp_path / "run")
     for event in found:
         assert list(event) == documented()[event["event"]], event["event"]
@@ -79,7 +79,7 @@ def test_an_aborted_run_has_a_summary_that_says_so(tmp_path):
 
 
 def test_a_summary_that_cannot_be_written_is_refused_before_the_clock(environment, tmp_path, capsys):
-    assert train.main([*FLAGS, "--summary", str(tmp_path / "absent" / "summary.json")]) == 2
+    assert train.main([*FLAGS, "--summary-json", str(tmp_path / "absent" / "summary.json")]) == 2
     assert "summary.json: it cannot be written (No such file or directory)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result_0.txt").exists()
 

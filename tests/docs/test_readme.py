@@ -70,7 +70,7 @@ def test_a_run_takes_the_settings_of_the_readme(command):
     suffix = "" if benchmark == "ssd" else f"_{benchmark}"
     environment = exported(variables.pop("DGXSYSTEM", "toy") + suffix, **variables)
     load = {"ssd": ssd_config, "maskrcnn": maskrcnn_config}[benchmark].load
-    words = [word for word in words[1:] if word not in ("--describe", "--dry-run")]
+    words = [word for word in words[1:] if word not in ("--model-summary", "--dry-run")]
     load(words, {name: value for name, value in environment.items() if name != "PATH"})
 
 
@@ -79,7 +79,7 @@ def test_a_run_takes_the_settings_of_the_readme(command):
 def test_a_run_of_the_readme_is_what_it_would_start(command, tmp_path):
     done = bash(command if "--help" in command else f"{command} --dry-run", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "launch:" in done.stdout or "--help" in command or "--describe" in command
+    assert "launch:" in done.stdout or "--help" in command or "--model-summary" in command
 
 
 @pytest.mark.parametrize("command", OTHERS)

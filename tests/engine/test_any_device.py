@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
     reason=f"torch {torch.__version__} cannot be given a device without compiling one",
 )
 
-SMALL = ("--batch-size", "8", "--log-every", "1")
-MADE_THERE = ("--device", "auto", "--decoded-cache", "device", "--decoded-cache-gib", ".1")
+SSD_SMALL = ("--batch-size", "8", "--log-every", "1")
+MADE_THERE = ("--device", "auto", "--image-cache", "device", "--image-cache-gib", ".1")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ BACKENDS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
 """Without code for the device: what is traced, and whether it fits the next batch, is the same."""
 
 SSD = ("--dataset", "toy", "--num-classes", "4", "--batch-size", "2", "--num-workers", "0", "--compile", "on")
-SSD += ("--trunk", "resnet18", "--precision", "fp32")
+SSD += ("--backbone", "resnet18", "--precision", "fp32")
 MASK_RCNN = (*SSD, "--min-image-size", "160", "--max-image-size", "224", "--no-aspect-groups")
 
 

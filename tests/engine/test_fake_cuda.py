@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 RANKS = Ranks(rank=0, world_size=1, device=CUDA)
 COMMON = ("--num-classes", "5", "--batch-size", "2", "--eval-batch-size", "2", "--compile", "off")
-SMALL = ("--trunk", "resnet18", "--min-image-size", "96", "--max-image-size", "128", "--rpn-after-nms", "50")
+SMALL = ("--backbone", "resnet18", "--min-image-size", "96", "--max-image-size", "128", "--rpn-post-nms-top-n", "50")
 
 
 def ssd_benchmark(*flags):
@@ -98,8 +98,8 @@ def test_what_mixes_devices_is_refused_there_and_what_waits_is_counted():
     "flags",
     [
         ("--precision", "bf16"),
-        ("--precision", "fp16", "--accumulation-steps", "2"),
-        ("--precision", "fp32", "--no-channels-last", "--flip", "both"),
+        ("--precision", "fp16", "--grad-accum-steps", "2"),
+        ("--precision", "fp32", "--no-channels-last", "--flip", "horizontal+vertical"),
         ("--precision", "bf16", "--network", "ssd300-r50", "--bias-lr-factor", "2", "--freeze-batch-norm"),
     ],
 )
@@ -147,7 +147,7 @@ def test_ssd_waits_for_its_detections_however_many_images_there_are_alike(precis
         ("--precision", "bf16"),
         ("--precision", "fp16", "--batch-size", "3", "--no-channels-last"),
         ("--precision", "fp32", "--variant", "torchvision"),
-        ("--precision", "bf16", "--accumulation-steps", "2", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5"),
+        ("--precision", "bf16", "--grad-accum-steps", "2", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5"),
     ],
 )
 def test_a_training_step_of_mask_rcnn_waits_for_each_suppression_and_twice_more(flags):
@@ -156,8 +156,8 @@ def test_a_training_step_of_mask_rcnn_waits_for_each_suppression_and_twice_more(
         waited = training_waits(waits, benchmark, config)
     assert waited == {
         ("maskrcnn/rpn.py nms_there", "torchvision::nms"): 5 * config.batch_size,  # of each level of each image
-        ("maskrcnn/model.py MaskRCNN.sample", "aten::nonzero"): config.accumulation_steps,  # the regions to learn from
-        ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.accumulation_steps,  # those with a mask
+        ("maskrcnn/model.py MaskRCNN.sample", "aten::nonzero"): config.grad_accum_steps,  # the regions to learn from
+        ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.grad_accum_steps,  # those with a mask
     }
 
 

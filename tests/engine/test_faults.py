@@ -38,7 +38,7 @@ def test_a_rank_that_dies_is_named_and_takes_the_others_along(tmp_path, kind, st
 
 
 def test_a_rank_that_hangs_is_ended_with_the_stack_of_every_rank(tmp_path):
-    status, err = faulty(tmp_path, "hang 1 6", "--hang-timeout-s", "8")
+    status, err = faulty(tmp_path, "hang 1 6", "--step-timeout-s", "8")
     assert status == 1
     for rank in (0, 1):
         assert f"rank {rank} has made no step for 8 s" in err

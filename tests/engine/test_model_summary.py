@@ -1,4 +1,4 @@
-"""--describe: the network's layers, in both benchmarks."""
+"""--model-summary: the network's layers, in both benchmarks."""
 
 import re
 
@@ -15,7 +15,7 @@ from detection.engine.optim import freeze_batch_norm
 
 SSD, MASKRCNN = (ssd.config, ssd.model), (maskrcnn.config, maskrcnn.model)
 CLASSES = ("--num-classes", "5")
-SMALL = (*CLASSES, "--trunk", "resnet18")
+SMALL = (*CLASSES, "--backbone", "resnet18")
 
 
 def rows_of(table):
@@ -53,10 +53,10 @@ def test_a_layer_has_its_name_kind_and_shapes():
 
 
 @pytest.mark.parametrize("preflight", [ssd.preflight, maskrcnn.preflight])
-@pytest.mark.parametrize(("dataset", "classes"), [("coco2017", 81), ("toy", 4), ("rehearsal", 81)])
+@pytest.mark.parametrize(("dataset", "classes"), [("coco2017", 81), ("toy", 4), ("synthetic_coco", 81)])
 def test_the_layers_are_known_before_the_data_are_there(preflight, dataset, classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "none"))
-    assert preflight.main(["--describe", "--dataset", dataset]) == 0
+    assert preflight.main(["--model-summary", "--dataset", dataset]) == 0
     out, err = capsys.readouterr()
     assert f"for {classes} classes" in out.splitlines()[-1]
     assert err == ""
@@ -65,7 +65,7 @@ def test_the_layers_are_known_before_the_data_are_there(preflight, dataset, clas
 
 def test_classes_follow_the_annotations(handful, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(handful))
-    assert ssd.preflight.main(["--describe", "--dataset", "mine"]) == 0
+    assert ssd.preflight.main(["--model-summary", "--dataset", "mine"]) == 0
     assert "for 4 classes" in capsys.readouterr().out
 
 
@@ -75,7 +75,7 @@ def test_a_mistake_in_the_settings_is_one_message(tmp_path, monkeypatch, capsys)
         (["--batch-sise", "4"], "--batch-sise"),
         (["--dataset", "mine"], f"DATADIR={tmp_path / 'none'}"),
     ):
-        assert ssd.preflight.main(["--describe", *flags]) == 2
+        assert ssd.preflight.main(["--model-summary", *flags]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err

@@ -26,7 +26,7 @@ def environment(handful, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
     values = {"DATADIR": handful, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
-    for name, value in (values | {"SSD_DEVICE": "cpu", "SSD_NUM_WORKERS": "0", "SSD_TRUNK": "resnet18"}).items():
+    for name, value in (values | {"SSD_DEVICE": "cpu", "SSD_NUM_WORKERS": "0", "SSD_BACKBONE": "resnet18"}).items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -57,7 +57,7 @@ def test_a_public_checkpoint_is_evaluated_to_the_figures_of_its_detections(
     monkeypatch.setenv("DATADIR", str(data))
     torch.save({"model": checkpoint_names.to_reference(state)}, tmp_path / "reference.pt")
     summary = tmp_path / "summary.json"
-    flags = ("--mode", "evaluate", "--checkpoint", str(tmp_path / "reference.pt"), "--summary", str(summary))
+    flags = ("--mode", "evaluate", "--weights", str(tmp_path / "reference.pt"), "--summary-json", str(summary))
     assert preflight.main(flags) == 0
     assert capsys.readouterr().out.splitlines()[2] == "evaluate"
     assert train.main(list(flags)) == 0
@@ -82,15 +82,15 @@ def test_training_starts_from_a_checkpoint_and_its_own_evaluates_to_the_same_fig
 ):
     torch.save(state, tmp_path / "start.pt")
     flags = ("--batch-size", "4", "--epochs", "1", "--base-lr", "1e-12", "--target", "0", "--division", "open")
-    start = ("--checkpoint", str(tmp_path / "start.pt"), "--backbone", "absent.pth")
-    assert train.main([*flags, *start, "--summary", str(tmp_path / "trained.json")]) == 0
+    start = ("--weights", str(tmp_path / "start.pt"), "--pretrained-backbone", "absent.pth")
+    assert train.main([*flags, *start, "--summary-json", str(tmp_path / "trained.json")]) == 0
     run = tmp_path / "run"
     assert '"key": "checkpoint", "value": "start.pt"' in (run / "result_0.txt").read_text()
     (saved,) = (run / "checkpoints").iterdir()
     trained = torch.load(saved, weights_only=True)["model"]
     torch.testing.assert_close(trained["heads.0.weight"], state["heads.0.weight"], rtol=0, atol=1e-6)
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "again"))
-    again = ("--mode", "evaluate", "--checkpoint", str(saved), "--summary", str(tmp_path / "again.json"))
+    again = ("--mode", "evaluate", "--weights", str(saved), "--summary-json", str(tmp_path / "again.json"))
     assert train.main(list(again)) == 0
     figures = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("trained.json", "again.json")]
     assert figures[0] == figures[1]
@@ -99,20 +99,20 @@ def test_training_starts_from_a_checkpoint_and_its_own_evaluates_to_the_same_fig
 @pytest.mark.parametrize(
     ("mode", "phases"),
     [
-        ("benchmark-training", ["data", "forward", "backward", "optimiser"]),
-        ("benchmark-inference", ["data", "forward", "detection"]),
+        ("bench-train", ["data", "forward", "backward", "optimiser"]),
+        ("bench-infer", ["data", "forward", "detection"]),
     ],
 )
 def test_a_benchmark_mode_times_the_steps_of_the_loop(environment, tmp_path, monkeypatch, capsys, mode, phases):
     made, real_step, summary = [], train_loop.train_step, tmp_path / "summary.json"
     monkeypatch.setattr(train_loop, "train_step", lambda *args: (made.append(args[1]), real_step(*args))[1])
-    assert train.main([*BENCHMARK, "--mode", mode, "--summary", str(summary)]) == 0
+    assert train.main([*BENCHMARK, "--mode", mode, "--summary-json", str(summary)]) == 0
     shown = capsys.readouterr().out
     assert nothing_of_mlperf(tmp_path / "run", shown)
     # Of each input: one measured, one by phases; and one on noise before all of them.
-    assert len(made) == (5 if mode == "benchmark-training" else 0)
+    assert len(made) == (5 if mode == "bench-train" else 0)
     values = json.loads(summary.read_text())
-    assert [result["input"] for result in values["results"]] == ["real", "made-up"]
+    assert [result["input"] for result in values["results"]] == ["real", "synthetic"]
     for result in values["results"]:
         rate, latency = result["images_per_s"], result["latency_ms"]
         assert rate["min"] <= rate["average"] <= rate["max"]
@@ -129,7 +129,7 @@ def test_a_benchmark_mode_times_the_steps_of_the_loop(environment, tmp_path, mon
 
 def test_made_up_input_needs_no_data(environment, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
-    flags = [*BENCHMARK, "--mode", "benchmark-inference", "--benchmark-input", "made-up", "--dataset", "coco2017"]
+    flags = [*BENCHMARK, "--mode", "bench-infer", "--benchmark-input", "synthetic", "--dataset", "coco2017"]
     assert preflight.main(flags) == 0
     assert "no data set is read" in capsys.readouterr().err
     assert train.main(flags) == 0
@@ -144,22 +144,22 @@ def test_figures_of_two_ranks_are_those_of_their_sum_and_of_the_slower():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["benchmark-training", "benchmark-inference"])
+@pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
 def test_two_ranks_measure_together(environment, tmp_path, mode):
     summary = tmp_path / "summary.json"
-    done = launch(2, tmp_path / "run", *BENCHMARK, "--mode", mode, "--summary", str(summary))
+    done = launch(2, tmp_path / "run", *BENCHMARK, "--mode", mode, "--summary-json", str(summary))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("made-up input") == 1
-    assert [result["input"] for result in json.loads(summary.read_text())["results"]] == ["real", "made-up"]
+    assert done.stdout.count("synthetic input") == 1
+    assert [result["input"] for result in json.loads(summary.read_text())["results"]] == ["real", "synthetic"]
 
 
 def test_weights_of_another_network_end_before_the_clock(environment, state, tmp_path, capsys):
     torch.save(state, tmp_path / "four.pt")
     for main in (preflight.main, train.main):
-        assert main(["--mode", "evaluate", "--checkpoint", str(tmp_path / "four.pt"), "--network", "ssd300-r50"]) == 2
+        assert main(["--mode", "evaluate", "--weights", str(tmp_path / "four.pt"), "--network", "ssd300-r50"]) == 2
         shown = capsys.readouterr()
         assert shown.err.count("error:") == 1
-        assert "Pass --network ssd300-r34 --trunk resnet18 --num-classes 4" in shown.err
+        assert "Pass --network ssd300-r34 --backbone resnet18 --num-classes 4" in shown.err
         assert "Traceback" not in shown.err
 
 

@@ -162,7 +162,7 @@ def test_four_hosts_that_meet_at_an_address_train_as_one_process_does(tmp_path, 
 
 
 def test_a_host_that_is_cut_off_ends_the_run_on_both_sides_and_it_goes_on(two, whole, tmp_path):
-    nodes = two.start(tmp_path, *BATCH_OF_TWO, "--step-s", "0.5", "--hang-timeout-s", str(HANG_S))
+    nodes = two.start(tmp_path, *BATCH_OF_TWO, "--step-s", "0.5", "--step-timeout-s", str(HANG_S))
     wait_for_step(tmp_path, 4, nodes)
     two.cut_off(1)
     cut_s = time.monotonic()
@@ -200,7 +200,7 @@ def test_a_host_that_dies_is_missed_by_the_other_at_once_and_the_run_goes_on(two
 
 def test_the_launchers_start_the_ranks_of_both_hosts_again_when_one_of_them_died(two, whole, tmp_path):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    flags = (*BATCH_OF_TWO, "--resume", "auto", "--hang-timeout-s", str(HANG_S))
+    flags = (*BATCH_OF_TWO, "--resume", "auto", "--step-timeout-s", str(HANG_S))
     ended = finish(two.start(run, *flags, restarts=1, FAULT="kill 1 5", FAULT_MARK=str(mark)))
     assert [status for status, _, _ in ended] == [3, 3], ended[1][2]
     assert "resuming from" in ended[0][1]

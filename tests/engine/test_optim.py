@@ -8,7 +8,13 @@ from torch import nn
 from detection.config.settings import InputError
 from detection.engine import optim
 
-SCHEDULE = {"peak": 0.09, "warmup_steps": 650, "warmup_factor": 0.0, "decay_epochs": (44, 55), "decay_factor": 0.1}
+SCHEDULE = {
+    "peak": 0.09,
+    "warmup_steps": 650,
+    "warmup_factor": 0.0,
+    "lr_decay_epochs": (44, 55),
+    "lr_decay_factor": 0.1,
+}
 
 
 def test_warm_up_is_linear_from_zero_to_the_peak():
@@ -55,7 +61,7 @@ def test_the_update_is_fused_where_the_device_does_that(monkeypatch, lacking):
 def test_apex_is_asked_for_only_by_name_and_said_to_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     model = nn.Linear(2, 2)
-    with pytest.raises(InputError, match="--sgd apex"):
+    with pytest.raises(InputError, match="--optimizer-backend apex"):
         optim.make_sgd(model, kernels="apex", momentum=0.9, weight_decay=0.0)
 
 
@@ -70,7 +76,9 @@ def test_a_users_apex_makes_the_optimizer(monkeypatch):
 
 def test_biases_and_batch_norm_can_be_left_without_decay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = optim.make_sgd(model, kernels="torch", momentum=0.0, weight_decay=0.5, decay_biases=False)
+    optimizer = optim.make_sgd(
+        model, kernels="torch", momentum=0.0, weight_decay=0.5, weight_decay_on_bias_and_norm=False
+    )
     for parameter in model.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)

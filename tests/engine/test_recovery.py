@@ -45,12 +45,12 @@ def project(tmp_path):
 def page(word: str) -> str:
     """The one command that has a word, with checkpoints as often as a run of nine steps needs them."""
     (command,) = (command for command in COMMANDS if word in command)
-    return command.replace("500 steps", "1 steps").replace("--hang-timeout-s 120", "--hang-timeout-s 5")
+    return command.replace("500 steps", "1 steps").replace("--step-timeout-s 120", "--step-timeout-s 5")
 
 
 def start(project: Path, command: str, **extra: str) -> subprocess.Popen[str]:
     settings = {"BATCH_SIZE": "8", "NUM_WORKERS": "0", "PRECISION": "fp32", "SEED": "5"}
-    unset = ("DGXNGPU", "DGXSYSTEM", "NEXP", "EXPERIMENT", "MAX_RESTARTS", "RUN_DIR", "LOGDIR")
+    unset = ("DGXNGPU", "DGXSYSTEM", "NEXP", "RUN_INDEX", "MAX_RESTARTS", "RUN_DIR", "LOGDIR")
     environment = processes.environment(
         VENV="venv",
         CLEAR_CACHES="0",
@@ -73,7 +73,7 @@ def start(project: Path, command: str, **extra: str) -> subprocess.Popen[str]:
 def test_every_command_of_the_page_is_run_here():
     assert len(COMMANDS) == 6
     words = ("=results/mine ./run_and_time.sh --checkpoint-every", "kill -TERM", "--resume auto", "NAME.pt")
-    for word in (*words[:2], "results/mine ./run_and_time.sh --resume", words[3], "MAX_RESTARTS", "--hang-timeout-s"):
+    for word in (*words[:2], "results/mine ./run_and_time.sh --resume", words[3], "MAX_RESTARTS", "--step-timeout-s"):
         assert page(word)
 
 
@@ -124,7 +124,7 @@ def test_ranks_that_die_start_again_by_the_command_of_the_page(project):
 
 @pytest.mark.slow
 def test_a_hang_ends_by_the_command_of_the_page(project):
-    status, _, err = processes.finish(start(project, page("--hang-timeout-s"), FAULT="hang 0 4"))
+    status, _, err = processes.finish(start(project, page("--step-timeout-s"), FAULT="hang 0 4"))
     assert status == 1
     assert "rank 0 has made no step for 5 s" in err
 

@@ -86,7 +86,7 @@ def wait_for_progress(run, newest, process):
 @pytest.mark.parametrize("bind", ["off", "exclusive"])
 def test_a_signal_to_every_process_of_a_job_saves_too(tmp_path, bind):
     run = tmp_path / "run"
-    flags = ("--batch-size", "5", "--log-every", "1", "--num-workers", "2", "--bind", bind)
+    flags = ("--batch-size", "5", "--log-every", "1", "--num-workers", "2", "--numa-binding", bind)
     process = processes.start(run, *flags, "--step-s", "0.5")
     processes.wait_for(run / "metrics.jsonl", '"step": 1')
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, data workers included

@@ -137,7 +137,7 @@ def test_a_wrong_number_of_classes_ends_a_run_without_preflight_too(environment,
 
 @pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])
 def test_a_closed_run_is_refused_by_the_official_checker_only_for_its_accuracy(environment, tmp_path, ruleset):
-    decay = ("--decay-epochs", "44,55", "--ruleset", ruleset, "--division", "closed")
+    decay = ("--lr-decay-epochs", "44,55", "--ruleset", ruleset, "--division", "closed")
     assert train.main([*FEW_STEPS, *decay, "--target", "0"]) == 0
     verdict = check.check(tmp_path / "run" / "result_0.txt", ruleset)
     assert not verdict.passed
@@ -193,7 +193,7 @@ def test_a_diverged_loss_stops_the_run_as_aborted(environment, tmp_path, capsys)
     state = train.SSD300(4).backbone.state_dict()
     state["conv1.weight"] = torch.full_like(state["conv1.weight"], float("nan"))
     np.savez(tmp_path / "poison.npz", **{name: t.numpy() for name, t in state.items()})
-    assert train.main([*FEW_STEPS, "--backbone", str(tmp_path / "poison.npz")]) == 1
+    assert train.main([*FEW_STEPS, "--pretrained-backbone", str(tmp_path / "poison.npz")]) == 1
     last = events(tmp_path / "run")[-1]
     assert (last.key, last.metadata["status"]) == ("run_stop", "aborted")
     assert "eval_start" not in keys(tmp_path / "run")
@@ -214,7 +214,7 @@ def test_seeds_differ_unless_one_is_given(environment, tmp_path, monkeypatch):
     seeds = []
     for name, flags in (("a", ()), ("b", ()), ("c", ("--seed", "5")), ("d", ("--seed", "5"))):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
-        train.main([*FEW_STEPS, "--batch-size", "1", "--trunk", "resnet18", "--max-steps", "1", *flags])
+        train.main([*FEW_STEPS, "--batch-size", "1", "--backbone", "resnet18", "--max-steps", "1", *flags])
         seeds.append(next(event.value for event in events(tmp_path / name) if event.key == "seed"))
     assert seeds[0] != seeds[1]
     assert seeds[2:] == [5, 5]
@@ -249,14 +249,14 @@ def test_two_ranks_train_like_one_of_twice_the_batch_and_like_one_in_parts(
     toy.draw(data, toy.Drawing(train_images=2 * batch_size, val_images=2, seed=2))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-4", "--epochs", "1")
-    same += ("--trunk", "resnet18") if batch_size == 2 else ()
+    same += ("--backbone", "resnet18") if batch_size == 2 else ()
     same += ("--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
     whole, half = ("--batch-size", str(batch_size)), ("--batch-size", str(batch_size // 2))
-    runs = {"one": whole, "parts": (*whole, "--accumulation-steps", "2")}
+    runs = {"one": whole, "parts": (*whole, "--grad-accum-steps", "2")}
     for name, flags in runs.items():
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
         assert train.main([*same, *flags]) == 0
-    done = launch(2, tmp_path / "two", *same, *half, "--decoded-cache", "host")
+    done = launch(2, tmp_path / "two", *same, *half, "--image-cache", "host")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"key": "run_start"') == 1, "only the first rank logs"
     assert len(losses(tmp_path / "one")) >= 2
@@ -278,7 +278,7 @@ def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, mo
     toy.draw(data, toy.Drawing(train_images=2, val_images=1, seed=1))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--epochs", "1", "--num-workers", "0")
-    same += ("--trunk", "resnet18")
+    same += ("--backbone", "resnet18")
     done = launch(2, tmp_path / "2", *same, "--target", "0", "--batch-size", "1")
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "1"))

@@ -76,7 +76,7 @@ def test_annotations_that_the_fast_library_refuses_are_left_to_the_official_one(
 
 def test_an_absent_library_is_refused_by_name_and_passed_over_by_auto(truth, monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)
-    with pytest.raises(InputError, match="--metric hotcoco"):
+    with pytest.raises(InputError, match="--coco-eval-backend hotcoco"):
         BoxMetric(truth[0], "hotcoco")
     assert BoxMetric(truth[0], "auto")(rows_of(truth[1]))["AP"] == pytest.approx(1)
 

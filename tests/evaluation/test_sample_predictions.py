@@ -103,7 +103,7 @@ def run(tiny_toy, tmp_path) -> Path:
         for box, label in zip(split.boxes(0), split.image_labels(0), strict=True)
     ]
     (tmp_path / "detections.json").write_text(json.dumps(rows))
-    config = {"data_dir": str(tiny_toy), "val_annotations": "", "val_images": "", "allow_missing": False}
+    config = {"data_dir": str(tiny_toy), "val_annotations": "", "val_images": "", "skip_missing_images": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -194,7 +194,7 @@ def test_what_is_missing_is_named(run, capsys):
     assert sample_predictions.main([str(run)]) == 2
     assert "detections.json cannot be read" in capsys.readouterr().err
     (run / "detections.json").write_text("[]")
-    (run / "config.json").write_text(json.dumps({"data_dir": str(run / "gone"), "allow_missing": False}))
+    (run / "config.json").write_text(json.dumps({"data_dir": str(run / "gone"), "skip_missing_images": False}))
     assert sample_predictions.main([str(run)]) == 2
     assert "Run ./init_datasets.sh" in capsys.readouterr().err
 

@@ -180,7 +180,7 @@ def test_neither_ranks_nor_groups_change_which_images_are_trained_nor_how(tiny_t
     assert (
         trained(tiny_toy, Ranks(0, 2, CPU), batch_size=2) + trained(tiny_toy, Ranks(1, 2, CPU), batch_size=2) == whole
     )
-    assert trained(tiny_toy, ALONE, aspect_groups=False) == whole
+    assert trained(tiny_toy, ALONE, group_by_aspect_ratio=False) == whole
     assert trained(tiny_toy, ALONE, seed=6) != whole
 
 
@@ -191,7 +191,7 @@ def test_batches_are_of_wide_or_of_high_images(tiny_toy):
             for share in open_data(tiny_toy, batch_size=3, **settings).shares(1)
         )
 
-    assert mixed(aspect_groups=False) > 2 >= mixed()
+    assert mixed(group_by_aspect_ratio=False) > 2 >= mixed()
 
 
 def test_the_weights_of_an_epoch_make_each_step_a_mean_over_its_images(tiny_toy):
@@ -237,7 +237,7 @@ def test_evaluation_images_of_like_shape_come_together(tiny_toy):
 def test_decoded_images_that_are_kept_train_the_same_without_their_files(tiny_toy, tmp_path):
     folder = shutil.copytree(tiny_toy, tmp_path / "data")
     wanted = trained(folder, ALONE)
-    data = open_data(folder, decoded_cache="host")
+    data = open_data(folder, image_cache="host")
     first = [share.batch for share in data.shares(1)]
     shutil.rmtree(folder / "train2017")
     again = [share.batch for share in data.shares(1)]

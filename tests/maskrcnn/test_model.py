@@ -22,7 +22,16 @@ from maskrcnn.roi_align import roi_align
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 128, 192  # multiples of 64: torchvision's anchors of P6 have another stride elsewhere
-SMALL = ("--trunk", "resnet18", "--frozen-stages", "0", "--rpn-after-nms", "100", "--box-samples", "32")
+SMALL = (
+    "--backbone",
+    "resnet18",
+    "--freeze-at",
+    "0",
+    "--rpn-post-nms-top-n",
+    "100",
+    "--box-batch-size-per-image",
+    "32",
+)
 ALL = "100000"  # so many samples that nothing is left to chance
 BOXES = ([[10, 20, 80, 100], [90, 30, 180, 120]], [[30, 10, 150, 90]])
 LABELS = ([1, 3], [2])
@@ -97,7 +106,7 @@ def ours(torchvisions, tmp_path_factory):
     """The same weights in our model, by way of a file."""
     path = tmp_path_factory.mktemp("weights") / "torchvision.pth"
     torch.save(torchvisions.state_dict(), path)
-    config = settings("--variant", "torchvision", "--rpn-samples", ALL, "--box-samples", ALL)
+    config = settings("--variant", "torchvision", "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
     model = make_model(config)
     assert weights.load(model, config, path).origin == "torchvision"
     freeze_batch_norm(model)
@@ -167,7 +176,9 @@ def test_the_device_computes_the_losses_and_detections_of_the_cpu(ours):
     accelerator = device.choose("auto", local_rank=0)
     assert accelerator.type != "cpu"
     images, sizes_hw, truth, _ = scene()
-    there = make_model(settings("--variant", "torchvision", "--rpn-samples", ALL, "--box-samples", ALL)).to(accelerator)
+    there = make_model(
+        settings("--variant", "torchvision", "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
+    ).to(accelerator)
     there.load_state_dict(ours.state_dict())
     freeze_batch_norm(ours.train())
     freeze_batch_norm(there.train())
@@ -321,7 +332,7 @@ def test_proposals_can_be_cut_per_batch():
     images, sizes_hw = torch.zeros(2, 3, 64, 64), torch.full((2, 2), 64)
 
     def propose(per_batch):
-        how = rpn.ProposalSettings(before_nms=2000, after_nms=30, nms_iou=0.7, per_batch=per_batch, legacy=False)
+        how = rpn.ProposalSettings(before_nms=2000, after_nms=30, nms_threshold=0.7, per_batch=per_batch, legacy=False)
         return rpn.propose(logits, deltas, anchors, images, sizes_hw, how).is_proposal.sum(dim=1).tolist()
 
     assert propose(per_batch=False) == [30, 30]
@@ -352,7 +363,7 @@ def test_frozen_batch_norm_is_folded_exactly():
 
 @pytest.mark.parametrize(("stride_in_1x1", "strides"), [(True, (2, 1)), (False, (1, 2))])
 def test_the_stride_is_where_the_weights_want_it(stride_in_1x1, strides):
-    trunk = Trunk("resnet50", stride_in_1x1=stride_in_1x1, frozen_stages=1, batch_norm_eps=0.0)
+    trunk = Trunk("resnet50", stride_in_1x1=stride_in_1x1, freeze_at=1, batch_norm_eps=0.0)
     first = trunk.body.layer2[0]
     assert (first.conv1.stride[0], first.conv2.stride[0]) == strides
     trainable = {
@@ -363,14 +374,14 @@ def test_the_stride_is_where_the_weights_want_it(stride_in_1x1, strides):
 
 def test_padding_is_0_to_the_network():
     images = torch.full((1, 3, 4, 6), 7, dtype=torch.uint8)
-    for pixels in ("bgr-255", "rgb-unit"):
+    for pixels in ("caffe-bgr", "imagenet-rgb"):
         seen = normalise(images, torch.tensor([[3, 5]]), pixels)
         assert not seen[0, :, 3:].any()
         assert not seen[0, :, :, 5:].any()
         assert seen[0, :, :3, :5].all()
     blue = torch.zeros(1, 3, 1, 1)
     blue[0, 2] = 255
-    assert normalise(blue.byte(), torch.tensor([[1, 1]]), "bgr-255").flatten().tolist() == pytest.approx(
+    assert normalise(blue.byte(), torch.tensor([[1, 1]]), "caffe-bgr").flatten().tolist() == pytest.approx(
         [255 - 102.9801, -115.9465, -122.7717], abs=1e-3
     )
 
@@ -451,7 +462,7 @@ def test_detectrons_pickle_loads_into_the_trunk_and_means_the_same(tmp_path):
     resnet = torchvision.models.resnet50(weights=None)
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps(detectrons(resnet.state_dict()), protocol=2))
-    config = settings("--backbone", str(path))
+    config = settings("--pretrained-backbone", str(path))
     model = make_model(config)
     weights.load_trunk(model, config)
     for name, tensor in model.backbone.body.state_dict().items():
@@ -462,10 +473,10 @@ def test_detectrons_pickle_loads_into_the_trunk_and_means_the_same(tmp_path):
 
 def test_imagenet_weights_of_the_other_kind_are_refused(tmp_path):
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "resnet50.pth")
-    config = settings("--backbone", str(tmp_path / "resnet50.pth"))
+    config = settings("--pretrained-backbone", str(tmp_path / "resnet50.pth"))
     with pytest.raises(InputError, match=r"torchvision's, and .* for MSRA's: name R-50\.pkl"):
         weights.load_trunk(make_model(config), config)
-    config = settings("--variant", "torchvision", "--backbone", str(tmp_path / "resnet50.pth"))
+    config = settings("--variant", "torchvision", "--pretrained-backbone", str(tmp_path / "resnet50.pth"))
     model = make_model(config)
     weights.load_trunk(model, config)
 
@@ -481,12 +492,12 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
 
 def test_the_variant_sets_what_is_not_set_by_itself():
-    resolved = load(["--variant", "torchvision", "--box-beta", "0.5"], {"MASKRCNN_TRUNK_STRIDE": "1x1"})
+    resolved = load(["--variant", "torchvision", "--box-smooth-l1-beta", "0.5"], {"MASKRCNN_STRIDE_IN_1X1": "true"})
     config = resolved.config
-    assert (config.box_beta, config.trunk_stride, config.pixels) == (0.5, "1x1", "rgb-unit")
+    assert (config.box_smooth_l1_beta, config.stride_in_1x1, config.input_format) == (0.5, True, "imagenet-rgb")
     assert resolved.sources["pixels"] == "variant torchvision"
     changed = {name for name in TORCHVISION if getattr(config, name) != getattr(load([], {}).config, name)}
-    assert changed == set(TORCHVISION) - {"trunk_stride"}
+    assert changed == set(TORCHVISION) - {"stride_in_1x1"}
 
 
 @pytest.mark.parametrize(

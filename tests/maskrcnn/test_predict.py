@@ -29,9 +29,14 @@ SCORE = 0.28  # of four classes that are as likely, a few are above
 
 
 def settings(**changed):
-    small = {"trunk": "resnet18", "frozen_stages": 0, "freeze_batch_norm": False, "batch_norm_eps": 1e-5}
-    sizes = {"min_image_size": 64, "max_image_size": 96, "anchor_sizes": (16, 32, 48, 64, 96), "pixels": "rgb-unit"}
-    few = {"rpn_before_nms_eval": 100, "rpn_after_nms_eval": 12, "max_detections": 6}
+    small = {"trunk": "resnet18", "freeze_at": 0, "freeze_batch_norm": False, "batch_norm_eps": 1e-5}
+    sizes = {
+        "min_image_size": 64,
+        "max_image_size": 96,
+        "anchor_sizes": (16, 32, 48, 64, 96),
+        "input_format": "imagenet-rgb",
+    }
+    few = {"rpn_pre_nms_top_n_eval": 100, "rpn_post_nms_top_n_eval": 12, "max_detections": 6}
     return Config(dataset="toy", num_classes=4, **{**small, **sizes, **few, **changed})
 
 
@@ -137,7 +142,7 @@ def test_the_network_is_made_by_the_settings_in_its_checkpoint(any_network):
     assert (network.min_size_px, network.max_size_px) == (64, 96)
     assert [category.name for category in network.categories] == list(NAMES)
     made = network.model.settings
-    assert (made.trunk, made.pixels, made.anchor_sizes_px) == ("resnet18", "rgb-unit", (16, 32, 48, 64, 96))
+    assert (made.trunk, made.pixels, made.anchor_sizes_px) == ("resnet18", "imagenet-rgb", (16, 32, 48, 64, 96))
     assert (made.score_threshold, made.max_detections, made.num_classes) == (0.5, 6, 4)
     assert not network.model.training
 
@@ -145,7 +150,7 @@ def test_the_network_is_made_by_the_settings_in_its_checkpoint(any_network):
 def test_torchvisions_checkpoint_takes_its_own_settings_and_cocos_names(tmp_path):
     state = {"box_head.predictor.cls_score.bias": torch.zeros(81)}
     config = pretrained.settings_of(weights.Weights(state, weights.TORCHVISION), 0.4, tmp_path)
-    assert (config.variant, config.trunk_stride, config.pixels) == ("torchvision", "3x3", "rgb-unit")
+    assert (config.variant, config.stride_in_1x1, config.input_format) == ("torchvision", False, "imagenet-rgb")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
     wanted = [(category.id, category.name) for category in coco_scenes.COCO]
     assert [(category.id, category.name) for category in pretrained.coco_categories()] == wanted

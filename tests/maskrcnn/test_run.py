@@ -100,7 +100,7 @@ def test_a_checkpoint_is_evaluated_to_the_same_figures(whole, run, tmp_path):
     folder, _ = whole
     checkpoint = run_dir.checkpoints(folder)[-1].path
     summary = tmp_path / "summary.json"
-    flags = ("--mode", "evaluate", "--checkpoint", str(checkpoint), "--summary", str(summary))
+    flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
     status, _ = run(*flags, name="evaluation")
     assert status == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -109,13 +109,13 @@ def test_a_checkpoint_is_evaluated_to_the_same_figures(whole, run, tmp_path):
     assert len(trained) == 24
 
 
-@pytest.mark.parametrize("mode", ["benchmark-training", "benchmark-inference"])
+@pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
 def test_the_benchmark_modes_say_how_fast_it_is(run, tmp_path, mode):
     summary = tmp_path / "summary.json"
-    flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary", str(summary))
+    flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary-json", str(summary))
     assert run(*flags)[0] == 0
     results = json.loads(summary.read_text())["results"]
-    assert [result["input"] for result in results] == ["real", "made-up"]
+    assert [result["input"] for result in results] == ["real", "synthetic"]
     assert all(result["images_per_s"]["median"] > 0 for result in results)
 
 
@@ -157,18 +157,18 @@ def test_every_config_file_passes_a_dry_run_and_the_rules(path):
     ("flags", "rule"),
     [
         (("--base-lr", "0.0025"), "opt_base_learning_rate"),
-        (("--decay-images", "1000000,1500000"), "opt_learning_rate_decay_steps"),
+        (("--lr-decay-images", "1000000,1500000"), "opt_learning_rate_decay_steps"),
         (("--min-image-size", "600"), "min_image_size"),
-        (("--rpn-after-nms", "1500"), "num_image_candidates"),
+        (("--rpn-post-nms-top-n", "1500"), "num_image_candidates"),
         (("--mask-target", "0.3"), "mask_target"),
         (("--eval-epochs", "every 2"), "eval_epochs"),
-        (("--backbone", ""), "backbone"),
+        (("--pretrained-backbone", ""), "backbone"),
         (("--seed", "0"), "seed"),
         (("--no-proposals-per-batch",), "proposals_per_batch"),
     ],
 )
 def test_what_the_closed_division_forbids_is_named(flags, rule):
-    config = load(["--batch-size", "16", "--backbone", "R-50.pkl", *flags], {}).config
+    config = load(["--batch-size", "16", "--pretrained-backbone", "R-50.pkl", *flags], {}).config
     _, broken = judge(config, preflight.recipe(config, 4), 4)
     assert len(broken) == 1
     assert rule in broken[0]

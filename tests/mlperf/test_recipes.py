@@ -28,7 +28,7 @@ def test_a_published_batch_has_the_recipe_of_its_config_file(system, ranks):
 @pytest.mark.parametrize("batch", [1, 8, 48, 128, 500, 900, 1000, 1100, 1300, 1536, 1800, 2048, 3000, 4096])
 def test_ssd_keeps_every_rule_with_the_recipe_of_any_batch(batch):
     words = flags(ssd_tune.settings(recipes.recipe("ssd", batch)))
-    words += ["--batch-size", str(batch), "--eval-epochs", "every 5", "--backbone", "resnet34.pth"]
+    words += ["--batch-size", str(batch), "--eval-epochs", "every 5", "--pretrained-backbone", "resnet34.pth"]
     config = ssd_config.load(words, {}).config
     assert run_checks.judge(config, ssd_preflight.recipe(config, 1), 1)[1] == []
 
@@ -36,7 +36,7 @@ def test_ssd_keeps_every_rule_with_the_recipe_of_any_batch(batch):
 @pytest.mark.parametrize("batch", [4, 16, 40, 48, 56, 64, 96, 112, 128, 192, 256])
 def test_mask_rcnn_keeps_every_rule_with_the_recipe_of_any_batch(batch):
     words = flags(maskrcnn_tune.settings(recipes.recipe("maskrcnn", batch)))
-    config = maskrcnn_config.load([*words, "--batch-size", str(batch), "--backbone", "R-50.pkl"], {}).config
+    config = maskrcnn_config.load([*words, "--batch-size", str(batch), "--pretrained-backbone", "R-50.pkl"], {}).config
     broken = run_checks.judge(config, maskrcnn_preflight.recipe(config, 1), 1)[1]
     assert broken == []
 

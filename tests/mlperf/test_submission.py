@@ -344,4 +344,4 @@ def test_the_commit_that_the_page_gives_an_image_is_one_that_a_run_takes(reposit
     commit = git(repository, *shlex.split(command)[1:])
     assert commit == git(repository, "rev-parse", "HEAD")
     for named in (commit, f"{commit}-dirty"):
-        assert load(["--commit", named], {}).config.commit == named
+        assert load(["--source-commit", named], {}).config.source_commit == named

@@ -33,8 +33,8 @@ def bench(tmp_path_factory):
 
 
 def test_both_steps_have_the_same_losses_however_many_are_timed(bench):
-    flags = ("--variant", "torchvision", "--trunk", "resnet18", "--precision", "fp32", "--rpn-after-nms", "200")
-    config = parts.configured(bench, *flags, "--rpn-samples", ALL, "--box-samples", ALL)
+    flags = ("--variant", "torchvision", "--backbone", "resnet18", "--precision", "fp32", "--rpn-post-nms-top-n", "200")
+    config = parts.configured(bench, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
     ours, (theirs,) = parts.step_sides(bench, config)
     first = ours.run()
     assert first.shape == (len(baseline.LOSSES),)
@@ -46,7 +46,9 @@ def test_both_steps_have_the_same_losses_however_many_are_timed(bench):
 
 
 def test_both_trunks_have_the_same_features(bench):
-    ours, theirs = parts.trunk_sides(bench, parts.configured(bench, "--variant", "torchvision", "--trunk", "resnet18"))
+    ours, theirs = parts.trunk_sides(
+        bench, parts.configured(bench, "--variant", "torchvision", "--backbone", "resnet18")
+    )
     features = ours.run()
     assert [level.shape[1] for level in features] == [256] * 5
     for side in theirs:

@@ -60,7 +60,7 @@ def measured(tmp_path_factory, tiny_toy):
         patch.setattr("perf.ssd.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
         for name in ("maskrcnn.BOX_REGIONS", "maskrcnn.MASK_REGIONS", "maskrcnn_evaluation.DETECTIONS_PER_IMAGE"):
             patch.setattr(f"perf.{name}", 4)
-        less = ("--trunk", "resnet18", "--box-samples", "16")
+        less = ("--backbone", "resnet18", "--box-batch-size-per-image", "16")
         patch.setattr(training, "configured", lambda bench, *flags: configured(bench, *flags, *less))
         assert main(argv, TINY) == 0
     by_part = {}

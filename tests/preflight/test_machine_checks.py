@@ -93,7 +93,7 @@ def test_clocks_that_are_apart_are_told_by_how_much(skew_s, verdict):
 def test_a_step_that_fills_the_device_is_warned_of(total_gib, kept_gib, verdict):
     found = machine_checks.check_device_memory(Trial(1.0, peak_gib=3.8, gradient_bytes=1), CARD, kept_gib, total_gib)
     assert found.verdict == verdict
-    assert ("--decoded-cache-gib" in found.what_to_do) == (kept_gib == 6)
+    assert ("--image-cache-gib" in found.what_to_do) == (kept_gib == 6)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,9 @@ def test_a_card_that_torch_does_not_see_is_warned_of(monkeypatch):
 
 
 def test_a_step_is_tried_and_its_gradient_is_that_of_the_network(handful):
-    config = settings(handful, "--num-classes", "4", "--batch-size", "2", "--trunk", "resnet18", "--precision", "fp32")
+    config = settings(
+        handful, "--num-classes", "4", "--batch-size", "2", "--backbone", "resnet18", "--precision", "fp32"
+    )
     alone = Ranks(0, 1, CPU)
     made = benchmark(config, alone)
     trial, found = machine_checks.check_step(made, config, alone)
@@ -137,8 +139,8 @@ def test_a_step_is_tried_and_its_gradient_is_that_of_the_network(handful):
     [
         (RuntimeError("device: out of memory. Tried to allocate 20 GiB\nmore"), "do not fit", "smaller --batch-size"),
         (MemoryError(), "do not fit", "smaller --batch-size"),
-        (RuntimeError("no kernel image is available"), "no kernel image", "--mode benchmark-training"),
-        (InputError("--sgd apex: it is not installed"), "apex", "Change"),
+        (RuntimeError("no kernel image is available"), "no kernel image", "--mode bench-train"),
+        (InputError("--optimizer-backend apex: it is not installed"), "apex", "Change"),
     ],
 )
 def test_a_step_that_cannot_be_made_fails_with_its_reason(handful, monkeypatch, error, what, todo):
@@ -194,14 +196,14 @@ def test_an_image_that_cannot_be_decoded_or_is_another_fails(data):
 
 
 def test_a_backbone_is_checked_and_its_absence_fails(data, tmp_path):
-    flags = ("--backbone", str(tmp_path / "resnet34-333f7ec4.pth"))
+    flags = ("--pretrained-backbone", str(tmp_path / "resnet34-333f7ec4.pth"))
     found, what = verdicts(data, *flags)
     assert ("backbone", "fail") in found
     assert "./get_resnet34_backbone.sh" in what
     content = b"\x80\x02 weights"
     name = tmp_path / f"resnet34-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     name.write_bytes(content)
-    assert ("backbone", "pass") in verdicts(data, "--backbone", str(name))[0]
+    assert ("backbone", "pass") in verdicts(data, "--pretrained-backbone", str(name))[0]
 
 
 def test_coco_is_held_against_its_counts_and_the_sum_of_its_annotations(data):
@@ -227,7 +229,7 @@ def test_data_that_are_called_coco_2017_are_checked_to_be(data):
 
 def test_pictures_that_are_not_drawn_yet_and_noise_are_no_mistake(tmp_path):
     assert verdicts(tmp_path / "new")[0] == {("data", "pass"), ("backbone", "pass")}
-    flags = ("--mode", "benchmark-training", "--benchmark-input", "made-up", "--dataset", "coco2017")
+    flags = ("--mode", "bench-train", "--benchmark-input", "synthetic", "--dataset", "coco2017")
     assert verdicts(tmp_path / "new", *flags)[0] == {("data", "pass"), ("backbone", "pass")}
 
 
@@ -262,10 +264,10 @@ def test_on_a_terminal_lines_are_broken_below_where_they_begin_and_names_of_file
     [
         (("--division", "open"), ["pass"], "MLPerf 1.1.0 open lets it start"),
         (("--division", "open", "--ruleset", "0.7.0", "--target", ".1"), ["warn"], "0.7.0 open forbids target: 0.1"),
-        (("--division", "closed", "--dataset", "coco2017", "--eval-epochs", "every 5", "--backbone", "a.pth"),
+        (("--division", "closed", "--dataset", "coco2017", "--eval-epochs", "every 5", "--pretrained-backbone", "a.pth"),
          ["pass"], "MLPerf 1.1.0 closed lets it start"),
         (("--division", "closed", "--momentum", ".8"), ["fail"] * 4, "closed forbids momentum: 0.8"),
-        (("--mode", "benchmark-training"), ["pass"], "is no MLPerf run"),
+        (("--mode", "bench-train"), ["pass"], "is no MLPerf run"),
     ],
 )  # fmt: skip
 def test_the_rules_are_checked_with_the_machine(tmp_path, flags, verdicts, text):
@@ -277,7 +279,7 @@ def test_the_rules_are_checked_with_the_machine(tmp_path, flags, verdicts, text)
 
 
 def flags_of(folder):
-    recipe = ("--dataset", "toy", "--data-dir", str(folder), "--trunk", "resnet18", "--batch-size", "2")
+    recipe = ("--dataset", "toy", "--data-dir", str(folder), "--backbone", "resnet18", "--batch-size", "2")
     return (*recipe, "--division", "open", "--device", "cpu")
 
 

@@ -33,7 +33,7 @@ def check(monkeypatch, tmp_path, pictures, capsys):
     """Run preflight on the drawn pictures; returns status, stdout, stderr."""
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
-    for name in ("RUN_DIR", "NODE_RANK", "EXPERIMENT", "CACHES_CLEARED"):
+    for name in ("RUN_DIR", "NODE_RANK", "RUN_INDEX", "PAGE_CACHE_DROPPED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOGDIR", str(tmp_path / "results"))
     monkeypatch.setenv("DATADIR", str(pictures))
@@ -161,7 +161,7 @@ def test_mistakes_of_settings_are_errors_a_line_each(check):
 
 
 def test_mistakes_of_data_and_backbone_are_reported_together(check):
-    status, _, err = check("--num-classes", "81", "--batch-size", "1000", "--backbone", "absent.pth")
+    status, _, err = check("--num-classes", "81", "--batch-size", "1000", "--pretrained-backbone", "absent.pth")
     assert status == 2
     for part in ("--num-classes 4", "--batch-size", "absent.pth is not there"):
         assert part in err
@@ -174,17 +174,17 @@ def npz(folder: Path) -> Path:
 
 
 def test_a_sound_backbone_passes(check, tmp_path):
-    assert check("--backbone", str(npz(tmp_path)))[0] == 0
+    assert check("--pretrained-backbone", str(npz(tmp_path)))[0] == 0
     content = b"\x80\x02 as torch wrote them once"
     published = tmp_path / f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     published.write_bytes(content)
-    assert check("--backbone", str(published))[0] == 0
+    assert check("--pretrained-backbone", str(published))[0] == 0
 
 
 def test_a_backbone_that_is_cut_off_is_refused(check, tmp_path):
     path = npz(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    status, _, err = check("--backbone", str(path))
+    status, _, err = check("--pretrained-backbone", str(path))
     assert status == 2
     assert "damaged or cut off" in err
 
@@ -203,13 +203,13 @@ def test_a_backbone_with_flipped_bits_is_refused(check, tmp_path):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    assert check("--backbone", str(path))[0] == 2
+    assert check("--pretrained-backbone", str(path))[0] == 2
 
 
 def test_a_backbone_that_is_not_what_its_name_says_is_refused(check, tmp_path):
     path = tmp_path / "resnet34-333f7ec4.pth"
     path.write_bytes(b"\x80\x02 something else")
-    status, _, err = check("--backbone", str(path))
+    status, _, err = check("--pretrained-backbone", str(path))
     assert status == 2
     assert "not with 333f7ec4" in err
 
@@ -219,7 +219,7 @@ def test_a_log_that_is_there_is_not_written_over(check, tmp_path):
     status, _, err = check(RUN_DIR=tmp_path)
     assert status == 2
     assert "result_0.txt is there already" in err
-    assert check("--experiment", "1", RUN_DIR=tmp_path)[0] == 0
+    assert check("--run-index", "1", RUN_DIR=tmp_path)[0] == 0
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(check, tmp_path):
@@ -236,7 +236,15 @@ def test_only_the_first_node_makes_the_run_folder(check, tmp_path):
 
 def closed(pictures, *flags):
     """A recipe of the closed division on the drawn pictures."""
-    data = (*own_data(pictures), "--dataset", "coco2017", "--num-classes", "4", "--backbone", str(npz(pictures.parent)))
+    data = (
+        *own_data(pictures),
+        "--dataset",
+        "coco2017",
+        "--num-classes",
+        "4",
+        "--pretrained-backbone",
+        str(npz(pictures.parent)),
+    )
     return (*data, "--division", "closed", *flags)
 
 
@@ -245,7 +253,9 @@ EVERY_FIFTH = ("--eval-epochs", "every 5")
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_a_closed_run_that_breaks_a_rule_is_refused_with_its_name(check, pictures, dry_run, tmp_path):
-    flags = closed(pictures, *EVERY_FIFTH, "--target", "0.1", "--decay-epochs", "3,5", "--flip", "both")
+    flags = closed(
+        pictures, *EVERY_FIFTH, "--target", "0.1", "--lr-decay-epochs", "3,5", "--flip", "horizontal+vertical"
+    )
     status, out, err = check(*flags, *dry_run)
     assert status == 2
     mistakes = [line for line in err.splitlines() if line.startswith("error:")]
@@ -277,7 +287,7 @@ def test_every_start_says_what_the_ruleset_makes_of_each_value(check, pictures, 
         f"reference_convergence: {points}",
     ):
         assert part in err
-    assert "as in the reference: momentum, decay_factor" in err
+    assert "as in the reference: momentum, lr_decay_factor" in err
     assert "forbids" not in err
     assert check(*closed(pictures, "--ruleset", ruleset, "--eval-epochs", "7"))[0] == 2
 
@@ -286,8 +296,8 @@ def test_every_start_says_what_the_ruleset_makes_of_each_value(check, pictures, 
     ("flags", "said"),
     [
         (("--seed", "1"), "seed: 1 (allowed: none: from the clock or the system's randomness)"),
-        (("--backbone", ""), "backbone: none (allowed: weights of the ImageNet trunk"),
-        (("--allow-missing",), "allow_missing: True (allowed: False"),
+        (("--pretrained-backbone", ""), "backbone: none (allowed: weights of the ImageNet trunk"),
+        (("--skip-missing-images",), "skip_missing_images: True (allowed: False"),
     ],
 )
 def test_a_seed_that_is_chosen_an_untrained_trunk_and_images_left_out_are_not_for_closed(check, pictures, flags, said):
@@ -309,16 +319,16 @@ def test_the_open_division_starts_and_notes_what_the_closed_one_would_refuse(che
 
 def test_a_rate_that_is_rounded_is_said_to_be(check):
     assert "peak learning rate 0.0003125: not rounded" in check()[2]
-    rounded = check("--lr-multiple", "0.0025")[2]
-    assert "peak learning rate 0.0025: rounded from 0.0003125 by lr_multiple" in rounded
-    whole = check("--lr-multiple", "0.0025", "--base-lr", "3.2e-3", "--batch-size", "2400", "--dry-run")[1]
+    rounded = check("--lr-round-to", "0.0025")[2]
+    assert "peak learning rate 0.0025: rounded from 0.0003125 by lr_round_to" in rounded
+    whole = check("--lr-round-to", "0.0025", "--base-lr", "3.2e-3", "--batch-size", "2400", "--dry-run")[1]
     assert "peak learning rate 0.24: not rounded" in whole  # 0.24000000000000002 before
 
 
 def test_mask_rcnn_is_held_to_its_own_rules_and_its_masks_are_read(check, pictures, tmp_path, capsys):
     check()
     flags = ["--dataset", "coco2017", "--num-classes", "4", "--batch-size", "1", "--num-workers", "0"]
-    flags += ["--backbone", str(npz(tmp_path))]
+    flags += ["--pretrained-backbone", str(npz(tmp_path))]
     status = maskrcnn_preflight.main([*own_data(pictures), *flags])
     err = capsys.readouterr().err
     assert status == 2
@@ -362,6 +372,6 @@ def test_a_checkpoint_is_held_against_the_classes_of_the_annotations(check, tmp_
     for num_classes, status in ((4, 0), (5, 2)):
         path = tmp_path / f"{num_classes}.pt"
         torch.save(SSD300(num_classes, "resnet18").state_dict(), path)
-        got, _, err = check("--mode", "evaluate", "--checkpoint", str(path), "--trunk", "resnet18")
+        got, _, err = check("--mode", "evaluate", "--weights", str(path), "--backbone", "resnet18")
         assert got == status, err
         assert f"ssd300-r34 on resnet18 for {num_classes} classes" in err

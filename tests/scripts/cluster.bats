@@ -4,8 +4,8 @@
 load scripts
 
 setup() {
-  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
-    BENCHMARK EXPERIMENT NEXP CONT DATESTAMP PRETRAINED_DIR DOCKER REQUEUE
+  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT PAGE_CACHE_DROPPED \
+    BENCHMARK RUN_INDEX NEXP CONT DATESTAMP PRETRAINED_DIR DOCKER REQUEUE
   # shellcheck disable=SC2154 # of scripts.bash
   page=$repository/docs/CLUSTER.md
   folder="$BATS_TEST_TMPDIR/a clone"
@@ -22,8 +22,8 @@ all=$*
 if [[ $2 == *.preflight ]]; then
   mkdir -p "${RUN_DIR:=run}" && printf '%s\n' Lab "$RUN_DIR" train 7
 else
-  echo "train $EXPERIMENT $RUN_DIR node $NODE_RANK ${all##*ssd.train}" >>"$CALLS"
-  echo '{"key": "run_stop", "metadata": {"status": "success", "epoch_num": 1}}' >"$RUN_DIR/result_${EXPERIMENT:-0}.txt"
+  echo "train $RUN_INDEX $RUN_DIR node $NODE_RANK ${all##*ssd.train}" >>"$CALLS"
+  echo '{"key": "run_stop", "metadata": {"status": "success", "epoch_num": 1}}' >"$RUN_DIR/result_${RUN_INDEX:-0}.txt"
 fi
 END_PYTHON
   for name in docker sbatch scancel scontrol git; do
@@ -72,7 +72,7 @@ all() {
   grep --quiet --line-regexp 'docker build -t detection --build-arg COMMIT=abc123 .' "$CALLS"
   [ "$(grep --count '^docker run' "$CALLS")" -eq 11 ]
   [ "$(grep --count 'RUN_DIR=/results/toy/ssd/2026-01-31_12-00-00/experiment_' "$CALLS")" -eq 5 ]
-  tail -n 1 "$CALLS" | grep --quiet -e '--mode evaluate --checkpoint /own/checkpoint/FILE$'
+  tail -n 1 "$CALLS" | grep --quiet -e '--mode evaluate --weights /own/checkpoint/FILE$'
 }
 
 @test "several nodes: one run on each, and five by the first" {

@@ -4,8 +4,8 @@
 load scripts
 
 setup() {
-  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
-    OMP_NUM_THREADS BENCHMARK RESET_COMMAND NEXP EXPERIMENT
+  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT PAGE_CACHE_DROPPED \
+    OMP_NUM_THREADS BENCHMARK RESET_COMMAND NEXP RUN_INDEX
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
   cp "$repository/run_and_time.sh" "$repository"/{series,systems}.sh "$repository"/config_*.sh "$folder"
@@ -19,7 +19,7 @@ echo "setup $*" >>"$calls"
 END
   cat >"$folder/venv/bin/python" <<'END'
 #!/usr/bin/env bash
-echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $CACHES_CLEARED, $DATADIR]" >>"$calls"
+echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $PAGE_CACHE_DROPPED, $DATADIR]" >>"$calls"
 case $2 in
   *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
   detection.evaluation.sample_predictions | detection.report.html_report) exit "${REPORT:-0}" ;;
@@ -143,13 +143,13 @@ run_and_time() {
   [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
-@test "--describe lists the layers once, of several experiments too, and launches nothing" {
-  NEXP=3 run_and_time --describe --trunk resnet50
+@test "--model-summary lists the layers once, of several experiments too, and launches nothing" {
+  NEXP=3 run_and_time --model-summary --backbone resnet50
   [ "$status" -eq 0 ]
   [[ $output != *STARTING* ]]
   [ "$(grep --count python "$calls")" -eq 1 ]
-  grep -qF -- "-m ssd.preflight --describe --trunk resnet50 [" "$calls"
-  PREFLIGHT=2 run_and_time --describe --typo
+  grep -qF -- "-m ssd.preflight --model-summary --backbone resnet50 [" "$calls"
+  PREFLIGHT=2 run_and_time --model-summary --typo
   [ "$status" -eq 2 ]
 }
 
@@ -164,10 +164,10 @@ run_and_time() {
   done
 }
 
-@test "--tune hands all flags to the tuning, which starts no run" {
-  run_and_time --batch-size 8 --tune 60 --name mine
+@test "--autotune hands all flags to the tuning, which starts no run" {
+  run_and_time --batch-size 8 --autotune 60 --name mine
   [ "$status" -eq 0 ]
-  grep -q -- "python -m ssd.tune --batch-size 8 --tune 60 --name mine " "$calls"
+  grep -q -- "python -m ssd.tune --batch-size 8 --autotune 60 --name mine " "$calls"
   [[ $(<"$calls") != *launch* && $(<"$calls") != *preflight* ]]
 }
 
@@ -231,7 +231,7 @@ END
 }
 
 @test "caches dropped outside a container are passed on as dropped" {
-  CACHES_CLEARED=1 run_and_time
+  PAGE_CACHE_DROPPED=1 run_and_time
   [[ $output != *"are kept"* ]]
   grep -qF "/runs/this one, 1, data/toy" "$calls"
 }
@@ -279,7 +279,7 @@ END
 }
 
 @test "another mode than training ends without a RESULT, and says what it was" {
-  for mode in evaluate benchmark-training benchmark-inference; do
+  for mode in evaluate bench-train bench-infer; do
     MODE=$mode run_and_time --mode "$mode"
     [ "$status" -eq 0 ]
     [[ $output == *"No RESULT line: --mode $mode "*"/runs/this one"* ]]

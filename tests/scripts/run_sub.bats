@@ -5,7 +5,7 @@
 load scripts
 
 setup() {
-  unset EXPERIMENT "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
+  unset RUN_INDEX "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/the data" "$bin"
@@ -38,7 +38,7 @@ END
 printf '%s\n' srun "$@" --end-- >>"$CALLS"
 if [[ $* == *drop_caches* ]]; then exit "${CACHES:-0}"; fi
 all=$*
-echo "$EXPERIMENT $CACHES_CLEARED $RUN_DIR [$DATADIR]${all##*run_and_time.sh}" >>"$RUNS"
+echo "$RUN_INDEX $PAGE_CACHE_DROPPED $RUN_DIR [$DATADIR]${all##*run_and_time.sh}" >>"$RUNS"
 echo "output of the run"
 if [[ -n ${WAIT:-} ]]; then
   trap 'kill %1; echo "srun got USR1"; exit 143' USR1
@@ -47,7 +47,7 @@ if [[ -n ${WAIT:-} ]]; then
   wait
 fi
 statuses=(${STATUSES:-0})
-exit "${statuses[EXPERIMENT]:-0}"
+exit "${statuses[RUN_INDEX]:-0}"
 END
   chmod +x "$bin"/*
   PATH=$bin:$PATH
@@ -127,12 +127,12 @@ job() {
   mkdir "$project/pictures"
   touch "$project/a.json" "$BATS_TEST_TMPDIR/w.pt"
   CONT=image NEXP=1 job --train-images pictures --train-annotations a.json --val-images pictures --val-annotations=a.json \
-    --checkpoint "$BATS_TEST_TMPDIR/w.pt"
+    --weights "$BATS_TEST_TMPDIR/w.pt"
   [ "$status" -eq 0 ]
   own=$project/pictures:/own/train-images:ro,$project/a.json:/own/train-annotations/a.json:ro
   own+=,$project/pictures:/own/val-images:ro,$project/a.json:/own/val-annotations/a.json:ro,$BATS_TEST_TMPDIR/w.pt:/own/checkpoint/w.pt:ro
   grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$own" "$CALLS"
-  [[ $(<"$RUNS") == *"--train-images /own/train-images "*"--checkpoint /own/checkpoint/w.pt" ]]
+  [[ $(<"$RUNS") == *"--train-images /own/train-images "*"--weights /own/checkpoint/w.pt" ]]
 }
 
 @test "another number of nodes or accelerators than the config file's is refused, with both" {

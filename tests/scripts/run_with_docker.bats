@@ -10,7 +10,7 @@ setup() {
   cp "$repository"/{run_with_docker,series,systems,mounts}.sh "$project/"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=8 DATADIR="\${DATADIR:-data/coco}" >"$project/config_big.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 SSD_DATASET=toy >"$project/config_toy.sh"
-  printf 'export %s\n' DGXNNODES=1 SSD_DATASET=rehearsal DATADIR="\${DATADIR:-data/rehearsal}" >"$project/config_rehearsal.sh"
+  printf 'export %s\n' DGXNNODES=1 SSD_DATASET=synthetic_coco DATADIR="\${DATADIR:-data/synthetic_coco}" >"$project/config_synthetic_coco.sh"
   printf 'export %s\n' DGXNNODES=2 >"$project/config_two.sh"
   export CALLS=$BATS_TEST_TMPDIR/calls
   cat >"$bin/docker" <<'END'
@@ -23,7 +23,7 @@ case $1 in
   run)
     printf '%s\n' "$@" --end-- >>"$CALLS"
     echo "output of the run"
-    number=$(sed -n 's/^EXPERIMENT=//p' "$CALLS" | tail -n 1)
+    number=$(sed -n 's/^RUN_INDEX=//p' "$CALLS" | tail -n 1)
     if [[ $number == "${WAIT:-}" && ! -e $CALLS.waits ]]; then
       touch "$CALLS.waits"
       until [[ -e $CALLS.stop ]]; do sleep 0.05; done
@@ -71,8 +71,8 @@ calls() {
 
 @test "experiments are counted from 0 and told whether the caches were dropped" {
   NEXP=2 run "$project/run_with_docker.sh"
-  [ "$(grep '^EXPERIMENT=' "$CALLS" | xargs)" = "EXPERIMENT=0 EXPERIMENT=1" ]
-  [ "$(grep '^CACHES_CLEARED=' "$CALLS" | xargs)" = "CACHES_CLEARED=0 CACHES_CLEARED=0" ]
+  [ "$(grep '^RUN_INDEX=' "$CALLS" | xargs)" = "RUN_INDEX=0 RUN_INDEX=1" ]
+  [ "$(grep '^PAGE_CACHE_DROPPED=' "$CALLS" | xargs)" = "PAGE_CACHE_DROPPED=0 PAGE_CACHE_DROPPED=0" ]
 }
 
 @test "a run below the target does not end the others, and its status is kept" {
@@ -112,7 +112,7 @@ calls() {
   mkdir "$project/my pictures" "$project/val"
   touch "$project/my train.json" "$project/val.json" "$BATS_TEST_TMPDIR/some weights.pt" "$project/trunk.pth"
   DGXSYSTEM=big NEXP=1 run "$project/run_with_docker.sh" --train-images "my pictures" --train-annotations="my train.json" \
-    --val-images val --val-annotations val.json --checkpoint "$BATS_TEST_TMPDIR/some weights.pt" --backbone trunk.pth
+    --val-images val --val-annotations val.json --weights "$BATS_TEST_TMPDIR/some weights.pt" --pretrained-backbone trunk.pth
   [ "$status" -eq 0 ]
   for pair in "my pictures,target=/own/train-images" "my train.json,target=/own/train-annotations/my train.json" \
     "val,target=/own/val-images" "val.json,target=/own/val-annotations/val.json" "trunk.pth,target=/own/backbone/trunk.pth"; do
@@ -121,28 +121,28 @@ calls() {
   grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/some weights.pt,target=/own/checkpoint/some weights.pt,readonly" "$CALLS"
   [ "$(sed -n '/^detection$/,$p' "$CALLS" | xargs)" = "detection ./run_and_time.sh --train-images /own/train-images \
 --train-annotations /own/train-annotations/my train.json --val-images /own/val-images --val-annotations /own/val-annotations/val.json \
---checkpoint /own/checkpoint/some weights.pt --backbone /own/backbone/trunk.pth --end--" ]
+--weights /own/checkpoint/some weights.pt --pretrained-backbone /own/backbone/trunk.pth --end--" ]
   [ "$(grep --count 'target=/data' "$CALLS")" -eq 0 ] # it has all it needs
 }
 
 @test "an empty backbone stays empty, and the folder of a summary can be written" {
-  NEXP=2 run "$project/run_with_docker.sh" --backbone '' --summary "$BATS_TEST_TMPDIR/sums/speed.json"
+  NEXP=2 run "$project/run_with_docker.sh" --pretrained-backbone '' --summary-json "$BATS_TEST_TMPDIR/sums/speed.json"
   [ "$status" -eq 0 ]
   grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/sums,target=/own/summary" "$CALLS"
   [ "$(grep -o '^/own/summary/speed_.*' "$CALLS" | xargs)" = "/own/summary/speed_0.json /own/summary/speed_1.json" ]
-  [ "$(grep --after-context=1 -e --backbone "$CALLS" | sed -n 2p)" = "" ]
+  [ "$(grep --after-context=1 -e --pretrained-backbone "$CALLS" | sed -n 2p)" = "" ]
 }
 
 @test "the drawn data of a rehearsal are kept outside, in a folder that can be written" {
-  DGXSYSTEM=rehearsal NEXP=1 run "$project/run_with_docker.sh"
+  DGXSYSTEM=synthetic_coco NEXP=1 run "$project/run_with_docker.sh"
   [ "$status" -eq 0 ]
-  [ -d "$project/data/rehearsal" ]
-  grep --quiet --line-regexp "type=bind,source=$project/data/rehearsal,target=/data" "$CALLS"
+  [ -d "$project/data/synthetic_coco" ]
+  grep --quiet --line-regexp "type=bind,source=$project/data/synthetic_coco,target=/data" "$CALLS"
 }
 
 @test "files that are not there, and names that cannot be mounted, are one message and status 2" {
-  run "$project/run_with_docker.sh" --checkpoint nowhere.pt
-  [[ $status -eq 2 && $output == "error: --checkpoint nowhere.pt is no file" ]]
+  run "$project/run_with_docker.sh" --weights nowhere.pt
+  [[ $status -eq 2 && $output == "error: --weights nowhere.pt is no file" ]]
   run "$project/run_with_docker.sh" --val-images nowhere
   [[ $status -eq 2 && $output == "error: --val-images=nowhere is no folder" ]]
   mkdir "$project/a,b"
@@ -185,7 +185,7 @@ rm --force $container" ]
     : >"$CALLS"
     run "$project/run_with_docker.sh" --seed 7
     [ "$status" -eq 0 ]
-    [ "$(grep '^EXPERIMENT=' "$CALLS" | xargs)" = "EXPERIMENT=2 EXPERIMENT=3 EXPERIMENT=4" ]
+    [ "$(grep '^RUN_INDEX=' "$CALLS" | xargs)" = "RUN_INDEX=2 RUN_INDEX=3 RUN_INDEX=4" ]
   done
 }
 

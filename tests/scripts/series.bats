@@ -4,8 +4,8 @@
 load scripts
 
 setup() {
-  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT CACHES_CLEARED \
-    OMP_NUM_THREADS BENCHMARK RESET_COMMAND EXPERIMENT
+  unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT PAGE_CACHE_DROPPED \
+    OMP_NUM_THREADS BENCHMARK RESET_COMMAND RUN_INDEX
   folder="$BATS_TEST_TMPDIR/a clone"
   mkdir -p "$folder/venv/bin"
   cp "$repository/run_and_time.sh" "$repository"/{series,systems}.sh "$repository/config_toy.sh" "$folder"
@@ -22,14 +22,14 @@ if [[ $2 == *.preflight ]]; then
   mkdir -p "$RUN_DIR"
   printf '%s\n' "Some Lab" "$RUN_DIR" train 7 && exit
 fi
-echo "$EXPERIMENT ${RUN_DIR##*/} [$CACHES_CLEARED]${all##*ssd.train}" >>"$calls"
+echo "$RUN_INDEX ${RUN_DIR##*/} [$PAGE_CACHE_DROPPED]${all##*ssd.train}" >>"$calls"
 [[ $all != *master-port* ]] || sed 's/.*\(--master-port [0-9]*\).*/\1/' <<<"$all" >>"$calls.ports"
-log=$RUN_DIR/result_$EXPERIMENT.txt
+log=$RUN_DIR/result_$RUN_INDEX.txt
 event() { echo ":::MLLOG {\"time_ms\": $1, \"key\": \"$2\", \"metadata\": {$3}}" >>"$log"; }
 statuses=(${STATUSES:-})
-status=${statuses[EXPERIMENT]:-0}
+status=${statuses[RUN_INDEX]:-0}
 event 1000 run_start
-if [[ $EXPERIMENT == "${WAIT:-}" && ! -e $calls.waits ]]; then
+if [[ $RUN_INDEX == "${WAIT:-}" && ! -e $calls.waits ]]; then
   trap 'kill %1; event 3000 run_stop "\"status\": \"aborted\""; echo "ended by $SIGNAL"; exit "$ENDS"' "$SIGNAL"
   sleep 60 3>&- &
   touch "$calls.waits"
@@ -92,8 +92,8 @@ run_and_time() {
 }
 
 @test "summaries are a file for each experiment" {
-  NEXP=2 run_and_time --summary "my speed.json"
-  [ "$(sed 's/.*--summary //' "$calls" | xargs)" = "my speed_0.json my speed_1.json" ]
+  NEXP=2 run_and_time --summary-json "my speed.json"
+  [ "$(sed 's/.*--summary-json //' "$calls" | xargs)" = "my speed_0.json my speed_1.json" ]
 }
 
 @test "one failed experiment does not lose the others, and the first failure's status is the script's" {
@@ -188,8 +188,8 @@ interrupted() {
   [ "$(<"$LOGDIR/run/result_3.txt")" = precious ]
   run_and_time --run-dir here
   [[ $status -eq 2 && $output == "error: --run-dir here: each experiment has a folder"* ]]
-  EXPERIMENT=2 run_and_time
-  [[ $status -eq 2 && $output == "error: EXPERIMENT=2 is of one run"* ]]
+  RUN_INDEX=2 run_and_time
+  [[ $status -eq 2 && $output == "error: RUN_INDEX=2 is of one run"* ]]
   run_and_time --resume some.pt
   [[ $status -eq 2 && $output == "error: --resume some.pt: is of one experiment"* ]]
   NEXP=many run_and_time

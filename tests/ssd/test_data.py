@@ -58,7 +58,7 @@ def test_the_number_of_ranks_does_not_change_a_global_batch(num_images, batch_si
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(12, 60), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["padded", "mixed"]))
+@given(st.integers(12, 60), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["pad", "carry-over"]))
 def test_a_filled_last_batch_leaves_every_batch_whole_and_no_image_out(num_images, batch_size, world_size, last_batch):
     seen, epochs = Counter(), 4
     for epoch in range(1, epochs + 1):
@@ -70,7 +70,7 @@ def test_a_filled_last_batch_leaves_every_batch_whole_and_no_image_out(num_image
     for epoch in range(1, epochs + 1):
         assert {index for e, index in seen if e == epoch} == set(range(num_images))
     twice = [key for key, times in seen.items() if times > 1]
-    if last_batch == "mixed":
+    if last_batch == "carry-over":
         assert not twice
         assert sum(e == epochs + 1 for e, _ in seen) == -num_images * epochs % (batch_size * world_size)
     else:
@@ -78,7 +78,7 @@ def test_a_filled_last_batch_leaves_every_batch_whole_and_no_image_out(num_image
         assert all(times <= 2 for times in seen.values())
 
 
-@pytest.mark.parametrize("last_batch", ["partial", "padded", "mixed"])
+@pytest.mark.parametrize("last_batch", ["partial", "pad", "carry-over"])
 def test_an_epoch_goes_on_after_the_images_that_are_trained(last_batch):
     (whole,) = samplers(22, 5, 1, 3, last_batch)
     (rest,) = samplers(22, 5, 1, 3, last_batch)
@@ -120,7 +120,7 @@ def test_groups_are_whole_too_where_an_epoch_begins_within_a_batch(num_images, b
     groups = np.random.default_rng(seed).integers(0, 2, num_images)
     seen = Counter()
     for epoch in (1, 2, 3):
-        (sampler,) = samplers(num_images, batch_size, 1, epoch, "mixed", groups)
+        (sampler,) = samplers(num_images, batch_size, 1, epoch, "carry-over", groups)
         steps = list(sampler)
         whole = [step for step in steps if len(set(groups[indices(step)])) == 1]
         assert len(whole) >= (num_images - sampler.begun(epoch)) // batch_size - 2
@@ -139,7 +139,7 @@ def test_groups_come_in_turn_as_chance_has_it():
     assert list(other) != list(sampler)
 
 
-@pytest.mark.parametrize("last_batch", ["partial", "padded", "mixed"])
+@pytest.mark.parametrize("last_batch", ["partial", "pad", "carry-over"])
 def test_an_epoch_of_groups_goes_on_after_the_images_that_are_trained(last_batch):
     groups = np.arange(22) % 3 // 2
     whole, rest = (samplers(22, 5, 1, 3, last_batch, groups)[0] for _ in range(2))

@@ -13,7 +13,7 @@ from ssd.model import SSD300
 from ssd.postprocess import detect
 from tiny_ssd import predictions, sure_of_one_square, write_checkpoint
 
-RULES = {"score_threshold": 0.05, "nms_iou": 0.5, "max_detections": 200}
+RULES = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 200}
 
 
 class FromPredictions(Detector):
@@ -36,7 +36,7 @@ def agrees(answer, deltas, logits, atol=0.0, **rules):
     return len(wanted.scores)
 
 
-@pytest.mark.parametrize("rules", [{}, {"nms_iou": 0.3, "max_detections": 17}, {"score_threshold": 0.3}])
+@pytest.mark.parametrize("rules", [{}, {"nms_threshold": 0.3, "max_detections": 17}, {"score_threshold": 0.3}])
 def test_detections_in_fixed_shapes_are_those_of_detect(rules):
     part = FromPredictions(nn.Identity(), **(RULES | rules))
     for seed, peak in ((0, 6.0), (1, 4.0), (2, 3.0)):

@@ -10,7 +10,7 @@ from ssd.postprocess import detect, suppress
 from tiny_ssd import predictions
 
 
-def one_by_one(boxes, scores, threshold=0.05, nms_iou=0.5, most=200):
+def one_by_one(boxes, scores, threshold=0.05, nms_threshold=0.5, most=200):
     """Detections of one image as a set of (label, anchor), class after class and box after box."""
     kept = []
     for label in range(1, scores.shape[1]):
@@ -23,7 +23,7 @@ def one_by_one(boxes, scores, threshold=0.05, nms_iou=0.5, most=200):
             best, *rest = candidates
             kept.append((float(scores[best, label]), label, best))
             overlap = pairwise_iou(boxes[best : best + 1], boxes[rest])[0] if rest else []
-            candidates = [a for a, iou in zip(rest, overlap, strict=True) if iou < nms_iou]
+            candidates = [a for a, iou in zip(rest, overlap, strict=True) if iou < nms_threshold]
     return sorted(kept, reverse=True)[:most]
 
 

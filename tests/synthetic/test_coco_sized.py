@@ -31,13 +31,13 @@ COMMAND = [sys.executable, "-m", "detection.synthetic.coco_sized"]
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rehearsal") / "data"
+    folder = tmp_path_factory.mktemp("synthetic_coco") / "data"
     assert coco_sized.draw(folder, SMALL, workers=1)
     return folder
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["rehearsal", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["synthetic_coco", *map(str, arguments)])
     return coco_sized._main()
 
 
@@ -371,16 +371,16 @@ def test_preflight_draws_as_many_as_the_environment_says_and_a_dry_run_none(
 ) -> None:
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
-    for name in ("RUN_DIR", "NODE_RANK", "EXPERIMENT", "CACHES_CLEARED"):
+    for name in ("RUN_DIR", "NODE_RANK", "RUN_INDEX", "PAGE_CACHE_DROPPED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOGDIR", str(tmp_path / "results"))
     monkeypatch.setenv("DATADIR", str(tmp_path / "data"))
-    monkeypatch.setenv("REHEARSAL_IMAGES", "12")
-    recipe = ["--dataset", "rehearsal", "--division", "open", "--batch-size", "4"]
+    monkeypatch.setenv("SYNTHETIC_IMAGES", "12")
+    recipe = ["--dataset", "synthetic_coco", "--division", "open", "--batch-size", "4"]
     assert preflight.main([*recipe, "--dry-run"]) == 0
     assert "the pictures are drawn when the run starts" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
     assert preflight.main(recipe) == 0
     assert "train: 12 images" in capsys.readouterr().err
-    assert preflight.main([*recipe, "--rehearsal-images", "13"]) == 0
+    assert preflight.main([*recipe, "--synthetic-images", "13"]) == 0
     assert "train: 13 images" in capsys.readouterr().err

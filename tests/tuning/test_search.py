@@ -23,12 +23,12 @@ from ssd.preflight import recipe
 
 BASE = {
     "batch_size": "4",
-    "accumulation_steps": "1",
+    "grad_accum_steps": "1",
     "num_workers": "1",
     "precision": "auto",
     "compile": "auto",
-    "decoded_cache": "none",
-    "decoder": "host",
+    "image_cache": "none",
+    "jpeg_decoder": "cpu",
 }
 
 
@@ -83,8 +83,8 @@ def test_no_trial_is_begun_that_would_not_end_in_time():
 
 
 def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
-    made, _ = bench(lambda settings: 1.0 if settings["accumulation_steps"] == "4" else "out of memory")
-    assert search.begin(made, dict(BASE)).settings["accumulation_steps"] == "4"
+    made, _ = bench(lambda settings: 1.0 if settings["grad_accum_steps"] == "4" else "out of memory")
+    assert search.begin(made, dict(BASE)).settings["grad_accum_steps"] == "4"
     never, _ = bench(lambda _: "out of memory")
     with pytest.raises(InputError, match="smaller --batch-size"):
         search.begin(never, dict(BASE))
@@ -109,24 +109,29 @@ def test_the_cache_is_measured_only_where_there_is_time_to_fill_it(capsys):
     best = replace(measured(BASE, 1.0), step_ms=1000)
     assert search.try_cache(made, best, 1000, ["host"]) is best
     assert "not measured" in capsys.readouterr().out
-    assert search.try_cache(made, best, 10, ["host"]).settings["decoded_cache"] == "host"
+    assert search.try_cache(made, best, 10, ["host"]).settings["image_cache"] == "host"
     assert len(asked) == 1
 
 
 def test_the_memory_is_taken_that_trains_fastest():
     rates = {"none": 1.0, "host": 2.0, "device": 3.0}
-    made, asked = bench(lambda settings: rates[settings["decoded_cache"]])
-    best = replace(measured(BASE | {"decoder": "device"}, 1.0), step_ms=1)
+    made, asked = bench(lambda settings: rates[settings["image_cache"]])
+    best = replace(measured(BASE | {"jpeg_decoder": "gpu"}, 1.0), step_ms=1)
     best = search.try_cache(made, best, 10, ["host", "device"])
-    assert best.settings["decoded_cache"] == "device"
-    assert [(one["decoded_cache"], one["decoder"]) for one in asked] == [("host", "host"), ("device", "device")]
+    assert best.settings["image_cache"] == "device"
+    assert [(one["image_cache"], one["jpeg_decoder"]) for one in asked] == [("host", "cpu"), ("device", "gpu")]
 
 
 def test_the_words_of_tuning_are_taken_out_of_the_flags():
-    order = search.read(["--batch-size", "8", "--tune", "60", "--name", "mine", "--force", "--seed", "1"])
+    order = search.read(["--batch-size", "8", "--autotune", "60", "--name", "mine", "--force", "--seed", "1"])
     assert order == search.Order(60, "mine", True, ("--batch-size", "8", "--seed", "1"))
-    assert search.read(["--tune", "--name=mine"]) == search.Order(300, "mine")
-    for words in (["--tune", "soon"], ["--tune", "0"], ["--tune", "--name", "a b"], ["--tune", "--name"]):
+    assert search.read(["--autotune", "--name=mine"]) == search.Order(300, "mine")
+    for words in (
+        ["--autotune", "soon"],
+        ["--autotune", "0"],
+        ["--autotune", "--name", "a b"],
+        ["--autotune", "--name"],
+    ):
         with pytest.raises(InputError):
             search.read(words)
 
@@ -143,7 +148,7 @@ def here(tmp_path, monkeypatch, handful):
 
 
 TOY = ("--dataset", "toy", "--division", "open", "--batch-size", "2", "--num-workers", "1", "--epochs", "7")
-TOY += ("--eval-epochs", "every 1", "--decay-epochs", "5,6", "--flip", "both")
+TOY += ("--eval-epochs", "every 1", "--lr-decay-epochs", "5,6", "--flip", "horizontal+vertical")
 
 
 def rates_of(monkeypatch, rate):
@@ -172,11 +177,11 @@ def resolved(path):
 
 def test_the_file_has_the_fastest_settings_and_the_recipe_that_was_there(here, monkeypatch, capsys, handful):
     asked = rates_of(monkeypatch, lambda settings: 3.0 if settings["num_workers"] == "0" else 1.0)
-    assert tune.main(["--tune", "100", "--name", "mine", *TOY]) == 0
+    assert tune.main(["--autotune", "100", "--name", "mine", *TOY]) == 0
     assert {module for module, _ in asked} == {"ssd.train"}
     given, config = resolved(here / "config_mine.sh")
     assert (config.num_workers, config.batch_size, config.precision) == (0, 2, "bf16")
-    assert (config.epochs, config.eval_epochs, config.decay_epochs, config.flip) == (
+    assert (config.epochs, config.eval_epochs, config.lr_decay_epochs, config.flip) == (
         7,
         tuple(range(1, 8)),
         (5, 6),
@@ -194,7 +199,10 @@ def test_the_file_has_the_fastest_settings_and_the_recipe_that_was_there(here, m
 def test_a_written_file_passes_shellcheck_and_the_dry_run_and_leaves_folders_to_the_user(here, monkeypatch):
     rates_of(monkeypatch, lambda _: 1.0)
     monkeypatch.setenv("DATADIR", os.environ["DATADIR"])
-    assert tune.main(["--tune", "100", "--name", "mine", "--backbone", "data/resnet34-333f7ec4.pth", *TOY]) == 0
+    assert (
+        tune.main(["--autotune", "100", "--name", "mine", "--pretrained-backbone", "data/resnet34-333f7ec4.pth", *TOY])
+        == 0
+    )
     path = here / "config_mine.sh"
     for command in (["shellcheck", "--shell=bash", str(path)], ["shfmt", "-i", "2", "-ci", "-d", str(path)]):
         assert subprocess.run(command, capture_output=True, text=True).stdout == ""
@@ -210,7 +218,7 @@ def test_a_written_file_passes_shellcheck_and_the_dry_run_and_leaves_folders_to_
     assert "forbids" not in done.stdout
     environ = {"PATH": os.environ["PATH"], "DATADIR": "/x", "DGXNGPU": "3", "PRETRAINED_DIR": "/y"}
     shown = subprocess.run(
-        ["bash", "-euc", f"source {path}; echo $DATADIR $DGXNGPU $SSD_BACKBONE"],
+        ["bash", "-euc", f"source {path}; echo $DATADIR $DGXNGPU $SSD_PRETRAINED_BACKBONE"],
         env=environ,
         capture_output=True,
         text=True,
@@ -222,11 +230,20 @@ def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here,
     monkeypatch.setattr(search, "count_images", lambda *_: 117_266)
     monkeypatch.setenv("DATADIR", "data/coco")
     rates_of(monkeypatch, lambda settings: min(1024, float(settings["batch_size"])))
-    start = ("--batch-size", "64", "--eval-epochs", "every 5", "--ruleset", "1.1.0", "--backbone", "data/resnet34.pth")
-    assert tune.main(["--tune", "100", "--name", "mine", *start]) == 0
+    start = (
+        "--batch-size",
+        "64",
+        "--eval-epochs",
+        "every 5",
+        "--ruleset",
+        "1.1.0",
+        "--pretrained-backbone",
+        "data/resnet34.pth",
+    )
+    assert tune.main(["--autotune", "100", "--name", "mine", *start]) == 0
     _, config = resolved(here / "config_mine.sh")
     assert config.batch_size == 1024
-    assert (config.decay_epochs, config.max_samples, config.warmup_steps) == ((40, 50), 50, 300)
+    assert (config.lr_decay_epochs, config.max_samples, config.warmup_steps) == ((40, 50), 50, 300)
     assert run_checks.judge(config, recipe(config, 1), 1)[1] == []
     text = (here / "config_mine.sh").read_text()
     assert "the reference point of 1024; MLPerf 1.1.0 closed allows it" in text
@@ -236,10 +253,10 @@ def test_a_larger_batch_of_coco_takes_the_recipe_that_was_published_for_it(here,
 def test_a_file_that_is_there_is_written_over_by_force_alone(here, monkeypatch, capsys):
     asked = rates_of(monkeypatch, lambda _: 1.0)
     (here / "config_mine.sh").write_text("mine")
-    assert tune.main(["--tune", "--name", "mine", *TOY]) == 2
+    assert tune.main(["--autotune", "--name", "mine", *TOY]) == 2
     assert "config_mine.sh is there already" in capsys.readouterr().err
     assert (asked, (here / "config_mine.sh").read_text()) == ([], "mine")
-    assert tune.main(["--tune", "--name", "mine", "--force", *TOY]) == 0
+    assert tune.main(["--autotune", "--name", "mine", "--force", *TOY]) == 0
     assert (here / "config_mine.sh").read_text() != "mine"
 
 
@@ -278,8 +295,10 @@ def test_a_trial_that_is_out_of_memory_says_so(tmp_path, monkeypatch):
 
 
 def test_a_trial_that_fails_says_why(tmp_path, monkeypatch):
-    found = started(tmp_path, monkeypatch, "import sys; sys.exit('error: --sgd apex: it is not installed')")
-    assert (found.ending, found.why) == ("failed", "error: --sgd apex: it is not installed")
+    found = started(
+        tmp_path, monkeypatch, "import sys; sys.exit('error: --optimizer-backend apex: it is not installed')"
+    )
+    assert (found.ending, found.why) == ("failed", "error: --optimizer-backend apex: it is not installed")
 
 
 @pytest.mark.slow
@@ -294,7 +313,7 @@ def test_a_trial_that_takes_too_long_is_ended_with_all_its_processes(tmp_path, m
 
 
 def test_a_real_trial_has_the_figures_of_the_benchmark_mode(handful, monkeypatch):
-    flags = ("--trunk", "resnet18", "--dataset", "toy", "--data-dir", str(handful), "--num-classes", "4")
+    flags = ("--backbone", "resnet18", "--dataset", "toy", "--data-dir", str(handful), "--num-classes", "4")
     settings = {**BASE, "batch_size": "2", "num_workers": "0", "precision": "fp32"}
     found = trial.run("ssd.train", [*flags, "--device", "cpu"], settings, ranks=1, steps=1, warmup=0, limit_s=120)
     assert found.ending == "measured", found.why
@@ -307,7 +326,7 @@ def test_a_real_trial_has_the_figures_of_the_benchmark_mode(handful, monkeypatch
 def test_tuning_on_a_cpu_ends_in_time_with_a_file_at_least_as_fast(here, handful):
     shutil.copy(ROOT / "config_toy.sh", here)
     start_s = time.monotonic()
-    assert tune.main(["--tune", "120", "--name", "mine", *TOY, "--trunk", "resnet18"]) == 0
+    assert tune.main(["--autotune", "120", "--name", "mine", *TOY, "--backbone", "resnet18"]) == 0
     assert time.monotonic() - start_s < 150
     ratio = re.search(r"([\d.]+) times", (here / "config_mine.sh").read_text())
     assert float(ratio[1]) >= 1
