@@ -1,21 +1,21 @@
-# config_BI-V100_1x8.sh: Iluvatar, 8×BI-V100; their torch calls its devices cuda (published: 2858 img/s, .23 in 65 epochs)
+# config_BI-V100_1x8.sh: Iluvatar, 8×BI-V100, device name cuda (published: 2858 img/s, AP 0.23 in 65 epochs)
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-8}
 export WALLTIME=02:00:00
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}
-export RESET_COMMAND=${RESET_COMMAND:-} # shell command before each run, as the vendor's manual has it; empty: none
+export RESET_COMMAND=${RESET_COMMAND:-} # shell command before each run, from the vendor's manual; empty: none
 export DATADIR=${DATADIR:-data/coco}
 export SSD_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth
 export SSD_RULESET=0.7.0
 export SSD_EVAL_EPOCHS=40,50,55,60,65,70,75,80
 export SSD_DEVICE=cuda
-export SSD_BATCH_SIZE=120     # images per accelerator, 960 in all
+export SSD_BATCH_SIZE=120     # images per accelerator, 960 in total
 export SSD_BASE_LR=2.92e-3    # per 32 images
-export SSD_LR_ROUND_TO=2.5e-3 # makes the peak .0875
+export SSD_LR_ROUND_TO=2.5e-3 # peak 0.0875
 export SSD_WARMUP_STEPS=650
 export SSD_WEIGHT_DECAY=1.6e-4
 export SSD_PRECISION=fp16
-export SSD_OPTIMIZER_BACKEND=torch           # or apex, the vendor's, where it is installed
-export SSD_EVAL_BATCH_SIZE=160 # images per accelerator
-export SSD_NUM_WORKERS=4       # processes per rank
+export SSD_OPTIMIZER_BACKEND=torch # or apex, the vendor's, if it is installed
+export SSD_EVAL_BATCH_SIZE=160     # images per accelerator
+export SSD_NUM_WORKERS=4           # processes per rank

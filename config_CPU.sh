@@ -1,4 +1,4 @@
-# config_CPU.sh: one machine without an accelerator, with the reference's own recipe
+# config_CPU.sh: one machine without an accelerator, hyperparameters of the reference
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}

@@ -1,4 +1,4 @@
-# config_DGX1.sh: NVIDIA DGX-1, 8×V100, as in the MLPerf v0.7 submission (20.7 minutes)
+# config_DGX1.sh: NVIDIA DGX-1, 8×V100, hyperparameters of the MLPerf v0.7 submission (20.7 minutes)
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-8}
@@ -7,9 +7,9 @@ export DATADIR=${DATADIR:-data/coco}
 export SSD_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth
 export SSD_RULESET=0.7.0
 export SSD_EVAL_EPOCHS=40,50,55,60,65,70,75,80
-export SSD_BATCH_SIZE=120     # images per accelerator, 960 in all
+export SSD_BATCH_SIZE=120     # images per accelerator, 960 in total
 export SSD_BASE_LR=2.92e-3    # per 32 images
-export SSD_LR_ROUND_TO=2.5e-3 # makes the peak .0875
+export SSD_LR_ROUND_TO=2.5e-3 # peak 0.0875
 export SSD_WARMUP_STEPS=650
 export SSD_WEIGHT_DECAY=1.6e-4
 export SSD_PRECISION=fp16

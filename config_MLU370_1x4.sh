@@ -1,24 +1,24 @@
-# config_MLU370_1x4.sh: Cambricon, 4×MLU370, SSD300 v1.1 with ResNet-50 as they train it
+# config_MLU370_1x4.sh: Cambricon, 4×MLU370, SSD300 v1.1 with ResNet-50, the vendor's hyperparameters
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-4}
 export WALLTIME=2-00:00:00
 export MLU_VISIBLE_DEVICES=${MLU_VISIBLE_DEVICES:-0,1,2,3}
-export RESET_COMMAND=${RESET_COMMAND:-} # shell command before each run, as the vendor's manual has it; empty: none
+export RESET_COMMAND=${RESET_COMMAND:-} # shell command before each run, from the vendor's manual; empty: none
 export DATADIR=${DATADIR:-data/coco}
 export SSD_NETWORK=ssd300-r50
 export SSD_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/resnet50-0676ba61.pth
-export SSD_DIVISION=open # not the network of MLPerf
+export SSD_DIVISION=open # the network is not MLPerf's
 export SSD_EPOCHS=65
 export SSD_EVAL_EPOCHS=21,31,37,42,48,53,59,64
 export SSD_LR_DECAY_EPOCHS=43,54
 export SSD_DEVICE=mlu
-export SSD_BATCH_SIZE=32  # images per accelerator, 128 in all
+export SSD_BATCH_SIZE=32  # images per accelerator, 128 in total
 export SSD_BASE_LR=2.6e-3 # per 32 images
 export SSD_WARMUP_STEPS=300
 export SSD_WEIGHT_DECAY=5e-4
-export SSD_WEIGHT_DECAY_ON_BIAS_AND_NORM=0 # nor batch norm
-export SSD_PRECISION=fp16 # or fp32, which they offer, too
+export SSD_WEIGHT_DECAY_ON_BIAS_AND_NORM=0
+export SSD_PRECISION=fp16 # or fp32, which the vendor also offers
 export SSD_OPTIMIZER_BACKEND=torch
 export SSD_EVAL_BATCH_SIZE=160 # images per accelerator
 export SSD_NUM_WORKERS=4       # processes per rank

@@ -1,4 +1,4 @@
-# config_NF5488.sh: Inspur NF5488A5, 8×A100, as in the MLPerf v0.7 submission (10.5 minutes)
+# config_NF5488.sh: Inspur NF5488A5, 8×A100, hyperparameters of the MLPerf v0.7 submission (10.5 minutes)
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-8}
@@ -7,9 +7,9 @@ export DATADIR=${DATADIR:-data/coco}
 export SSD_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth
 export SSD_RULESET=0.7.0
 export SSD_EVAL_EPOCHS=40,50,55,60,65,70,75,80
-export SSD_BATCH_SIZE=114     # images per accelerator, 912 in all
+export SSD_BATCH_SIZE=114     # images per accelerator, 912 in total
 export SSD_BASE_LR=3.2e-3     # per 32 images
-export SSD_LR_ROUND_TO=2.5e-3 # makes the peak .09
+export SSD_LR_ROUND_TO=2.5e-3 # peak 0.09
 export SSD_WARMUP_STEPS=650
 export SSD_WEIGHT_DECAY=1.3e-4
 export SSD_PRECISION=fp16

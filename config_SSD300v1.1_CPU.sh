@@ -1,4 +1,4 @@
-# config_SSD300v1.1_CPU.sh: SSD300 v1.1 on one machine without an accelerator, with its authors' defaults
+# config_SSD300v1.1_CPU.sh: SSD300 v1.1 on one machine without an accelerator, its authors' defaults
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}
@@ -6,16 +6,16 @@ export WALLTIME=30-00:00:00
 export DATADIR=${DATADIR:-data/coco}
 export SSD_NETWORK=ssd300-r50
 export SSD_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/resnet50-0676ba61.pth
-export SSD_DIVISION=open  # not the network of MLPerf
+export SSD_DIVISION=open  # the network is not MLPerf's
 export SSD_BATCH_SIZE=32  # images per accelerator
 export SSD_BASE_LR=2.6e-3 # per 32 images
 export SSD_WARMUP_STEPS=300
 export SSD_WEIGHT_DECAY=5e-4
-export SSD_WEIGHT_DECAY_ON_BIAS_AND_NORM=0 # nor batch norm
+export SSD_WEIGHT_DECAY_ON_BIAS_AND_NORM=0
 export SSD_EPOCHS=65
 export SSD_LR_DECAY_EPOCHS=43,54
 export SSD_EVAL_EPOCHS=21,31,37,42,48,53,59,64
-export SSD_TARGET=0.267 # box mAP: the least that is published (.267 to .274), since MLPerf has none
+export SSD_TARGET=0.267 # box mAP: the minimum of the published values (0.267 to 0.274), since MLPerf sets no target
 export SSD_PRECISION=auto
 export SSD_DEVICE=cpu
 export SSD_NUM_WORKERS=2 # processes per rank

@@ -1,16 +1,16 @@
-# config_toy.sh: any machine, two CPU cores will do: SSD300 from scratch on pictures that the program draws itself
+# config_toy.sh: any machine, two CPU cores are enough: SSD300 from scratch on synthetic images
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}
 export WALLTIME=00:15:00
 export DATADIR=${DATADIR:-data/toy}
 export SSD_DATASET=toy
-export SSD_DIVISION=open # the data are not COCO
-export SSD_BATCH_SIZE=4  # images per accelerator: a CPU is as fast with few, and takes more steps
+export SSD_DIVISION=open # the data set is not COCO
+export SSD_BATCH_SIZE=4  # images per accelerator; a CPU is not faster with more
 export SSD_BASE_LR=4e-2  # per 32 images
 export SSD_WARMUP_STEPS=50
-export SSD_CROP=false # the shapes are of a few sizes; with the crop it takes some times as many epochs
-export SSD_FLIP=horizontal+vertical  # the pictures have no up
+export SSD_CROP=false               # the shapes have few sizes; the crop would take several times as many epochs
+export SSD_FLIP=horizontal+vertical # the images have no orientation
 export SSD_EPOCHS=12
 export SSD_LR_DECAY_EPOCHS=8,10
 export SSD_EVAL_EPOCHS="every 1"

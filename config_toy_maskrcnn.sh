@@ -1,28 +1,28 @@
-# config_toy_maskrcnn.sh: any machine, two CPU cores will do: Mask R-CNN from scratch on pictures that the program draws
+# config_toy_maskrcnn.sh: any machine, two CPU cores are enough: Mask R-CNN from scratch on synthetic images
 # shellcheck shell=bash
 export DGXNNODES=1
 export DGXNGPU=${DGXNGPU:-1}
 export WALLTIME=00:15:00
 export DATADIR=${DATADIR:-data/toy}
 export MASKRCNN_DATASET=toy
-export MASKRCNN_DIVISION=open # the data are not COCO
+export MASKRCNN_DIVISION=open # the data set is not COCO
 export MASKRCNN_BATCH_SIZE=4  # images per accelerator
 export MASKRCNN_BASE_LR=0.04  # per 16 images
 export MASKRCNN_WARMUP_STEPS=50
-export MASKRCNN_LR_DECAY_IMAGES=1520,1900 # four epochs, and five
+export MASKRCNN_LR_DECAY_IMAGES=1520,1900 # four and five epochs
 export MASKRCNN_BACKBONE=resnet18
 export MASKRCNN_FREEZE_AT=0
-export MASKRCNN_FREEZE_BATCH_NORM=false # from scratch there are no statistics to freeze
+export MASKRCNN_FREEZE_BATCH_NORM=false # training from scratch has no statistics to freeze
 export MASKRCNN_BATCH_NORM_EPS=1e-5
 export MASKRCNN_INPUT_FORMAT=imagenet-rgb
 export MASKRCNN_MIN_IMAGE_SIZE=192
 export MASKRCNN_MAX_IMAGE_SIZE=256
 export MASKRCNN_ANCHOR_SIZES=16,32,64,128,256 # the shapes are small
-export MASKRCNN_RPN_PRE_NMS_TOP_N=500            # per level
+export MASKRCNN_RPN_PRE_NMS_TOP_N=500         # per level
 export MASKRCNN_RPN_PRE_NMS_TOP_N_EVAL=500
 export MASKRCNN_RPN_POST_NMS_TOP_N=400
 export MASKRCNN_RPN_POST_NMS_TOP_N_EVAL=100
-export MASKRCNN_BOX_BATCH_SIZE_PER_IMAGE=64 # per image
+export MASKRCNN_BOX_BATCH_SIZE_PER_IMAGE=64 # sampled boxes
 export MASKRCNN_EPOCHS=6
 export MASKRCNN_EVAL_EPOCHS="every 1"
 export MASKRCNN_TARGET=0.50      # box mAP

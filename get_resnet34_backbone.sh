@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Downloads the ImageNet weights of ResNet-34 that the benchmark starts from. A second call does nothing.
+# Download the ImageNet weights of ResNet-34, SSD300's pretrained backbone. A second call does nothing.
 set -euo pipefail
 
 usage() {
@@ -7,45 +7,45 @@ usage() {
 usage: ./get_resnet34_backbone.sh [--npz] [FOLDER]
 
   --npz   also write the weights as a NumPy archive (.npz)
-  FOLDER  where the file goes (PRETRAINED_DIR, else data)
+  FOLDER  target folder (PRETRAINED_DIR, else data)
 
 environment:
-  BACKBONE_URL  the file on a mirror (https://download.pytorch.org/models/resnet34-333f7ec4.pth);
-                its name ends in the first 8 digits of its SHA-256
+  BACKBONE_URL  URL of the file (https://download.pytorch.org/models/resnet34-333f7ec4.pth);
+                the file name must end in the first 8 digits of its SHA-256
 END
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+script_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/lib/download.sh
-. "$here/download.sh"
+. "$script_dir/scripts/lib/download.sh"
 
 npz=false folder=''
 for argument in "$@"; do
   case $argument in
     --npz) npz=true ;;
     -h | --help) usage && exit ;;
-    -*) die "get_resnet34_backbone.sh knows no argument '$argument' (./get_resnet34_backbone.sh --help)" 2 ;;
+    -*) die "unknown argument '$argument'. See ./get_resnet34_backbone.sh --help" 2 ;;
     *)
-      [[ -z $folder ]] || die "two folders named: $folder and $argument" 2
+      [[ -z $folder ]] || die "two folders given, $folder and $argument. Name one" 2
       folder=$argument
       ;;
   esac
 done
-folder=${folder:-${PRETRAINED_DIR:-$here/data}}
+folder=${folder:-${PRETRAINED_DIR:-$script_dir/data}}
 
 url=${BACKBONE_URL:-https://download.pytorch.org/models/resnet34-333f7ec4.pth}
 file=$folder/${url##*/}
 [[ $file =~ -([0-9a-f]{8})\.pth$ ]] ||
-  die "BACKBONE_URL=$url: the name must end in the first 8 digits of its SHA-256, as in resnet34-333f7ec4.pth" 2
+  die "BACKBONE_URL=$url: the file name must end in the first 8 digits of its SHA-256, as in resnet34-333f7ec4.pth" 2
 sum=${BASH_REMATCH[1]}
 
-mkdir -p "$folder" 2>/dev/null && [[ -w $folder ]] || die "$folder cannot be made or written; name another folder" 2
+mkdir -p "$folder" 2>/dev/null && [[ -w $folder ]] || die "$folder cannot be created or written. Name another folder" 2
 exec 9<"$folder"
-flock --nonblock 9 || die "another get_resnet34_backbone.sh is at work in $folder" 2
+flock --nonblock 9 || die "another get_resnet34_backbone.sh is running in $folder. Wait for it to finish" 2
 
 if [[ -f $file ]]; then
-  has_sum sha256sum "$sum" "$file" || die "$file: its SHA-256 does not begin with $sum. Remove it and run this again" 2
-  echo "$file is there"
+  checksum_matches sha256sum "$sum" "$file" || die "$file: its SHA-256 does not begin with $sum. Remove it and run this again" 2
+  echo "$file already exists"
 else
   download "$url" "$file" sha256sum "$sum"
   echo "$file is ready"
@@ -53,8 +53,8 @@ fi
 
 archive=${file%.pth}.npz
 if $npz && [[ ! -f $archive ]]; then
-  "$here/setup.sh" --quiet
-  "${VENV:-$here/.venv}/bin/python" - "$file" "$archive.part" <<'END'
+  "$script_dir/setup.sh" --quiet
+  "${VENV:-$script_dir/.venv}/bin/python" - "$file" "$archive.part" <<'END'
 import sys
 
 import numpy as np

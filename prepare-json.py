@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shrink a COCO annotation file to what detection needs: boxes, true areas, crowds. Standard library only."""
+"""Reduce a COCO annotation file to boxes, mask areas and crowd flags. Standard library only."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ REQUIRED_KEYS = {
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a COCO annotation file; ValueError says where it is not one."""
+    """Read a COCO annotation file. Raises ValueError with the position of an error in it."""
     try:
         data: dict[str, Any] = json.loads(path.read_bytes())
     except OSError as error:
@@ -29,11 +29,11 @@ def load(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is no UTF-8 text: {error.reason}") from None
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: {error.reason}") from None
     for section, required in REQUIRED_KEYS.items():
         entries = data.get(section) if isinstance(data, dict) else None
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: no list '{section}': this is no COCO annotation file")
+            raise ValueError(f"{path}: no list '{section}': not a COCO annotation file")
         for index, entry in enumerate(entries):
             missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
             if missing:
@@ -42,21 +42,21 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def shrink(data: dict[str, Any], keep_keys: bool = False) -> dict[str, Any]:
-    """Drop the outlines, and every key that detection does not read unless `keep_keys`.
+    """Drop the masks, and every unused key unless `keep_keys`.
 
-    Areas stay those of the outlines, not of the boxes: COCO's small, medium and large go by them.
+    Areas remain those of the masks, not of the boxes: COCO's small, medium and large depend on them.
     """
 
-    def kept(section: str) -> list[dict[str, Any]]:
+    def filter_keys(section: str) -> list[dict[str, Any]]:
         if keep_keys:
             return [{key: entry[key] for key in entry if key != "segmentation"} for entry in data[section]]
         return [{key: entry[key] for key in KEPT_KEYS[section] if key in entry} for entry in data[section]]
 
-    return {**data, **{section: kept(section) for section in KEPT_KEYS}}
+    return {**data, **{section: filter_keys(section) for section in KEPT_KEYS}}
 
 
 def write(data: dict[str, Any], path: Path, pretty: bool = False) -> None:
-    """Write JSON under a temporary name and rename it; ValueError where the folder or disk refuses."""
+    """Write JSON to a temporary file and rename it. Raises ValueError if that fails."""
     part = path.with_name(path.name + ".part")
     layout: dict[str, Any] = {"indent": 2} if pretty else {"separators": (",", ":")}
     try:
@@ -69,11 +69,11 @@ def write(data: dict[str, Any], path: Path, pretty: bool = False) -> None:
 
 
 def main() -> None:
-    """Read the command line and do as it says; exit status 2 where the input is wrong."""
+    """Run the command line. Exit with status 2 if the input is invalid."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("input", type=Path, help="annotation file, e.g. instances_train2017.json")
     parser.add_argument("output", type=Path, help="file to write, e.g. bbox_only_instances_train2017.json")
-    parser.add_argument("-k", "--keep-keys", action="store_true", help="keep every key but the segmentation outlines")
+    parser.add_argument("-k", "--keep-keys", action="store_true", help="keep every key except the segmentations")
     parser.add_argument("-p", "--pretty-print", action="store_true", help="indent the output")
     arguments = parser.parse_args()
     try:

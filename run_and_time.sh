@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains one benchmark on one system, from a bare machine on, and times it.
+# Train a benchmark on a system and time the run. Installs what is missing first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -7,39 +7,39 @@ usage() {
   cat <<'END'
 usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --model-summary | --preflight | --autotune [SECONDS]] [--name value ...]
 
-  --dry-run    only say what would be run, with which settings, and what the rules say of it
-  --model-summary   only list the layers of the network: shapes, parameters, trained or frozen
-  --preflight  only check the machine, or on each node all machines: data, disk, memory, driver, collectives, clocks
-  --autotune       only measure what is fastest here, for 300 s or as many as are given, and write a config file of it:
-               config_NAME.sh with --name NAME, else named after the hardware; --force writes over one that is there
+  --dry-run        show the command, the settings and what the MLPerf rules say about them; run nothing
+  --model-summary  list the layers of the network: shapes, parameters, trained or frozen
+  --preflight      check the machine, or every node: data, disk, memory, driver, collectives, clocks
+  --autotune       search for the fastest settings of this machine, for 300 s or the given seconds. Writes
+                   config_NAME.sh with --name NAME, else named after the hardware; --force overwrites an existing file
 
 environment (paths are relative to the folder of this script):
-  DGXSYSTEM       system, config_${DGXSYSTEM}.sh is its file (toy)
-  DATADIR         data set (what the config file says)
-  LOGDIR          run folders go to LOGDIR/system/benchmark/start (results)
-  RUN_DIR         this run's folder instead
-  NEXP            experiments, one after the other; of a given seed, each takes the next (1)
+  DGXSYSTEM       system; its config file is config_${DGXSYSTEM}.sh (toy)
+  DATADIR         data set (from the config file)
+  LOGDIR          parent of the run folders, LOGDIR/system/benchmark/start time (results)
+  RUN_DIR         run folder, instead of one under LOGDIR
+  NEXP            number of experiments, run one after the other; a given seed increases by one in each (1)
   PRETRAINED_DIR  folder of the backbone weights (data)
-  DGXNGPU         ranks on each node (what the config file says)
-  MAX_RESTARTS    times that the ranks are started again after one died; with --resume auto they go on (0)
-  CLEAR_CACHES    1 drops the machine's file caches before the run, as MLPerf asks; 0 does not (1)
-  RESET_COMMAND   shell command before the run, to reset the accelerators (what the config file says; empty: none)
-  BENCHMARK       what is trained: ssd, or maskrcnn, whose system files are config_${DGXSYSTEM}_maskrcnn.sh (ssd)
+  DGXNGPU         ranks per node (from the config file)
+  MAX_RESTARTS    restarts of the ranks after one dies; they resume with --resume auto (0)
+  CLEAR_CACHES    1 drops the machine's page cache before the run, as MLPerf requires; 0 keeps it (1)
+  RESET_COMMAND   shell command that resets the accelerators before the run (from the config file; empty: none)
+  BENCHMARK       ssd or maskrcnn; config files of maskrcnn are named config_${DGXSYSTEM}_maskrcnn.sh (ssd)
   VENV            folder of the Python environment (.venv)
-  MASTER_ADDR, MASTER_PORT, NODE_RANK  where DGXNNODES > 1: address of node 0, a free port there (and those that follow,
-                  one an experiment), and which node this is, from 0; started once on every node (Slurm says all
-                  three; 29500)
+  MASTER_ADDR, MASTER_PORT, NODE_RANK  if DGXNNODES > 1: address of node 0, a free port on it (and the next ones, one
+                  per experiment), and the number of this node, from 0. Start this script once per node. Slurm provides
+                  all three (port: 29500)
 
-A setting of the recipe that the config file names is changed by a flag, not by a variable.
+To change a setting that the config file sets, pass a flag, not a variable.
 
-NEXP=5 leaves RUN_DIR/experiment_0/ to experiment_4/ and, beside them, their logs result_0.txt to result_4.txt. The same
-command with RUN_DIR, or with --resume auto, goes on: what has come to its end is not repeated. A signal ends all.
+NEXP=5 writes RUN_DIR/experiment_0/ to experiment_4/ and links their logs, result_0.txt to result_4.txt. To continue,
+repeat the command with RUN_DIR or --resume auto: finished experiments are skipped. A signal stops all of them.
 
-Other modes: --mode evaluate --weights FILE prints the twelve figures; --mode bench-train and
-bench-infer say how fast this machine is. They exit with 0 when they are done, and print no RESULT.
+Other modes: --mode evaluate --weights FILE prints the twelve COCO metrics. --mode bench-train and bench-infer measure
+throughput. They exit with 0 and print no RESULT line.
 
-exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 epochs used up below the target; of several
-experiments that of the first that failed
+exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 target not reached; with several experiments,
+that of the first one that failed
 END
 }
 
@@ -48,12 +48,12 @@ die() {
   exit 2
 }
 
-dry_run=false describe=false help=false module=train flags=()
+dry_run=false model_summary=false help=false module=train flags=()
 for argument in "$@"; do
   case $argument in
     -h | --help) help=true ;;
     --dry-run) dry_run=true ;;
-    --model-summary) describe=true ;;
+    --model-summary) model_summary=true ;;
     --preflight) module=inspection ;;
     --autotune) module=tune flags+=("$argument") ;;
     *) flags+=("$argument") ;;
@@ -62,13 +62,13 @@ done
 if $help; then usage; fi
 
 export NEXP=${NEXP:-1}
-[[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
+[[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is not a valid number of experiments"
 # shellcheck source=scripts/lib/resolve_config.sh
 source ./scripts/lib/resolve_config.sh
-find_system .
+resolve_config .
 
-# NEXP runs of this script, one after the other.
-if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
+# Run this script NEXP times, one after the other.
+if ((NEXP > 1)) && ! $help && ! $model_summary && [[ $module == train ]]; then
   # shellcheck source=scripts/lib/experiments.sh
   source ./scripts/lib/experiments.sh
   recipe=$(
@@ -76,17 +76,17 @@ if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
     source "./$config" && seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"
   )
   { read -r nodes && read -r seed; } <<<"$recipe" || true
-  check_series "${flags[@]}"
-  [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX is of one run, and there are NEXP=$NEXP: unset one of them"
+  check_experiments "${flags[@]}"
+  [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX names one run, but NEXP=$NEXP. Unset one of them"
   [[ -n ${RUN_DIR:-} ]] || ((nodes == 1)) ||
-    die "NEXP=$NEXP on DGXNNODES=$nodes nodes: name one RUN_DIR on all of them, on a disk that all see"
+    die "NEXP=$NEXP on DGXNNODES=$nodes nodes: set the same RUN_DIR on all of them, on a shared disk"
 
   parent=${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK
-  if [[ -z ${RUN_DIR:-} && $(value_of --resume "${flags[@]}") == auto ]]; then
-    for folder in "$parent"/*/experiment_0; do # the last remains
+  if [[ -z ${RUN_DIR:-} && $(flag_value --resume "${flags[@]}") == auto ]]; then
+    for folder in "$parent"/*/experiment_0; do # the last unfinished one wins
       folder=${folder%/*}
       for ((number = 0; number < NEXP; number++)); do
-        status_of "$folder/experiment_$number/result_$number.txt" >/dev/null || RUN_DIR=$folder
+        finished_status "$folder/experiment_$number/result_$number.txt" >/dev/null || RUN_DIR=$folder
       done
     done
     if [[ ! -d ${RUN_DIR:-} ]]; then RUN_DIR=''; fi
@@ -94,79 +94,79 @@ if ((NEXP > 1)) && ! $help && ! $describe && [[ $module == train ]]; then
   run=${RUN_DIR:-}
   while [[ -z $run ]]; do
     run=$parent/$(date +%Y-%m-%d_%H-%M-%S)
-    if [[ -e $run ]]; then run='' && sleep 1; fi # another series has begun in this second
+    if [[ -e $run ]]; then run='' && sleep 1; fi # another call took this second
   done
-  # shellcheck disable=SC2329 # called by run_series
-  single() {
-    NEXP=1 RUN_INDEX=$1 RUN_DIR=$run/experiment_$1 in_background ./run_and_time.sh "${@:2}"
+  # shellcheck disable=SC2329 # called by run_experiments
+  run_experiment() {
+    NEXP=1 RUN_INDEX=$1 RUN_DIR=$run/experiment_$1 run_job ./run_and_time.sh "${@:2}"
   }
   # shellcheck disable=SC2329 # called by the traps
-  end_step() {
-    kill -s "$1" -- "-$step"
+  stop_job() {
+    kill -s "$1" -- "-$job_pid"
   }
   if $dry_run; then
     echo "run folder of the NEXP=$NEXP experiments: $run"
-    flags_of "$run" 0 "${flags[@]}"
-    NEXP=1 RUN_INDEX=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${own[@]}"
+    experiment_flags "$run" 0 "${flags[@]}"
+    NEXP=1 RUN_INDEX=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${extra_flags[@]}"
   fi
-  take_signals
-  run_series "$run" single "${flags[@]}"
-  if $signalled || ((status != 0 && status != 3)); then
-    printf 'To go on: RUN_DIR=%q NEXP=%s, and otherwise the same command\n' "$run" "$NEXP"
+  install_signal_traps
+  run_experiments "$run" run_experiment "${flags[@]}"
+  if $signaled || ((status != 0 && status != 3)); then
+    printf 'To continue: RUN_DIR=%q NEXP=%s and the same command\n' "$run" "$NEXP"
   fi
   exit "$status"
 fi
 
-# The config file is the system's recipe: a variable that contradicts it may be a leftover of another system's.
-declare -A given=()
-for name in $(compgen -e "${BENCHMARK^^}_" || true); do given[$name]=${!name}; done
+# A variable that contradicts the config file may be left over from another system.
+declare -A preset_vars=()
+for name in $(compgen -e "${BENCHMARK^^}_" || true); do preset_vars[$name]=${!name}; done
 # shellcheck source=/dev/null
 source "./$config"
-for name in "${!given[@]}"; do
+for name in "${!preset_vars[@]}"; do
   flag=${name#*_}
-  [[ -z ${given[$name]} || ${!name} == "${given[$name]}" ]] ||
-    die "$name=${given[$name]}: $config says ${!name}. Unset it, or pass --$(tr '_[:upper:]' '-[:lower:]' <<<"$flag") ${given[$name]}"
+  [[ -z ${preset_vars[$name]} || ${!name} == "${preset_vars[$name]}" ]] ||
+    die "$name=${preset_vars[$name]}: $config sets ${!name}. Unset it, or pass --$(tr '_[:upper:]' '-[:lower:]' <<<"$flag") ${preset_vars[$name]}"
 done
 : "${DGXNNODES:=1}" "${DGXNGPU:=1}"
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 ((${SLURM_STEP_NUM_NODES:-$DGXNNODES} == DGXNNODES)) ||
-  die "$config says DGXNNODES=$DGXNNODES, and Slurm started this on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES"
-((NODE_RANK < DGXNNODES)) || die "$config says DGXNNODES=$DGXNNODES, and this is NODE_RANK=$NODE_RANK, from 0"
+  die "$config sets DGXNNODES=$DGXNNODES, but Slurm started this on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES"
+((NODE_RANK < DGXNNODES)) || die "$config sets DGXNNODES=$DGXNNODES, but NODE_RANK=$NODE_RANK. It counts from 0"
 
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
 if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
-if $describe; then exec "$python" -m "$BENCHMARK.preflight" --model-summary "${flags[@]}"; fi
+if $model_summary; then exec "$python" -m "$BENCHMARK.preflight" --model-summary "${flags[@]}"; fi
 
 if [[ $module == tune ]]; then exec "$python" -m "$BENCHMARK.tune" "${flags[@]}"; fi
 
-# Before the clock, in a process of its own: the mistakes of user and data end here, with 2.
+# Check settings and data in a separate process before the timer starts. Mistakes end the script with 2.
 if [[ $module == inspection ]]; then
-  : # which tells them in its table
+  : # it reports mistakes in its table
 elif $dry_run; then
   "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
 else
   checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
   { read -r org && read -r RUN_DIR && read -r mode && read -r num_classes; } <<<"$checked"
-  export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # counted here: the run may not look before its clock
+  export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # the run may not read the data before its timer starts
 fi
 
 launch=("$python" -m detection.runtime.launch --nnodes "$DGXNNODES" --nproc-per-node "$DGXNGPU")
 if ((DGXNNODES > 1)); then
   if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) || true
-    # A node's name may be known to Slurm alone; its address is what Slurm itself calls.
+    # Only Slurm may know the name of a node. Its address is the one that Slurm itself uses.
     MASTER_ADDR=$(scontrol show node "$first" | grep -oP '\bNodeAddr=\K\S+' || echo "$first")
   fi
-  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}" # in a container, which lacks scontrol: run.sub is on node 0
-  [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR names no node. Set it to the address of node 0"
-  # Two jobs of Slurm on one node take two ports.
+  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}" # in a container without scontrol: run.sub is on node 0
+  [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR is not set. Set it to the address of node 0"
+  # Two Slurm jobs on one node need different ports.
   : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"
-  # A port for each experiment: a node that is ahead must not meet the ranks of the one before.
+  # One port per experiment: a node that is ahead must not connect to ranks of the previous experiment.
   launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + ${RUN_INDEX:-0})))
 fi
 if ((${MAX_RESTARTS:-0} > 0)); then
-  [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would begin anew"
+  [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would train from scratch"
   launch+=(--max-restarts "$MAX_RESTARTS")
 fi
 launch+=(-m "$BENCHMARK.$module" "${flags[@]}")
@@ -184,22 +184,22 @@ if [[ $module == inspection ]]; then exec "${launch[@]}"; fi
 
 if [[ -n ${RESET_COMMAND:-} ]]; then
   echo "Resetting the accelerators: $RESET_COMMAND"
-  bash -c "$RESET_COMMAND" || die "RESET_COMMAND=$RESET_COMMAND: it ended with status $?"
+  bash -c "$RESET_COMMAND" || die "RESET_COMMAND=$RESET_COMMAND: failed with status $?"
 fi
 
-drop_caches() {
+drop_page_cache() {
   if [[ ${CLEAR_CACHES:-1} != 1 ]]; then
-    echo "The machine's file caches are kept: CLEAR_CACHES=$CLEAR_CACHES"
+    echo "Page cache kept: CLEAR_CACHES=$CLEAR_CACHES"
   elif sync && { echo 3 >/proc/sys/vm/drop_caches || sudo -n /sbin/sysctl -q vm.drop_caches=3; } 2>/dev/null; then
     PAGE_CACHE_DROPPED=1
   else
-    echo "The machine's file caches are kept: dropping them needs root, or sudo without a password"
+    echo "Page cache kept: dropping it needs root, or sudo without a password"
   fi
 }
-# run_with_docker.sh drops them outside the container, which may not, and says so.
+# A container may not drop the page cache. run_with_docker.sh drops it outside and sets the variable.
 if [[ -z ${PAGE_CACHE_DROPPED:-} && $mode == train ]]; then
   PAGE_CACHE_DROPPED=0
-  drop_caches
+  drop_page_cache
 fi
 export PAGE_CACHE_DROPPED
 
@@ -207,48 +207,48 @@ timestamp() {
   LC_ALL=C date "+%Y-%m-%d %I:%M:%S %p"
 }
 
-# Passed on once: a second signal would break into the launcher's ending of its ranks.
-signalled=false
+# Forward only the first signal: a second one would interrupt the launcher's shutdown of its ranks.
+signaled=false
 # shellcheck disable=SC2329 # called by the traps
-pass_on() {
+forward_signal() {
   trap '' INT TERM HUP USR1
-  signalled=true
-  echo "SIG$1: ending the run" >&2
+  signaled=true
+  echo "SIG$1: stopping the run" >&2
   kill -s "$2" "$!" || true
 }
 
 start=$(timestamp)
 start_s=$(date +%s)
 echo "STARTING TIMING RUN AT $start"
-set -m # in a process group of its own, so that Ctrl-C comes here alone
+set -m # a separate process group: only this script receives Ctrl-C
 "${launch[@]}" &
-trap 'pass_on INT INT' INT
-trap 'pass_on TERM TERM' TERM
-trap 'pass_on HUP TERM' HUP
-trap 'pass_on USR1 TERM' USR1 # as `sbatch --signal` can be asked to send ahead of the time limit
+trap 'forward_signal INT INT' INT
+trap 'forward_signal TERM TERM' TERM
+trap 'forward_signal HUP TERM' HUP
+trap 'forward_signal USR1 TERM' USR1 # `sbatch --signal` can send it before the time limit
 wait "$!" && status=0 || status=$?
-# A wait that a signal broke off has the signal's status, not the run's.
-if $signalled; then wait "$!" && status=0 || status=$?; fi
+# An interrupted wait returns the signal's status, not the run's.
+if $signaled; then wait "$!" && status=0 || status=$?; fi
 end_s=$(date +%s)
 echo "ENDING TIMING RUN AT $(timestamp)"
 
-# Off the clock, and of a run that was broken off, too; what cannot be drawn costs the report, not the run.
+# Outside the timed part, and after an interrupted run, too. A failure here does not change the exit status.
 if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
   if [[ -s $RUN_DIR/detections.json || -s $RUN_DIR/segm.json ]]; then
-    "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || echo "warning: no pictures were drawn" >&2
+    "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || echo "warning: could not draw the sample predictions" >&2
   fi
-  "$python" -m detection.report.html_report "$RUN_DIR" || echo "warning: no report was made" >&2
+  "$python" -m detection.report "$RUN_DIR" || echo "warning: could not write the report" >&2
 fi
 
 if ((status == 0 && NODE_RANK == 0)); then
   if [[ $mode != train ]]; then
-    echo "No RESULT line: --mode $mode trains nothing to a target. What it gave is above, and in $RUN_DIR"
+    echo "No RESULT line: --mode $mode does not train to a target. Its results are above, and in $RUN_DIR"
     exit
   fi
   if grep -qs '"key": "resumed"' "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
-    echo "No RESULT line: the run was resumed, and this was the time of its last part"
+    echo "No RESULT line: the run was resumed, so this time covers only its last part"
     exit
   fi
-  echo "RESULT,$result,,$((end_s - start_s)),$org,$start"
+  echo "RESULT,$mlperf_name,,$((end_s - start_s)),$org,$start"
 fi
 exit "$status"

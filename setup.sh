@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Makes the Python environment in .venv and installs this project into it. A second call costs nothing.
+# Create the Python environment in .venv and install this project into it. A second call does nothing.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 usage: ./setup.sh [--dev] [--system-site-packages] [--quiet] [--check] [--vendor NAME [--packages DIR]]
 
-  --dev                   also what the tests and linters need
-  --system-site-packages  keep the torch that this machine or container image ships
-  --quiet                 say nothing when there is nothing to do
-  --check                 only say what is there and what is missing; exits 1 if something needed is missing
+  --dev                   also install what the tests and linters need
+  --system-site-packages  use the torch of this machine or container image
+  --quiet                 print nothing if everything is up to date
+  --check                 only list what is installed and what is missing; exits with 1 if a required item is missing
   --vendor NAME           prepare the machine for its accelerators: iluvatar, cambricon, nvidia, amd or cpu
-  --packages DIR          what the vendor hands out: apt-packages.txt (names of system packages), installers (*.run,
-                          *.sh, in the order of their names) and wheels (torch-*.whl, apex-*.whl, any), which are
-                          installed instead of the package index's; what is done is skipped, a failure ends it
+  --packages DIR          software from the vendor: apt-packages.txt (names of system packages), installers (*.run, *.sh,
+                          run in the order of their names) and wheels (torch-*.whl, apex-*.whl, others), which replace
+                          those of the package index. Finished steps are skipped, and a failure stops the script
 
 environment:
-  INSTALL_ARGS_NAME  arguments of an installer, by the first word of its file's name: INSTALL_ARGS_COREX='--silent'
-  VENV    folder of the environment (.venv)
-  PYTHON  interpreter to make it from (the first of python3.13, 3.12, 3.11 and python3 that runs)
+  INSTALL_ARGS_NAME  arguments of an installer, by the first word of its file name: INSTALL_ARGS_COREX='--silent'
+  VENV               folder of the environment (.venv)
+  PYTHON             interpreter to create it with (the first working one of python3.13, 3.12, 3.11 and python3)
 END
 }
 
@@ -35,16 +35,16 @@ while (($#)); do
     --quiet) quiet=true ;;
     --check) check=true ;;
     --vendor | --packages)
-      (($# > 1)) || die "$1 needs a value; ./setup.sh --help says which"
+      (($# > 1)) || die "$1 needs a value. See ./setup.sh --help"
       printf -v "${1#--}" %s "$2"
       shift
       ;;
     -h | --help) usage && exit ;;
-    *) die "setup.sh knows no argument '$1'; ./setup.sh --help lists them" ;;
+    *) die "unknown argument '$1'. See ./setup.sh --help" ;;
   esac
   shift
 done
-[[ -z $packages || -n $vendor ]] || die "--packages $packages: pass --vendor NAME, too"
+[[ -z $packages || -n $vendor ]] || die "--packages $packages: needs --vendor NAME. Pass both"
 if [[ -n $packages ]]; then packages=$(realpath --canonicalize-missing "$packages"); fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -52,44 +52,44 @@ venv=$(realpath --canonicalize-missing "${VENV:-$root/.venv}")
 python=$venv/bin/python
 cd "$root"
 
-# What the environment was made for, with the extras in $1: this text is the stamp of a finished installation.
+# stamp EXTRAS: prints the text that marks an installation with these extras as finished.
 stamp() {
   printf '%s\n' "detection-training$1 in $root, $("$python" -V 2>&1)" "$(<pyproject.toml)"
 }
 
-installed() {
+is_installed() {
   [[ -x $python && -f $venv/.installed && $(<"$venv/.installed") == "$(stamp "$1")" ]]
 }
 
-shares_system_packages() {
+uses_system_packages() {
   grep --quiet --ignore-case '^include-system-site-packages = true' "$venv/pyvenv.cfg" 2>/dev/null
 }
 
-finished() {
+is_up_to_date() {
   if [[ -e $venv/.installing ]]; then return 1; fi
   if [[ -n $vendor ]] && ! wheels_installed; then return 1; fi
-  if $system && ! shares_system_packages; then return 1; fi
+  if $system && ! uses_system_packages; then return 1; fi
   if [[ -n ${PYTHON:-} && $("$PYTHON" -V 2>&1) != "$("$python" -V 2>&1)" ]]; then return 1; fi
-  installed '[dev]' || { [[ -z $extras ]] && installed ''; }
+  is_installed '[dev]' || { [[ -z $extras ]] && is_installed ''; }
 }
 
-supported() {
+is_supported() {
   "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-can_make_environments() {
+can_create_venv() {
   "$1" -c 'import ensurepip, venv' 2>/dev/null || { $system && "$1" -c 'import pip, venv' 2>/dev/null; }
 }
 
-# Sets `base` to an interpreter that runs: a version manager's shim can be on PATH and still not run.
-find_base() {
+# find_python: sets `base` to a working interpreter. A version manager's shim may be on PATH without working.
+find_python() {
   local candidate bare=''
   if [[ -n ${PYTHON:-} ]]; then
-    supported "$PYTHON" || die "PYTHON=$PYTHON does not run or is not Python 3.11 to 3.13"
+    is_supported "$PYTHON" || die "PYTHON=$PYTHON does not run or is not Python 3.11 to 3.13. Name another interpreter"
   fi
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3; do
-    supported "$candidate" || continue
-    if can_make_environments "$candidate"; then
+    is_supported "$candidate" || continue
+    if can_create_venv "$candidate"; then
       base=$candidate
       return
     fi
@@ -100,28 +100,28 @@ find_base() {
     bare=$("$bare" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     die "$bare lacks the venv and ensurepip modules. On Debian or Ubuntu: apt-get install $bare-venv"
   fi
-  die "no Python 3.11 to 3.13 on PATH. Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name one: PYTHON=/path/to/python3.12 ./setup.sh"
+  die "no Python 3.11 to 3.13 on PATH. Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or set PYTHON: PYTHON=/path/to/python3.12 ./setup.sh"
 }
 
-# An environment that runs is kept and brought up to date, unless an installation into it was cut short.
-usable() {
-  [[ ! -e $venv/.installing && -x $python ]] && supported "$python" && "$python" -m pip --version &>/dev/null &&
-    { ! $system || shares_system_packages; } &&
+# Keep and update a working environment, unless an installation into it was interrupted.
+venv_is_valid() {
+  [[ ! -e $venv/.installing && -x $python ]] && is_supported "$python" && "$python" -m pip --version &>/dev/null &&
+    { ! $system || uses_system_packages; } &&
     { [[ -z ${PYTHON:-} ]] || [[ $("$PYTHON" -V 2>&1) == "$("$python" -V 2>&1)" ]]; }
 }
 
-make_environment() {
+create_venv() {
   local options=(--clear)
-  find_base
+  find_python
   if $system; then
     options+=(--system-site-packages)
     if "$base" -c 'import pip' 2>/dev/null; then options+=(--without-pip); fi
   fi
-  echo "setup.sh: making $venv with $("$base" -V 2>&1)"
+  echo "setup.sh: creating $venv with $("$base" -V 2>&1)"
   "$base" -m venv "${options[@]}" "$venv"
 }
 
-# pip must not replace the torch of the image or the vendor by another build: it is pinned to what is there.
+# pin_torch: keeps pip from replacing the torch of the image or the vendor with another build.
 pin_torch() {
   "$python" - >"$venv/constraints.txt" <<'END'
 from importlib.metadata import PackageNotFoundError, version
@@ -136,23 +136,23 @@ END
 
 install_packages() {
   local constraints=()
-  if shares_system_packages; then pin_torch; fi
+  if uses_system_packages; then pin_torch; fi
   if [[ -f $venv/constraints.txt ]]; then constraints=(--constraint "$venv/constraints.txt"); fi
-  echo "setup.sh: installing detection-training$extras: torch and its libraries are several GB, this can take minutes"
+  echo "setup.sh: installing detection-training$extras: torch and its libraries take several GB, this can take minutes"
   touch "$venv/.installing"
   if ! "$python" -m pip install --disable-pip-version-check --no-input "${constraints[@]}" --editable ".$extras"; then
-    rm "$venv/.installing" # pip has rolled back what it had begun; only a kill leaves half a package behind
-    die "pip could not install the packages (its reason is above). Mend that and run ./setup.sh again" 1
+    rm "$venv/.installing" # pip rolls back a failed installation; only a kill leaves a partial package
+    die "pip could not install the packages (see its message above). Fix the cause and run ./setup.sh again" 1
   fi
   stamp "$extras" >"$venv/.installed"
   rm "$venv/.installing"
 }
 
-row() { printf '%-16s %-9s %s\n' "$1" "$2" "$3"; }
+print_row() { printf '%-16s %-9s %s\n' "$1" "$2" "$3"; }
 
-# presence NAME FILE HINT: a row about a file that a run can do without.
-presence() {
-  if [[ -e $2 ]]; then row "$1" ok "$2"; else row "$1" none "$3"; fi
+# print_optional NAME FILE HINT: prints a row about a file that a run does not require.
+print_optional() {
+  if [[ -e $2 ]]; then print_row "$1" ok "$2"; else print_row "$1" none "$3"; fi
 }
 
 check_packages() {
@@ -174,39 +174,39 @@ try:
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count()
-    found = f"{count} × {accelerator}" if accelerator else "torch sees none: runs use the CPU"
+    found = f"{count} × {accelerator}" if accelerator else "torch finds none: runs use the CPU"
     print(f"{'accelerator':16} {'ok' if accelerator else 'none':9} {found}")
 except (ImportError, AttributeError):
     pass
 try:
     print(f"{'apex':16} ok        {version('apex')}")
 except PackageNotFoundError:
-    print(f"{'apex':16} none      optional: used only where it is asked for")
+    print(f"{'apex':16} none      optional: only for --optimizer-backend apex")
 raise SystemExit(missing > 0)
 END
 }
 
 check_machine() {
   local status=0 coco=${DATADIR:-data/coco} backbone=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth command
-  if [[ -x $python ]] && supported "$python"; then
-    row python ok "$("$python" -V 2>&1), $python"
+  if [[ -x $python ]] && is_supported "$python"; then
+    print_row python ok "$("$python" -V 2>&1), $python"
     check_packages || status=1
   else
-    row python missing "no environment in $venv: ./setup.sh makes it"
+    print_row python missing "no environment in $venv: ./setup.sh creates it"
     status=1
   fi
-  if [[ $status == 0 ]] && ! finished; then
-    row installation missing "$venv was not made by ./setup.sh from this pyproject.toml: run it"
+  if [[ $status == 0 ]] && ! is_up_to_date; then
+    print_row installation missing "$venv does not match this pyproject.toml: run ./setup.sh"
     status=1
   fi
   for command in curl nvidia-smi docker podman; do
-    presence "$command" "$(command -v "$command")" optional
+    print_optional "$command" "$(command -v "$command")" optional
   done
-  presence 'toy data' data/toy/annotations './run_and_time.sh draws it'
-  presence 'COCO-sized data' data/synthetic_coco/annotations 'DGXSYSTEM=synthetic_coco ./run_and_time.sh draws it, 20G'
-  presence COCO "$coco/train2017" "not in $coco: ./init_datasets.sh fetches it (DATADIR= names another folder)"
-  presence backbone "$backbone" "no $backbone: ./get_resnet34_backbone.sh fetches it"
-  row disk ok "$(df --human-readable --output=avail . | tail -n 1 | tr -d ' ') free here; the environment takes 7G, COCO 2017 up to 45G"
+  print_optional 'toy data' data/toy/annotations './run_and_time.sh generates it'
+  print_optional 'COCO-sized data' data/synthetic_coco/annotations 'DGXSYSTEM=synthetic_coco ./run_and_time.sh generates it, 20G'
+  print_optional COCO "$coco/train2017" "not in $coco: ./init_datasets.sh downloads it (DATADIR= names another folder)"
+  print_optional backbone "$backbone" "no $backbone: ./get_resnet34_backbone.sh downloads it"
+  print_row disk ok "$(df --human-readable --output=avail . | tail -n 1 | tr -d ' ') free here; the environment takes 7G, COCO 2017 up to 45G"
   return "$status"
 }
 
@@ -222,26 +222,26 @@ if [[ -n $vendor ]]; then
   if [[ -n $packages ]]; then install_vendor_software; fi
 fi
 
-if finished; then
+if is_up_to_date; then
   if ! $quiet; then echo "setup.sh: $venv is up to date"; fi
   exit
 fi
 
 if [[ -d $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
-  die "VENV=$venv holds other files and is no Python environment; name an empty or new folder"
+  die "VENV=$venv contains other files and is not a Python environment. Name an empty or new folder"
 fi
-mkdir -p "$venv" || die "cannot make $venv; name another folder with VENV="
+mkdir -p "$venv" || die "cannot create $venv. Name another folder with VENV="
 
-# Two calls at once: the second waits, then finds the work done.
+# With two concurrent calls, the second one waits and finds the environment up to date.
 exec 9<"$venv"
 if ! flock --nonblock 9; then
-  echo "setup.sh: another setup.sh is at work in $venv; waiting for it"
+  echo "setup.sh: waiting for another setup.sh in $venv"
   flock 9
-  if finished; then exit; fi
+  if is_up_to_date; then exit; fi
 fi
 
 if [[ -f $venv/.installed && $(head -n 1 "$venv/.installed") == 'detection-training[dev] '* ]]; then extras='[dev]'; fi
-usable || make_environment
+venv_is_valid || create_venv
 if [[ -n $vendor ]]; then install_wheels; fi
 install_packages
 echo "setup.sh: $venv is ready"

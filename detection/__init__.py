@@ -1,1 +1,1 @@
-"""The run: how anything is trained here. Read engine.py first."""
+"""Training framework shared by the workloads. Start reading at engine/train_loop.py."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """The name to write to, beside `path`, whose name it gets where all went well; else it is removed."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`. Rename it to `path` on success, and remove it on failure."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -17,8 +17,8 @@ def writing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Make what is in a file, or the names in a folder, survive a loss of power."""
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

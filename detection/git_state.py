@@ -1,4 +1,4 @@
-"""Which state of the program a run is made of: the commit, and whether files differ from it."""
+"""Git state of the program: its commit, and whether files differ from it."""
 
 import subprocess
 from dataclasses import dataclass
@@ -9,33 +9,37 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Source:
-    """commit: 40 hexadecimal digits, or "unknown". dirty: files differ from it, or are new; None where unknown."""
+class GitState:
+    """Commit of the program, and whether its files differ from that commit.
+
+    commit: 40 hexadecimal digits, or "unknown". dirty: files are modified or untracked. None if unknown.
+    """
 
     commit: str
     dirty: bool | None
 
 
-def read(named: str = "", root: Path = ROOT) -> Source:
-    """The state of the git repository at root; where there is none, as in a container, that which is named.
+def read(fallback: str = "", root: Path = ROOT) -> GitState:
+    """Return the state of the git repository at `root`, or `fallback` if there is none, as in a container.
 
-    named: a commit, with "-dirty" behind it where files differed, as `git describe --dirty` writes it; may be empty.
+    fallback: a commit, with the suffix "-dirty" if files differed, as `git describe --dirty` writes it. May be empty.
     """
-    top, head = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--verify", "HEAD")
-    changes = _git(root, "status", "--porcelain")
-    if top and head and changes is not None and Path(top).resolve() == root.resolve():  # not one that it lies in
-        return Source(head, changes != "")
-    if named:
-        return Source(named.removesuffix("-dirty"), named.endswith("-dirty"))
-    return Source(UNKNOWN, None)
+    toplevel, head = _run_git(root, "rev-parse", "--show-toplevel"), _run_git(root, "rev-parse", "--verify", "HEAD")
+    changes = _run_git(root, "status", "--porcelain")
+    # Ignore a repository that merely contains root.
+    if toplevel and head and changes is not None and Path(toplevel).resolve() == root.resolve():
+        return GitState(head, changes != "")
+    if fallback:
+        return GitState(fallback.removesuffix("-dirty"), fallback.endswith("-dirty"))
+    return GitState(UNKNOWN, None)
 
 
-def _git(root: Path, *words: str) -> str | None:
-    """What git says, or None where it is absent or refuses."""
-    # A mounted repository may be another user's, which git would refuse.
-    command = ["git", "-C", str(root), "-c", f"safe.directory={root}", *words]
+def _run_git(root: Path, *args: str) -> str | None:
+    """Return the output of git, or None if git is missing or fails."""
+    # A mounted repository may belong to another user. Without safe.directory, git rejects it.
+    command = ["git", "-C", str(root), "-c", f"safe.directory={root}", *args]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

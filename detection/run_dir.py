@@ -1,4 +1,4 @@
-"""A run's folder: the names in it, and which run is to be resumed. Without torch, so that checks answer at once."""
+"""Run folder: its file names, and the unfinished run to resume. Imports no torch, so that checks respond at once."""
 
 import re
 from dataclasses import dataclass
@@ -9,71 +9,71 @@ from mlperf.log import read
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-BOARD = "tensorboard"
-NAME = re.compile(r"epoch_(\d+)_step_(\d+)(?:_ap_(\d\.\d+))?\.pt")
+TENSORBOARD = "tensorboard"
+CHECKPOINT_PATTERN = re.compile(r"epoch_(\d+)_step_(\d+)(?:_ap_(\d\.\d+))?\.pt")
 
 
 @dataclass(frozen=True, order=True)
-class Saved:
-    """A checkpoint's file, as its name says: in which epoch (from 1), after how many steps, with which score.
+class CheckpointFile:
+    """Checkpoint file with the epoch (from 1), step count and score that its name contains.
 
-    One without a score was written in the middle of an epoch. They are ordered by age, the oldest first.
+    A checkpoint without a score was saved in the middle of an epoch. Instances sort by age, oldest first.
     """
 
     epoch: int
     step: int
-    evaluated: bool
+    has_score: bool
     score: float
     path: Path
 
 
 def checkpoint_name(epoch: int, step: int, score: float | None) -> str:
-    """The name of a checkpoint's file."""
+    """Return the file name of a checkpoint."""
     return f"epoch_{epoch:04d}_step_{step:07d}" + ("" if score is None else f"_ap_{max(0.0, score):.4f}") + ".pt"
 
 
-def checkpoints(folder: Path) -> list[Saved]:
-    """The checkpoints of a run's folder, the oldest first."""
-    matches = ((path, NAME.fullmatch(path.name)) for path in (folder / CHECKPOINTS).glob("*.pt"))
+def list_checkpoints(folder: Path) -> list[CheckpointFile]:
+    """Return the checkpoints of a run folder, oldest first."""
+    matches = ((path, CHECKPOINT_PATTERN.fullmatch(path.name)) for path in (folder / CHECKPOINTS).glob("*.pt"))
     return sorted(
-        Saved(int(match[1]), int(match[2]), match[3] is not None, float(match[3] or 0), path)
+        CheckpointFile(int(match[1]), int(match[2]), match[3] is not None, float(match[3] or 0), path)
         for path, match in matches
         if match
     )
 
 
-def log_file(folder: Path, experiment: int) -> Path:
-    """The MLPerf log of a run."""
-    return folder / f"result_{experiment}.txt"
+def log_path(folder: Path, run_index: int) -> Path:
+    """Return the path of a run's MLPerf log."""
+    return folder / f"result_{run_index}.txt"
 
 
-def cut(path: Path, num_bytes: int) -> None:
-    """Shorten a log to what it held at a checkpoint; what came after it is kept in a file beside it, *.cut."""
+def truncate_log(path: Path, num_bytes: int) -> None:
+    """Truncate a log to its length at a checkpoint. Append the removed lines to `<name>.cut` in the same folder."""
     if not path.exists():
         return
     with path.open("r+b") as file:
         file.seek(num_bytes)
-        if after := file.read():
-            with path.with_name(path.name + ".cut").open("ab") as kept:
-                kept.write(after)
+        if tail := file.read():
+            with path.with_name(path.name + ".cut").open("ab") as cut_file:
+                cut_file.write(tail)
             file.truncate(num_bytes)
 
 
-def is_finished(folder: Path, experiment: int, num_epochs: int) -> bool:
-    """Whether a run has met its target, or has been evaluated after its last epoch."""
-    saved = checkpoints(folder)
-    if saved and saved[-1].evaluated and saved[-1].epoch >= num_epochs:
+def is_finished(folder: Path, run_index: int, num_epochs: int) -> bool:
+    """Return whether a run reached its target or was evaluated after its last epoch."""
+    checkpoints = list_checkpoints(folder)
+    if checkpoints and checkpoints[-1].has_score and checkpoints[-1].epoch >= num_epochs:
         return True
     try:
-        events = read(log_file(folder, experiment))
+        events = read(log_path(folder, run_index))
     except (OSError, ValueError):
         return False
     return any(event.key == "run_stop" and event.metadata.get("status") == "success" for event in events)
 
 
-def newest_unfinished(parent: Path, experiment: int, num_epochs: int) -> Path | None:
-    """The last of the runs in a folder that left a checkpoint and are not finished; None where there is none."""
+def latest_unfinished(parent: Path, run_index: int, num_epochs: int) -> Path | None:
+    """Return the latest unfinished run in a folder that has a checkpoint, or None."""
     for folder in sorted(parent.glob("*"), reverse=True):
-        if checkpoints(folder) and not is_finished(folder, experiment, num_epochs):
+        if list_checkpoints(folder) and not is_finished(folder, run_index, num_epochs):
             return folder
     return None

@@ -1,9 +1,7 @@
-"""The features: a ResNet with frozen batch norm under a feature pyramid.
+"""Backbone: a ResNet with frozen batch norm and a feature pyramid network.
 
-The modules are torchvision's and so are their names, so that its weights fit. B images, H and W of padded images.
+Modules and their names are torchvision's, so that its weights load. B images, H and W of the padded images.
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +10,34 @@ from torchvision.models import resnet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detection.runtime.device import constant
+from detection.runtime.device import device_constant
+from maskrcnn.config import Config, InputFormat
 
 NUM_CHANNELS = 256  # of each level of the pyramid
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
-Pixels = Literal["caffe-bgr", "imagenet-rgb"]
-"""What the weights of a trunk were trained on: BGR from 0 to 255 less its mean, or RGB of mean 0 and variance 1."""
-
-# Mean and standard deviation of ImageNet, on a scale from 0 to 255, in the order of the channels.
-STATISTICS = {
+# Mean and standard deviation of ImageNet, 0 to 255, in channel order.
+PIXEL_MEAN_STD = {
     "caffe-bgr": ((102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)),
     "imagenet-rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 
 
-def normalise(images: Tensor, sizes_hw: Tensor, pixels: Pixels) -> Tensor:
-    """Images (B, 3, H, W) uint8 RGB as the network sees them, float32; 0 outside of sizes_hw (B, 2)."""
-    mean, deviation = (constant(values, images.device)[:, None, None] for values in STATISTICS[pixels])
-    images = ((images.flip(1) if pixels == "caffe-bgr" else images) - mean) / deviation
+def normalize(images: Tensor, sizes_hw: Tensor, input_format: InputFormat) -> Tensor:
+    """Normalize images (B, 3, H, W) uint8 RGB to float32, with zeros outside sizes_hw (B, 2)."""
+    mean, std = (device_constant(values, images.device)[:, None, None] for values in PIXEL_MEAN_STD[input_format])
+    images = ((images.flip(1) if input_format == "caffe-bgr" else images) - mean) / std
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
-    inside = (rows < sizes_hw[:, :1])[:, :, None] & (columns < sizes_hw[:, 1:])[:, None, :]
-    return images * inside[:, None]
+    is_image = (rows < sizes_hw[:, :1])[:, :, None] & (columns < sizes_hw[:, 1:])[:, None, :]
+    return images * is_image[:, None]
 
 
-class Trunk(nn.Module):
-    """Images to the five levels of the pyramid, P2 to P6.
+class ResNetFPN(nn.Module):
+    """torchvision's ResNet and feature pyramid: images to the five levels P2 to P6."""
 
-    name: of torchvision's ResNet. stride_in_1x1: whether a block that halves its input does so in its first 1×1
-    convolution, as the original ResNet of MSRA, or in its 3×3 one, as torchvision. freeze_at: of stem and layer1
-    (stage 2 of the paper) and on, how many are not trained. batch_norm_eps: 0 where the weights have it in them.
-    """
-
-    def __init__(self, name: str, *, stride_in_1x1: bool, freeze_at: int, batch_norm_eps: float):
+    def __init__(self, config: Config):
         super().__init__()
-        body = getattr(resnet, name)(weights=None)
+        body = getattr(resnet, config.backbone)(weights=None)
         widths = [
             getattr(body, stage)[-1].conv2.out_channels * type(getattr(body, stage)[-1]).expansion for stage in STAGES
         ]
@@ -55,49 +46,50 @@ class Trunk(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, NUM_CHANNELS, extra_blocks=LastLevelMaxPool())
         for module in body.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.eps = batch_norm_eps
-            elif isinstance(module, resnet.Bottleneck) and stride_in_1x1:
+                module.eps = config.batch_norm_eps
+            elif isinstance(module, resnet.Bottleneck) and config.stride_in_1x1:
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        if freeze_at:
-            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[:freeze_at])):
+        if config.freeze_at:
+            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[: config.freeze_at])):
                 frozen.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """P2 to P6, (B, 256, h, w) each, of images (B, 3, H, W) that are normalised."""
-        x = F.relu(convolve(images, self.body.conv1, self.body.bn1))
+        """Return P2 to P6, each (B, 256, h, w), of normalized images (B, 3, H, W)."""
+        x = F.relu(conv_frozen_bn(images, self.body.conv1, self.body.bn1))
         x = self.body.maxpool(x)
         levels = {}
         for stage in STAGES:
             for module in getattr(self.body, stage):
-                x = block(x, module)
+                x = residual_forward(x, module)
             levels[stage] = x
         return list(self.fpn(levels).values())
 
 
-def block(x: Tensor, module: resnet.BasicBlock | resnet.Bottleneck) -> Tensor:
-    """What a residual block makes of x."""
-    skip = x if module.downsample is None else convolve(x, *module.downsample)
-    out = F.relu(convolve(x, module.conv1, module.bn1))
-    out = convolve(out, module.conv2, module.bn2)
-    if isinstance(module, resnet.Bottleneck):
-        out = convolve(F.relu(out), module.conv3, module.bn3)
+def residual_forward(x: Tensor, block: resnet.BasicBlock | resnet.Bottleneck) -> Tensor:
+    """Apply a residual block with `conv_frozen_bn`."""
+    skip = x if block.downsample is None else conv_frozen_bn(x, *block.downsample)
+    out = F.relu(conv_frozen_bn(x, block.conv1, block.bn1))
+    out = conv_frozen_bn(out, block.conv2, block.bn2)
+    if isinstance(block, resnet.Bottleneck):
+        out = conv_frozen_bn(F.relu(out), block.conv3, block.bn3)
     return F.relu(out + skip)
 
 
-def convolve(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolution and batch norm; where that is frozen, as one convolution with its factor in the weights.
+def conv_frozen_bn(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """Apply convolution and batch norm, as a single convolution with folded weights if the norm is frozen.
 
-    It saves three passes over the features: the frozen norm of a 200 × 336 × 256 map costs more than its convolution.
+    Folding saves three passes over the features: the frozen norm of a 200 × 336 × 256 map costs more than its
+    convolution.
     """
     if norm.training:
-        return norm(convolution(x))
+        return norm(conv(x))
     assert norm.running_var is not None
     assert norm.running_mean is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return F.conv2d(
         x,
-        convolution.weight * scale[:, None, None, None],
+        conv.weight * scale[:, None, None, None],
         norm.bias - norm.running_mean * scale,
-        convolution.stride,
-        convolution.padding,
+        conv.stride,
+        conv.padding,
     )

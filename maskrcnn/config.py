@@ -1,4 +1,4 @@
-"""The settings of Mask R-CNN: what the benchmark fixes, what a system chooses, and what follows from both."""
+"""Settings of Mask R-CNN, and values derived from them."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
@@ -7,13 +7,16 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import run_config
-from detection.config.run_config import EvalEpochs, RunConfig, to_multiple
-from detection.config.settings import STRICT, Numbers, Resolved, setting
+from detection.config.run_config import EvalEpochs, RunConfig, round_to_multiple
+from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, setting
 
 PREFIX = "MASKRCNN_"
 
-# What torchvision's model does otherwise than the reference, in the order of the settings.
-TORCHVISION = {
+InputFormat = Literal["caffe-bgr", "imagenet-rgb"]
+"""Pixel format that the backbone's weights expect: BGR 0-255 minus the mean, or RGB of mean 0 and variance 1."""
+
+# Settings in which torchvision's model differs from the reference, in their order below.
+TORCHVISION_PRESET = {
     "stride_in_1x1": "false",
     "input_format": "imagenet-rgb",
     "batch_norm_eps": "1e-5",
@@ -32,135 +35,141 @@ TORCHVISION = {
 class Config(RunConfig):
     """Train Mask R-CNN until its box and mask mAP both reach their targets.
 
-    Exits with 0 where they do, 3 where the epochs are used up, 2 on a mistake in settings or data, 1 on a crash.
+    Exit status: 0 if they do, 3 if not within all epochs, 2 on an error in settings or data, 1 on a crash.
     """
 
     benchmark: ClassVar[str] = "maskrcnn"
 
-    weight_decay: float = setting(1e-4, ge=0, le=1, help="on all weights but biases (MLPerf: 1e-4)")
-    weight_decay_on_bias_and_norm: bool = setting(False, help="weight decay on biases, too (MLPerf Mask R-CNN: no)")
-    bias_lr_factor: float = setting(2.0, gt=0, le=10, help="biases learn so much faster (MLPerf Mask R-CNN: 2)")
+    weight_decay: float = setting(1e-4, ge=0, le=1, help="weight decay of all weights except biases (MLPerf: 1e-4)")
+    weight_decay_on_bias_and_norm: bool = setting(
+        False, help="apply weight decay to biases, too (MLPerf Mask R-CNN: no)"
+    )
+    bias_lr_factor: float = setting(2.0, gt=0, le=10, help="learning rate factor of biases (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
-        True, help="use batch norm's running statistics, train neither its weights nor its biases (MLPerf: yes)"
+        True, help="use the running statistics of batch norm and do not train its weights and biases (MLPerf: yes)"
     )
     batch_size: int = setting(
         4,
         ge=1,
         le=65536,
-        unit="images per accelerator and optimiser step",
-        help="the learning rate follows it",
+        unit="images per accelerator and optimizer step",
+        help="batch size; the learning rate scales with it",
     )
-    eval_batch_size: int = setting(4, ge=1, le=65536, unit="images per accelerator", help="of evaluation")
-    epochs: int = setting(20, ge=1, le=10_000, unit="epochs", help="give up after this many")
+    eval_batch_size: int = setting(4, ge=1, le=65536, unit="images per accelerator", help="batch size of evaluation")
+    epochs: int = setting(20, ge=1, le=10_000, unit="epochs", help="maximum number of epochs")
     eval_epochs: EvalEpochs = setting(
-        tuple(range(1, 21)), unit="epochs", help='evaluated, as 1,2 or "every 1", and the last (MLPerf: every one)'
+        tuple(range(1, 21)),
+        unit="epochs",
+        help='evaluate after these, as 1,2 or "every 1", and after the last (MLPerf: every epoch)',
     )
 
     base_lr: float = setting(
         0.02, gt=0, le=1, unit="per 16 images", heading="Mask R-CNN: training", help="learning rate after warm-up"
     )
     lr_round_to: float = setting(
-        0.0, ge=0, le=1, help="round the peak learning rate to a multiple (MLPerf closed: 0.02); 0 leaves it"
+        0.0, ge=0, le=1, help="round the peak learning rate to a multiple of this (MLPerf closed: 0.02); 0: no rounding"
     )
     warmup_steps: int = setting(625, ge=0, le=1_000_000, unit="steps", help="linear warm-up (MLPerf: any number)")
-    warmup_factor: float = setting(1e-4, gt=0, le=1, help="share of the learning rate that warm-up starts at (> 0)")
-    lr_decay_images: Numbers = setting(
+    warmup_factor: float = setting(1e-4, gt=0, le=1, help="fraction of the learning rate at which warm-up starts")
+    lr_decay_images: AscendingInts = setting(
         (1_152_000, 1_536_000),
         unit="images",
-        help="trained, after each the learning rate falls (MLPerf: (960,000, 1,280,000)·(1 + k/10))",
+        help="decay the learning rate after this many training images (MLPerf: (960,000, 1,280,000)·(1 + k/10))",
     )
-    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="the learning rate is multiplied by this (MLPerf: .1)")
+    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="factor of each learning rate decay (MLPerf: 0.1)")
     variant: Literal["reference", "torchvision"] = setting(
-        "reference", help="torchvision: what its model does otherwise, each where it is not set by itself"
+        "reference", help="torchvision: use the settings of its model as defaults"
     )
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
-        "resnet50", help="torchvision's ResNet under the pyramid (MLPerf: resnet50)"
+        "resnet50", help="torchvision's ResNet below the feature pyramid (MLPerf: resnet50)"
     )
     stride_in_1x1: bool = setting(
         True,
-        help="halve the input of a bottleneck in its first 1x1 convolution, as MSRA's weights do; torchvision's: 3x3",
+        help="stride of a bottleneck in its first 1x1 convolution, as MSRA's weights; no: in the 3x3, as torchvision",
     )
-    freeze_at: int = setting(1, ge=0, le=4, help="with the stem, not trained: 1 is stage 2 of the paper; 0: none")
-    input_format: Literal["caffe-bgr", "imagenet-rgb"] = setting(
-        "caffe-bgr", help="what the trunk's weights have been trained on: BGR from 0 to 255, or RGB over its deviation"
+    freeze_at: int = setting(
+        1, ge=0, le=4, help="freeze the stem and this many stages; 1: stage 2 of the paper; 0: none"
     )
-    batch_norm_eps: float = setting(0.0, ge=0, lt=1, help="added to a variance: 0 where the weights have it in them")
-    legacy_boxes: bool = setting(True, help="a box includes its last pixel: its width is x1 - x0 + 1")
-    anchor_sizes: Numbers = setting((32, 64, 128, 256, 512), unit="pixels", help="of the anchors of P2 to P6")
-    drop_straddling: bool = setting(True, help="do not train anchors that cross the border of their image")
-    rpn_pre_nms_top_n: int = setting(2000, ge=1, unit="per level", help="proposals before their NMS, in training")
-    rpn_pre_nms_top_n_eval: int = setting(
-        2000, ge=1, unit="per level", help="proposals before their NMS, in evaluation"
+    input_format: InputFormat = setting(
+        "caffe-bgr", help="input of the pretrained backbone: BGR in [0, 255], or RGB divided by its standard deviation"
     )
-    rpn_post_nms_top_n: int = setting(2000, ge=1, help="proposals after their NMS, in training")
-    rpn_post_nms_top_n_eval: int = setting(
-        1000, ge=1, unit="per image", help="proposals after their NMS, in evaluation"
+    batch_norm_eps: float = setting(0.0, ge=0, lt=1, help="added to the variance; 0: already part of the weights")
+    legacy_boxes: bool = setting(True, help="boxes include their last pixel: width is x1 - x0 + 1")
+    anchor_sizes: AscendingInts = setting((32, 64, 128, 256, 512), unit="pixels", help="anchor sizes of P2 to P6")
+    drop_straddling: bool = setting(True, help="do not train anchors that cross the image border")
+    rpn_pre_nms_top_n: int = setting(2000, ge=1, unit="per level", help="proposals before NMS, in training")
+    rpn_pre_nms_top_n_eval: int = setting(2000, ge=1, unit="per level", help="proposals before NMS, in evaluation")
+    rpn_post_nms_top_n: int = setting(2000, ge=1, help="proposals after NMS, in training")
+    rpn_post_nms_top_n_eval: int = setting(1000, ge=1, unit="per image", help="proposals after NMS, in evaluation")
+    proposals_per_batch: bool = setting(
+        True, help="apply rpn_post_nms_top_n to a rank's whole batch, not to each image"
     )
-    proposals_per_batch: bool = setting(True, help="in training those are of a rank's whole batch, not of an image")
-    rpn_nms_threshold: float = setting(0.7, gt=0, le=1, unit="IoU", help="proposals that overlap as much are one")
-    rpn_batch_size_per_image: int = setting(256, ge=1, unit="per image", help="anchors that are trained")
-    rpn_positive_fraction: float = setting(0.5, gt=0, le=1, help="of those are positive, at most")
-    box_batch_size_per_image: int = setting(512, ge=1, unit="per image", help="regions that are trained")
-    box_positive_fraction: float = setting(0.25, gt=0, le=1, help="of those are positive, at most")
-    box_smooth_l1_beta: float = setting(1.0, gt=0, le=10, help="where smooth L1 of the box head turns straight")
+    rpn_nms_threshold: float = setting(
+        0.7, gt=0, le=1, unit="IoU", help="suppress proposals that overlap a better one by more"
+    )
+    rpn_batch_size_per_image: int = setting(256, ge=1, unit="per image", help="anchors sampled for training")
+    rpn_positive_fraction: float = setting(0.5, gt=0, le=1, help="maximum fraction of positives among them")
+    box_batch_size_per_image: int = setting(512, ge=1, unit="per image", help="ROIs sampled for training")
+    box_positive_fraction: float = setting(0.25, gt=0, le=1, help="maximum fraction of positives among them")
+    box_smooth_l1_beta: float = setting(1.0, gt=0, le=10, help="transition of the box head's smooth L1 loss")
     mask_targets: Literal["polygon", "roi-align"] = setting(
         "polygon",
-        help="polygon: rasterize the polygons within each region; roi-align: sample whole bitmaps, as torchvision",
+        help="polygon: rasterize polygons within each ROI; roi-align: sample full-size masks, as torchvision",
     )
-    min_image_size: int = setting(800, ge=32, le=8192, unit="pixels", help="of the short side, once resized")
-    max_image_size: int = setting(1333, ge=32, le=8192, unit="pixels", help="of the long side, at most")
-    flip: bool = setting(True, help="mirror every other training image, by chance")
+    min_image_size: int = setting(800, ge=32, le=8192, unit="pixels", help="short side after resizing")
+    max_image_size: int = setting(1333, ge=32, le=8192, unit="pixels", help="maximum long side after resizing")
+    flip: bool = setting(True, help="flip training images horizontally with probability 0.5")
     group_by_aspect_ratio: bool = setting(
-        True, help="batches of wide or of high images, so that they need little padding"
+        True, help="batch landscape and portrait images separately, to reduce padding"
     )
 
     target: float = setting(
-        0.377, ge=0, lt=1, unit="box mAP", heading="Mask R-CNN: evaluation", help="stop when both are reached"
+        0.377, ge=0, lt=1, unit="box mAP", heading="Mask R-CNN: evaluation", help="stop when both targets are reached"
     )
-    mask_target: float = setting(0.339, ge=0, lt=1, unit="mask mAP", help="stop when both are reached")
+    mask_target: float = setting(0.339, ge=0, lt=1, unit="mask mAP", help="stop when both targets are reached")
     nms_threshold: float = setting(
-        0.5, gt=0, le=1, unit="IoU", help="detections of a class that overlap as much are one"
+        0.5, gt=0, le=1, unit="IoU", help="suppress detections of a class that overlap a better one by more"
     )
-    score_threshold: float = setting(0.05, ge=0, lt=1, help="detections below are dropped")
-    max_detections: int = setting(100, ge=1, unit="per image", help="kept for the metric, the best first")
+    score_threshold: float = setting(0.05, ge=0, lt=1, help="drop detections below this score")
+    max_detections: int = setting(100, ge=1, unit="per image", help="highest-scoring detections kept for the metric")
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_model_settings(self) -> Self:
         if len(self.anchor_sizes) != 5:
-            raise ValueError(f"anchor_sizes should be five, one for each level, not {len(self.anchor_sizes)}")
+            raise ValueError(f"anchor_sizes should have 5 values, one per level, not {len(self.anchor_sizes)}")
         if self.max_image_size < self.min_image_size:
             raise ValueError(
                 f"max_image_size {self.max_image_size} should not be below min_image_size {self.min_image_size}"
             )
         if not self.freeze_batch_norm and self.batch_norm_eps == 0:
-            raise ValueError("batch norm that is trained needs a batch_norm_eps above 0, such as 1e-5")
+            raise ValueError("trained batch norm needs a positive batch_norm_eps, such as 1e-5")
         return self
 
     @property
-    def trunk_name(self) -> str:
-        """The ResNet that the network stands on, as torchvision calls it."""
+    def backbone_name(self) -> str:
+        """Name of the ResNet in torchvision."""
         return self.backbone
 
     @property
     def network_name(self) -> str:
-        """The network, with what is not the reference's."""
-        trunk = self.backbone.replace("resnet", "r")
-        return f"maskrcnn-{trunk}-fpn" + ("" if self.variant == "reference" else f" ({self.variant})")
+        """Name of the network, with the variant unless it is the reference's."""
+        backbone = self.backbone.replace("resnet", "r")
+        return f"maskrcnn-{backbone}-fpn" + ("" if self.variant == "reference" else f" ({self.variant})")
 
-    def exact_lr(self, world_size: int) -> float:
-        """Learning rate after warm-up, linear in the global batch, before it is rounded to a multiple."""
+    def unrounded_peak_lr(self, world_size: int) -> float:
+        """Return the learning rate after warm-up before rounding, linear in the global batch size."""
         return round(self.base_lr * self.global_batch_size(world_size) / 16, 12)
 
     def peak_lr(self, world_size: int) -> float:
-        """Learning rate after warm-up, rounded where the recipe says so."""
-        return to_multiple(self.exact_lr(world_size), self.lr_round_to)
+        """Return the learning rate after warm-up, rounded to a multiple of `lr_round_to`."""
+        return round_to_multiple(self.unrounded_peak_lr(world_size), self.lr_round_to)
 
     def decay_steps(self, world_size: int) -> tuple[int, ...]:
-        """Steps after which the learning rate falls."""
+        """Return the steps after which the learning rate decays."""
         return tuple(round(images / self.global_batch_size(world_size)) for images in self.lr_decay_images)
 
     def hyperparameters(self, world_size: int) -> dict[str, object]:
-        """What MLPerf's rules are about, under the names of its log keys."""
+        """Return the values that MLPerf's rules constrain, by the keys of its log."""
         return {
             "global_batch_size": self.global_batch_size(world_size),
             "gradient_accumulation_steps": self.grad_accum_steps,
@@ -175,10 +184,10 @@ class Config(RunConfig):
         }
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resolved[Config]:
-    """Resolve the settings from flags and the environment; raises InputError with every mistake.
+def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ResolvedSettings[Config]:
+    """Resolve the settings from flags and the environment. Raise one InputError with all errors.
 
-    With `variant torchvision` its settings are the defaults.
+    `variant torchvision` sets the defaults of `TORCHVISION_PRESET`.
     """
     return run_config.load(
         Config,
@@ -186,5 +195,5 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resol
         argv,
         environ,
         usage="BENCHMARK=maskrcnn ./run_and_time.sh [--help] [--dry-run] [--name value ...]",
-        presets={"variant": {"torchvision": TORCHVISION}},
+        presets={"variant": {"torchvision": TORCHVISION_PRESET}},
     )

@@ -1,7 +1,7 @@
-"""From a COCO split to batches: which image comes when, and what a worker makes of it.
+"""Datasets and data sources: COCO splits to batches.
 
-B images, G ground-truth boxes of the fullest image of the batch, E edges of its longest mask. H and W are those of the
-highest and the widest image, made multiples of 32.
+B images, G ground-truth boxes of the image with the most, E edges of the longest mask. H and W: the largest height and
+width of the batch, rounded up to multiples of 32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,26 +15,25 @@ from torch.utils.data import Dataset
 
 from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io, loader
-from detection.data.batch import Share
+from detection.data.batch import RankBatch
 from detection.data.coco import Split
-from detection.data.image_pipeline import Part, Pixels
-from detection.data.loader import EpochSampler, Key, load, make_loader, pad
-from detection.evaluation.coco_metric import MaskMetric
-from detection.runtime.distributed import Ranks
+from detection.data.image_pipeline import CropSpec, ImagePipeline
+from detection.data.loader import EpochBatchSampler, SampleKey, iter_batches, make_loader, pad
+from detection.evaluation.coco_metric import CocoMaskMetric
+from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.config import Config
 
-# The deepest map of the pyramid that is made by convolutions has one place for so many pixels.
-STRIDE_PX = 32
+STRIDE_PX = 32  # of P5, the deepest level that convolutions compute
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch of training images; a mirrored image comes with all of it mirrored.
+    """Training batch of one rank; flips apply to images, boxes and masks alike.
 
-    images: (B, 3, H, W) uint8, zeros right of the image and below it, channels last, or what the device makes them of.
-    sizes_hw: (B, 2) pixels of the resized image within. boxes_xyxy: (B, G, 4), legacy ones up to their last pixel, and
-    edges: (B, G, E, 4), as in `masks.edges_of`, in pixels of the resized image. labels: (B, G), 0 is padding. seeds:
-    (B,) of 31 bits, of what is drawn at random on the device.
+    images: (B, 3, H, W) uint8, zeros right of and below the image, channels last, or the input of the device's image
+    pipeline. sizes_hw: (B, 2) pixels of the resized image. boxes_xyxy: (B, G, 4), legacy boxes up to their last pixel,
+    and edges: (B, G, E, 4), as in `masks.mask_edges`, both in pixels of the resized image. labels: (B, G), 0 is
+    padding. seeds: (B,) of 31 bits, for sampling on the device.
     """
 
     images: Any
@@ -46,10 +45,10 @@ class Batch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """A batch of images to evaluate.
+    """Batch of evaluation images.
 
-    images: (B, 3, H, W) and sizes_hw: (B, 2) as in `Batch`. image_ids: (B,) as in COCO. original_sizes_hw: (B, 2)
-    pixels of the image in its file.
+    images: (B, 3, H, W) and sizes_hw: (B, 2) as in `Batch`. image_ids: (B,) of COCO. original_sizes_hw: (B, 2) pixels
+    of the original images.
     """
 
     images: Tensor
@@ -58,8 +57,8 @@ class EvalBatch(NamedTuple):
     original_sizes_hw: Tensor
 
 
-class TrainImages(Dataset[Batch]):
-    """Training images as batches: read, decode, resize, mirror; or, for a device that does that, as what it needs."""
+class MaskRCNNTrainDataset(Dataset[Batch]):
+    """Dataset of training batches. `pixels` reads, resizes and flips the images, or prepares that for the device."""
 
     def __init__(
         self,
@@ -70,169 +69,171 @@ class TrainImages(Dataset[Batch]):
         max_size_px: int,
         flip: bool,
         legacy: bool,
-        pixels: Pixels,
+        pixels: ImagePipeline,
     ):
         self.split, self.seed, self.pixels, self.legacy = split, seed, pixels, legacy
         self.min_size_px, self.max_size_px, self.flip = min_size_px, max_size_px, flip
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
-        """Make the batch of these (epoch, index); an image that cannot be read is returned as its error.
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch | InputError:
+        """Load the batch of these (epoch, index) keys. Return the error instead if an image cannot be read.
 
-        A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
+        An exception raised in a worker would reach the user wrapped in a traceback.
         """
-        made, resized, boxes, labels, edges, seeds = [], [], [], [], [], []
+        images, sizes, boxes, labels, edges, seeds = [], [], [], [], [], []
         for epoch, index in keys:
             try:
-                original = self.pixels.read(index, self.split.image_path(index))
+                source = self.pixels.read(index, self.split.image_path(index))
             except InputError as error:
                 return error
-            height, width = size_hw = resized_hw(original.size_hw, self.min_size_px, self.max_size_px)
-            scale = np.array([width / original.size_hw[1], height / original.size_hw[0]] * 2, dtype=np.float32)
-            # As the reference does it: the pixel that a legacy box is shorter by is one of the original image.
+            height, width = size_hw = resized_hw(source.size_hw, self.min_size_px, self.max_size_px)
+            scale = np.array([width / source.size_hw[1], height / source.size_hw[0]] * 2, dtype=np.float32)
+            # As in the reference, legacy boxes lose a pixel of the original image, not of the resized one.
             image_boxes = (self.split.boxes(index) - np.array([0, 0, self.legacy, self.legacy], np.float32)) * scale
-            image_edges = [of_box * scale for of_box in masks.edges_of(self.split, index)]
-            mirrored, drawn = self.draw(epoch, index)
-            if mirrored:
-                image_boxes = mirror(image_boxes, width - int(self.legacy))[:, [2, 1, 0, 3]]
-                image_edges = [mirror(of_box, width) for of_box in image_edges]
-            whole = (0, 0, original.size_hw[1], original.size_hw[0])
-            made.append(self.pixels.make(Part(original, whole, size_hw, mirrored)))
-            resized.append(size_hw)
+            image_edges = [box_edges * scale for box_edges in masks.mask_edges(self.split, index)]
+            flipped, seed = self.sample_params(epoch, index)
+            if flipped:
+                image_boxes = hflip(image_boxes, width - int(self.legacy))[:, [2, 1, 0, 3]]
+                image_edges = [hflip(box_edges, width) for box_edges in image_edges]
+            whole = (0, 0, source.size_hw[1], source.size_hw[0])
+            images.append(self.pixels.transform(CropSpec(source, whole, size_hw, flipped)))
+            sizes.append(size_hw)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(self.split.image_labels(index)))
             edges.append(image_edges)
-            seeds.append(drawn)
+            seeds.append(seed)
         return Batch(
-            self.pixels.lay_out(made, STRIDE_PX),
-            torch.tensor(resized),
+            self.pixels.collate(images, STRIDE_PX),
+            torch.tensor(sizes),
             pad(boxes),
             pad(labels),
             pad_edges(edges),
             torch.tensor(seeds),
         )
 
-    def draw(self, epoch: int, index: int) -> tuple[bool, int]:
-        """Whether an image is mirrored in an epoch, every other one by chance; and a seed of 31 bits for the device."""
+    def sample_params(self, epoch: int, index: int) -> tuple[bool, int]:
+        """Sample whether to flip an image in an epoch (half of the images), and a seed of 31 bits for the device."""
         rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
         return self.flip and bool(rng.random() < 0.5), int(rng.integers(2**31))
 
 
-class EvalImages(Dataset[EvalBatch]):
-    """Images to evaluate: read, decode, resize."""
+class MaskRCNNEvalDataset(Dataset[EvalBatch]):
+    """Dataset of evaluation batches: images are read, decoded and resized."""
 
     def __init__(self, split: Split, *, min_size_px: int, max_size_px: int):
         self.split, self.min_size_px, self.max_size_px = split, min_size_px, max_size_px
 
     def __getitems__(self, indices: Sequence[int]) -> EvalBatch | InputError:
-        """Make the batch of these indices; an image that cannot be read is returned as its error."""
-        pixels, originals = [], []
+        """Load the batch of these indices. Return the error instead if an image cannot be read."""
+        images, original_sizes = [], []
         for index in indices:
             try:
-                original = image_io.read(self.split.image_path(index))
+                image = image_io.read(self.split.image_path(index))
             except InputError as error:
                 return error
-            height, width = original.shape[1:]
-            pixels.append(image_io.resize(original, resized_hw((height, width), self.min_size_px, self.max_size_px)))
-            originals.append((height, width))
+            height, width = image.shape[1:]
+            images.append(image_io.resize(image, resized_hw((height, width), self.min_size_px, self.max_size_px)))
+            original_sizes.append((height, width))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(lay_out(pixels), sizes(pixels), ids, torch.tensor(originals))
+        return EvalBatch(pad_to_batch(images), stack_sizes(images), ids, torch.tensor(original_sizes))
 
 
 def resized_hw(size_hw: Sequence[int], min_size_px: int, max_size_px: int) -> tuple[int, int]:
-    """The size of an image whose short side becomes `min_size_px`, or less where its long side would be too long.
+    """Return the size at which the short side is `min_size_px`, or less if the long side would exceed `max_size_px`.
 
-    Rounded as by MLPerf's reference (`Resize` of maskrcnn-benchmark): the short side to the nearest, the long one
-    down, which may so be one pixel longer or shorter than by torchvision's rule.
+    Rounds as the MLPerf reference (`Resize` of maskrcnn-benchmark): the short side to nearest, the long side down.
+    The long side may differ by one pixel from torchvision's.
     """
     short, long = sorted(size_hw)
     shorter = min_size_px
     if long / short * min_size_px > max_size_px:
         shorter = round(max_size_px * short / long)
-    longer = int(shorter * long / short) or max_size_px  # where nothing would be left of the short side
+    longer = int(shorter * long / short) or max_size_px  # if the short side rounds to 0
     shorter = max(1, shorter)
     return (shorter, longer) if size_hw[0] == short else (longer, shorter)
 
 
-def mirror(rows: masks.Floats, width: int) -> masks.Floats:
-    """Rows (N, 4) of x, y, x, y with each x as far from the right border as it was from the left."""
+def hflip(rows: masks.Floats, width: int) -> masks.Floats:
+    """Flip rows (N, 4) of x, y, x, y horizontally."""
     return np.array([width, 0, width, 0], dtype=np.float32) + rows * np.array([-1, 1, -1, 1], dtype=np.float32)
 
 
-def lay_out(pixels: Sequence[Tensor]) -> Tensor:
-    """Images (3, h, w) in the upper left corners of one tensor (B, 3, H, W), channels last, zeros elsewhere."""
-    return image_io.lay_out(pixels, STRIDE_PX)
+def pad_to_batch(images: Sequence[Tensor]) -> Tensor:
+    """Stack images (3, h, w) to (B, 3, H, W), channels last, padded right and below with zeros."""
+    return image_io.pad_to_batch(images, STRIDE_PX)
 
 
-def sizes(pixels: Sequence[Tensor]) -> Tensor:
-    """(B, 2) heights and widths of images (3, h, w)."""
-    return torch.tensor([image.shape[1:] for image in pixels])
+def stack_sizes(images: Sequence[Tensor]) -> Tensor:
+    """Return heights and widths (B, 2) of images (3, h, w)."""
+    return torch.tensor([image.shape[1:] for image in images])
 
 
 def pad_edges(edges: Sequence[Sequence[masks.Floats]]) -> Tensor:
-    """Edges (E_bg, 4) of each box of each image as (B, G, E, 4), with zeros below; G and E are at least 2."""
-    most_boxes = max(2, *(len(of_image) for of_image in edges))
-    most_edges = max(2, *(len(of_box) for of_image in edges for of_box in of_image))
-    padded = np.zeros((len(edges), most_boxes, most_edges, 4), dtype=np.float32)
-    for image, of_image in enumerate(edges):
-        for box, of_box in enumerate(of_image):
-            padded[image, box, : len(of_box)] = of_box
+    """Stack the edges (e, 4) of each box of each image to (B, G, E, 4), padded with zeros; G and E are at least 2."""
+    max_boxes = max(2, *(len(image_edges) for image_edges in edges))
+    max_edges = max(2, *(len(box_edges) for image_edges in edges for box_edges in image_edges))
+    padded = np.zeros((len(edges), max_boxes, max_edges, 4), dtype=np.float32)
+    for image, image_edges in enumerate(edges):
+        for box, box_edges in enumerate(image_edges):
+            padded[image, box, : len(box_edges)] = box_edges
     return torch.from_numpy(padded)
 
 
-def open_split(config: Config, name: Literal["train", "val"]) -> Split:
-    """A split with its masks, checked; raises InputError."""
-    files = coco.files(config, name, segmentations=True)
+def read_split(config: Config, name: Literal["train", "val"]) -> Split:
+    """Read and check a split with its masks; raise InputError."""
+    files = coco.dataset_paths(config, name, segmentations=True)
     split = coco.read(*files, skip_missing_images=config.skip_missing_images, segmentations=True)
-    coco.check_classes(config.num_classes, split)
+    coco.check_num_classes(config.num_classes, split)
     return split
 
 
-def is_wide(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(N,) 1 for images as wide as high, or wider, and 0 for others: batches of one kind need little padding."""
+def is_landscape(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return (N,) 1 for landscape and square images, 0 for portrait: batches of one group need little padding."""
     return (sizes_hw[:, 1] >= sizes_hw[:, 0]).astype(np.int64)
 
 
-def by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.int64]:
-    """Order (N,) in which images of like shape, once they are resized, come together."""
+def order_by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.int64]:
+    """Return an order (N,) that groups images of equal size after the resize."""
     resized = [resized_hw(hw, config.min_image_size, config.max_image_size) for hw in sizes_hw.tolist()]
     return np.lexsort(np.array(resized).T)
 
 
-class MaskRCNNEvalData:
-    """The evaluation images of a run, and the metric over them."""
+class MaskRCNNEvalSource:
+    """Evaluation images of a run, and the metric over them."""
 
-    def __init__(self, config: Config, ranks: Ranks):
-        val = open_split(config, "val")
+    def __init__(self, config: Config, ranks: DistContext):
+        val = read_split(config, "val")
         self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
-        self.metric = MaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_first else None
-        mine = by_shape(val.sizes_hw, config)[ranks.rank :: ranks.world_size].tolist()
-        batches = [mine[i : i + config.eval_batch_size] for i in range(0, len(mine), config.eval_batch_size)]
-        dataset = EvalImages(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
+        self.metric = CocoMaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
+        rank_indices = order_by_shape(val.sizes_hw, config)[ranks.rank :: ranks.world_size].tolist()
+        batches = [
+            rank_indices[i : i + config.eval_batch_size] for i in range(0, len(rank_indices), config.eval_batch_size)
+        ]
+        dataset = MaskRCNNEvalDataset(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
         self.eval_loader = make_loader(dataset, batches, num_workers=config.num_workers, device=ranks.device)
 
     def eval_batches(self) -> Iterator[EvalBatch]:
-        """This rank's evaluation images, those of like shape together; InputError names an unreadable image."""
-        return load(self.eval_loader)
+        """Yield this rank's evaluation batches, ordered by image size. InputError names an unreadable image."""
+        return iter_batches(self.eval_loader)
 
 
-class MaskRCNNData(MaskRCNNEvalData):
-    """The training and evaluation images of a run, from the moment its clock has started."""
+class MaskRCNNTrainSource(MaskRCNNEvalSource):
+    """Training and evaluation images of a run, opened after its clock has started."""
 
-    def __init__(self, config: Config, ranks: Ranks, seed: int):
-        train = open_split(config, "train").without_crowds().with_boxes()
+    def __init__(self, config: Config, ranks: DistContext, seed: int):
+        train = read_split(config, "train").drop_crowds().drop_empty_images()
         super().__init__(config, ranks)
         self.train_samples = len(train)
-        self.sampler = EpochSampler(
+        self.sampler = EpochBatchSampler(
             len(train),
             config.batch_size,
             seed=seed,
             ranks=ranks,
             last_batch=config.last_batch,
-            groups=is_wide(train.sizes_hw) if config.group_by_aspect_ratio else None,
+            groups=is_landscape(train.sizes_hw) if config.group_by_aspect_ratio else None,
         )
         self.steps_per_epoch = len(self.sampler)
-        pixels, self.device_cache = device_cache.make(config, train, ranks)
-        dataset = TrainImages(
+        pixels, self.device_cache = device_cache.build(config, train, ranks)
+        dataset = MaskRCNNTrainDataset(
             train,
             seed=seed,
             min_size_px=config.min_image_size,
@@ -243,10 +244,10 @@ class MaskRCNNData(MaskRCNNEvalData):
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
 
-    def shares(self, epoch: int, samples: int = 0) -> Iterator[Share[Batch]]:
-        """This rank's shares of the global batches of an epoch (from 1), but for the first `samples` images of it.
+    def train_batches(self, epoch: int, skip_images: int = 0) -> Iterator[RankBatch[Batch]]:
+        """Yield this rank's batches of an epoch (from 1), without the epoch's first `skip_images` images.
 
         InputError names an unreadable image.
         """
-        shares = loader.shares(self.train_loader, self.sampler, epoch, samples)
-        return device_cache.shares(shares, self.device_cache)
+        batches = loader.train_batches(self.train_loader, self.sampler, epoch, skip_images)
+        return device_cache.materialize_images(batches, self.device_cache)

@@ -1,4 +1,4 @@
-"""Evaluation: the network over all evaluation images, then COCO's figures for boxes and for masks.
+"""Evaluator: run the network on all evaluation images, then compute COCO's metrics of boxes and masks.
 
 B images, D detections.
 """
@@ -15,84 +15,86 @@ from numpy.typing import NDArray
 from torch import nn
 
 from detection.data.prefetch import prefetch
-from detection.data.rle import CompressedMask
-from detection.evaluation.coco_metric import ROW, MaskMetric, to_mask_results, to_results
-from detection.runtime.distributed import Ranks
+from detection.data.rle import CocoRle
+from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoMaskMetric, to_mask_results, to_results
+from detection.runtime.distributed import DistContext
 from maskrcnn.config import Config
-from maskrcnn.data import EvalBatch, MaskRCNNEvalData
-from maskrcnn.masks import Floats, paste
+from maskrcnn.data import EvalBatch, MaskRCNNEvalSource
+from maskrcnn.masks import Floats, paste_masks
 from maskrcnn.postprocess import Detections
 
-# Images whose masks wait for a thread, at most, for each of them: all of them would take gigabytes.
-WAITING = 16
+# Bounds the images whose masks wait to be pasted: those of a whole split would take gigabytes.
+MAX_PENDING_PER_THREAD = 16
 
 
-class Found(NamedTuple):
-    """Detections in pixels of the original images: rows (D, 7) float64 of `metric.ROW`, and a mask for each."""
+class CocoDetections(NamedTuple):
+    """Detections in pixels of the original images: rows (D, 7) float64 as in `coco_metric`, and their masks."""
 
     rows: NDArray[np.float64]
-    masks: list[CompressedMask]
+    masks: list[CocoRle]
 
 
-class Evaluation:
-    """Evaluates Mask R-CNN; `found` are the detections of the last time, on the first rank.
+class MaskRCNNEvaluator:
+    """Evaluator of Mask R-CNN; the first rank keeps the detections of the last evaluation.
 
-    detect: what the model sees in a batch on the device. Masks are laid onto their images by threads, while the device
-    goes on with the next images.
+    predict: returns the detections of a batch on the device. Threads paste masks onto their images while the device
+    computes the next images.
     """
 
     annotation_file: Path
 
-    def __init__(self, config: Config, ranks: Ranks, detect: Callable[[nn.Module, EvalBatch], Detections]):
-        self.config, self.ranks, self.detect = config, ranks, detect
-        self.found = together([])
-        self.by_class: list[dict[str, object]] = []
+    def __init__(self, config: Config, ranks: DistContext, predict: Callable[[nn.Module, EvalBatch], Detections]):
+        self.config, self.ranks, self.predict = config, ranks, predict
+        self.detections = concat([])
+        self.per_class_ap: list[dict[str, object]] = []
 
-    def __call__(self, model: nn.Module, data: MaskRCNNEvalData) -> dict[str, float]:
-        """COCO's figures over all evaluation images, spread over the ranks; the same on every rank.
+    def __call__(self, model: nn.Module, data: MaskRCNNEvalSource) -> dict[str, float]:
+        """Evaluate all images, split over the ranks; return COCO's metrics, the same on every rank.
 
-        Those of masks have the names of those of boxes, with mask_ before them: AP and mask_AP.
+        Mask metrics have the names of the box metrics with the prefix mask_: AP and mask_AP.
         """
         category_ids = np.array([0, *(category.id for category in data.val.categories)])
-        mine = together(list(self.images(model, data, category_ids)))
+        rank_detections = concat(list(self.iter_detections(model, data, category_ids)))
         self.annotation_file = data.val.annotation_file
-        self.found = together(self.ranks.gather(mine))
-        figures: dict[str, float] = self.ranks.broadcast(both(data.metric, self.found) if data.metric else None)
-        return figures
+        self.detections = concat(self.ranks.gather_objects(rank_detections))
+        computed = box_and_mask_metrics(data.metric, self.detections) if data.metric else None
+        metrics: dict[str, float] = self.ranks.broadcast(computed)
+        return metrics
 
-    def images(self, model: nn.Module, data: MaskRCNNEvalData, category_ids: NDArray[np.int64]) -> Iterator[Found]:
-        """The detections of each of this rank's images; category_ids: (K,) of labels."""
+    def iter_detections(
+        self, model: nn.Module, data: MaskRCNNEvalSource, category_ids: NDArray[np.int64]
+    ) -> Iterator[CocoDetections]:
+        """Yield the detections of each image of this rank; category_ids: (K,), by label."""
         num_threads = max(1, self.config.num_workers)
-        waiting: deque[Future[Found]] = deque()
+        pending: deque[Future[CocoDetections]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
             for batch in prefetch(data.eval_batches(), self.ranks.device):
-                boxes_xyxy, scores, labels, masks = self.detect(model, batch)
-                numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy knows no bfloat16
+                boxes_xyxy, scores, labels, masks = self.predict(model, batch)
+                numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy has no bfloat16
                 arrays = [tensor.cpu().numpy() for tensor in (*numbers, *batch[1:])]
-                for of_image in zip(*arrays, strict=True):
-                    waiting.append(
-                        threads.submit(
-                            partial(on_original, *of_image, category_ids=category_ids, legacy=self.config.legacy_boxes)
-                        )
+                for row in zip(*arrays, strict=True):
+                    convert = partial(
+                        to_original_scale, *row, category_ids=category_ids, legacy=self.config.legacy_boxes
                     )
-                while len(waiting) > WAITING * num_threads:
-                    yield waiting.popleft().result()
-            for future in waiting:
+                    pending.append(threads.submit(convert))
+                while len(pending) > MAX_PENDING_PER_THREAD * num_threads:
+                    yield pending.popleft().result()
+            for future in pending:
                 yield future.result()
 
-    def results(self) -> dict[str, list[dict[str, object]]]:
-        """The detections of the last time in COCO's format, by the names of their files."""
-        return {"bbox.json": to_results(self.found.rows), "segm.json": to_mask_results(*self.found)}
+    def coco_results(self) -> dict[str, list[dict[str, object]]]:
+        """Return the detections of the last evaluation in COCO's format, by file name."""
+        return {"bbox.json": to_results(self.detections.rows), "segm.json": to_mask_results(*self.detections)}
 
-    def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library; `by_class` are the boxes' of each category."""
-        official = MaskMetric(self.annotation_file)
-        figures = both(official, self.found)
-        self.by_class = official.by_class()
-        return figures
+    def verify_official(self) -> dict[str, float]:
+        """Recompute the metrics of the last evaluation with pycocotools; set `per_class_ap` to those of the boxes."""
+        official = CocoMaskMetric(self.annotation_file)
+        metrics = box_and_mask_metrics(official, self.detections)
+        self.per_class_ap = official.per_class_ap()
+        return metrics
 
 
-def on_original(
+def to_original_scale(
     boxes_xyxy: Floats,
     scores: Floats,
     labels: NDArray[np.int64],
@@ -103,35 +105,35 @@ def on_original(
     *,
     category_ids: NDArray[np.int64],
     legacy: bool,
-) -> Found:
-    """The detections of one image, a row of `Detections` and of `EvalBatch`.
+) -> CocoDetections:
+    """Convert the detections of one image, a row of `Detections` and `EvalBatch`, to the original image.
 
-    category_ids: (K,) of labels. legacy: boxes include their last pixel, here one of the original image.
+    category_ids: (K,), by label. legacy: boxes include their last pixel, here a pixel of the original image.
     """
-    (seen,) = labels.nonzero()
+    (valid,) = labels.nonzero()
     scale = np.tile(original_size_hw[::-1] / size_hw[::-1], 2)
-    boxes = boxes_xyxy[seen] * scale
+    boxes = boxes_xyxy[valid] * scale
     rows = np.concatenate(
         [
-            np.full((len(seen), 1), float(image_id)),
+            np.full((len(valid), 1), float(image_id)),
             boxes[:, :2],
             boxes[:, 2:] - boxes[:, :2] + int(legacy),
-            scores[seen, None],
-            category_ids[labels[seen], None],
+            scores[valid, None],
+            category_ids[labels[valid], None],
         ],
         axis=1,
     )
     height, width = original_size_hw.tolist()
-    return Found(rows, paste(masks[seen], boxes.astype(np.float32), (height, width)))
+    return CocoDetections(rows, paste_masks(masks[valid], boxes.astype(np.float32), (height, width)))
 
 
-def together(parts: Sequence[Found]) -> Found:
-    """Detections of several images, or ranks, in one."""
-    rows = np.concatenate([np.zeros((0, len(ROW))), *(part.rows for part in parts)])
-    return Found(rows, [mask for part in parts for mask in part.masks])
+def concat(parts: Sequence[CocoDetections]) -> CocoDetections:
+    """Concatenate the detections of several images or ranks."""
+    rows = np.concatenate([np.zeros((0, len(RESULT_COLUMNS))), *(part.rows for part in parts)])
+    return CocoDetections(rows, [mask for part in parts for mask in part.masks])
 
 
-def both(metric: MaskMetric, found: Found) -> dict[str, float]:
-    """The figures of boxes, and those of masks with mask_ before their names."""
-    of_masks = metric.masks(found.rows, found.masks)
-    return metric(found.rows) | {f"mask_{name}": figure for name, figure in of_masks.items()}
+def box_and_mask_metrics(metric: CocoMaskMetric, detections: CocoDetections) -> dict[str, float]:
+    """Return the metrics of the boxes, and those of the masks with the prefix mask_."""
+    mask_metrics = metric.compute_masks(detections.rows, detections.masks)
+    return metric(detections.rows) | {f"mask_{name}": value for name, value in mask_metrics.items()}

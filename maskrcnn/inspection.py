@@ -1,28 +1,28 @@
-"""Whether the machines of a run of Mask R-CNN are ready for it: `detection.preflight.machine_checks`, with what is Mask R-CNN's."""
+"""Machine checks of a Mask R-CNN run, by `detection.preflight.machine_checks`."""
 
 import sys
 
 from detection.engine import entrypoint
-from detection.engine.train_loop import Benchmark
+from detection.engine.workload import Workload
 from detection.preflight import machine_checks
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
-from maskrcnn.evaluator import Evaluation
+from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import make_model
 from maskrcnn.preflight import CHECKS
-from maskrcnn.train import detect, make_benchmark
+from maskrcnn.train import make_workload, predict
 
 
 def main(argv: list[str]) -> int:
-    """Inspect on this rank; returns the exit status."""
-    return machine_checks.main(argv, CHECKS, benchmark)
+    """Check this rank and return the exit status."""
+    return machine_checks.main(argv, CHECKS, make_random_workload)
 
 
-def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:
-    """Mask R-CNN with random weights, as the loop sees it."""
-    return make_benchmark(config, ranks, 0, make_model(config), Evaluation(config, ranks, detect))
+def make_random_workload(config: Config, ranks: DistContext) -> Workload[Batch]:
+    """Build the workload with random weights."""
+    return make_workload(config, ranks, 0, make_model(config), MaskRCNNEvaluator(config, ranks, predict))
 
 
 if __name__ == "__main__":
-    entrypoint.end(main(sys.argv[1:]))
+    entrypoint.hard_exit(main(sys.argv[1:]))

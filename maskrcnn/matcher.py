@@ -1,7 +1,7 @@
-"""Which anchors or proposals a loss is computed on: matched to the truth by overlap, then drawn at random.
+"""Matcher and sampler: match anchors or proposals to the ground truth by IoU, then sample those of a loss.
 
-The draw of an image is a function of a number that comes with it, not of the state of a generator: neither ranks nor
-a resume change it. B images, G ground-truth boxes, N anchors or proposals, S of them drawn.
+The sample of an image is a function of the seed that comes with the image, not of a generator's state. So neither the
+number of ranks nor a resume changes it. B images, G ground-truth boxes, N anchors or proposals, S of them sampled.
 """
 
 import torch
@@ -14,50 +14,51 @@ IGNORED = -1
 
 def match(
     boxes_xyxy: Tensor,
-    truth_xyxy: Tensor,
-    is_truth: Tensor,
+    gt_boxes_xyxy: Tensor,
+    gt_valid: Tensor,
     *,
     positive_iou: float,
     negative_iou: float,
-    keep_best: bool,
+    allow_low_quality_matches: bool,
     legacy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Match the boxes (N, 4) of one image to its truth (G, 4), of which `is_truth` (G,) tells what is no padding.
+    """Match the boxes (N, 4) of one image to its ground truth (G, 4); gt_valid (G,) is False for padding.
 
-    Returns the index (N,) of the truth that each overlaps most, and whether it is positive 1, negative 0 or between
-    the two and IGNORED (N,) int64. keep_best: what a ground-truth box overlaps most is positive however little that
-    is, and so is whatever overlaps it as much (Faster R-CNN, section 3.1.2).
+    Returns the index (N,) of the ground-truth box of highest IoU, and match labels (N,) int64: positive 1, negative 0,
+    IGNORED between the two thresholds. allow_low_quality_matches: the box of highest IoU with a ground-truth box, and
+    any box that ties with it, is positive even below the threshold (Faster R-CNN, section 3.1.2).
     """
-    iou = pairwise_iou(truth_xyxy, boxes_xyxy, legacy=legacy).masked_fill(~is_truth[:, None], -1)
-    overlap, index = iou.max(dim=0)
-    kind = (overlap >= positive_iou).long()
-    kind = kind.masked_fill((overlap >= negative_iou) & (overlap < positive_iou), IGNORED)
-    if keep_best:
-        best = iou.amax(dim=1, keepdim=True)
-        kind = kind.masked_fill(((iou == best) & (best > 0)).any(dim=0), 1)
-    return index, kind
+    iou = pairwise_iou(gt_boxes_xyxy, boxes_xyxy, legacy=legacy).masked_fill(~gt_valid[:, None], -1)
+    max_iou, index = iou.max(dim=0)
+    match_labels = (max_iou >= positive_iou).long()
+    match_labels = match_labels.masked_fill((max_iou >= negative_iou) & (max_iou < positive_iou), IGNORED)
+    if allow_low_quality_matches:
+        best_per_gt = iou.amax(dim=1, keepdim=True)
+        match_labels = match_labels.masked_fill(((iou == best_per_gt) & (best_per_gt > 0)).any(dim=0), 1)
+    return index, match_labels
 
 
-def draw(kind: Tensor, seeds: Tensor, count: int, positive_share: float) -> tuple[Tensor, Tensor]:
-    """Draw `count` of the positives and negatives of each image, of positives that share at most.
+def sample_pos_neg(match_labels: Tensor, seeds: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Sample `count` positives and negatives of each image, at most `positive_fraction` of them positive.
 
-    kind: (B, N) as `match` gives it. seeds: (B,). Returns indices (B, S), the positives first, and whether each is
-    one that was drawn (B, S): where an image has too few, the rest is filled up with others. S ≤ count + positives.
+    match_labels: (B, N) as from `match`. seeds: (B,). Returns indices (B, S), positives first, and a mask (B, S) of
+    the sampled ones: if an image has too few, other indices fill the rest. S ≤ count + positives.
     """
-    priority = noise(seeds, kind.shape[1])
-    most = min(int(count * positive_share), kind.shape[1])
-    value, positives = priority.masked_fill(kind != 1, 2).topk(most, dim=1, largest=False)
+    num_boxes = match_labels.shape[1]
+    priority = hash_uniform(seeds, num_boxes)
+    max_positives = min(int(count * positive_fraction), num_boxes)
+    value, positives = priority.masked_fill(match_labels != 1, 2).topk(max_positives, dim=1, largest=False)
     is_positive = value < 2
-    value, negatives = priority.masked_fill(kind != 0, 2).topk(min(count, kind.shape[1]), dim=1, largest=False)
-    room = count - is_positive.sum(dim=1, keepdim=True)
-    is_negative = (value < 2) & (torch.arange(negatives.shape[1], device=kind.device) < room)
+    value, negatives = priority.masked_fill(match_labels != 0, 2).topk(min(count, num_boxes), dim=1, largest=False)
+    num_negatives = count - is_positive.sum(dim=1, keepdim=True)
+    is_negative = (value < 2) & (torch.arange(negatives.shape[1], device=match_labels.device) < num_negatives)
     return torch.cat([positives, negatives], dim=1), torch.cat([is_positive, is_negative], dim=1)
 
 
-def noise(seeds: Tensor, count: int) -> Tensor:
-    """Numbers (B, count) float32 from 0 up to 1 that are a function of (seed, position): seeds (B,) of 31 bits.
+def hash_uniform(seeds: Tensor, count: int) -> Tensor:
+    """Return uniform numbers (B, count) float32 in [0, 1), a function of (seed, position); seeds (B,) have 31 bits.
 
-    They are murmur3's finaliser over a counter, in 64-bit integers, which every kind of device has.
+    Applies murmur3's finalizer to a counter, in 64-bit integers, which every device type supports.
     """
     golden, first, second = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
     mask = torch.full((), 0xFFFFFFFF, device=seeds.device)

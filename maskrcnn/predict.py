@@ -1,6 +1,8 @@
-"""Detect on pictures: python -m maskrcnn.predict CHECKPOINT IMAGE... [--folder D] [--score .5]
+"""Detection on images.
 
-What it reads and writes is said in `detection/evaluation/predict.py`.
+    python -m maskrcnn.predict CHECKPOINT IMAGE... [--folder D] [--score 0.5]
+
+`detection/evaluation/predict.py` documents inputs and outputs.
 """
 
 import sys
@@ -14,55 +16,56 @@ from torch import Tensor
 from detection.data import image_io
 from detection.data.coco import Category
 from detection.evaluation import predict
-from detection.evaluation.predict import Seen
+from detection.evaluation.predict import ImageDetections
 from maskrcnn import pretrained
-from maskrcnn.data import lay_out, resized_hw, sizes
-from maskrcnn.evaluator import on_original
+from maskrcnn.data import pad_to_batch, resized_hw, stack_sizes
+from maskrcnn.evaluator import to_original_scale
 
 
 def main(argv: Sequence[str]) -> int:
-    """Detect, draw and write; returns the exit status."""
-    return predict.main(argv, predict.Command("maskrcnn", Detector, score=0.5, batch_size=4))
+    """Detect, draw and write; return the exit status."""
+    return predict.main(argv, predict.PredictSpec("maskrcnn", MaskRCNNPredictor, score=0.5, batch_size=4))
 
 
-class Detector:
-    """The network of a checkpoint, on pictures of any size; raises InputError where the file is of none."""
+class MaskRCNNPredictor:
+    """Network of a checkpoint, for images of any size. Raises InputError if the file cannot be used."""
 
     def __init__(self, checkpoint: Path, score: float, device: torch.device):
-        self.network, self.device = pretrained.load(checkpoint, score), device
-        self.network.model.to(device)
+        self.trained, self.device = pretrained.load(checkpoint, score), device
+        self.trained.model.to(device)
 
     @property
     def categories(self) -> Sequence[Category]:
-        """What its labels stand for: label i is categories[i - 1]."""
-        return self.network.categories
+        """Categories of the labels: label i is categories[i - 1]."""
+        return self.trained.categories
 
-    def __call__(self, pixels: Sequence[Tensor]) -> list[Seen]:
-        """What is seen on each of some images (3, H, W) uint8 RGB, on the CPU.
+    def __call__(self, images: Sequence[Tensor]) -> list[ImageDetections]:
+        """Return the detections of each image (3, H, W) uint8 RGB, on the CPU.
 
-        Only those of one size go through the network together: padding would change what is seen near the border.
+        Batches hold images of one size only: padding would change detections near the border.
         """
-        limits = self.network.min_size_px, self.network.max_size_px
-        resized = [image_io.resize(image, resized_hw(image.shape[1:], *limits)) for image in pixels]
+        limits = self.trained.min_size_px, self.trained.max_size_px
+        resized = [image_io.resize(image, resized_hw(image.shape[1:], *limits)) for image in images]
         by_size: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(resized):
             by_size.setdefault(image.shape, []).append(index)
-        seen: dict[int, Seen] = {}
+        results: dict[int, ImageDetections] = {}
         for indices in by_size.values():
-            originals_hw = [pixels[index].shape[1:] for index in indices]
-            seen |= zip(indices, self.detect([resized[index] for index in indices], originals_hw), strict=True)
-        return [seen[index] for index in range(len(pixels))]
+            originals_hw = [images[index].shape[1:] for index in indices]
+            batch = self.predict_same_size([resized[index] for index in indices], originals_hw)
+            results |= zip(indices, batch, strict=True)
+        return [results[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def detect(self, resized: Sequence[Tensor], originals_hw: Sequence[torch.Size]) -> list[Seen]:
-        """What is seen on images of one size, in pixels of their originals."""
-        sizes_hw = sizes(resized)
-        detections = self.network.model(lay_out(resized).to(self.device), sizes_hw.to(self.device))
+    def predict_same_size(self, resized: Sequence[Tensor], originals_hw: Sequence[torch.Size]) -> list[ImageDetections]:
+        """Return the detections of images of one size, in pixels of the original images."""
+        sizes_hw = stack_sizes(resized)
+        detections = self.trained.model(pad_to_batch(resized).to(self.device), sizes_hw.to(self.device))
         boxes, scores, labels, masks = (part.cpu().numpy() for part in detections)
         label_ids = np.arange(1 + len(self.categories))
-        seen = []
+        results = []
         for image, (size_hw, original_hw) in enumerate(zip(sizes_hw.numpy(), originals_hw, strict=True)):
-            rows, of_original = on_original(
+            rows, original_masks = to_original_scale(
                 boxes[image],
                 scores[image],
                 labels[image],
@@ -71,12 +74,12 @@ class Detector:
                 np.int64(image),
                 np.array(original_hw),
                 category_ids=label_ids,
-                legacy=self.network.model.settings.legacy,
+                legacy=self.trained.model.config.legacy_boxes,
             )
             left_top, extents = rows[:, 1:3], rows[:, 3:5]
             boxes_xyxy = np.concatenate([left_top, left_top + extents], axis=1)
-            seen.append(Seen(boxes_xyxy, rows[:, 5], rows[:, 6].astype(np.int64), of_original))
-        return seen
+            results.append(ImageDetections(boxes_xyxy, rows[:, 5], rows[:, 6].astype(np.int64), original_masks))
+        return results
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check a run of Mask R-CNN before its clock starts: `detection.preflight.run_checks`, with what is Mask R-CNN's."""
+"""Preflight checks of a Mask R-CNN run, by `detection.preflight.run_checks`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,45 @@ def main(argv: Sequence[str]) -> int:
     return run_checks.main(argv, CHECKS)
 
 
-def recipe(config: Config, world_size: int) -> Mapping[str, object]:
-    """What the rules are about."""
+def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
+    """Return the values that the MLPerf rules constrain."""
     return config.hyperparameters(world_size) | {"target": config.target, "mask_target": config.mask_target}
 
 
 def image_bytes(config: Config) -> int:
-    """Of the largest image as workers hand it over, padded.
+    """Return the size in bytes of the largest padded image that a worker passes on.
 
-    Sides are multiples of 32, and where batches are not grouped by shape the short side of one image may be padded to
-    the long side of another.
+    Sides are multiples of 32. Without aspect-ratio groups, the short side of one image may be padded to the long side
+    of another.
     """
     short, long = (-(-size // 32) * 32 for size in (config.min_image_size, config.max_image_size))
     return 3 * long * (short if config.group_by_aspect_ratio else long)
 
 
-def network(path: Path, config: Config) -> str:
-    """What a checkpoint holds; raises InputError where it is not of the network of the settings."""
-    from maskrcnn import weights  # with torch, which only this check needs
+def describe_checkpoint(path: Path, config: Config) -> str:
+    """Describe a file of weights; raise InputError unless it fits the network of the settings."""
+    from maskrcnn import weights  # imports torch, which only this check needs
 
-    found = weights.read(path)
-    weights.check(found, config, path)
-    return f"{found.origin}; {config.network_name} for {weights.num_classes(found.state)} classes"
+    content = weights.read(path)
+    weights.check_compatible(content, config, path)
+    return f"{content.origin}; {config.network_name} for {weights.num_classes(content.state)} classes"
 
 
-def layers(config: Config) -> str:
-    """The layers of the network of the settings."""
+def summarize_layers(config: Config) -> str:
+    """Return a table of the network's layers."""
     from detection.engine import model_summary
     from maskrcnn.model import make_model
 
-    return model_summary.describe(make_model, config)
+    return model_summary.summarize_model(make_model, config)
 
 
-CHECKS = run_checks.Checks(
-    load=load, recipe=recipe, image_bytes=image_bytes, network=network, layers=layers, segmentations=True
+CHECKS = run_checks.PreflightSpec(
+    load=load,
+    rule_values=rule_values,
+    image_bytes=image_bytes,
+    check_weights=describe_checkpoint,
+    summarize_model=summarize_layers,
+    segmentations=True,
 )
 
 if __name__ == "__main__":

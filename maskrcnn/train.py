@@ -1,4 +1,4 @@
-"""Train Mask R-CNN, or what else --mode says: puts model, data and evaluation into detection/engine/train_loop.py."""
+"""Entry point that trains Mask R-CNN, or runs another --mode, on the loop of detection/engine/train_loop.py."""
 
 import math
 import sys
@@ -9,94 +9,95 @@ import torch
 from torch import Tensor, nn
 
 from detection.data import device_cache, num_classes
-from detection.engine import entrypoint, modes, optim, train_loop
-from detection.engine.finalize import conclude
-from detection.engine.state import Run
-from detection.runtime.distributed import Ranks
+from detection.engine import entrypoint, optim
+from detection.engine.finalize import finalize_run
+from detection.engine.state import RunContext
+from detection.engine.workload import Workload
+from detection.runtime.distributed import DistContext
 from maskrcnn import weights
 from maskrcnn.config import Config, load
-from maskrcnn.data import STRIDE_PX, Batch, EvalBatch, MaskRCNNData, MaskRCNNEvalData
-from maskrcnn.evaluator import Evaluation
-from maskrcnn.model import LOSSES, MaskRCNN, Truth, make_model
+from maskrcnn.data import STRIDE_PX, Batch, EvalBatch, MaskRCNNEvalSource, MaskRCNNTrainSource
+from maskrcnn.evaluator import MaskRCNNEvaluator
+from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
 from maskrcnn.postprocess import Detections
 from mlperf.log import MlperfLog
 from mlperf.rules import maskrcnn_tensor_names
 
 
 def main(argv: list[str]) -> int:
-    """Run on this rank; returns the exit status."""
+    """Run on this rank and return the exit status."""
     return entrypoint.main(argv, lambda flags: load(flags).config, run_mode)
 
 
-def run_mode(config: Config, process: entrypoint.Process) -> int:
-    """Do what --mode says; returns the exit status."""
+def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
+    """Run the mode of the settings and return the exit status."""
     ranks = process.ranks
-    config = ranks.broadcast(num_classes.followed(config) if ranks.is_first else None)
-    evaluation = Evaluation(config, ranks, detect)
-    with entrypoint.opened(config, process) as run:
+    config = ranks.broadcast(num_classes.resolve_num_classes(config) if ranks.is_main else None)
+    evaluator = MaskRCNNEvaluator(config, ranks, predict)
+    with entrypoint.open_run(config, process) as run:
         model = make_model(config)
-        if not run.resumed:
+        if not run.resume_point:
             load_weights(model, config, run)
-        benchmark = make_benchmark(config, ranks, run.seed, model, evaluation)
-        outcome = modes.do(benchmark, run, partial(log_hyperparameters, run.log, config, ranks))
-    return conclude(outcome, run, evaluation) if outcome else 0
+        workload = make_workload(config, ranks, run.seed, model, evaluator)
+        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks))
+    return finalize_run(result, run, evaluator) if result else 0
 
 
-def load_weights(model: MaskRCNN, config: Config, run: Run) -> None:
-    """Load what the settings name: the whole network, or else its trunk, or nothing; raises InputError."""
+def load_weights(model: MaskRCNN, config: Config, run: RunContext) -> None:
+    """Load weights of the whole network or its backbone, if the settings name a file; raise InputError."""
     if config.weights:
         origin = weights.load(model, config, Path(config.weights)).origin
-        run.log.point("checkpoint", Path(config.weights).name)
-        run.progress.say(f"{config.weights}: the weights of a checkpoint of {origin}")
-    elif config.trunk_weights:
-        weights.load_trunk(model, config)
+        run.log.event("checkpoint", Path(config.weights).name)
+        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
+    elif config.backbone_weights:
+        weights.load_backbone(model, config)
 
 
-def make_benchmark(
-    config: Config, ranks: Ranks, seed: int, model: MaskRCNN, evaluation: Evaluation
-) -> train_loop.Benchmark[Batch]:
-    """Mask R-CNN as the loop sees it."""
-    return train_loop.Benchmark(
+def make_workload(
+    config: Config, ranks: DistContext, seed: int, model: MaskRCNN, evaluator: MaskRCNNEvaluator
+) -> Workload[Batch]:
+    """Build the workload that the training loop runs."""
+    return Workload(
         model=model,
         loss=loss,
-        loss_names=LOSSES,
-        made_up_batch=partial(made_up_batch, config, ranks),
-        made_up_eval_batch=partial(made_up_eval_batch, config),
-        open_data=partial(MaskRCNNData, config, ranks, seed),
-        open_eval_data=partial(MaskRCNNEvalData, config, ranks),
-        learning_rate=partial(
-            optim.learning_rate_by_steps,
+        loss_names=LOSS_NAMES,
+        dummy_batch=partial(dummy_batch, config, ranks),
+        dummy_eval_batch=partial(dummy_eval_batch, config),
+        make_train_source=partial(MaskRCNNTrainSource, config, ranks, seed),
+        make_eval_source=partial(MaskRCNNEvalSource, config, ranks),
+        lr_schedule=partial(
+            optim.multistep_lr,
             peak=config.peak_lr(ranks.world_size),
             warmup_steps=config.warmup_steps,
-            warmup_share=config.warmup_factor,
+            warmup_start_factor=config.warmup_factor,
             decay_steps=config.decay_steps(ranks.world_size),
             lr_decay_factor=config.lr_decay_factor,
         ),
-        detect=detect,
-        evaluate=evaluation,
+        predict=predict,
+        evaluate=evaluator,
         targets={"AP": config.target, "mask_AP": config.mask_target},
-        accuracy=lambda metrics: {"BBOX": metrics["AP"], "SEGM": metrics["mask_AP"]},
-        one_size=False,  # nor have the regions that the mask head sees: their number is another at each step
+        mlperf_accuracy=lambda metrics: {"BBOX": metrics["AP"], "SEGM": metrics["mask_AP"]},
+        fixed_input_size=False,  # and the number of ROIs in the mask head differs at each step
     )
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The five losses (5,) of a batch, each its mean times the number of images, as the loop adds them up."""
-    truth = Truth(batch.boxes_xyxy, batch.labels, batch.edges, batch.seeds)
-    losses: Tensor = model(batch.images, batch.sizes_hw, truth)
+    """Return the five losses (5,) of a batch, each its mean times the number of images, as the loop sums them."""
+    targets = Targets(batch.boxes_xyxy, batch.labels, batch.edges, batch.seeds)
+    losses: Tensor = model(batch.images, batch.sizes_hw, targets)
     return losses * len(batch.images)
 
 
-def detect(model: nn.Module, batch: EvalBatch) -> Detections:
-    """What the model sees in a batch on the device."""
+def predict(model: nn.Module, batch: EvalBatch) -> Detections:
+    """Return the model's detections of a batch on the device."""
     detections: Detections = model(batch.images, batch.sizes_hw)
     return detections
 
 
-def made_up_batch(config: Config, ranks: Ranks) -> Batch:
-    """A batch of noise with two boxes an image, as large as real ones can be."""
+def dummy_batch(config: Config, ranks: DistContext) -> Batch:
+    """Return a batch of random images with two boxes each, at the largest size of a real batch."""
     device_cache.warm_up(config, ranks, (config.min_image_size, config.max_image_size))
-    size, images, sizes_hw = config.batch_size, *noise(config, config.batch_size)
+    size, images, sizes_hw = config.batch_size, *random_images(config, config.batch_size)
     height, width = sizes_hw[0].tolist()
     box = torch.tensor([0.25, 0.25, 0.75, 0.75]) * torch.tensor([width, height, width, height])
     left, top, right, bottom = box.tolist()
@@ -111,27 +112,27 @@ def made_up_batch(config: Config, ranks: Ranks) -> Batch:
     )
 
 
-def made_up_eval_batch(config: Config) -> EvalBatch:
-    """A batch of noise to evaluate, as large as real ones can be."""
-    images, sizes_hw = noise(config, config.eval_batch_size)
+def dummy_eval_batch(config: Config) -> EvalBatch:
+    """Return an evaluation batch of random images, at the largest size of a real batch."""
+    images, sizes_hw = random_images(config, config.eval_batch_size)
     return EvalBatch(images, sizes_hw, torch.arange(len(images)), sizes_hw)
 
 
-def noise(config: Config, size: int) -> tuple[Tensor, Tensor]:
-    """Images (size, 3, H, W) uint8 of noise, channels last, and the sizes (size, 2) of what is no padding."""
+def random_images(config: Config, size: int) -> tuple[Tensor, Tensor]:
+    """Return random images (size, 3, H, W) uint8, channels last, and their sizes (size, 2) without padding."""
     height, width = config.min_image_size, config.max_image_size
     padded = [math.ceil(side / STRIDE_PX) * STRIDE_PX for side in (height, width)]
     images = torch.randint(0, 256, (size, 3, *padded), dtype=torch.uint8)
     return images.contiguous(memory_format=torch.channels_last), torch.tensor([[height, width]]).expand(size, 2)
 
 
-def log_hyperparameters(log: MlperfLog, config: Config, ranks: Ranks) -> None:
-    """Say what the run is made of: the recipe, and each layer that was initialised."""
+def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> None:
+    """Log the recipe, and each initialized layer."""
     for key, value in config.hyperparameters(ranks.world_size).items():
-        log.point(key, value)
+        log.event(key, value)
     for name in maskrcnn_tensor_names():
-        log.point("weights_initialization", tensor=name)
+        log.event("weights_initialization", tensor=name)
 
 
 if __name__ == "__main__":
-    entrypoint.end(main(sys.argv[1:]))
+    entrypoint.hard_exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Find the fastest settings of Mask R-CNN on this machine: `detection.tuning.search`, with what is Mask R-CNN's."""
+"""Search for the fastest settings of Mask R-CNN on this machine, by `detection.tuning.search`."""
 
 import sys
 
@@ -9,18 +9,18 @@ from mlperf.recipes import Recipe
 
 
 def main(argv: list[str]) -> int:
-    """Measure, and write the config file; returns the exit status."""
-    return search.main(argv, search.Subject("maskrcnn.train", PREFIX, CHECKS, settings))
+    """Search, write the config file and return the exit status."""
+    return search.main(argv, search.TuneTarget("maskrcnn.train", PREFIX, CHECKS, recipe_settings))
 
 
-def settings(recipe: Recipe) -> dict[str, str]:
-    """A recipe under the names of the settings."""
-    tenths = 10 + recipe.stretch
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Return a recipe as settings."""
+    decay_tenths = 10 + recipe.decay_k
     return {
         "base_lr": f"{recipe.base_lr:g}",
         "lr_round_to": f"{recipe.lr_round_to:g}",
         "warmup_steps": str(recipe.warmup_steps),
-        "lr_decay_images": f"{96_000 * tenths},{128_000 * tenths}",
+        "lr_decay_images": f"{96_000 * decay_tenths},{128_000 * decay_tenths}",
     }
 
 

@@ -1,7 +1,7 @@
-"""Weights of the whole network: our checkpoints and torchvision's; and of the trunk alone: ImageNet's.
+"""Weights of the whole network, from checkpoints of this program and torchvision, and ImageNet weights of the backbone.
 
-torchvision's are trained with what `--variant torchvision` sets; Detectron's R-50.pkl, which the MLPerf reference
-starts from, with the reference's own settings.
+torchvision's weights fit the settings of `--variant torchvision`. Detectron's R-50.pkl, from which the MLPerf reference
+starts, fits the reference's settings.
 """
 
 import codecs
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from detection.checkpoint import pretrained_backbone
 from detection.checkpoint import weights as files
-from detection.checkpoint.weights import OURS, Weights
+from detection.checkpoint.weights import THIS_PROGRAM, Weights
 from detection.config.settings import InputError
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
 
 TORCHVISION = "torchvision"
 
-# torchvision's names to ours; the last three are those of its older files.
-NAMES = (
+# Patterns of torchvision's tensor names and our names; the last three match its older files.
+TORCHVISION_RENAMES = (
     (r"^roi_heads\.box_head\.", "box_head.features."),
     (r"^roi_heads\.box_predictor\.", "box_head.predictor."),
     (r"^roi_heads\.mask_head\.", "mask_head.features."),
@@ -34,144 +34,144 @@ NAMES = (
     (r"^(backbone\.fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
     (r"^mask_head\.features\.mask_fcn(\d)\.", lambda match: f"mask_head.features.{int(match[1]) - 1}.0."),
 )
-HEADS = ("box_head.predictor.cls_score", "box_head.predictor.bbox_pred", "mask_head.predictor.mask_fcn_logits")
+CLASS_HEADS = ("box_head.predictor.cls_score", "box_head.predictor.bbox_pred", "mask_head.predictor.mask_fcn_logits")
 
-# COCO's category ids run to 90; torchvision has a class for each, those that no category has included.
+# COCO's category ids run to 90. torchvision has a class for each, including the unused ids.
 COCO_IDS = 91
 UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 def read(path: Path) -> Weights:
-    """Read a checkpoint of either; raises InputError where it is none, damaged, or holds code."""
-    content = files.read(path, what_to_do="Name a checkpoint.")
-    state = files.of_model(content, path)
+    """Read a checkpoint of either origin. Raise InputError if it is not one, is damaged, or holds code."""
+    content = files.read(path, hint="Name a checkpoint.")
+    state = files.model_state(content, path)
     if "box_head.predictor.cls_score.bias" in state:
-        return files.of_run(content, state)
+        return files.from_run_checkpoint(content, state)
     if "roi_heads.box_predictor.cls_score.bias" in state:
-        return Weights(of_coco(from_torchvision(state)), TORCHVISION)
-    first = next(iter(state), "nothing at all")
+        return Weights(drop_unused_coco_classes(from_torchvision(state)), TORCHVISION)
+    first = next(iter(state), "missing")
     raise InputError(
-        f"{path}: these are not the weights of a Mask R-CNN (the first is {first}). --weights takes a checkpoint of "
-        f"{OURS} or of torchvision's maskrcnn_resnet50_fpn; weights of the trunk alone are for --pretrained-backbone."
+        f"{path}: not the weights of a Mask R-CNN (the first tensor is {first}). Pass a checkpoint of {THIS_PROGRAM} "
+        "or torchvision's maskrcnn_resnet50_fpn to --weights, and weights of a backbone to --pretrained-backbone."
     )
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:
-    """How many classes a network with these tensors, under our names, tells apart: categories and the background."""
+    """Return the number of classes, with the background, of a state dict with our names."""
     return len(state["box_head.predictor.cls_score.bias"])
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under our names."""
+    """Rename torchvision's tensors to our names."""
     renamed = {}
     for name, tensor in state.items():
-        for theirs, ours in NAMES:
+        for theirs, ours in TORCHVISION_RENAMES:
             name = re.sub(theirs, ours, name)
         renamed[name] = tensor
     return renamed
 
 
-def of_coco(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Heads with a class for every category id up to 90 become such with COCO's 80 categories alone."""
+def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reduce heads with a class for each category id up to 90 to COCO's 80 categories."""
     if num_classes(state) != COCO_IDS:
         return state
     kept = [category_id for category_id in range(COCO_IDS) if category_id not in UNUSED_COCO_IDS]
-    for head in HEADS:
+    for head in CLASS_HEADS:
         for name in (f"{head}.weight", f"{head}.bias"):
-            of_class = state[name].unflatten(0, (COCO_IDS, -1))
-            state[name] = of_class[kept].flatten(0, 1)
+            state[name] = state[name].unflatten(0, (COCO_IDS, -1))[kept].flatten(0, 1)
     return state
 
 
-def wanted(config: Config) -> dict[str, Tensor]:
-    """The state dict of the network of the settings, without memory behind it."""
+def expected_state(config: Config) -> dict[str, Tensor]:
+    """Return the state dict of the settings' network on the meta device, without storage."""
     with torch.device("meta"):
         return make_model(config).state_dict()
 
 
-def check(weights: Weights, config: Config, path: Path) -> None:
-    """Raise InputError where the weights are not of the network of the settings, or trained with other ones."""
+def check_compatible(weights: Weights, config: Config, path: Path) -> None:
+    """Raise InputError if the weights do not fit the settings or their network."""
     if weights.origin == TORCHVISION and config.variant != "torchvision":
-        raise InputError(f"{path} is torchvision's, which is trained on other pixels. Pass --variant torchvision")
+        raise InputError(f"{path}: torchvision's weights expect another input format. Pass --variant torchvision.")
     theirs = num_classes(weights.state)
     if theirs != config.num_classes:
         raise InputError(
-            f"{path} tells {theirs} classes apart, and the settings ask for {config.num_classes}. "
-            f"Pass --num-classes {theirs}, or another --weights"
+            f"{path}: holds {theirs} classes, but the settings ask for {config.num_classes}. "
+            f"Pass --num-classes {theirs}, or another file to --weights."
         )
-    files.check(weights.state, wanted(config), config.network_name, path)
+    files.check_compatible(weights.state, expected_state(config), config.network_name, path)
 
 
 def load(model: MaskRCNN, config: Config, path: Path) -> Weights:
-    """Load a file into the network of the settings, on the CPU; raises InputError where it is of another one."""
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit."""
     weights = read(path)
-    put(weights, model, config, path)
+    load_into(weights, model, config, path)
     return weights
 
 
-def put(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:
-    """Put weights read from `path` into the network of the settings; raises InputError where they are of another."""
-    check(weights, config, path)
-    files.put(weights, model)
+def load_into(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:
+    """Load weights read from `path` into the network, on the CPU. Raise InputError if they do not fit."""
+    check_compatible(weights, config, path)
+    files.load_into(weights, model)
 
 
-def check_trunk(config: Config) -> None:
-    """Raise InputError where the trunk's ImageNet weights are not of the kind that the settings are for."""
-    path = Path(config.trunk_weights)
+def check_backbone(config: Config) -> None:
+    """Raise InputError if the backbone's ImageNet weights do not match the settings."""
+    path = Path(config.backbone_weights)
     msra = (config.stride_in_1x1, config.input_format, config.batch_norm_eps) == (True, "caffe-bgr", 0)
     if (path.suffix == ".pkl") == msra:
         return
-    whose, other, what_to_do = (
-        ("torchvision's", "MSRA's", "name R-50.pkl, or pass --variant torchvision")
+    actual, expected, hint = (
+        ("torchvision's", "MSRA's", "Name R-50.pkl, or pass --variant torchvision.")
         if msra
-        else ("MSRA's", "torchvision's", "name torchvision's file, or leave out --variant torchvision")
+        else ("MSRA's", "torchvision's", "Name torchvision's file, or omit --variant torchvision.")
     )
     raise InputError(
-        f"{path}: these weights are {whose}, and stride_in_1x1, pixels and batch_norm_eps are for {other}: {what_to_do}"
+        f"{path}: these weights are {actual}, but stride_in_1x1, input_format and batch_norm_eps fit {expected}. {hint}"
     )
 
 
-def load_trunk(model: MaskRCNN, config: Config) -> None:
-    """Load the ImageNet weights that the settings name into the trunk, on the CPU; raises InputError."""
-    path = Path(config.trunk_weights)
-    check_trunk(config)
+def load_backbone(model: MaskRCNN, config: Config) -> None:
+    """Load the ImageNet weights of the settings into the backbone, on the CPU; raise InputError."""
+    path = Path(config.backbone_weights)
+    check_backbone(config)
     if path.suffix == ".pkl":
-        pretrained_backbone.put(from_detectron(read_pickle(path)), model.backbone.body, config.backbone, path)
+        pretrained_backbone.load_into(from_detectron(read_pickle(path)), model.backbone.body, config.backbone, path)
     else:
         pretrained_backbone.load(model.backbone.body, config.backbone, path)
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads arrays in plain containers, and calls nothing else that a file may name."""
+class ArrayOnlyUnpickler(pickle.Unpickler):
+    """Unpickler that reads only arrays and built-in containers: it rejects any other callable that a file names."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the array constructors; reject everything else."""
         if name == "_reconstruct" and module.endswith("core.multiarray"):
             return np.zeros(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+        if (module, name) == ("_codecs", "encode"):  # Python 3 writes bytes this way for Python 2
             return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of Detectron's R-50.pkl, whose names are Caffe2's; raises InputError. No code in it is run."""
+    """Read the tensors of Detectron's R-50.pkl, by their Caffe2 names; never run its code; raise InputError."""
     try:
         with path.open("rb") as file:
-            content = unpickle(file)
+            content = load_py2_pickle(file)
         blobs = content.get("blobs", content)
         return {name: torch.from_numpy(blob) for name, blob in blobs.items() if isinstance(blob, np.ndarray)}
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the weights of Detectron's R-50.pkl ({error})") from error
 
 
-def unpickle(file: IO[bytes]) -> Any:
-    """What Python 2 has pickled."""
-    return _Arrays(file, encoding="latin1").load()
+def load_py2_pickle(file: IO[bytes]) -> Any:
+    """Load a pickle that Python 2 wrote."""
+    return ArrayOnlyUnpickler(file, encoding="latin1").load()
 
 
 def from_detectron(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trunk's tensors under torchvision's names; batch norm is a factor and a summand, with all else in them."""
+    """Rename the backbone's tensors to torchvision's; their batch norm is a scale and a bias with statistics folded."""
     state = {}
     for name, tensor in blobs.items():
         if match := re.fullmatch(r"(?:res_)?conv1_(w|bn_s|bn_b)", name):

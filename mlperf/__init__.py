@@ -1,1 +1,1 @@
-"""The rules: what a run must say and prove."""
+"""MLPerf's rules, log, official checkers, scores and submissions."""

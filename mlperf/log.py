@@ -1,4 +1,4 @@
-"""The MLPerf log of one run, as `mlperf_logging` words it: written by one rank, and read back."""
+"""Writer and reader of MLPerf logs, one per run, in the format of `mlperf_logging`."""
 
 import json
 import logging
@@ -15,24 +15,23 @@ from typing import Any, Self
 from mlperf_logging.mllog.mllog import MLLogger
 
 _TOKEN = ":::MLLOG "
-_LENGTHY = ("config", "weights_initialization")
+_HIDDEN_ON_TERMINAL = ("config", "weights_initialization")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class MlperfLog:
-    """Writes the events of a run as MLPerf log lines, each flushed at once.
+    """Writer of one run's MLPerf log, flushed after each line.
 
-    path: the log file; None makes a silent log that writes nowhere, for every rank but the first.
-    echo: also print each line on standard output.
-    append: continue an existing file (a resumed run); otherwise an existing file is refused with ValueError,
-    since a log holds one run.
-    before_echo: called before a line is printed, to clear a progress bar away, since a line must start at
-    column 0; may be set later. If standard output is a terminal, its current line is cleared in any case,
-    and the 120 lines of the configuration and of the weights' names are left out there: the file has them.
+    path: the log file. None makes a silent log that writes nowhere, for every rank but the first.
+    echo: also print each line to stdout.
+    append: continue an existing file (a resumed run). Otherwise an existing file raises ValueError, since a log holds
+    one run.
+    before_echo: called before each printed line to clear a progress bar, since a line must start at column 0. It may
+    be set later. On a terminal the current line is cleared in any case, and the 120 lines with the configuration and
+    the weight names are not printed. The file has them.
 
-    `start`, `end` and `point` note the place of their caller, relative to the repository. Values and metadata
-    are JSON values, NumPy numbers or arrays, or tensors; NaN and infinity, which JSON lacks, are refused with
-    ValueError.
+    `start`, `end` and `event` record their caller's position, relative to the repository. Values and metadata
+    are JSON values, NumPy numbers or arrays, or tensors. NaN and infinity, which JSON lacks, raise ValueError.
     """
 
     def __init__(
@@ -44,12 +43,12 @@ class MlperfLog:
         before_echo: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
-        self.broken: OSError | None = None
-        """Why a line could not be written, if one could not: the run went on, and its log is no proof of it."""
+        self.write_error: OSError | None = None
+        """Error of a line that could not be written. The run continues, but its log is incomplete."""
         self._echo = echo
         self.before_echo = before_echo
-        self._line = _Line("mlperf")
-        # mllog uses root_dir as a regular expression, whence the escape; offset 2 steps over our own method.
+        self._line = _LineLogger("mlperf")
+        # mllog uses root_dir as a regular expression, hence the escape. Offset 2 skips our own method.
         self._mllog = MLLogger(self._line, default_stack_offset=2, root_dir=re.escape(str(_REPOSITORY)))
         if path is None:
             self._file = None
@@ -58,36 +57,36 @@ class MlperfLog:
             self._file = open(path, "a" if append else "x", buffering=1, encoding="utf-8")  # noqa: SIM115
         except FileExistsError:
             raise ValueError(
-                f"{path} exists already, and an MLPerf log holds one run. Choose another folder for this run,"
-                " or resume the run that is in it."
+                f"{path} already exists, and an MLPerf log holds one run. Choose another folder for this run,"
+                " or resume the run in this one."
             ) from None
 
     def start(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_start`, the start of an interval, such as init, run, block, epoch or eval."""
         if self._file is not None:
-            self._mllog.start(f"{key}_start", _plain(key, value), _plain(key, metadata))
+            self._mllog.start(f"{key}_start", _to_json_value(key, value), _to_json_value(key, metadata))
             self._write(key)
 
     def end(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_stop`, the end of an interval."""
         if self._file is not None:
-            self._mllog.end(f"{key}_stop", _plain(key, value), _plain(key, metadata))
+            self._mllog.end(f"{key}_stop", _to_json_value(key, value), _to_json_value(key, metadata))
             self._write(key)
 
-    def point(self, key: str, value: object = None, **metadata: object) -> None:
-        """Log a point in time, such as a hyperparameter or eval_accuracy."""
+    def event(self, key: str, value: object = None, **metadata: object) -> None:
+        """Log a point in time, such as a hyperparameter or `eval_accuracy`."""
         if self._file is not None:
-            self._mllog.event(key, _plain(key, value), _plain(key, metadata))
+            self._mllog.event(key, _to_json_value(key, value), _to_json_value(key, metadata))
             self._write(key)
 
-    def position(self) -> int:
-        """How long the file is now, in bytes; 0 of a silent log."""
+    def file_offset(self) -> int:
+        """Return the size of the file in bytes, or 0 for a silent log."""
         return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
 
     def close(self) -> None:
-        """Close the file; logging after that is an error."""
+        """Close the file. Logging after that is an error."""
         if self._file is not None:
-            with suppress(OSError):  # a full disk, which `broken` tells of
+            with suppress(OSError):  # a full disk, already recorded in `write_error`
                 self._file.close()
 
     def __enter__(self) -> Self:
@@ -103,19 +102,19 @@ class MlperfLog:
         try:
             self._file.write(self._line.text + "\n")
         except OSError as error:
-            if self.broken is None:
-                print(f"warning: {self.path} has a gap from here on: {error.strerror}", file=sys.stderr, flush=True)
-            self.broken = error
+            if self.write_error is None:
+                print(f"warning: {self.path} is incomplete from here: {error.strerror}", file=sys.stderr, flush=True)
+            self.write_error = error
         on_terminal = sys.stdout.isatty()
-        if self._echo and not (on_terminal and key in _LENGTHY):
+        if self._echo and not (on_terminal and key in _HIDDEN_ON_TERMINAL):
             if self.before_echo is not None:
                 self.before_echo()
             clear = "\r\033[K" if on_terminal else ""
             print(clear + self._line.text, flush=True)
 
 
-class _Line(logging.Logger):
-    """The logger that mllog asks for; it keeps the line, since handlers would swallow a full disk's error."""
+class _LineLogger(logging.Logger):
+    """Logger for mllog that keeps the line. Logging handlers would swallow the error of a full disk."""
 
     text = ""
 
@@ -123,19 +122,19 @@ class _Line(logging.Logger):
         self.text = str(msg)
 
 
-def _plain(key: str, value: object) -> Any:
-    """Return value as plain JSON data, or refuse it: mllog itself would log that it failed, and go on."""
+def _to_json_value(key: str, value: object) -> Any:
+    """Convert a value to JSON data, or raise ValueError or TypeError. mllog would log its own failure and continue."""
 
     def from_array(array: Any) -> object:
         if not hasattr(array, "tolist"):
-            raise TypeError(f"{key}: {array!r} is not a value that a log can hold")
+            raise TypeError(f"{key}: {array!r} cannot be stored in an MLPerf log")
         return array.tolist()
 
     try:
         return json.loads(json.dumps(value, allow_nan=False, default=from_array))
     except ValueError:
         raise ValueError(
-            f"{key} is {value}: an MLPerf log holds finite numbers only, for JSON has no NaN or infinity."
+            f"{key} is {value}: an MLPerf log holds finite numbers only, since JSON has no NaN or infinity."
         ) from None
 
 
@@ -144,7 +143,7 @@ class Event:
     """One line of an MLPerf log.
 
     time_ms: milliseconds since 1970. event_type: INTERVAL_START, INTERVAL_END or POINT_IN_TIME.
-    key: with its `_start` or `_stop`. line: its number in the file, from 1.
+    key: includes its `_start` or `_stop`. line: line number in the file, from 1.
     """
 
     time_ms: int
@@ -155,13 +154,13 @@ class Event:
     line: int
 
 
-def read(path: Path, damage: list[str] | None = None) -> list[Event]:
-    """Read the MLPerf log lines out of a text file, in the file's order, whatever else is in it.
+def read(path: Path, errors: list[str] | None = None) -> list[Event]:
+    """Read the MLPerf log lines of a text file, in order.
 
-    Published logs hold other output between the lines and before the token, which is skipped, and for some
-    events one line per rank, which are all returned. Raises OSError for a file that cannot be read, and
-    ValueError with file and line for a line that has the token and holds no event; where a list is given for
-    `damage`, it gets that message, and reading goes on.
+    Published logs hold other output between the lines and before the token, which is skipped. They log some events
+    once per rank, and all of these are returned. Raises OSError for an unreadable file, and ValueError with file and
+    line number for a line with the token but without an event. If `errors` is a list, that message is appended to it
+    instead, and reading continues.
     """
     events = []
     with open(path, encoding="utf-8", errors="replace") as lines:
@@ -181,9 +180,9 @@ def read(path: Path, damage: list[str] | None = None) -> list[Event]:
                 )
             except (ValueError, KeyError, TypeError, OverflowError) as error:
                 message = f"{path}, line {number}: not an MLPerf log line ({error!r})."
-                if damage is None:
+                if errors is None:
                     raise ValueError(message) from error
-                damage.append(message)
+                errors.append(message)
                 continue
             events.append(event)
     return events

@@ -1,4 +1,4 @@
-"""The official checks of runs together: how fast they converge beside the reference, and that no seed is used twice."""
+"""Official joint checks of the runs of one result: convergence against the reference, and unique seeds."""
 
 import logging
 import tempfile
@@ -9,67 +9,67 @@ from pathlib import Path
 
 from mlperf_logging.package_checker.seed_checker import SeedChecker
 
-from mlperf.score import RUNS
+from mlperf.score import RUNS_PER_RESULT
 
-_WITHOUT = "0.7.0"  # the rules of that round have neither
+_RULESET_WITHOUT_RCP = "0.7.0"  # it has neither check
 
 
 @dataclass(frozen=True)
-class Together:
-    """What one official checker says of runs together. passed: None where it does not judge them; text: why."""
+class JointCheck:
+    """Verdict of one official checker on several runs. passed: None if the check does not apply. text: the reason."""
 
     check: str
     passed: bool | None
     text: str
 
 
-def check(paths: Sequence[Path], ruleset: str, division: str) -> list[Together]:
-    """Run mlperf_logging's seed checker and its checker of reference convergence points on the logs of one result."""
-    if ruleset == _WITHOUT or division != "closed":
-        where = f"ruleset {ruleset}" if ruleset == _WITHOUT else f"the {division} division"
-        return [Together(name, None, f"not asked for by {where}") for name in ("seeds", "convergence")]
+def check(paths: Sequence[Path], ruleset: str, division: str) -> list[JointCheck]:
+    """Run mlperf_logging's seed checker and RCP (reference convergence point) checker on the logs of one result."""
+    if ruleset == _RULESET_WITHOUT_RCP or division != "closed":
+        where = f"ruleset {ruleset}" if ruleset == _RULESET_WITHOUT_RCP else f"the {division} division"
+        return [JointCheck(name, None, f"not required by {where}") for name in ("seeds", "convergence")]
     return [_check_seeds(paths, ruleset), _check_convergence(paths, ruleset)]
 
 
-def _check_seeds(paths: Sequence[Path], ruleset: str) -> Together:
-    with _heard() as said:
+def _check_seeds(paths: Sequence[Path], ruleset: str) -> JointCheck:
+    with _captured_logs() as messages:
         passed = SeedChecker(ruleset).check_seeds([str(path) for path in paths])
-    return Together("seeds", passed, "each run has its own" if passed else " ".join(said))
+    return JointCheck("seeds", passed, "unique in each run" if passed else " ".join(messages))
 
 
-def _check_convergence(paths: Sequence[Path], ruleset: str) -> Together:
-    if len(paths) < RUNS:
-        return Together("convergence", None, f"judged from {RUNS} runs on, and these are {len(paths)}")
-    from mlperf_logging.rcp_checker import rcp_checker  # with scipy.stats a second and a half
+def _check_convergence(paths: Sequence[Path], ruleset: str) -> JointCheck:
+    if len(paths) < RUNS_PER_RESULT:
+        return JointCheck("convergence", None, f"checked from {RUNS_PER_RESULT} runs, and these are {len(paths)}")
+    from mlperf_logging.rcp_checker import rcp_checker  # takes 1.5 s, with scipy.stats
 
-    with tempfile.TemporaryDirectory() as folder, _heard():
+    with tempfile.TemporaryDirectory() as folder, _captured_logs():
         for number, path in enumerate(paths):
             (Path(folder) / f"result_{number}.txt").symlink_to(path.resolve())
         try:
             passed, text, factor = rcp_checker.check_directory(
                 folder, "training", ruleset, verbose=False, bert_train_samples=False, rcp_pass="pruned_rcps"
             )
-        except Exception as error:  # it takes a log apart without a look at what is in it
-            return Together("convergence", False, f"the official checker broke off: {error!r}")
+        except Exception as error:  # it parses logs without validation
+            return JointCheck("convergence", False, f"the official checker crashed: {error!r}")
     if passed and factor > 1:
-        text += f"; faster than the reference, so that the score is to be multiplied by {factor:.4f}"
-    return Together("convergence", bool(passed), text)
+        text += f"; faster than the reference, so the score is multiplied by {factor:.4f}"
+    return JointCheck("convergence", bool(passed), text)
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Gather what the checkers log as errors, which would else set up the root logger and be printed."""
-    said: list[str] = []
+def _captured_logs() -> Iterator[list[str]]:
+    """Capture the errors that the checkers log. Otherwise they would set up the root logger and print."""
+    messages: list[str] = []
 
-    class Gather(logging.Handler):
+    class ErrorCollector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno >= logging.ERROR:
-                said.append(record.getMessage().strip())
+                messages.append(record.getMessage().strip())
 
-    root, handler = logging.getLogger(), Gather()
-    others = root.handlers[:]
+    root, handler = logging.getLogger(), ErrorCollector()
+    previous_handlers = root.handlers[:]
     root.handlers[:] = [handler]
     try:
-        yield said
+        yield messages
     finally:
-        root.handlers[:] = others
+        root.handlers[:] = previous_handlers

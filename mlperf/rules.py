@@ -1,7 +1,7 @@
-"""The MLPerf training rules that bind a run before it starts: schedule, target and hyperparameters, as data.
+"""MLPerf training rules for a run's schedule, targets and hyperparameters, checked before the run starts.
 
 Sources: the rules table of mlcommons/training_policies and the yaml files of mlperf_logging's compliance
-checker. Where the two differ, the stricter one is taken, so that what passes here passes both.
+checker. Where they differ, the stricter rule applies, so a recipe that passes here passes both.
 """
 
 import re
@@ -18,27 +18,27 @@ _SINCE_1_0 = RULESETS[1:]
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the rules allow for one value.
+    """Rule for one value.
 
-    key: the MLPerf key, or one of `UNLOGGED`. allowed: the same in words, for a message.
-    rulesets, divisions: where it binds. beside: the key of a second value that `holds` needs.
+    key: the MLPerf key, or one of `NOT_IN_LOG`. allowed: the rule in words, for messages. predicate: the rule in code.
+    rulesets, divisions: where the rule applies. depends_on: key of a second argument of `predicate`.
     """
 
     key: str
     allowed: str
-    holds: Callable[..., bool]
+    predicate: Callable[..., bool]
     rulesets: tuple[str, ...] = RULESETS
     divisions: tuple[str, ...] = ("closed",)
-    beside: str = ""
+    depends_on: str = ""
 
 
 @dataclass(frozen=True)
 class ReferencePoint:
-    """How fast the reference converges, as mlperf_logging's rcp_checker computes it from its runs.
+    """Reference convergence point (RCP), as mlperf_logging's rcp_checker computes it from the reference's runs.
 
-    global_batch_size: images a step. mean_epochs: to the target, without the fastest and the slowest run.
-    min_epochs: the fewest that the mean of a submission may have. pruned: the checker leaves the point out, as it
-    does by itself with one that converges slower than the line between its neighbours, or than a larger batch.
+    global_batch_size: images per step. mean_epochs: epochs to the target, without the fastest and the slowest run.
+    min_epochs: minimum mean of a submission. pruned: the checker drops the point, because it converges slower than
+    the line between its neighbors or slower than a larger batch.
     """
 
     global_batch_size: int
@@ -50,11 +50,11 @@ class ReferencePoint:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of one benchmark.
+    """Rules of one benchmark.
 
-    targets: metric to the least value that ends a run. fixed_eval_epochs: ruleset to the epochs after which
-    it evaluates; in the other rulesets it does so every `eval_every` epochs. fixed: what the closed division leaves as
-    the reference has it, and no log says: the name of a setting to its value.
+    targets: metric to the minimum value that ends a run. fixed_eval_epochs: ruleset to the epochs to evaluate after.
+    Other rulesets evaluate every `eval_every` epochs. fixed: setting to the reference's value, which the closed
+    division requires and no log records.
     """
 
     targets: Mapping[str, float]
@@ -66,45 +66,45 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the rules say about one value: rule is its key, ok whether it may be so, text why."""
+class RuleCheck:
+    """Result of checking one value. rule: the key of the value. message: the actual and the allowed value."""
 
     rule: str
-    ok: bool
-    text: str
+    passed: bool
+    message: str
 
 
-# What `judge` needs beside the keys of a log.
-UNLOGGED = ("dataset", "network", "checkpoint", "backbone", "seed", "target", "mask_target", "eval_epochs")
+# Keys that `check_rules` needs in addition to the keys of a log.
+NOT_IN_LOG = ("dataset", "network", "weights", "pretrained_backbone", "seed", "target", "mask_target", "eval_epochs")
 
 _SSD_TARGET = 0.23
 _BOX_TARGET, _MASK_TARGET = 0.377, 0.339
 
 _DATASET = Constraint("dataset", "coco2017", lambda name: name == "coco2017")
-_CHECKPOINT = Constraint("checkpoint", "none: the trunk alone may be trained before", lambda name: name == "none")
-_TRAINED_TRUNK = Constraint(
-    "backbone", "weights of the ImageNet trunk, as the reference starts", lambda name: name != "none"
+_WEIGHTS = Constraint("weights", "none: only the backbone may be pretrained", lambda name: name == "none")
+_PRETRAINED_BACKBONE = Constraint(
+    "pretrained_backbone", "ImageNet weights, as in the reference", lambda name: name != "none"
 )
-_SEED = Constraint("seed", "none: from the clock or the system's randomness", lambda seed: seed == "none")
+_SEED = Constraint("seed", "none: taken from the clock or the system's randomness", lambda seed: seed == "none")
 _ACCUMULATION = Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0)
 
 
-def _target(key: str, least: float) -> tuple[Constraint, ...]:
-    """What binds the target under `key`, which the rules put at `least`; the open division frees it from 1.0 on."""
+def _target_constraints(key: str, minimum: float) -> tuple[Constraint, ...]:
+    """Return the constraints of the target `key`. From 1.0, the open division has no minimum."""
 
-    def holds(target: float) -> bool:
-        return least <= target < 1
+    def in_range(target: float) -> bool:
+        return minimum <= target < 1
 
-    allowed = f"≥ {least} and < 1"
+    allowed = f"≥ {minimum} and < 1"
     return (
-        Constraint(key, allowed, holds),
-        Constraint(key, allowed, holds, rulesets=("0.7.0",), divisions=("open",)),
+        Constraint(key, allowed, in_range),
+        Constraint(key, allowed, in_range, rulesets=("0.7.0",), divisions=("open",)),
         Constraint(key, "< 1", lambda target: target < 1, rulesets=_SINCE_1_0, divisions=("open",)),
     )
 
 
-def _is_decay_of_40_50(epochs: Any) -> bool:
-    # The checker's yaml has the key CHECK twice, so it tests the second epoch only; the rule has one k.
+def _is_scaled_40_50(epochs: Any) -> bool:
+    # The checker's yaml has the key CHECK twice, so it only tests the second epoch. The rule has one k.
     if len(epochs) != 2 or min(epochs) <= 0:
         return False
     tenths = [10 * epochs[0] / 40, 10 * epochs[1] / 50]
@@ -118,20 +118,20 @@ SSD = Rules(
     constraints=(
         Constraint("global_batch_size", "≥ 1 image", lambda size: size >= 1),
         Constraint("model_bn_span", "≥ 1 image", lambda images: images >= 1),
-        # Published logs have multiples of 2.5e-3: their submitters' rounding, asked for by no rule.
+        # Published logs have multiples of 2.5e-3, because their submitters rounded. No rule requires it.
         Constraint("opt_base_learning_rate", "> 0, after warm-up and before decay", lambda rate: rate > 0),
         Constraint("opt_weight_decay", "≥ 0", lambda decay: decay >= 0),
         Constraint("opt_learning_rate_warmup_steps", "≥ 1", lambda steps: steps >= 1),
         Constraint("opt_learning_rate_warmup_factor", "≥ 0", lambda factor: factor >= 0),
-        Constraint("opt_learning_rate_decay_boundary_epochs", "[40, 50]·(1 + k/10), k an integer", _is_decay_of_40_50),
+        Constraint("opt_learning_rate_decay_boundary_epochs", "[40, 50]·(1 + k/10), k an integer", _is_scaled_40_50),
         Constraint("max_samples", "1 or 50", lambda samples: samples in (1, 50)),
         _ACCUMULATION,
         _DATASET,
         Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
-        _CHECKPOINT,
-        _TRAINED_TRUNK,
+        _WEIGHTS,
+        _PRETRAINED_BACKBONE,
         _SEED,
-        *_target("target", _SSD_TARGET),
+        *_target_constraints("target", _SSD_TARGET),
     ),
     fixed={
         "momentum": 0.9,
@@ -156,31 +156,31 @@ SSD = Rules(
 )
 
 
-def _is_multiple(unit: float) -> Callable[[float], bool]:
-    def holds(value: float) -> bool:
-        return value > 0 and abs(value / unit - round(value / unit)) < 1e-5  # as near as the checker's is_integer
+def _is_multiple_of(unit: float) -> Callable[[float], bool]:
+    def predicate(value: float) -> bool:
+        return value > 0 and abs(value / unit - round(value / unit)) < 1e-5  # the tolerance of the checker's is_integer
 
-    return holds
+    return predicate
 
 
-def _is_decay_of_60000_80000(steps: Any, global_batch_size: int) -> bool:
-    """Whether steps are (60,000, 80,000)·(1 + K/10)·16/GBS with one whole K, rounded up or down.
+def _is_scaled_60000_80000(steps: Any, global_batch_size: int) -> bool:
+    """Return whether steps are (60,000, 80,000)·(1 + K/10)·16/GBS for one integer K, rounded up or down.
 
-    This K is not that of the learning rate: the recipes of GBS 48, 64 and 96 have K = 2 here (24,000 and 32,000,
-    18,000 and 24,000, 12,000 and 16,000) and 3, 4 and 6 there. The rule's steps are seldom whole, and its text names
-    no rounding; the reference at GBS 272 cuts 5,294.1 and 7,058.8 (K = 5) to 5,294 and 7,058. So either neighbour is
-    let through. The checker itself only counts the steps.
+    This K differs from the learning rate's K: the recipes for GBS 48, 64 and 96 have K = 2 here (24,000 and 32,000,
+    18,000 and 24,000, 12,000 and 16,000) and 3, 4 and 6 there. The rule's steps are rarely integers, and its text
+    does not define rounding. The reference at GBS 272 truncates 5,294.1 and 7,058.8 (K = 5) to 5,294 and 7,058, so
+    both neighbors are allowed. The checker itself only counts the steps.
     """
     if len(steps) != 2 or min(*steps, global_batch_size) < 1:
         return False
-    stretch = steps[1] * global_batch_size / 16 / 80_000
-    near = round(10 * (stretch - 1))
+    scale = steps[1] * global_batch_size / 16 / 80_000
+    nearest_k = round(10 * (scale - 1))
     return any(
         all(
-            abs(step - whole * (1 + k / 10) * 16 / global_batch_size) < 1
-            for step, whole in zip(steps, (60_000, 80_000), strict=True)
+            abs(step - unscaled * (1 + k / 10) * 16 / global_batch_size) < 1
+            for step, unscaled in zip(steps, (60_000, 80_000), strict=True)
         )
-        for k in (near - 1, near, near + 1)
+        for k in (nearest_k - 1, nearest_k, nearest_k + 1)
     )
 
 
@@ -190,26 +190,26 @@ MASKRCNN = Rules(
     fixed_eval_epochs={},
     constraints=(
         Constraint("global_batch_size", "≥ 1 image", lambda size: size >= 1),
-        Constraint("opt_base_learning_rate", "0.02·K, K an integer ≥ 1", _is_multiple(0.02)),
+        Constraint("opt_base_learning_rate", "0.02·K, K an integer ≥ 1", _is_multiple_of(0.02)),
         Constraint("opt_learning_rate_warmup_steps", "≥ 0", lambda steps: steps >= 0),
         Constraint("opt_learning_rate_warmup_factor", "> 0", lambda factor: factor > 0),
         Constraint("opt_learning_rate_decay_factor", "0.1", lambda factor: factor == 0.1),
         Constraint(
             "opt_learning_rate_decay_steps",
             "(60000, 80000)·(1 + K/10)·16/global batch, K an integer, rounded up or down",
-            _is_decay_of_60000_80000,
-            beside="global_batch_size",
+            _is_scaled_60000_80000,
+            depends_on="global_batch_size",
         ),
-        Constraint("num_image_candidates", "a multiple of 1000", _is_multiple(1000)),
+        Constraint("num_image_candidates", "a multiple of 1000", _is_multiple_of(1000)),
         Constraint("min_image_size", "800 px", lambda pixels: pixels == 800),
         Constraint("max_image_size", "1333 px", lambda pixels: pixels == 1333),
         _ACCUMULATION,
         _DATASET,
-        _CHECKPOINT,
-        _TRAINED_TRUNK,
+        _WEIGHTS,
+        _PRETRAINED_BACKBONE,
         _SEED,
-        *_target("target", _BOX_TARGET),
-        *_target("mask_target", _MASK_TARGET),
+        *_target_constraints("target", _BOX_TARGET),
+        *_target_constraints("mask_target", _MASK_TARGET),
     ),
     fixed={
         "momentum": 0.9,
@@ -256,13 +256,13 @@ BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN}
 
 
 def init_limit_s(ruleset: str) -> int:
-    """Return the seconds that may pass between init_start and init_stop."""
+    """Return the maximum seconds between init_start and init_stop."""
     _require("ruleset", ruleset, RULESETS)
     return 20 * 60 if ruleset == "0.7.0" else 30 * 60
 
 
 def scheduled_eval_epochs(benchmark: str, ruleset: str, last_epoch: int) -> tuple[int, ...]:
-    """Return the epochs, from 1 and up to last_epoch, after which the ruleset has the benchmark evaluate."""
+    """Return the epochs, from 1 to last_epoch, after which the ruleset requires an evaluation."""
     _require("benchmark", benchmark, BENCHMARKS)
     _require("ruleset", ruleset, RULESETS)
     rules = BENCHMARKS[benchmark]
@@ -273,21 +273,20 @@ def scheduled_eval_epochs(benchmark: str, ruleset: str, last_epoch: int) -> tupl
 def hyperparameter_keys(benchmark: str) -> tuple[str, ...]:
     """Return the keys that a run logs exactly once each.
 
-    They are those of all rulesets: a key that a ruleset does not know is allowed, so a run can log them all.
+    They are the keys of all rulesets. A ruleset allows unknown keys, so a run can log all of them.
     """
     _require("benchmark", benchmark, BENCHMARKS)
     keys = (constraint.key for constraint in BENCHMARKS[benchmark].constraints)
-    return tuple(dict.fromkeys(key for key in keys if key not in UNLOGGED))
+    return tuple(dict.fromkeys(key for key in keys if key not in NOT_IN_LOG))
 
 
-def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[str, object]) -> list[Finding]:
-    """Say what the rules say about a run before it starts.
+def check_rules(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[str, object]) -> list[RuleCheck]:
+    """Check a run against the rules before it starts.
 
-    hyperparameters: the values under the keys that the log will have, and what is in `UNLOGGED` and binds this
-    benchmark: `target` (box mAP), `mask_target` (mask mAP, of Mask R-CNN), `eval_epochs` (a sequence), `dataset`
-    ("coco2017" or another name), `network` (of SSD), `checkpoint` and `backbone` (a file, or "none") and `seed` (that
-    which the user chose, or "none"). What is absent or None does not pass.
-    Of the settings that the benchmark has `fixed`, those that are given are judged, too.
+    hyperparameters: values by log key, and the keys of `NOT_IN_LOG` that apply to this benchmark: `target` (box mAP),
+    `mask_target` (mask mAP, Mask R-CNN only), `eval_epochs` (a sequence), `dataset` ("coco2017" or another name),
+    `network` (SSD only), `weights` and `pretrained_backbone` (a file, or "none") and `seed` (the user's choice, or
+    "none"). A value that is missing or None fails. Settings in the benchmark's `fixed` are checked if given.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """
     _require("benchmark", benchmark, BENCHMARKS)
@@ -295,64 +294,65 @@ def judge(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[
     _require("division", division, DIVISIONS)
     rules = BENCHMARKS[benchmark]
 
-    findings = []
+    checks = []
     for constraint in rules.constraints:
         if ruleset in constraint.rulesets and division in constraint.divisions:
             value = hyperparameters.get(constraint.key)
-            text = "not given" if value is None else f"{value}"
-            needed = [value, hyperparameters.get(constraint.beside)] if constraint.beside else [value]
-            ok = None not in needed and constraint.holds(*needed)
-            findings.append(Finding(constraint.key, ok, f"{text} (allowed: {constraint.allowed})"))
+            actual = "not given" if value is None else f"{value}"
+            operands = [value, hyperparameters.get(constraint.depends_on)] if constraint.depends_on else [value]
+            passed = None not in operands and constraint.predicate(*operands)
+            checks.append(RuleCheck(constraint.key, passed, f"{actual} (allowed: {constraint.allowed})"))
     if division == "open":
-        findings.append(Finding("dataset", True, f"{hyperparameters.get('dataset')} (any, in the open division)"))
-        return findings
+        checks.append(RuleCheck("dataset", True, f"{hyperparameters.get('dataset')} (any, in the open division)"))
+        return checks
 
     for name, reference in rules.fixed.items():
         if name in hyperparameters:
             value = hyperparameters[name]
-            findings.append(Finding(name, value == reference, f"{value} (allowed: {reference}, as in the reference)"))
-    findings.append(_judge_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
+            checks.append(RuleCheck(name, value == reference, f"{value} (allowed: {reference}, as in the reference)"))
+    checks.append(_check_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
     points = [point for point in rules.reference_points if ruleset in point.rulesets and not point.pruned]
-    batch = hyperparameters.get("global_batch_size")
+    global_batch_size = hyperparameters.get("global_batch_size")
     if not points:
-        findings.append(Finding("reference_convergence", True, f"ruleset {ruleset} has no reference points"))
-    elif isinstance(batch, int):
-        findings.append(_judge_convergence(points, batch))
-    return findings
+        checks.append(RuleCheck("reference_convergence", True, f"ruleset {ruleset} has no reference points"))
+    elif isinstance(global_batch_size, int):
+        checks.append(_check_convergence(points, global_batch_size))
+    return checks
 
 
-def _judge_eval_epochs(benchmark: str, ruleset: str, eval_epochs: Any) -> Finding:
+def _check_eval_epochs(benchmark: str, ruleset: str, eval_epochs: Any) -> RuleCheck:
     epochs = tuple(eval_epochs or ())
     schedule = scheduled_eval_epochs(benchmark, ruleset, last_epoch=max(epochs, default=0))
     if epochs and epochs == schedule:
-        return Finding("eval_epochs", True, f"{epochs}, as scheduled in {ruleset}")
+        return RuleCheck("eval_epochs", True, f"{epochs}, as scheduled in {ruleset}")
     rules = BENCHMARKS[benchmark]
     fixed = rules.fixed_eval_epochs.get(ruleset)
     every = "every epoch" if rules.eval_every == 1 else f"every {rules.eval_every} epochs"
     allowed = f"after epochs {fixed}" if fixed else every
-    return Finding("eval_epochs", False, f"{epochs or 'not given'} (allowed: {allowed})")
+    return RuleCheck("eval_epochs", False, f"{epochs or 'not given'} (allowed: {allowed})")
 
 
-def _judge_convergence(points: list[ReferencePoint], batch: int) -> Finding:
-    """Name the reference points that rcp_checker will hold a submission of this global batch to."""
+def _check_convergence(points: list[ReferencePoint], global_batch_size: int) -> RuleCheck:
+    """Name the reference points that rcp_checker compares a submission of this global batch with."""
     rule = "reference_convergence"
-    above = next((index for index, point in enumerate(points) if point.global_batch_size >= batch), None)
+    above = next((index for index, point in enumerate(points) if point.global_batch_size >= global_batch_size), None)
     if above is None:
         largest = points[-1].global_batch_size
-        return Finding(rule, False, f"no reference point at or above batch {batch}, the largest is at {largest}")
+        message = f"no reference point at or above batch {global_batch_size}, the largest is at {largest}"
+        return RuleCheck(rule, False, message)
     point = points[above]
-    if above == 0 or point.global_batch_size == batch:
-        return Finding(
+    if above == 0 or point.global_batch_size == global_batch_size:
+        return RuleCheck(
             rule,
             True,
-            f"held to the reference at batch {point.global_batch_size}: {point.mean_epochs:g} epochs,"
+            f"compared with the reference at batch {point.global_batch_size}: {point.mean_epochs:g} epochs,"
             f" runs must average at least {point.min_epochs:g}",
         )
     below = points[above - 1]
-    return Finding(
+    return RuleCheck(
         rule,
         True,
-        f"held to the line between the references at batch {below.global_batch_size} ({below.mean_epochs:g}"
+        f"compared with the line between the references at batch {below.global_batch_size} ({below.mean_epochs:g}"
         f" epochs) and {point.global_batch_size} ({point.mean_epochs:g})",
     )
 
@@ -364,38 +364,38 @@ _HEAD = re.compile(r"heads\.([0-5])\.(weight|bias)")
 
 
 def ssd_tensor_name(parameter: str) -> str:
-    """Return the name under which weights_initialization of ruleset 1.1 knows a parameter of our ssd300-r34.
+    """Return the name in weights_initialization of ruleset 1.1 for a parameter of our ssd300-r34.
 
-    The rules use the names of the MXNet implementation, which has one fused head per feature map. It counts
-    the convolutions of a stage in order, that of the skip after the two of its block: from stage 2 on the
-    first block has one, which moves the later ones up. Raises ValueError for another name.
+    The rules use the names of the MXNet implementation, which has one fused head per feature map. It numbers the
+    convolutions of a stage in order, the skip convolution after the two of its block. From stage 2, the first block
+    has a skip convolution, which shifts the later numbers by one. Raises ValueError for another name.
     """
     if match := _STEM.fullmatch(parameter):
         layer, kind = match.groups()
-        return f"ssd0_resnetmlperf0_{_tensor(layer, 0, kind)}"
+        return f"ssd0_resnetmlperf0_{_tensor_name(layer, 0, kind)}"
     if match := _BACKBONE.fullmatch(parameter):
         stage, block, layer, kind = match.groups()
         position = 2 if layer.startswith("downsample") else int(layer[-1]) - 1
         shift = 1 if stage != "1" and block != "0" else 0
-        return f"ssd0_resnetmlperf0_stage{stage}_{_tensor(layer, 2 * int(block) + position + shift, kind)}"
+        return f"ssd0_resnetmlperf0_stage{stage}_{_tensor_name(layer, 2 * int(block) + position + shift, kind)}"
     if match := _EXTRA.fullmatch(parameter):
         index, layer, kind = match.groups()
         return f"ssd0_expand_{'trans_conv' if layer == 'conv1' else 'conv'}{index}_{kind}"
     if match := _HEAD.fullmatch(parameter):
         return f"ssd0_convpredictor{match[1]}_conv0_{match[2]}"
-    raise ValueError(f"{parameter} is not a parameter of ssd300-r34, so MLPerf has no name for it.")
+    raise ValueError(f"{parameter} is not a parameter of ssd300-r34: MLPerf has no name for it.")
 
 
-def _tensor(layer: str, index: int, kind: str) -> str:
+def _tensor_name(layer: str, index: int, kind: str) -> str:
     if layer in ("bn1", "bn2", "downsample.1"):
         return f"batchnorm{index}_{ {'weight': 'gamma', 'bias': 'beta'}[kind] }"
     return f"conv{index}_{kind}"
 
 
 def maskrcnn_tensor_names() -> tuple[str, ...]:
-    """Return the 21 names that weights_initialization of ruleset 1.1 wants, in the order of the network.
+    """Return the 21 names in weights_initialization of ruleset 1.1, in the order of the network.
 
-    Each stands for a layer, with its weight and its bias; the trunk, which comes trained, has none.
+    Each name covers the weight and the bias of one layer. The pretrained backbone has no names.
     """
     blocks = (f"FPN_{kind}_block{number}" for number in range(1, 5) for kind in ("inner", "layer"))
     proposals = (f"RPNHead_{layer}" for layer in ("conv", "cls", "bbox"))
@@ -404,6 +404,6 @@ def maskrcnn_tensor_names() -> tuple[str, ...]:
     return (*blocks, *proposals, *(f"ROI_BOX_{layer}" for layer in box), *(f"ROI_MASK_{layer}" for layer in mask))
 
 
-def _require(what: str, name: str, known: Any) -> None:
+def _require(kind: str, name: str, known: Any) -> None:
     if name not in known:
-        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(known)}.")
+        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}.")

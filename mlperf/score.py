@@ -1,4 +1,4 @@
-"""What the runs of one result come to: the time to the target, by MLPerf's way of scoring, and how it spreads."""
+"""MLPerf score of the runs of one result: the time to the target, and its spread."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,16 +8,16 @@ from typing import Any
 
 from mlperf.log import Event, read
 
-RUNS = 5
-"""Runs that a result of SSD or Mask R-CNN has; from so many on, the fastest and the slowest are left out."""
+RUNS_PER_RESULT = 5
+"""Runs in a result of SSD or Mask R-CNN. The score of that many or more drops the fastest and the slowest."""
 
 DATASET = "coco2017"
-"""What the benchmarks are trained on."""
+"""The benchmarks' data set."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What runs must have in common to be one result. dataset: the benchmark's own where the log names none."""
+class EntryKey:
+    """Properties that the runs of one result share. dataset: the benchmark's own if the log names none."""
 
     org: str
     platform: str
@@ -27,22 +27,22 @@ class Entry:
     dataset: str
 
     def __str__(self) -> str:
-        trained = self.benchmark if self.dataset == DATASET else f"{self.benchmark} on {self.dataset}"
+        task = self.benchmark if self.dataset == DATASET else f"{self.benchmark} on {self.dataset}"
         batch = f"global batch {self.global_batch_size}"
-        return f"{trained}, {self.platform} of {self.org}, {self.division} division, {batch}"
+        return f"{task}, {self.platform} of {self.org}, {self.division} division, {batch}"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One log, as far as it got.
+class LoggedRun:
+    """One run as logged, complete or not.
 
-    seconds: from run_start to run_stop; None where one is absent. epochs: of the last evaluation. accuracy: what it
-    gave, as logged. reached: run_stop says success. images_per_s: training images over the median epoch, evaluation
-    excluded; None where no epoch ended. ruleset: what the run's configuration names, where it names one.
+    seconds: from run_start to run_stop, or None if one is missing. epochs: of the last evaluation. accuracy: its
+    result, as logged. reached: the status of run_stop is success. images_per_s: training images over the median epoch
+    time, evaluation excluded, or None if no epoch ended. ruleset: from the run's configuration, if it is logged.
     """
 
     path: Path
-    entry: Entry
+    entry: EntryKey
     seconds: float | None
     reached: bool
     epochs: int | None
@@ -53,30 +53,31 @@ class Run:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of runs, and their spread.
+    """Score of several runs, and their spread.
 
-    seconds: the mean, of five runs or more without the fastest and the slowest; None where there is none, and `why`
-    says so. The rest is of the runs that count, all of them: fastest, slowest, standard deviation (n - 1), mean, and
-    the 95 % interval of that mean by Student's t; None where there are too few.
+    seconds: the mean, without the fastest and the slowest of five or more runs. None if there is no score. why: how it
+    was computed, or why there is none. num_failed: runs that missed the target or do not comply. The other fields
+    cover all other runs: fastest, slowest, standard deviation (n - 1), mean, and the 95% confidence interval of the
+    mean (Student's t). They are None if there are too few runs.
     """
 
     seconds: float | None
     why: str
     num_runs: int
-    num_lost: int
+    num_failed: int
     fastest_s: float | None = None
     slowest_s: float | None = None
-    deviation_s: float | None = None
+    stddev_s: float | None = None
     mean_s: float | None = None
     interval_s: tuple[float, float] | None = None
 
 
-def read_run(path: Path) -> Run:
-    """Read a log; raises OSError where it cannot be read, ValueError where it is none or does not say whose it is."""
+def read_run(path: Path) -> LoggedRun:
+    """Read a log. Raises OSError if it is unreadable, ValueError if it is not a log or lacks the keys of an entry."""
     events = read(path)
     first = {event.key: event for event in reversed(events)}  # published logs hold some lines once per rank
     try:
-        entry = Entry(
+        entry = EntryKey(
             org=str(first["submission_org"].value),
             platform=str(first["submission_platform"].value),
             benchmark=str(first["submission_benchmark"].value),
@@ -85,13 +86,13 @@ def read_run(path: Path) -> Run:
             dataset=str(first["dataset"].value) if "dataset" in first else DATASET,
         )
     except KeyError as error:
-        raise ValueError(f"{path}: it has no line with the key {error.args[0]}") from error
+        raise ValueError(f"{path}: has no line with the key {error.args[0]}") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: global_batch_size is no number ({error})") from error
+        raise ValueError(f"{path}: global_batch_size is not a number ({error})") from error
     last = {event.key: event for event in events}
     stop, evaluation = last.get("run_stop"), last.get("eval_accuracy")
     config = first["config"].value if "config" in first else None
-    return Run(
+    return LoggedRun(
         path=path,
         entry=entry,
         seconds=(stop.time_ms - first["run_start"].time_ms) / 1000 if stop and "run_start" in first else None,
@@ -119,31 +120,34 @@ def _images_per_s(events: Sequence[Event]) -> float | None:
     return samples / median_ms * 1000 if isinstance(samples, int) and median_ms > 0 else None
 
 
-def score(runs: Iterable[Run], failed: Iterable[Path] = ()) -> Score:
-    """Score runs of one result.
+def score(runs: Iterable[LoggedRun], failed: Iterable[Path] = ()) -> Score:
+    """Score the runs of one result.
 
-    failed: logs that do not comply. Such a run, and one that did not reach the target, has no time; one of them among
-    five or more counts as the slowest, as the rules and the official package checker have it.
+    failed: logs that do not comply. These runs, and runs that missed the target, have no time. One such run of five
+    or more counts as the slowest, as in the rules and the official package checker.
     """
     runs, failed = list(runs), set(failed)
-    counted = [run for run in runs if run.reached and run.seconds is not None and run.path not in failed]
-    times = sorted(run.seconds for run in counted if run.seconds is not None)
-    lost = len(runs) - len(times)
-    seconds, why = None, f"{lost} of {len(runs)} runs did not reach the target or do not comply"
-    if len(runs) >= RUNS and lost <= 1:
-        kept = times[1:] if lost else times[1:-1]
+    valid = [run for run in runs if run.reached and run.path not in failed]
+    times = sorted(run.seconds for run in valid if run.seconds is not None)
+    num_failed = len(runs) - len(times)
+    seconds, why = None, f"{num_failed} of {len(runs)} runs did not reach the target or do not comply"
+    if len(runs) >= RUNS_PER_RESULT and num_failed <= 1:
+        kept = times[1:] if num_failed else times[1:-1]
         seconds, why = statistics.fmean(kept), f"mean of {len(runs)} runs without the fastest and the slowest"
-        why += ", which is the one that did not reach the target or does not comply" if lost else ""
-    elif not lost:
-        seconds, why = statistics.fmean(times), f"mean of {len(runs)}: a result has {RUNS}, and leaves two out"
+        why += " (the run that did not reach the target or does not comply)" if num_failed else ""
+    elif not num_failed:
+        seconds, why = (
+            statistics.fmean(times),
+            f"mean of {len(runs)}: a result has {RUNS_PER_RESULT} runs and drops two",
+        )
     spread: dict[str, Any] = {}
     if times:
         spread = {"fastest_s": times[0], "slowest_s": times[-1], "mean_s": statistics.fmean(times)}
     if len(times) > 1:
-        deviation_s = statistics.stdev(times)
-        from scipy import stats  # more than a second, which one run need not wait for
+        stddev_s = statistics.stdev(times)
+        from scipy import stats  # takes more than 1 s
 
-        half_s = float(stats.t.ppf(0.975, len(times) - 1)) * deviation_s / len(times) ** 0.5
+        half_s = float(stats.t.ppf(0.975, len(times) - 1)) * stddev_s / len(times) ** 0.5
         mean_s = spread["mean_s"]
-        spread |= {"deviation_s": deviation_s, "interval_s": (mean_s - half_s, mean_s + half_s)}
-    return Score(seconds, why, len(runs), lost, **spread)
+        spread |= {"stddev_s": stddev_s, "interval_s": (mean_s - half_s, mean_s + half_s)}
+    return Score(seconds, why, len(runs), num_failed, **spread)

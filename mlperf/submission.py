@@ -1,10 +1,10 @@
-"""The folder of a submission, built from runs and held against the official package checker.
+"""Builder of a submission folder, checked by the official package checker.
 
     python -m mlperf.submission --org O --system S RUN... [--set FIELD=VALUE ...] [--out DIR]
 
-The runs of one or several benchmarks on one system, each by one recipe and all of one commit of this repository, become
-DIR/O/ with systems/, results/ and benchmarks/. Exit status: 0, or 1 if an official checker refuses the folder (which
-stays, to be looked at), or 2 for what is wrong with the runs or the arguments; then nothing is made.
+Build DIR/O/ with systems/, results/ and benchmarks/ from runs of one or several benchmarks on one system. The runs of
+a benchmark share one recipe, and all runs share one commit of this repository. Exit status: 0, 1 if an official checker
+rejects the folder (which is kept for inspection), 2 for invalid runs or arguments (nothing is written).
 """
 
 import argparse
@@ -23,190 +23,199 @@ from pathlib import Path
 from typing import Any
 
 from mlperf import compliance, rules, score, system_desc
-from mlperf.check import InputError, logs
+from mlperf.check import expand_logs
+from mlperf.errors import InputError
 from mlperf.log import read
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh")
-"""What the folder of an implementation must hold."""
+REQUIRED_FILES = ("README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh")
+"""Files that an implementation folder must contain."""
 
-_OF_ONE_RUN = frozenset(
-    ("seed", "experiment", "data_dir", "run_dir", "log_dir", "resume", "summary", "page_cache_dropped", "commit")
-)
-"""Settings that may differ between runs of one recipe."""
+_PER_RUN_SETTINGS = {
+    "seed", "run_index", "data_dir", "run_dir", "log_dir", "resume", "summary_json", "page_cache_dropped",
+    "source_commit", "experiment", "summary", "caches_cleared", "commit",
+}  # fmt: skip
+"""Settings that may differ between runs of one recipe. The last four are names in older logs."""
 
 
 @dataclass(frozen=True)
-class Logged:
-    """What a log says of its run, beside its times.
+class RunLog:
+    """Contents of a run's log, in addition to its times.
 
-    status: availability of the machine. cleared: the file caches were dropped before it. commit: of the program, None
-    where the log names none; dirty: files differed from it. values: the hyperparameters that the rules name. recipe:
-    the settings, where the log has them.
+    status: availability of the machine. caches_dropped: the page cache was dropped before the run. commit: of the
+    program, or None if the log names none. dirty: files differed from the commit. hyperparameters: values of the keys
+    in the rules. settings: the configuration, if it is logged.
     """
 
-    run: score.Run
+    run: score.LoggedRun
     status: str
-    cleared: bool
+    caches_dropped: bool
     commit: str | None
     dirty: bool
-    values: Mapping[str, Any]
-    recipe: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build the folder that the command line asks for, check it, and return the exit status."""
-    options = parser().parse_args(arguments)
+    """Build and check the folder that the command line requests, and return the exit status."""
+    options = make_parser().parse_args(arguments)
     try:
-        found = [_read(path) for named in options.runs for path in logs(named)]
-        ruleset = _ruleset(found, options.ruleset)
-        for warning in check(found, options.org, options.division, ruleset):
+        run_logs = [_read_run_log(path) for run in options.runs for path in expand_logs(run)]
+        ruleset = _select_ruleset(run_logs, options.ruleset)
+        for warning in check_runs(run_logs, options.org, options.division, ruleset):
             print(f"warning: {warning}", file=sys.stderr)
-        first = found[0]
-        described = _described(first, options)
-        folder = build(options.out, described, found, options.implementation, options.repository)
+        description = _describe_system(run_logs[0], options)
+        folder = build(options.out, description, run_logs, options.implementation, options.repository)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except InputError as error:
-        print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    return 0 if show_verdict(folder, described["system_name"], ruleset) else 1
+    return 0 if run_official_checkers(folder, description["system_name"], ruleset) else 1
 
 
-def check(found: Sequence[Logged], org: str, division: str | None, ruleset: str) -> list[str]:
-    """Hold the logs against each other and against the rules; returns warnings, raises InputError with every mistake.
+def check_runs(run_logs: Sequence[RunLog], org: str, division: str | None, ruleset: str) -> list[str]:
+    """Check the logs against each other and against the rules. Returns warnings, raises InputError with every error.
 
-    org, division: what the command line says, which the logs must say as well; None leaves it to them.
+    org, division: from the command line. The logs must match them. None accepts the logs' division.
     """
-    mistakes, warnings = [], []
-    for logged in found:
-        entry, path = logged.run.entry, logged.run.path
+    errors, warnings = [], []
+    for run_log in run_logs:
+        entry, path = run_log.run.entry, run_log.run.path
         if entry.org != org:
-            mistakes.append(f"{path}: submission_org is {entry.org}, and --org is {org}. Run with --org {org}")
+            errors.append(f"{path}: submission_org is {entry.org}, and --org is {org}. Run with --org {org}")
         if division and entry.division != division:
-            mistakes.append(f"{path}: submission_division is {entry.division}, and --division is {division}")
+            errors.append(f"{path}: submission_division is {entry.division}, and --division is {division}")
         if entry.benchmark not in rules.BENCHMARKS:
-            mistakes.append(f"{path}: submission_benchmark is {entry.benchmark}, which this program does not train")
-    mistakes += _differences(found)
-    mistakes += _commits(found)
-    for runs in _by_benchmark(found).values():
-        verdicts = [(logged.run.path, compliance.check(logged.run.path, ruleset)) for logged in runs]
+            errors.append(f"{path}: submission_benchmark is {entry.benchmark}, which this program does not train")
+    errors += _find_differences(run_logs)
+    errors += _check_commits(run_logs)
+    for group in _group_by_benchmark(run_logs).values():
+        verdicts = [(run_log.run.path, compliance.check(run_log.run.path, ruleset)) for run_log in group]
         failed = [
             f"{path}: {' '.join('; '.join(verdict.messages).split())}"
             for path, verdict in verdicts
             if not verdict.passed
         ]
-        name = runs[0].run.entry.benchmark
-        if len(failed) > 1 or len(failed) == len(runs):
-            mistakes += [f"{text} (MLPerf {ruleset}: one run of five may fail)" for text in failed]
+        name = group[0].run.entry.benchmark
+        if len(failed) > 1 or len(failed) == len(group):
+            errors += [f"{message} (MLPerf {ruleset}: one run of five may fail)" for message in failed]
         elif failed:
-            warnings.append(f"{name}: one run does not comply, and counts as the slowest: {failed[0]}")
-        if kept := [logged.run.path.name for logged in runs if not logged.cleared]:
+            warnings.append(f"{name}: one run does not comply and counts as the slowest: {failed[0]}")
+        if with_caches := [run_log.run.path.name for run_log in group if not run_log.caches_dropped]:
             warnings.append(
-                f"{name}: cache_clear is not true in {', '.join(kept)}: MLPerf asks that the machine's file caches are "
-                "dropped before each run. Run as root, or with sudo that asks for no password"
+                f"{name}: cache_clear is not true in {', '.join(with_caches)}: MLPerf requires the page cache to be "
+                "dropped before each run. Run as root, or with passwordless sudo"
             )
-        if len(runs) != score.RUNS:
-            warnings.append(f"{name}: a result has {score.RUNS} runs, and these are {len(runs)}: it will be refused")
-    if mistakes:
-        raise InputError("\n".join(mistakes))
+        if len(group) != score.RUNS_PER_RESULT:
+            warnings.append(
+                f"{name}: a result has {score.RUNS_PER_RESULT} runs, and these are {len(group)}: it will be rejected"
+            )
+    if errors:
+        raise InputError("\n".join(errors))
     return warnings
 
 
-def build(out: Path, described: Mapping[str, str], found: Sequence[Logged], implementation: str, source: Path) -> Path:
-    """Make out/<org>/ whole or not at all, and return it; raises InputError where it is there or code is missing.
+def build(
+    out: Path, description: Mapping[str, str], run_logs: Sequence[RunLog], implementation: str, source: Path
+) -> Path:
+    """Build out/<org>/ atomically and return it. Raises InputError if it exists, or if code is missing.
 
-    described: every field of the system. implementation: the name of this program there. source: its repository.
+    description: every field of the system. implementation: the name of this program there. source: its repository.
     """
-    folder = out / described["submitter"]
+    folder = out / description["submitter"]
     if folder.exists():
-        raise InputError(f"{folder} is there already: choose another --out, or remove it")
-    commit, name = str(found[0].commit), described["system_name"]
-    archive = _archive(source, commit)
+        raise InputError(f"{folder} already exists: choose another --out, or remove it")
+    commit, name = str(run_logs[0].commit), description["system_name"]
+    archive = _archive_commit(source, commit)
     out.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".", dir=out))
+    tmp_dir = Path(tempfile.mkdtemp(prefix=".", dir=out))
     try:
-        _write_json(draft / "systems" / f"{name}.json", dict(described))
-        for benchmark, runs in _by_benchmark(found).items():
-            code = draft / "benchmarks" / benchmark / "implementations" / implementation
+        _write_json(tmp_dir / "systems" / f"{name}.json", dict(description))
+        for benchmark, group in _group_by_benchmark(run_logs).items():
+            code = tmp_dir / "benchmarks" / benchmark / "implementations" / implementation
             code.mkdir(parents=True)
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                # An attribute, since Python 3.11 takes the argument only from 3.11.4 on; git has made the archive.
+                # An attribute, since Python 3.11 has the argument only from 3.11.4. The archive comes from git.
                 tar.extraction_filter = getattr(tarfile, "data_filter", None)
                 tar.extractall(code)
-            if absent := [file for file in CODE if not (code / file).is_file()]:
-                raise InputError(f"commit {commit} of {source} has no {', '.join(absent)}: it is not this program")
-            _write_json(code / f"{name}_{implementation}.json", facts(runs[0], described["framework"]))
-            results = draft / "results" / name / benchmark
+            if missing := [file for file in REQUIRED_FILES if not (code / file).is_file()]:
+                raise InputError(f"commit {commit} of {source} has no {', '.join(missing)}: it is not this program")
+            implementation_desc = implementation_description(group[0], description["framework"])
+            _write_json(code / f"{name}_{implementation}.json", implementation_desc)
+            results = tmp_dir / "results" / name / benchmark
             results.mkdir(parents=True)
-            for number, logged in enumerate(runs):
-                shutil.copyfile(logged.run.path, results / f"result_{number}.txt")
-        draft.chmod(0o755)  # mkdtemp's is its owner's alone
-        os.rename(draft, folder)
+            for index, run_log in enumerate(group):
+                shutil.copyfile(run_log.run.path, results / f"result_{index}.txt")
+        tmp_dir.chmod(0o755)  # mkdtemp makes it private
+        os.rename(tmp_dir, folder)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
         raise
     return folder
 
 
-def facts(logged: Logged, framework: str) -> dict[str, Any]:
-    """What the description of an implementation on a system says: the code, and the recipe with all its settings."""
+def implementation_description(run_log: RunLog, framework: str) -> dict[str, Any]:
+    """Return the description of an implementation on a system: the code, and the recipe with all settings."""
     return {
-        "benchmark": logged.run.entry.benchmark,
+        "benchmark": run_log.run.entry.benchmark,
         "framework": framework,
-        "commit": logged.commit,
-        "hyperparameters": dict(logged.values),
-        "settings": dict(logged.recipe),
+        "commit": run_log.commit,
+        "hyperparameters": dict(run_log.hyperparameters),
+        "settings": dict(run_log.settings),
     }
 
 
-def show_verdict(folder: Path, name: str, ruleset: str) -> bool:
-    """Print what the official checkers say of a folder and of its system's description; returns their verdict."""
+def run_official_checkers(folder: Path, name: str, ruleset: str) -> bool:
+    """Run the official checkers on a folder and its system description, print their output, return their verdict."""
     description = str(folder / "systems" / f"{name}.json")
     checks = (
         ("system description", "system_desc_checker", description, "System description checker passed"),
         ("package", "package_checker", str(folder), "PACKAGE CHECKER FOUND NO ERRORS"),
     )
-    passed = True
+    all_passed = True
     for title, module, path, success in checks:
-        # In a process of its own, as the compliance checker; its exit status is 0 whatever it finds.
+        # In a separate process, like the compliance checker. Its exit status is always 0.
         command = [sys.executable, "-m", f"mlperf_logging.{module}", path, "training", ruleset]
         command += ["--log_output", os.devnull]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        ok = done.returncode == 0 and success in done.stderr
-        print(f"{'PASS' if ok else 'FAIL'} {title} (official checker, ruleset {ruleset}): {path}")
-        for line in done.stderr.splitlines():
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        passed = process.returncode == 0 and success in process.stderr
+        print(f"{'PASS' if passed else 'FAIL'} {title} (official checker, ruleset {ruleset}): {path}")
+        for line in process.stderr.splitlines():
             if line.startswith(("WARNING - ", "ERROR - ")):
                 print(f"  {line.partition(' - ')[2].strip()}")
-        if done.returncode != 0:
-            print(f"  the official checker broke off: {done.stderr.strip().rpartition(chr(10))[2]}")
-        passed = passed and ok
-    return passed
+        if process.returncode != 0:
+            print(f"  the official checker crashed: {process.stderr.strip().rpartition(chr(10))[2]}")
+        all_passed = all_passed and passed
+    return all_passed
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m mlperf.submission", description="Build the folder of an MLPerf submission, and check it."
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command-line parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlperf.submission", description="Build the folder of an MLPerf submission and check it."
     )
-    add = made.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="an MLPerf log, or a folder of result_*.txt, as a run's is")
-    add("--org", required=True, help="who submits; the logs must say the same (--org of the runs)")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="MLPerf log, or folder with result_*.txt")
+    add("--org", required=True, help="the submitter, as in the logs (--org of the runs)")
     add("--system", required=True, help="name of the system in the folder, such as DGXA100")
-    add("--division", choices=rules.DIVISIONS, help="default: that of the logs")
-    add("--ruleset", choices=rules.RULESETS, help=f"default: that of the runs' settings, or {rules.RULESETS[-1]}")
+    add("--division", choices=rules.DIVISIONS, help="default: as in the logs")
+    add("--ruleset", choices=rules.RULESETS, help=f"default: as in the runs' settings, or {rules.RULESETS[-1]}")
     add("--implementation", default="pytorch", help="name of this program in the folder (%(default)s)")
-    add("--out", type=Path, default=Path("results/submission"), help="the folder is made in here (%(default)s)")
+    add("--out", type=Path, default=Path("results/submission"), help="parent of the folder (%(default)s)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the system description")
     add(
-        "--system-file", type=Path, metavar="FILE", help="JSON with fields of the system description; --set comes first"
+        "--system-file",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with fields of the system description; --set takes precedence",
     )
     add("--repository", type=Path, default=ROOT, help="git repository of this program, with the runs' commit")
-    return made
+    return parser
 
 
-def _read(path: Path) -> Logged:
+def _read_run_log(path: Path) -> RunLog:
     try:
         run, events = score.read_run(path), read(path)
     except ValueError as error:
@@ -214,133 +223,140 @@ def _read(path: Path) -> Logged:
     first = {event.key: event for event in reversed(events)}
     config = first["config"].value if "config" in first and isinstance(first["config"].value, dict) else {}
     commit = first.get("commit")
-    known = rules.hyperparameter_keys(run.entry.benchmark) if run.entry.benchmark in rules.BENCHMARKS else ()
-    return Logged(
+    keys = rules.hyperparameter_keys(run.entry.benchmark) if run.entry.benchmark in rules.BENCHMARKS else ()
+    return RunLog(
         run=run,
         status=str(first["submission_status"].value) if "submission_status" in first else "",
-        cleared=bool("cache_clear" in first and first["cache_clear"].value),
+        caches_dropped=bool("cache_clear" in first and first["cache_clear"].value),
         commit=commit.value if commit and re.fullmatch("[0-9a-f]{40}", str(commit.value)) else None,
         dirty=bool(commit and commit.metadata.get("dirty")),
-        values={key: first[key].value for key in known if key in first},
-        recipe={key: value for key, value in config.items() if key not in _OF_ONE_RUN},
+        hyperparameters={key: first[key].value for key in keys if key in first},
+        settings={key: value for key, value in config.items() if key not in _PER_RUN_SETTINGS},
     )
 
 
-def _ruleset(found: Sequence[Logged], named: str | None) -> str:
-    rulesets = sorted({logged.run.ruleset for logged in found if logged.run.ruleset})
-    if named is None and len(rulesets) > 1:
-        raise InputError(f"the runs are of several rulesets ({', '.join(rulesets)}): name one by --ruleset")
-    ruleset = named or (rulesets[0] if rulesets else rules.RULESETS[-1])
+def _select_ruleset(run_logs: Sequence[RunLog], requested: str | None) -> str:
+    rulesets = sorted({run_log.run.ruleset for run_log in run_logs if run_log.run.ruleset})
+    if requested is None and len(rulesets) > 1:
+        raise InputError(f"the runs use several rulesets ({', '.join(rulesets)}): choose one with --ruleset")
+    ruleset = requested or (rulesets[0] if rulesets else rules.RULESETS[-1])
     if ruleset not in rules.RULESETS:
-        raise InputError(f"ruleset {ruleset} of the runs: name one of {', '.join(rules.RULESETS)} by --ruleset")
+        raise InputError(f"the runs use ruleset {ruleset}: choose one of {', '.join(rules.RULESETS)} with --ruleset")
     return ruleset
 
 
-def _by_benchmark(found: Sequence[Logged]) -> dict[str, list[Logged]]:
-    groups: dict[str, list[Logged]] = {}
-    for logged in found:
-        groups.setdefault(logged.run.entry.benchmark, []).append(logged)
+def _group_by_benchmark(run_logs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
+    groups: dict[str, list[RunLog]] = {}
+    for run_log in run_logs:
+        groups.setdefault(run_log.run.entry.benchmark, []).append(run_log)
     return groups
 
 
-def _differences(found: Sequence[Logged]) -> list[str]:
-    """Where the logs are not of one system, and those of a benchmark not of one recipe."""
-    entries = [logged.run.entry for logged in found]
-    mistakes = [
-        f"the logs differ in submission_{what}: {', '.join(sorted(values))}. Name those of one system"
-        for what in ("platform", "division")
-        if len(values := {getattr(entry, what) for entry in entries}) > 1
+def _find_differences(run_logs: Sequence[RunLog]) -> list[str]:
+    """Return an error for each difference in the system, and in the recipe of a benchmark."""
+    entries = [run_log.run.entry for run_log in run_logs]
+    errors = [
+        f"the logs differ in submission_{field}: {', '.join(sorted(values))}. Name logs of one system"
+        for field in ("platform", "division")
+        if len(values := {getattr(entry, field) for entry in entries}) > 1
     ]
-    if len({logged.run.path.resolve() for logged in found}) < len(found):
-        mistakes.append("a log is named twice: name each once")
-    for benchmark, (first, *others) in _by_benchmark(found).items():
+    if len({run_log.run.path.resolve() for run_log in run_logs}) < len(run_logs):
+        errors.append("a log is named twice: name each once")
+    for benchmark, (first, *others) in _group_by_benchmark(run_logs).items():
         for other in others:
-            recipes = [{**logged.values, **logged.recipe} for logged in (first, other)]
+            recipes = [{**run_log.hyperparameters, **run_log.settings} for run_log in (first, other)]
             keys = sorted(recipes[0].keys() | recipes[1].keys())
             different = [key for key in keys if recipes[0].get(key) != recipes[1].get(key)]
             if different:
-                mistakes.append(
+                errors.append(
                     f"{benchmark}: {other.run.path} and {first.run.path} differ in {', '.join(different)}. "
                     "The runs of a result share one recipe"
                 )
-    return mistakes
+    return errors
 
 
-def _commits(found: Sequence[Logged]) -> list[str]:
-    mistakes = []
-    for logged in found:
-        if logged.commit is None:
-            mistakes.append(
-                f"{logged.run.path} names no commit, so that the code cannot be submitted with it. Run from the git "
-                "repository, or in an image built with --build-arg COMMIT"
+def _check_commits(run_logs: Sequence[RunLog]) -> list[str]:
+    errors = []
+    for run_log in run_logs:
+        if run_log.commit is None:
+            errors.append(
+                f"{run_log.run.path} names no commit, so its code cannot be submitted. Run from the git repository, or "
+                "in an image built with --build-arg COMMIT"
             )
-        elif logged.dirty:
-            mistakes.append(
-                f"{logged.run.path}: files differed from commit {logged.commit[:12]} when it ran, so that the code is "
-                "not to be had. Commit the changes and run again"
+        elif run_log.dirty:
+            errors.append(
+                f"{run_log.run.path}: files differed from commit {run_log.commit[:12]} when it ran, so its code cannot "
+                "be submitted. Commit the changes and run again"
             )
-    commits = sorted({logged.commit for logged in found if logged.commit})
+    commits = sorted({run_log.commit for run_log in run_logs if run_log.commit})
     if len(commits) > 1:
-        mistakes.append(f"the logs are of several commits ({', '.join(commits)}): the runs of a result share one")
-    return mistakes
+        errors.append(f"the logs come from several commits ({', '.join(commits)}): the runs of a result share one")
+    return errors
 
 
-def _described(first: Logged, options: argparse.Namespace) -> dict[str, str]:
-    """Every field of the system description; raises InputError with those that nobody has said."""
+def _describe_system(run_log: RunLog, options: argparse.Namespace) -> dict[str, str]:
+    """Return every field of the system description. Raises InputError with the missing ones."""
     for option, name in (
         ("--system", options.system),
         ("--org", options.org),
         ("--implementation", options.implementation),
     ):
         if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name) or name.startswith("."):
-            raise InputError(f"{option} {name}: it names a folder; letters, digits and . _ + - will do")
-    given: dict[str, Any] = {}
+            raise InputError(f"{option} {name}: not a folder name. Use letters, digits and . _ + -")
+    overrides: dict[str, Any] = {}
     if options.system_file:
         try:
-            given = json.loads(options.system_file.read_text())
+            overrides = json.loads(options.system_file.read_text())
         except ValueError as error:
-            raise InputError(f"--system-file {options.system_file}: it is no JSON ({error})") from error
-        if not isinstance(given, dict):
-            raise InputError(f"--system-file {options.system_file}: it should hold an object of fields and texts")
+            raise InputError(f"--system-file {options.system_file}: not valid JSON ({error})") from error
+        if not isinstance(overrides, dict):
+            raise InputError(f"--system-file {options.system_file}: should be a JSON object of strings")
     for assignment in options.set:
         field, sign, value = assignment.partition("=")
         if not sign:
             raise InputError(f"--set {assignment}: write it as FIELD=VALUE")
-        given[field] = value
-    if unknown := sorted(given.keys() - set(system_desc.FIELDS)):
-        raise InputError(f"{', '.join(unknown)}: no such field. There are: {', '.join(system_desc.FIELDS)}")
-    entry = first.run.entry
-    match = re.match(r"(\d+)x", entry.platform)
-    own = {"submitter": entry.org, "division": entry.division, "status": first.status, "system_name": options.system}
-    for field, value in own.items():
-        if given.get(field) not in (None, value):
-            raise InputError(f"{field}={given[field]}: it follows the logs and --system, which say {value}")
-    facts = own | system_desc.describe(int(match[1]) if match else None)
-    facts |= {field: str(value) for field, value in given.items() if value is not None}
-    described = {field: facts[field] for field in system_desc.FIELDS}
-    if missing := [field for field, value in described.items() if value is None]:
-        draft = options.out / f"{options.system}.json"
+        overrides[field] = value
+    if unknown := sorted(overrides.keys() - set(system_desc.FIELDS)):
+        raise InputError(f"{', '.join(unknown)}: no such field. Fields: {', '.join(system_desc.FIELDS)}")
+    entry = run_log.run.entry
+    nodes = re.match(r"(\d+)x", entry.platform)
+    fixed = {
+        "submitter": entry.org,
+        "division": entry.division,
+        "status": run_log.status,
+        "system_name": options.system,
+    }
+    for field, value in fixed.items():
+        if overrides.get(field) not in (None, value):
+            raise InputError(f"{field}={overrides[field]}: the logs and --system determine it, and have {value}")
+    fields = fixed | system_desc.system_description(int(nodes[1]) if nodes else None)
+    fields |= {field: str(value) for field, value in overrides.items() if value is not None}
+    description = {field: fields[field] for field in system_desc.FIELDS}
+    if missing := [field for field, value in description.items() if value is None]:
+        template = options.out / f"{options.system}.json"
         options.out.mkdir(parents=True, exist_ok=True)
-        if not draft.exists():
-            _write_json(draft, described)
+        if not template.exists():
+            _write_json(template, description)
         raise InputError(
-            f"the machine does not tell {', '.join(missing)}. Say each by --set FIELD=VALUE (an empty value where it "
-            f"does not apply), or fill in what is null in {draft} and pass --system-file {draft}"
+            f"the machine does not report {', '.join(missing)}. Pass each as --set FIELD=VALUE (an empty value if it "
+            f"does not apply), or replace each null in {template} and pass --system-file {template}"
         )
-    return {field: str(value) for field, value in described.items()}
+    return {field: str(value) for field, value in description.items()}
 
 
-def _archive(source: Path, commit: str) -> bytes:
-    """The files of a commit, as tar; raises InputError where git does not have it."""
+def _archive_commit(source: Path, commit: str) -> bytes:
+    """Return the files of a commit as a tar archive. Raises InputError if the repository lacks the commit."""
     command = ["git", "-C", str(source), "-c", f"safe.directory={source.resolve()}", "archive", "--format=tar", commit]
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
+        process = subprocess.run(command, capture_output=True, check=False)
     except OSError as error:
         raise InputError(f"git cannot be started ({error.strerror}): it reads the code of the runs") from error
-    if done.returncode != 0:
-        why = done.stderr.decode(errors="replace").strip()
-        raise InputError(f"--repository {source} does not give commit {commit} of the runs ({why}). Name one that does")
-    return done.stdout
+    if process.returncode != 0:
+        reason = process.stderr.decode(errors="replace").strip()
+        raise InputError(
+            f"--repository {source} does not have commit {commit} of the runs ({reason}). Name one that does"
+        )
+    return process.stdout
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

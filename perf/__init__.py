@@ -1,1 +1,1 @@
-"""Programs that measure, and what they measured."""
+"""Performance benchmarks and their recorded results."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What to run first on a new accelerator: conformance in each precision, the tests that need one, the toy runs of both
-# benchmarks to their targets, then the bench. Takes some minutes; BENCH=0 leaves out the bench, which takes most of
-# them. VECTORS names the conformance vectors, OUT the folder for the outputs.
+# First checks on a new accelerator: conformance in each precision, the GPU tests, the toy runs of both benchmarks to
+# their targets, then the performance benchmarks. Takes several minutes, most of them for the performance benchmarks.
+# BENCH=0 skips those. VECTORS names the conformance vectors, OUT the output folder.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${OUT:-results/accelerator}
-vectors=${VECTORS:-../shared/golden/ssd_reference.npz}
+vectors=${VECTORS:-tests/golden/ssd/ssd_reference.npz}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 status=0
@@ -14,10 +14,10 @@ if [[ -f $vectors ]]; then
   for precision in fp32 tf32 bf16 fp16; do
     "$python" -m ssd.conformance "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
     tail -n 1 "$out/conform_$precision.txt"
-    grep WRONG "$out/conform_$precision.txt"
+    grep FAIL "$out/conform_$precision.txt"
   done
 else
-  echo "no vectors at $vectors: conformance is skipped (VECTORS names them)"
+  echo "skipping conformance: no vectors at $vectors. Set VECTORS to their path"
 fi
 "$python" -m pytest -q -m gpu | tee "$out/pytest_gpu.txt" || status=1
 export DATADIR=${TOY_DIR:-$out/toy_data} DGXSYSTEM=toy

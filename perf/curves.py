@@ -20,32 +20,32 @@ import torch
 from torch import Tensor
 
 from detection.data import coco
-from detection.data.batch import Share
-from detection.data.prefetch import move
+from detection.data.batch import RankBatch
+from detection.data.prefetch import to_device
 from detection.engine import train_loop
-from detection.evaluation.coco_metric import BoxMetric
-from detection.runtime.device import choose
-from detection.runtime.distributed import Ranks
+from detection.evaluation.coco_metric import CocoBoxMetric
+from detection.runtime.device import select_device
+from detection.runtime.distributed import DistContext
 from detection.synthetic import coco_scenes
 from perf import footprint
 from perf.footprint import Values, cost, memory_mib
-from perf.photos import make_up, make_up_truth
+from perf.photos import synthesize_gt, synthesize_photos
 from perf.ssd.predictions import make_rows
 from ssd import augment
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config
-from ssd.data import SSDData
-from ssd.evaluator import Evaluation
+from ssd.data import SSDTrainSource
+from ssd.evaluator import SSDEvaluator
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
 from ssd.postprocess import detect
-from ssd.train import make_benchmark
+from ssd.train import make_workload
 
 CLASSES = 81  # of COCO, with the background
 BATCH_SIZE = 8
 CROPPED_IMAGES = 100
-PICTURES = 64  # different ones that are loaded, again and again
+NUM_PHOTOS = 64  # different ones that are loaded, again and again
 VAL_IMAGES = 50
 LOADED_BATCHES = 40
 LOADED_BATCH_SIZE = 16
@@ -81,7 +81,7 @@ def axes() -> tuple[Axis, ...]:
     few_boxes = (0, 8)
     detections = (1, 2, 5, 10, 20, 50, 100, 200, 500)
     candidates = (1, 10, 100, 1000, 10_000, 100_000)
-    batches = (1, 2, 4, 8, 16, 32) if choose("auto", 0).type == "cpu" else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    batches = (1, 2, 4, 8, 16, 32) if select_device("auto", 0).type == "cpu" else (1, 2, 4, 8, 16, 32, 64, 128, 256)
     return (
         Axis(
             "images",
@@ -89,7 +89,7 @@ def axes() -> tuple[Axis, ...]:
             (
                 Curve("read annotations", (*images, coco_scenes.TRAIN_IMAGES), few_images, read),
                 Curve("open for the metric", images, few_images, open_metric),
-                Curve("metric, 10 detections an image", images, few_images, judge_images),
+                Curve("metric, 10 detections an image", images, few_images, eval_images),
             ),
         ),
         Axis(
@@ -105,8 +105,8 @@ def axes() -> tuple[Axis, ...]:
             "detections",
             "detections or candidates per image",
             (
-                Curve("metric, 40 images, by detections", (), (2,), partial(judge_detections, 40)),
-                Curve("metric, 1,000 images, by detections", detections, (), partial(judge_detections, 1000)),
+                Curve("metric, 40 images, by detections", (), (2,), partial(eval_detections, 40)),
+                Curve("metric, 1,000 images, by detections", detections, (), partial(eval_detections, 1000)),
                 Curve(f"detect in {BATCH_SIZE} images, by candidates", candidates, (100,), detect_candidates),
             ),
         ),
@@ -127,50 +127,50 @@ def axes() -> tuple[Axis, ...]:
 
 def read(images: int, folder: Path) -> Values:
     """Reading and checking the annotations of N images, with their polygons."""
-    return cost(partial(coco.read, *coco.layout(data_set(folder, images), "train")))
+    return cost(partial(coco.read, *coco.standard_paths(data_set(folder, images), "train")))
 
 
 def open_metric(images: int, folder: Path) -> Values:
     """What the metric reads for itself, once a run."""
-    annotation_file, _ = coco.layout(data_set(folder, images), "train")
-    return cost(partial(BoxMetric, annotation_file, "hotcoco"))
+    annotation_file, _ = coco.standard_paths(data_set(folder, images), "train")
+    return cost(partial(CocoBoxMetric, annotation_file, "hotcoco"))
 
 
-def judge_images(images: int, folder: Path) -> Values:
+def eval_images(images: int, folder: Path) -> Values:
     """The metric by images."""
-    return judge_detections(images, 10, folder)
+    return eval_detections(images, 10, folder)
 
 
-def judge_detections(images: int, per_image: int, folder: Path) -> Values:
+def eval_detections(images: int, per_image: int, folder: Path) -> Values:
     """The metric over N images, by detections in each."""
-    annotation_file, image_folder = coco.layout(data_set(folder, images), "train")
+    annotation_file, image_folder = coco.standard_paths(data_set(folder, images), "train")
     rows = make_rows(coco.read(annotation_file, image_folder), per_image, seed=0)
-    return cost(partial(BoxMetric(annotation_file, "hotcoco"), rows))
+    return cost(partial(CocoBoxMetric(annotation_file, "hotcoco"), rows))
 
 
 def crop(boxes: int, folder: Path) -> Values:
     """What a worker draws and cuts for images of G boxes each, besides their pixels."""
     rng = np.random.default_rng(0)
-    boxes_xyxy = made_up_boxes(boxes)[0][0, :boxes].cpu().numpy()
+    boxes_xyxy = synthetic_boxes(boxes)[0][0, :boxes].cpu().numpy()
     labels = np.ones(boxes, dtype=np.int64)
 
     def call() -> None:
         for _ in range(CROPPED_IMAGES):
-            augment.crop_boxes(augment.draw(rng, boxes_xyxy, 1).crop_xyxy, boxes_xyxy, labels)
+            augment.crop_boxes(augment.sample_augmentation(rng, boxes_xyxy, 1).crop_xyxy, boxes_xyxy, labels)
 
     return cost(call)
 
 
 def encode_boxes(boxes: int, folder: Path) -> Values:
     """Ground truth to the targets of a batch."""
-    few, many = made_up_boxes(1), made_up_boxes(boxes)
+    few, many = synthetic_boxes(1), synthetic_boxes(boxes)
     anchors = make_anchors(few[0].device)
     return cost(partial(encode, *many, anchors), warm_up=partial(encode, *few, anchors))
 
 
 def loss(boxes: int, folder: Path) -> Values:
     """The loss of a batch and its gradients."""
-    boxes_xyxy, labels = made_up_boxes(boxes)
+    boxes_xyxy, labels = synthetic_boxes(boxes)
     targets = encode(boxes_xyxy, labels, make_anchors(labels.device))
     deltas = torch.zeros(BATCH_SIZE, NUM_ANCHORS, 4, device=labels.device, requires_grad=True)
     logits = torch.randn(BATCH_SIZE, NUM_ANCHORS, CLASSES, device=labels.device, requires_grad=True)
@@ -181,7 +181,7 @@ def loss(boxes: int, folder: Path) -> Values:
     return cost(call)
 
 
-def made_up_boxes(boxes: int) -> tuple[Tensor, Tensor]:
+def synthetic_boxes(boxes: int) -> tuple[Tensor, Tensor]:
     """Boxes (B, G, 4) normalised, of sizes spread evenly on a logarithmic scale, and labels (B, G): all 1.
 
     No boxes are a row of padding, since a batch always has one.
@@ -190,21 +190,21 @@ def made_up_boxes(boxes: int) -> tuple[Tensor, Tensor]:
     shape = (BATCH_SIZE, max(boxes, 1), 2)
     size = torch.exp(torch.empty(shape).uniform_(math.log(0.03), math.log(0.9), generator=generator))
     lower = torch.rand(shape, generator=generator) * (1 - size)
-    device = choose("auto", 0)
+    device = select_device("auto", 0)
     labels = torch.full(shape[:2], min(boxes, 1), dtype=torch.int64, device=device)
     return torch.cat([lower, lower + size], dim=-1).to(device), labels
 
 
 def detect_candidates(candidates: int, folder: Path) -> Values:
     """Detection in a batch where as many scores of an image are above the threshold, spread evenly over classes."""
-    device = choose("auto", 0)
+    device = select_device("auto", 0)
     deltas = torch.zeros(BATCH_SIZE, NUM_ANCHORS, 4, device=device)
-    logits, few = (made_up_logits(number).to(device) for number in (candidates, 1))
+    logits, few = (synthetic_logits(number).to(device) for number in (candidates, 1))
     anchors = make_anchors(device)
     return cost(partial(detect, deltas, logits, anchors), warm_up=partial(detect, deltas, few, anchors))
 
 
-def made_up_logits(candidates: int) -> Tensor:
+def synthetic_logits(candidates: int) -> Tensor:
     """Logits (B, A, K), the same for every image, of which as many give a score above .05: up to 12 of an anchor."""
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_ANCHORS, CLASSES - 1)
@@ -220,10 +220,13 @@ def made_up_logits(candidates: int) -> Tensor:
 def load(images: int, workers: int, folder: Path) -> Values:
     """The input pipeline over N images: from JPEGs that the system holds in memory, to batches."""
     config = Config(
-        data_dir=laid_out(folder, images), num_workers=workers, num_classes=CLASSES, batch_size=LOADED_BATCH_SIZE
+        data_dir=make_cached_data_dir(folder, images),
+        num_workers=workers,
+        num_classes=CLASSES,
+        batch_size=LOADED_BATCH_SIZE,
     )
-    data = SSDData(config, Ranks(0, 1, choose("auto", 0)), seed=0)
-    shares = data.shares(1)
+    data = SSDTrainSource(config, DistContext(0, 1, select_device("auto", 0)), seed=0)
+    shares = data.train_batches(1)
     start = time.perf_counter()
     next(shares)
     first = time.perf_counter()
@@ -243,11 +246,11 @@ def load(images: int, workers: int, folder: Path) -> Values:
 def step(batch_size: int, folder: Path) -> Values:
     """A training step on made-up pictures, the first of a process in memory: gradients and momenta included."""
     config = Config(data_dir=folder, batch_size=batch_size, num_classes=CLASSES)
-    ranks = Ranks(0, 1, choose(config.device, 0))
+    ranks = DistContext(0, 1, select_device(config.device, 0))
     torch.manual_seed(0)
-    benchmark = make_benchmark(config, ranks, 0, SSD300(CLASSES), Evaluation(config, ranks))
-    state = train_loop.build(benchmark, config, ranks)
-    share = move(Share(benchmark.made_up_batch(), batch_size, 1 / batch_size), ranks.device)
+    benchmark = make_workload(config, ranks, 0, SSD300(CLASSES), SSDEvaluator(config, ranks))
+    state = train_loop.build_state(benchmark, config, ranks)
+    share = to_device(RankBatch(benchmark.dummy_batch(), batch_size, 1 / batch_size), ranks.device)
     values = cost(partial(train_loop.train_step, state, share, 1e-3, benchmark, config, ranks))
     return values | {"rate": 1000 * batch_size / values["time"]}
 
@@ -256,18 +259,18 @@ def data_set(folder: Path, images: int) -> Path:
     """Annotations of N images in COCO's layout, of empty files, written where they are not there yet."""
     data_dir = folder / f"annotations-{images}"
     if not data_dir.exists():
-        footprint.in_a_process(make_up_truth, data_dir, images, 0)
+        footprint.run_in_subprocess(synthesize_gt, data_dir, images, 0)
     return data_dir
 
 
-def laid_out(folder: Path, images: int) -> Path:
+def make_cached_data_dir(folder: Path, images: int) -> Path:
     """A data set of N images, which are a few pictures again and again, laid out where it is not there yet."""
     pictures, data_dir = folder / "pictures", folder / f"pictures-{images}"
     if not data_dir.exists():
-        footprint.in_a_process(lay_out, pictures, data_dir, images)
+        footprint.run_in_subprocess(link_data_dir, pictures, data_dir, images)
     return data_dir
 
 
-def lay_out(pictures: Path, data_dir: Path, images: int) -> None:
+def link_data_dir(pictures: Path, data_dir: Path, images: int) -> None:
     """Draw the pictures where they are not there yet, and lay them out."""
-    make_up(pictures, PICTURES, seed=0).lay_out(data_dir, images, VAL_IMAGES)
+    synthesize_photos(pictures, NUM_PHOTOS, seed=0).make_data_dir(data_dir, images, VAL_IMAGES)

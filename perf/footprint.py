@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from detection.runtime.device import choose
-from perf.timing import Side, calls_per_sample, seconds
+from detection.runtime.device import select_device
+from perf.timing import Variant, calls_per_sample, time_calls
 
 PEAK_RESET = Path("/proc/self/clear_refs")
 
@@ -25,7 +25,7 @@ Values = dict[str, float]
 """What one process measured: a value for each of some of `growth.UNITS`."""
 
 
-def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
+def run_in_subprocess(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a process that is started for it and shares nothing with this one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -37,21 +37,21 @@ def cost(call: Callable[[], object], warm_up: Callable[[], object] | None = None
     The memory is that of the first call. Its time counts only where it took a second or more: what takes less is
     called again, since the first call pays for what later ones find ready.
     """
-    device = choose("auto", 0)
-    side = Side("", call)
+    device = select_device("auto", 0)
+    side = Variant("", call)
     if warm_up:
         warm_up()
     gc.collect()
-    before = forget_peak(device)
-    once_s = seconds(side, 1, device)
+    before = reset_peak_rss(device)
+    once_s = time_calls(side, 1, device)
     memory = max(1.0, peak_mib(device) - before)
     if once_s < 1:
         calls = calls_per_sample(side, device)
-        once_s = statistics.median(seconds(side, calls, device) for _ in range(3))
+        once_s = statistics.median(time_calls(side, calls, device) for _ in range(3))
     return {"time": 1000 * once_s, "memory": memory}
 
 
-def forget_peak(device: torch.device) -> float:
+def reset_peak_rss(device: torch.device) -> float:
     """Let the peak of memory begin anew at what is held now, and say how much that is, in MiB."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()

@@ -26,8 +26,8 @@ from perf import footprint
 from perf.curves import Axis, axes
 from perf.footprint import PEAK_RESET, Values
 from perf.machine import machine
-from perf.page import fill, place
-from perf.timing import spread
+from perf.page import update_marker, update_table
+from perf.timing import quartiles
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -44,7 +44,7 @@ UNITS = {
     "private to a worker": "MiB",
 }
 FITTED = ("time", "memory")  # what is a power of the work, if anything is
-MOST_TICKS = 7
+MAX_TICKS = 7
 UPPER_END = 3  # points that the exponent is fitted to: fixed costs hide in them least
 
 
@@ -82,22 +82,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure_all(wanted: Sequence[Axis], out: Path, page: Path | None, *, rounds: int, quick: bool) -> None:
+def measure_all(names: Sequence[Axis], out: Path, page: Path | None, *, rounds: int, quick: bool) -> None:
     """Measure each axis; what is known of the others in out/growth.json stays there."""
-    for axis in wanted:
+    for axis in names:
         if page:
-            place(page, axis.name)  # hours before it is filled
+            update_marker(page, axis.name)  # hours before it is filled
     out.mkdir(parents=True, exist_ok=True)
     results = out / "growth.json"
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
-        for axis in wanted:
+        for axis in names:
             record = measure(axis, Path(folder), rounds=rounds, quick=quick)
             records = json.loads(results.read_text()) if results.exists() else {}
             results.write_text(json.dumps(records | {axis.name: record}, indent=1) + "\n")
             draw(record, out / f"{axis.name}.png")
             print(f"\n{table(record)}", flush=True)
             if page:
-                fill(page, axis.name, table(record))
+                update_table(page, axis.name, table(record))
 
 
 def measure(axis: Axis, folder: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def measure(axis: Axis, folder: Path, *, rounds: int, quick: bool) -> dict[str, 
         for _ in range(rounds):
             for curve, work in points:
                 progress.set_description(f"{axis.name}: {curve.name}, {work:,}")
-                values[curve.name, work].append(footprint.in_a_process(curve.measure, work, folder))
+                values[curve.name, work].append(footprint.run_in_subprocess(curve.measure, work, folder))
                 progress.update()
     return {
         "work": axis.work,
@@ -125,7 +125,7 @@ def series(values: dict[tuple[str, int], list[Values]]) -> Iterator[dict[str, An
         of_curve = {work: found for (curve, work), found in values.items() if curve == name}
         for measured in UNITS:
             points = [
-                {"work": work} | asdict(spread(found))
+                {"work": work} | asdict(quartiles(found))
                 for work, found in (
                     (work, [one[measured] for one in rounds if measured in one]) for work, rounds in of_curve.items()
                 )
@@ -215,7 +215,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         else:
             panel.set_xscale("linear" if 0 in works else "log")
             panel.set_ylim(bottom=0)
-        shown = works if len(works) <= MOST_TICKS else [work for work in works if f"{work}".rstrip("0") in ("", "1")]
+        shown = works if len(works) <= MAX_TICKS else [work for work in works if f"{work}".rstrip("0") in ("", "1")]
         panel.set_xticks(shown, [f"{work:,}" for work in shown], rotation=30 if shown[-1] > 1000 else 0)
         panel.xaxis.set_minor_locator(ticker.NullLocator())
     handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Tables on a page of Markdown, each between two comments that mark its place."""
+"""Tables in Markdown pages, each between two comments that mark its place."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,21 @@ from pathlib import Path
 from detection.config.settings import InputError
 
 
-def fill(page: Path, name: str, text: str) -> None:
-    """Put a table in its place on a page."""
-    before, after = place(page, name)
+def update_table(page: Path, name: str, text: str) -> None:
+    """Replace the table `name` of a page."""
+    before, after = split_at_marker(page, name)
     page.write_text(f"{before}{text}\n{after}")
 
 
-def place(page: Path, name: str) -> tuple[str, str]:
-    """What is before and after a table on a page, which two comments mark; InputError where they are missing."""
+def split_at_marker(page: Path, name: str) -> tuple[str, str]:
+    """Return the text before and after the table `name` of a page. Raise InputError if a marker is missing."""
     try:
         text = page.read_text()
     except OSError as error:
         raise InputError(f"--page {page}: {error.strerror}.") from None
-    found = re.fullmatch(rf"(.*<!-- {name} -->\n).*?(<!-- end -->.*)", text, re.DOTALL)
-    if not found:
-        raise InputError(f"--page {page}: has no place for a table: <!-- {name} --> and, further down, <!-- end -->.")
-    return found[1], found[2]
+    match = re.fullmatch(rf"(.*<!-- {name} -->\n).*?(<!-- end -->.*)", text, re.DOTALL)
+    if not match:
+        raise InputError(
+            f"--page {page}: no marker for table {name}. Add <!-- {name} --> and, further down, <!-- end -->."
+        )
+    return match[1], match[2]

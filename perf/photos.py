@@ -1,6 +1,6 @@
-"""The photos that are measured on: a folder of real ones, or ones drawn as long and as large as COCO's.
+"""Photos that the benchmarks use: a folder of real ones, or synthetic ones with COCO's sizes and file lengths.
 
-From a few, a data set of any size is laid out: the same files under many names, with the boxes of each.
+A data set of any size is made from a few photos: the same files under many names, with the boxes of each.
 """
 
 import json
@@ -26,19 +26,19 @@ class Photo:
     boxes: list[dict[str, Any]]
 
     def with_boxes_of(self, other: "Photo") -> "Photo":
-        """This photo with the boxes of another, stretched to its size."""
-        across, down = self.width / other.width, self.height / other.height
+        """Return this photo with the boxes of another, stretched to its size."""
+        scale_x, scale_y = self.width / other.width, self.height / other.height
         boxes = []
         for box in other.boxes:
             left, top, width, height = box["bbox"]
-            stretched = [left * across, top * down, width * across, height * down]
+            stretched = [left * scale_x, top * scale_y, width * scale_x, height * scale_y]
             boxes.append(box | {"bbox": stretched, "area": stretched[2] * stretched[3]})
         return replace(self, boxes=boxes)
 
 
 @dataclass(frozen=True)
-class Photos:
-    """Photos with boxes. name: for the table. categories: as in COCO's files."""
+class PhotoSet:
+    """Photos with boxes. name: shown in tables. categories: as in COCO's files."""
 
     name: str
     photos: list[Photo]
@@ -46,15 +46,15 @@ class Photos:
 
     @property
     def num_classes(self) -> int:
-        """Categories and the background."""
+        """Number of categories, plus one for the background."""
         return 1 + len(self.categories)
 
     def encoded(self) -> list[bytes]:
-        """The bytes of each file."""
+        """Return the bytes of each file."""
         return [photo.path.read_bytes() for photo in self.photos]
 
-    def with_boxes_of(self, others: "Photos") -> "Photos":
-        """These photos; where they have no categories, with the boxes of other photos, stretched to their sizes."""
+    def with_boxes_of(self, others: "PhotoSet") -> "PhotoSet":
+        """Return these photos. If they have no categories, take the boxes of `others`, stretched to their sizes."""
         if self.categories:
             return self
         pairs = zip(self.photos, cycle(others.photos), strict=False)
@@ -62,8 +62,8 @@ class Photos:
             self, photos=[photo.with_boxes_of(other) for photo, other in pairs], categories=others.categories
         )
 
-    def lay_out(self, folder: Path, train_images: int, val_images: int) -> Path:
-        """Make a data set in COCO's layout in a new folder; photos come again once all were used."""
+    def make_data_dir(self, folder: Path, train_images: int, val_images: int) -> Path:
+        """Make a data set in COCO's layout in a new folder. Photos repeat once all were used."""
         for split, count in (("train", train_images), ("val", val_images)):
             image_folder = folder / f"{split}2017"
             image_folder.mkdir(parents=True)
@@ -74,9 +74,9 @@ class Photos:
                 (image_folder / name).symlink_to(photo.path.resolve())
                 size = {"width": photo.width, "height": photo.height}
                 content["images"].append({"id": image_id, "file_name": name, **size})
-                taken = len(content["annotations"])
+                last_id = len(content["annotations"])
                 content["annotations"] += [
-                    {"id": taken + i, "image_id": image_id, **box} for i, box in enumerate(photo.boxes, 1)
+                    {"id": last_id + i, "image_id": image_id, **box} for i, box in enumerate(photo.boxes, 1)
                 ]
             annotation_file = folder / "annotations" / f"instances_{split}2017.json"
             annotation_file.parent.mkdir(exist_ok=True)
@@ -84,30 +84,30 @@ class Photos:
         return folder
 
 
-def make_up(folder: Path, count: int, seed: int) -> Photos:
-    """Draw photos like COCO's in size, length and boxes into a new folder."""
-    coco_sized.draw(folder, coco_sized.Drawing(images=count, seed=seed))
-    return from_layout(folder, "made up", count)
+def synthesize_photos(folder: Path, count: int, seed: int) -> PhotoSet:
+    """Draw photos with COCO's sizes, file lengths and boxes into a new folder."""
+    coco_sized.generate(folder, coco_sized.CocoSizedSpec(train_images=count, seed=seed))
+    return read_data_dir(folder, "synthetic", count)
 
 
-def make_up_truth(folder: Path, count: int, seed: int, *, segmentations: bool = False) -> coco.Split:
-    """Boxes of as many images, as COCO has them, in a new folder, with outlines where asked; no picture is drawn."""
-    coco_sized.draw(folder, coco_sized.Drawing(images=count, seed=seed), pictures=False)
-    annotation_file, image_folder = coco.layout(folder, "train")
+def synthesize_gt(folder: Path, count: int, seed: int, *, segmentations: bool = False) -> coco.Split:
+    """Make ground truth with COCO's boxes in a new folder, with empty image files. segmentations: add polygons."""
+    coco_sized.generate(folder, coco_sized.CocoSizedSpec(train_images=count, seed=seed), with_images=False)
+    annotation_file, image_folder = coco.standard_paths(folder, "train")
     for image in json.loads(annotation_file.read_text())["images"]:
         (image_folder / image["file_name"]).touch()
     return coco.read(annotation_file, image_folder, segmentations=segmentations)
 
 
-def open_photos(folder: Path, limit: int) -> Photos:
-    """Up to `limit` photos of a folder in COCO's layout, or of JPEG files, which have no boxes.
+def open_photos(folder: Path, limit: int) -> PhotoSet:
+    """Return up to `limit` photos of a folder: in COCO's layout, or JPEG files, which have no boxes.
 
-    InputError where there are none.
+    Raise InputError if there are none.
     """
     if (folder / "annotations").is_dir():
-        return from_layout(folder, "photos", limit)
+        return read_data_dir(folder, "photos", limit)
     if not folder.is_dir():
-        raise InputError(f"--photos {folder}: there is no such folder.")
+        raise InputError(f"--photos {folder}: no such folder.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     if not paths:
         raise InputError(f"--photos {folder}: no .jpg file and no annotations/ in it. Name a folder of photos.")
@@ -117,13 +117,13 @@ def open_photos(folder: Path, limit: int) -> Photos:
             with Image.open(path) as image:
                 photos.append(Photo(path, *image.size, boxes=[]))
         except OSError as error:
-            raise InputError(f"--photos {folder}: {path.name} is no picture.") from error
-    return Photos("photos", photos, categories=[])
+            raise InputError(f"--photos {folder}: {path.name} is not an image. Remove it.") from error
+    return PhotoSet("photos", photos, categories=[])
 
 
-def from_layout(folder: Path, name: str, limit: int) -> Photos:
-    """Up to `limit` photos that have boxes, of the training split of a data set in COCO's layout."""
-    split = coco.read(*coco.layout(folder, "train"), skip_missing_images=True).with_boxes()
+def read_data_dir(folder: Path, name: str, limit: int) -> PhotoSet:
+    """Return up to `limit` photos with boxes from the training split of a data set in COCO's layout."""
+    split = coco.read(*coco.standard_paths(folder, "train"), skip_missing_images=True).drop_empty_images()
     photos = []
     for index in range(min(limit, len(split))):
         height, width = split.sizes_hw[index].tolist()
@@ -139,4 +139,4 @@ def from_layout(folder: Path, name: str, limit: int) -> Photos:
             )
         ]
         photos.append(Photo(split.image_path(index), width, height, boxes))
-    return Photos(name, photos, [{"id": category.id, "name": category.name} for category in split.categories])
+    return PhotoSet(name, photos, [{"id": category.id, "name": category.name} for category in split.categories])

@@ -1,4 +1,4 @@
-"""What the machine could do at most: its peak rates, measured, and the work of an image, counted."""
+"""Roofline: measured peak rates of the machine, and the counted work of an image."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,49 +10,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.runtime.device import precision
-from perf.timing import Side, seconds, threads
+from detection.runtime.device import select_precision
+from perf.timing import Variant, limit_threads, time_calls
 from ssd.anchors import IMAGE_SIZE_PX
 
 TRIES = 7
 
 
 class Work(NamedTuple):
-    """What has to be done for one image: floating-point operations (a multiply-add is two), bytes moved."""
+    """Work of one image: floating-point operations (a multiply-add is two) and bytes moved."""
 
     flop: float = 0.0
     bytes: float = 0.0
 
 
-class Limits(NamedTuple):
+class Roofline(NamedTuple):
     """Peak rates of a machine, the best of a few tries: a square matrix product, and a copy (read and written)."""
 
     flop_per_s: float
     bytes_per_s: float
 
-    def least_s(self, work: Work) -> float:
-        """Seconds that an image takes at least: whichever of the two walls is further."""
+    def min_s(self, work: Work) -> float:
+        """Return the minimum seconds per image: the slower of compute and memory traffic."""
         return max(work.flop / self.flop_per_s, work.bytes / self.bytes_per_s)
 
 
 @cache
-def measure(device: torch.device, precision_name: str, num_threads: int, side: int, copy_bytes: int) -> Limits:
-    """Measure the limits in a precision, on that many threads of the CPU where that is the device.
+def measure_roofline(
+    device: torch.device, precision_name: str, num_threads: int, side: int, copy_bytes: int
+) -> Roofline:
+    """Measure peak rates in a precision. num_threads: of the CPU, if that is the device.
 
-    side: of the matrices. copy_bytes: of the copy, well beyond the caches.
+    side: of the matrices. copy_bytes: size of the copy, well beyond the caches.
     """
-    dtype = precision(precision_name, device).dtype or torch.float32
+    dtype = select_precision(precision_name, device).dtype or torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    product, copy = Side("product", lambda: a @ b), Side("copy", lambda: target.copy_(source))
-    with threads(num_threads):
-        product_s, copy_s = (min(seconds(s, 1, device) for _ in range(TRIES)) for s in (product, copy))
-    return Limits(2 * side**3 / product_s, 2 * copy_bytes / copy_s)
+    destination = torch.ones_like(source)
+    product, copy = Variant("product", lambda: a @ b), Variant("copy", lambda: destination.copy_(source))
+    with limit_threads(num_threads):
+        product_s, copy_s = (min(time_calls(v, 1, device) for _ in range(TRIES)) for v in (product, copy))
+    return Roofline(2 * side**3 / product_s, 2 * copy_bytes / copy_s)
 
 
 class ByteCounter(TorchDispatchMode):
-    """Adds up the bytes that each operation reads and writes, as if nothing stayed in a cache."""
+    """Sum of the bytes that each operation reads and writes, as if no cache existed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,15 +68,15 @@ class ByteCounter(TorchDispatchMode):
         return result
 
 
-def count(run: Callable[[], object], images: int) -> Work:
-    """The work per image of a call, each operation on its own as eager mode does it."""
+def count_work(run: Callable[[], object], images: int) -> Work:
+    """Return the work per image of a call, counting each operation separately as eager mode runs it."""
     with FlopCounterMode(display=False) as flops, ByteCounter() as traffic:
         run()
     return Work(flops.get_total_flops() / images, traffic.bytes / images)
 
 
-def count_network(make: Callable[[], nn.Module], dtype: torch.dtype | None, *, backward: bool, batch_size: int) -> Work:
-    """The work per image of a network that gives a tuple of tensors; nothing is computed for it."""
+def count_flop(make: Callable[[], nn.Module], dtype: torch.dtype | None, *, backward: bool, batch_size: int) -> Work:
+    """Return the work per image of a network that returns a tuple of tensors, without computing anything."""
     with torch.device("meta"):
         model = make().to(dtype or torch.float32).train(backward)
         images = torch.empty(batch_size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, dtype=dtype)
@@ -85,9 +87,9 @@ def count_network(make: Callable[[], nn.Module], dtype: torch.dtype | None, *, b
             if backward:
                 sum(output.sum() for output in outputs).backward()
 
-    return count(run, batch_size)
+    return count_work(run, batch_size)
 
 
-def moved(*tensors: Tensor) -> int:
-    """Bytes of tensors: of what goes in and what comes out, the least that must be moved."""
+def bytes_moved(*tensors: Tensor) -> int:
+    """Return the bytes of the inputs and outputs of some work: the minimum memory traffic."""
     return sum(tensor.nbytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Results as tables for people: as measured, two side by side, and against what is required."""
+"""Tables of results: as measured, two files compared, and checked against requirements."""
 
 import json
 import math
@@ -15,130 +15,145 @@ from perf.profiler import Operation
 
 RESULT = TypeAdapter(Result)
 
+# Keys and part names of records made before version 0.2.0, and their present names.
+OLD_RECORD_KEYS = {"scale": "size", "limits": "rooflines", "costliest": "top_ops"}
+OLD_RESULT_KEYS = {"beside": "is_baseline", "times": "speedup", "limit": "roofline", "share": "roofline_fraction"}
+OLD_PARTS = {"maskrcnn_trunk": "maskrcnn_backbone", "maskrcnn_align": "maskrcnn_roi_align"}
+
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a result must reach. name: as in `Result.requirement`. part: that measures it.
+    """Bounds for a result. name: as in `Result.requirement`. part: the one that measures it.
 
-    on_cpu: whether it is for a CPU or for an accelerator. least, most: of the ratio to the plain way, or of the
-    value itself where the result is not beside another.
+    on_cpu: for a CPU, otherwise for an accelerator. min, max: bounds of the speedup, or of the value if the result is
+    not a baseline.
     """
 
     name: str
     part: str
     on_cpu: bool
-    least: float = 0.0
-    most: float = float("inf")
+    min: float = 0.0
+    max: float = float("inf")
 
-    def measured(self, result: Result) -> float:
-        """The number that is compared."""
-        return result.times.median if result.times else result.value.median
+    def value_of(self, result: Result) -> float:
+        """Return the number to compare with the bounds."""
+        return result.speedup.median if result.speedup else result.value.median
 
-    def is_met(self, result: Result) -> bool:
-        """Whether the result reaches it."""
-        return self.least <= self.measured(result) <= self.most
+    def passed(self, result: Result) -> bool:
+        """Return True if the result is within the bounds."""
+        return self.min <= self.value_of(result) <= self.max
 
     def bounds(self) -> str:
-        """For people."""
-        return f"at least {self.least:g}" if self.least else f"at most {self.most:g}"
+        """Return the bounds as text."""
+        return f"at least {self.min:g}" if self.min else f"at most {self.max:g}"
 
 
 REQUIREMENTS = (
-    Requirement("input per core", "input", on_cpu=True, least=4),
-    Requirement("memory of a worker", "memory", on_cpu=True, most=1.05),
-    Requirement("training step", "step", on_cpu=True, least=4),
-    Requirement("detection, trained scores", "detect", on_cpu=True, least=3.7),
-    Requirement("detection, early scores", "detect", on_cpu=True, least=9),
-    Requirement("metric", "metric", on_cpu=True, least=100),
-    Requirement("end to end", "end-to-end", on_cpu=True, least=4),
-    Requirement("maskrcnn step", "maskrcnn_step", on_cpu=True, least=1),
-    Requirement("maskrcnn evaluation", "maskrcnn_evaluation", on_cpu=True, least=3),
-    Requirement("end to end rate", "end-to-end", on_cpu=False, least=4000),
+    Requirement("input per core", "input", on_cpu=True, min=4),
+    Requirement("worker memory growth", "memory", on_cpu=True, max=1.05),
+    Requirement("training step", "step", on_cpu=True, min=4),
+    Requirement("detection, trained scores", "detect", on_cpu=True, min=3.7),
+    Requirement("detection, early scores", "detect", on_cpu=True, min=9),
+    Requirement("metric", "metric", on_cpu=True, min=100),
+    Requirement("end to end", "end-to-end", on_cpu=True, min=4),
+    Requirement("maskrcnn step", "maskrcnn_step", on_cpu=True, min=1),
+    Requirement("maskrcnn evaluation", "maskrcnn_evaluation", on_cpu=True, min=3),
+    Requirement("end to end rate", "end-to-end", on_cpu=False, min=4000),
 )
 
 
-def required_of(on_cpu: bool) -> list[Requirement]:
-    """What is required of a CPU (two cores) or of an accelerator (an H200)."""
+def requirements_of(on_cpu: bool) -> list[Requirement]:
+    """Return the requirements for a CPU (two cores) or for an accelerator (an H200)."""
     return [requirement for requirement in REQUIREMENTS if requirement.on_cpu == on_cpu]
 
 
-def show(results: Iterable[Result]) -> str:
-    """All results, those beside another indented, with the limit's share or how many times as fast ours is."""
-    rows = [("part", "", "median", "quartiles", "range", "n", "of limit", "ours is")]
+def format_results(results: Iterable[Result]) -> str:
+    """Return all results as a table, baselines indented, with roofline fraction or speedup."""
+    rows = [("part", "variant", "median", "quartiles", "range", "n", "of roofline", "speedup")]
     part = ""
     for result in results:
-        value, times = result.value, result.times
+        value, speedup = result.value, result.speedup
         rows.append(
             (
                 "" if result.part == part else result.part,
-                ("  " if result.beside else "") + result.variant,
-                f"{figure(value.median)} {result.unit}",
-                f"{figure(value.q1)} to {figure(value.q3)}",
-                f"{figure(value.min)} to {figure(value.max)}",
+                ("  " if result.is_baseline else "") + result.variant,
+                f"{format_number(value.median)} {result.unit}",
+                f"{format_number(value.q1)} to {format_number(value.q3)}",
+                f"{format_number(value.min)} to {format_number(value.max)}",
                 str(value.n),
-                "" if result.share is None else f"{100 * result.share:.1f} %",
-                f"{figure(times.median)} × ({figure(times.q1)} to {figure(times.q3)})" if times else "",
+                "" if result.roofline_fraction is None else f"{100 * result.roofline_fraction:.1f}%",
+                f"{format_number(speedup.median)} × ({format_number(speedup.q1)} to {format_number(speedup.q3)})"
+                if speedup
+                else "",
             )
         )
         part = result.part
     return align(rows)
 
 
-def show_operations(operations: Iterable[Operation]) -> str:
-    """The costliest operations of a trace."""
-    rows = [("operation", "calls", "ms", "share")]
-    rows += [(o.name[:80], str(o.calls), figure(o.ms), f"{100 * o.share:.1f} %") for o in operations]
+def format_operations(operations: Iterable[Operation]) -> str:
+    """Return the top operations of a trace as a table."""
+    rows = [("operation", "calls", "ms", "fraction")]
+    rows += [(o.name[:80], str(o.calls), format_number(o.ms), f"{100 * o.time_fraction:.1f}%") for o in operations]
     return align(rows)
 
 
 def compare(first: Sequence[Result], second: Sequence[Result]) -> str:
-    """What both have, side by side: medians, and how many times as good the second is."""
-    others = {(r.part, r.variant, r.unit): r.value for r in second}
-    rows: list[Sequence[str]] = [("part", "", "first", "second", "second is")]
+    """Return the results that both files have as a table: medians, and how much better the second is."""
+    second_values = {(r.part, r.variant, r.unit): r.value for r in second}
+    rows: list[Sequence[str]] = [("part", "variant", "first", "second", "second is")]
     for result in first:
-        other = others.get((result.part, result.variant, result.unit))
+        other = second_values.get((result.part, result.variant, result.unit))
         if other is None:
             continue
         ratio = other.median / result.value.median
-        better = ratio if result.unit.endswith("/s") else 1 / ratio
-        medians = [f"{figure(v.median)} {result.unit}" for v in (result.value, other)]
-        rows.append((result.part, result.variant, *medians, f"{better:.2f} ×"))
+        improvement = ratio if result.unit.endswith("/s") else 1 / ratio
+        medians = [f"{format_number(v.median)} {result.unit}" for v in (result.value, other)]
+        rows.append((result.part, result.variant, *medians, f"{improvement:.2f} ×"))
     return align(rows)
 
 
 def check(results: Sequence[Result], on_cpu: bool) -> tuple[str, bool]:
-    """A table of what is required and what was measured, and whether all of it is met; what is absent is not."""
+    """Return a table of requirements and measurements, and True if all pass. A missing measurement fails."""
     rows = [("requirement", "measured", "required", "")]
-    passed = True
-    for requirement in required_of(on_cpu):
+    all_passed = True
+    for requirement in requirements_of(on_cpu):
         answers = [result for result in results if result.requirement == requirement.name]
         for result in answers:
-            met = requirement.is_met(result)
-            passed &= met
-            measured = f"{figure(requirement.measured(result))} {'×' if result.times else result.unit}"
-            verdict = "ok" if met else "SHORT"
+            passed = requirement.passed(result)
+            all_passed &= passed
+            measured = f"{format_number(requirement.value_of(result))} {'×' if result.speedup else result.unit}"
+            verdict = "ok" if passed else "FAILED"
             rows.append((f"{requirement.name}: {result.variant}", measured, requirement.bounds(), verdict))
         if not answers:
-            passed = False
-            rows.append((requirement.name, "not measured", requirement.bounds(), "SHORT"))
-    return align(rows), passed
+            all_passed = False
+            rows.append((requirement.name, "not measured", requirement.bounds(), "FAILED"))
+    return align(rows), all_passed
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results, with `results` as Result; InputError where it is none."""
+    """Read a file of results, also one with old keys, with `results` as Result. Raise InputError if it is invalid."""
     try:
-        content = json.loads(path.read_text())
-        content["results"] = [RESULT.validate_python(row) for row in content["results"]]
+        content = rename_keys(json.loads(path.read_text()), OLD_RECORD_KEYS)
+        rows = [rename_keys(row, OLD_RESULT_KEYS) for row in content["results"]]
+        content["results"] = [
+            RESULT.validate_python(row | {"part": OLD_PARTS.get(row["part"], row["part"])}) for row in rows
+        ]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"{error.error_count()} mistakes" if isinstance(error, ValidationError) else str(error)
-        raise InputError(f"{path}: no results of perf.run ({why}).") from error
-    return dict(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error.error_count()} errors" if isinstance(error, ValidationError) else str(error)
+        raise InputError(f"{path}: not a file of results ({reason}). Name a file that perf.run wrote.") from error
+    return content
 
 
-def figure(number: float) -> str:
-    """Three significant digits, without an exponent."""
+def rename_keys(record: dict[str, Any], new_names: dict[str, str]) -> dict[str, Any]:
+    """Return a record with the keys in `new_names` renamed."""
+    return {new_names.get(key, key): value for key, value in record.items()}
+
+
+def format_number(number: float) -> str:
+    """Return a number with three significant digits and no exponent."""
     if number == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(number))))
@@ -146,6 +161,6 @@ def figure(number: float) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
+    """Return rows as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,4 +1,4 @@
-"""Timing of ways to do the same work: in turns, so that the drift of a shared machine cancels in their ratio."""
+"""Interleaved timing of variants, so that the drift of a shared machine cancels in their ratio."""
 
 import gc
 import math
@@ -13,22 +13,22 @@ import torch
 
 from detection.runtime.device import synchronize
 
-# A sample of a quick call is as many calls as last this long, so that the clock and the scheduler do not matter.
+# Minimum duration of a sample. Short calls repeat until then, so that clock and scheduler do not matter.
 SAMPLE_S = 0.1
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 
-class Side(NamedTuple):
-    """One way to do the work: `run` does it for `images` images (or whatever is counted)."""
+class Variant(NamedTuple):
+    """One implementation of some work: `run` processes `images` images, or whatever is counted."""
 
-    variant: str
+    name: str
     run: Callable[[], object]
     images: int = 1
 
 
 @dataclass(frozen=True)
-class Spread:
-    """What n samples gave."""
+class Quartiles:
+    """Summary of n samples."""
 
     n: int
     median: float
@@ -38,55 +38,56 @@ class Spread:
     max: float
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median, quartiles and range of one sample or more."""
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Spread(len(values), quartiles[1], min(values), quartiles[0], quartiles[2], max(values))
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Return median, quartiles and range of at least one sample."""
+    cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Quartiles(len(values), cuts[1], min(values), cuts[0], cuts[2], max(values))
 
 
-def in_turns(
-    sides: Sequence[Side], device: torch.device, *, rounds: int, limit_s: float = math.inf, warm: bool = True
+def interleave(
+    variants: Sequence[Variant], device: torch.device, *, rounds: int, limit_s: float = math.inf, warm_up: bool = True
 ) -> list[list[float]]:
-    """Seconds per image of each side in each round: A B A B ..., the first call of each left out.
+    """Return seconds per image of each variant in each round, in the order A B A B ...
 
-    Ends after `limit_s` if three rounds are done. warm: without, every call counts, for what takes minutes.
+    Ends after `limit_s` once three rounds are complete. warm_up: leave out the first call of each variant. Set it to
+    False for calls that take minutes.
     """
-    calls = [calls_per_sample(side, device) if warm else 1 for side in sides]
-    samples: list[list[float]] = [[] for _ in sides]
+    calls = [calls_per_sample(variant, device) if warm_up else 1 for variant in variants]
+    samples: list[list[float]] = [[] for _ in variants]
     gc.collect()
     gc.disable()
     try:
         start_s = time.perf_counter()
-        for done in range(1, rounds + 1):
-            for side, count, mine in zip(sides, calls, samples, strict=True):
-                mine.append(seconds(side, count, device) / side.images)
-            if done >= LEAST_ROUNDS and time.perf_counter() - start_s > limit_s:
+        for completed in range(1, rounds + 1):
+            for variant, count, variant_samples in zip(variants, calls, samples, strict=True):
+                variant_samples.append(time_calls(variant, count, device) / variant.images)
+            if completed >= MIN_ROUNDS and time.perf_counter() - start_s > limit_s:
                 break
     finally:
         gc.enable()
     return samples
 
 
-def calls_per_sample(side: Side, device: torch.device) -> int:
-    """Warm up, and find how many calls last long enough to be timed."""
-    first_s = seconds(side, 1, device)
-    once_s = seconds(side, 1, device) if first_s < 10 * SAMPLE_S else first_s
-    return max(1, math.ceil(SAMPLE_S / once_s))
+def calls_per_sample(variant: Variant, device: torch.device) -> int:
+    """Warm up, and return the number of calls that last at least `SAMPLE_S`."""
+    first_s = time_calls(variant, 1, device)
+    call_s = time_calls(variant, 1, device) if first_s < 10 * SAMPLE_S else first_s
+    return max(1, math.ceil(SAMPLE_S / call_s))
 
 
-def seconds(side: Side, calls: int, device: torch.device) -> float:
-    """Seconds per call, the device's work included."""
+def time_calls(variant: Variant, calls: int, device: torch.device) -> float:
+    """Return seconds per call, including the device's work."""
     synchronize(device)
     start_s = time.perf_counter()
     for _ in range(calls):
-        side.run()
+        variant.run()
     synchronize(device)
     return (time.perf_counter() - start_s) / calls
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute on that many threads of the CPU."""
+def limit_threads(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

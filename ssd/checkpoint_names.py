@@ -1,8 +1,8 @@
-"""The checkpoints of the MLPerf reference and of SSD300 v1.1: their names, and the way to and from ours.
+"""Tensor names and layouts of checkpoints: conversion from and to the MLPerf reference, and from SSD300 v1.1.
 
-Both have one convolution for boxes and one for classes on each map, with channels coordinate·n + k and
-class·n + k for anchor k of the n of a cell. Ours is one fused head with channels k·(4 + K) + {4 deltas, K logits}.
-The anchors have the same order in all three.
+Both have separate convolutions for boxes and classes on each map. For anchor k of the n anchors of a cell, their
+channels are coordinate·n + k and class·n + k. Ours is one fused head with channels k·(4 + K) + {4 deltas, K logits}.
+The order of the anchors is the same in all three.
 """
 
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from torch import Tensor
 from ssd.anchors import ANCHORS_PER_CELL
 from ssd.model import SSD300
 
-TRUNK_NAMES = {
+BACKBONE_PREFIXES = {
     "model.layer1.0.": "backbone.conv1.",
     "model.layer1.1.": "backbone.bn1.",
     "model.layer1.4.": "backbone.layer1.",
     "model.layer1.5.": "backbone.layer2.",
     "model.layer2.0.": "backbone.layer3.",
 }
-EXTRA_NAMES = {
+EXTRA_PREFIXES = {
     f"additional_blocks.{i}.{theirs}.": f"extras.{i}.{ours}."
     for i in range(5)
     for theirs, ours in ((0, "conv1"), (2, "conv2"))
 }
-NAMES = TRUNK_NAMES | EXTRA_NAMES
-V1_1_NAMES = {
+MLPERF_PREFIXES = BACKBONE_PREFIXES | EXTRA_PREFIXES
+SSD_V1_1_PREFIXES = {
     f"feature_extractor.feature_extractor.{theirs}.": f"backbone.{ours}."
     for theirs, ours in ((0, "conv1"), (1, "bn1"), (4, "layer1"), (5, "layer2"), (6, "layer3"))
 } | {
@@ -36,8 +36,8 @@ V1_1_NAMES = {
 }
 
 
-def rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace the one prefix of the table that a tensor's name starts with; KeyError where there is none."""
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replace the prefix of a tensor's name by the table. Raise KeyError if no prefix fits."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -45,9 +45,9 @@ def rename(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert our state dict to the reference's names, shapes and order."""
-    prefixes = {ours: theirs for theirs, ours in NAMES.items()}
-    shared = {rename(name, prefixes): t for name, t in state.items() if not name.startswith("heads.")}
+    """Convert our state dict to the MLPerf reference's names, shapes and order."""
+    prefixes = {ours: theirs for theirs, ours in MLPERF_PREFIXES.items()}
+    shared = {replace_prefix(name, prefixes): t for name, t in state.items() if not name.startswith("heads.")}
     boxes, classes = {}, {}
     for level, num_anchors in enumerate(ANCHORS_PER_CELL):
         for kind in ("weight", "bias"):
@@ -57,12 +57,12 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shared | boxes | classes
 
 
-def from_reference(state: Mapping[str, Tensor], names: Mapping[str, str] = NAMES) -> dict[str, Tensor]:
-    """Convert a state dict of the reference, or one of V1_1_NAMES, to ours.
+def from_reference(state: Mapping[str, Tensor], prefixes: Mapping[str, str] = MLPERF_PREFIXES) -> dict[str, Tensor]:
+    """Convert a state dict of the MLPerf reference, or of SSD300 v1.1 with its prefixes, to ours.
 
-    KeyError names a tensor that is missing or unknown.
+    KeyError names a missing or unknown tensor.
     """
-    ours = {rename(name, names): t for name, t in state.items() if not name.startswith(("loc.", "conf."))}
+    ours = {replace_prefix(name, prefixes): t for name, t in state.items() if not name.startswith(("loc.", "conf."))}
     for level, num_anchors in enumerate(ANCHORS_PER_CELL):
         for kind in ("weight", "bias"):
             parts = [state[f"{part}.{level}.{kind}"].unflatten(0, (-1, num_anchors)) for part in ("loc", "conf")]
@@ -70,18 +70,18 @@ def from_reference(state: Mapping[str, Tensor], names: Mapping[str, str] = NAMES
     return ours
 
 
-def tensor_kinds() -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and kind of each tensor in the reference's checkpoint order.
+def list_reference_tensors() -> list[tuple[str, tuple[int, ...], str]]:
+    """List name, shape and kind of the MLPerf reference's tensors, in the order of its checkpoints.
 
-    The kind says how a conformance vector fills it: conv, bias, bn_weight, running_mean, running_var, counter.
+    The kind determines how conformance.py fills a tensor: conv, bias, bn_weight, running_mean, running_var, counter.
     """
     with torch.device("meta"):
         state = to_reference(SSD300().state_dict())
-    return [(name, tuple(tensor.shape), kind_of(name, tensor)) for name, tensor in state.items()]
+    return [(name, tuple(tensor.shape), infer_kind(name, tensor)) for name, tensor in state.items()]
 
 
-def kind_of(name: str, tensor: Tensor) -> str:
-    """Kind of a tensor by its name and number of dimensions."""
+def infer_kind(name: str, tensor: Tensor) -> str:
+    """Infer the kind of a tensor from its name and number of dimensions."""
     last = name.rpartition(".")[2]
     if last == "num_batches_tracked":
         return "counter"

@@ -1,6 +1,9 @@
-"""From a COCO split to batches: which image comes when, and what a worker makes of it.
+"""Training and evaluation data: a COCO split to batches of images and boxes.
 
-B images, G ground-truth boxes of the fullest image of the batch.
+Data workers read, decode, crop and resize images. The device can take over decoding and resizing (see
+detection/data/image_pipeline.py). Flip, jitter and normalization follow on the device, in train.py.
+
+Shapes: B images, G ground-truth boxes (padded to the largest number in the batch).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +17,12 @@ from torch.utils.data import Dataset
 
 from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io, loader
-from detection.data.batch import Share
+from detection.data.batch import RankBatch
 from detection.data.coco import Split
-from detection.data.image_pipeline import Part, Pixels
-from detection.data.loader import EpochSampler, Key, load, make_loader, pad
-from detection.evaluation.coco_metric import BoxMetric
-from detection.runtime.distributed import Ranks
+from detection.data.image_pipeline import CropSpec, ImagePipeline
+from detection.data.loader import EpochBatchSampler, SampleKey, iter_batches, make_loader, pad
+from detection.evaluation.coco_metric import CocoBoxMetric
+from detection.runtime.distributed import DistContext
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
 from ssd.config import Config
@@ -29,11 +32,11 @@ FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "horizontal+vertical": 2}
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch of training images.
+    """One rank's part of a global training batch.
 
-    images: (B, 3, 300, 300) uint8, cropped and resized, or what the device makes them of. boxes_xyxy: (B, G, 4)
-    normalised to the crop. labels: (B, G), 0 is padding. flips: (B, directions in use), jitter: (B, 4) and
-    jitter_order: (B, 4) as in `augment.Draw`.
+    images: (B, 3, 300, 300) uint8, cropped and resized, or the device pipeline's input. boxes_xyxy: (B, G, 4)
+    normalized to the crop. labels: (B, G), 0 marks padding. flips: (B, directions in use), jitter: (B, 4) and
+    jitter_order: (B, 4) as in `augment.AugmentParams`.
     """
 
     images: Any
@@ -45,9 +48,9 @@ class Batch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """A batch of whole images to evaluate.
+    """Batch of evaluation images, resized without a crop.
 
-    images: (B, 3, 300, 300) uint8. image_ids: (B,) as in COCO. sizes_wh: (B, 2) pixels of the original.
+    images: (B, 3, 300, 300) uint8. image_ids: (B,) of COCO. sizes_wh: (B, 2) pixels of the original images.
     """
 
     images: Tensor
@@ -55,8 +58,8 @@ class EvalBatch(NamedTuple):
     sizes_wh: Tensor
 
 
-class TrainImages(Dataset[Batch]):
-    """Training images as batches: read, decode, crop, resize; or, for a device that does that, as what it needs."""
+class SSDTrainDataset(Dataset[Batch]):
+    """Dataset of training batches. `pixels` reads the images and transforms them, or prepares that for the device."""
 
     def __init__(
         self,
@@ -67,113 +70,116 @@ class TrainImages(Dataset[Batch]):
         jitter: bool,
         flip: str,
         max_samples: int,
-        pixels: Pixels,
+        pixels: ImagePipeline,
     ):
         self.split, self.seed, self.pixels = split, seed, pixels
         self.crop, self.jitter, self.max_samples = crop, jitter, max_samples
         self.flip_directions = FLIP_DIRECTIONS[flip]
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | InputError:
-        """Make the batch of these (epoch, index); an image that cannot be read is returned as its error.
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch | InputError:
+        """Load the batch of these (epoch, index) keys. Return the error instead if an image cannot be read.
 
-        A worker's exception would reach the user wrapped in a traceback, so it travels as a value.
+        An exception raised in a worker would reach the user wrapped in a traceback.
         """
-        made, draws, boxes, labels = [], [], [], []
+        images, params, boxes, labels = [], [], [], []
         for epoch, index in keys:
             try:
-                original = self.pixels.read(index, self.split.image_path(index))
+                source = self.pixels.read(index, self.split.image_path(index))
             except InputError as error:
                 return error
-            draw, image_boxes, image_labels = self.draw(epoch, index, *original.size_hw)
-            made.append(self.pixels.make(Part(original, box_px(draw.crop_xyxy, original.size_hw), SIZE_HW)))
-            draws.append(draw)
+            image_params, image_boxes, image_labels = self.sample_params(epoch, index, *source.size_hw)
+            crop_px = crop_to_px(image_params.crop_xyxy, source.size_hw)
+            images.append(self.pixels.transform(CropSpec(source, crop_px, SIZE_HW)))
+            params.append(image_params)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(image_labels))
         return Batch(
-            self.pixels.lay_out(made),
+            self.pixels.collate(images),
             pad(boxes),
             pad(labels),
-            torch.from_numpy(np.stack([draw.flips[: self.flip_directions] for draw in draws])),
-            torch.from_numpy(np.stack([draw.jitter for draw in draws])),
-            torch.from_numpy(np.stack([draw.jitter_order for draw in draws])),
+            torch.from_numpy(np.stack([p.flips[: self.flip_directions] for p in params])),
+            torch.from_numpy(np.stack([p.jitter for p in params])),
+            torch.from_numpy(np.stack([p.jitter_order for p in params])),
         )
 
-    def draw(
+    def sample_params(
         self, epoch: int, index: int, height_px: int, width_px: int
-    ) -> tuple[augment.Draw, augment.Floats, NDArray[np.int64]]:
-        """The augmentation of an image in an epoch, its boxes (G, 4) in the crop, and labels (G,)."""
+    ) -> tuple[augment.AugmentParams, augment.FloatArray, NDArray[np.int64]]:
+        """Return the augmentation of an image in an epoch, and its boxes (G, 4) and labels (G,) in the crop."""
         size = np.array([width_px, height_px, width_px, height_px], dtype=np.float32)
         boxes = np.divide(self.split.boxes(index), size, dtype=np.float32)
         labels = self.split.image_labels(index)
         rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
-        drawn = augment.draw(rng, boxes, self.max_samples)
-        chosen = augment.Draw(
-            drawn.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
-            drawn.flips,
-            drawn.jitter if self.jitter else augment.NO_JITTER,
-            drawn.jitter_order,
+        sampled = augment.sample_augmentation(rng, boxes, self.max_samples)
+        params = augment.AugmentParams(
+            sampled.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
+            sampled.flips,
+            sampled.jitter if self.jitter else augment.IDENTITY_JITTER,
+            sampled.jitter_order,
         )
-        return chosen, *augment.crop_boxes(chosen.crop_xyxy, boxes, labels)
+        return params, *augment.crop_boxes(params.crop_xyxy, boxes, labels)
 
 
-def box_px(crop_xyxy: augment.Floats, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A normalised crop of an image on whole pixels: left, top, right, bottom; at least one wide and high."""
+def crop_to_px(crop_xyxy: augment.FloatArray, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Convert a normalized crop to whole pixels: left, top, right, bottom. Each side is at least one pixel."""
     height, width = size_hw
     left, right = int(crop_xyxy[0] * width), int(crop_xyxy[2] * width)
     top, bottom = int(crop_xyxy[1] * height), int(crop_xyxy[3] * height)
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-class EvalImages(Dataset[EvalBatch]):
-    """Images to evaluate: read, decode, resize."""
+class SSDEvalDataset(Dataset[EvalBatch]):
+    """Dataset of evaluation batches: images are read, decoded and resized."""
 
     def __init__(self, split: Split):
         self.split = split
 
     def __getitems__(self, indices: Sequence[int]) -> EvalBatch | InputError:
-        """Make the batch of these indices; an image that cannot be read is returned as its error."""
-        pixels, sizes = [], []
+        """Load the batch of these indices. Return the error instead if an image cannot be read."""
+        images, sizes = [], []
         for index in indices:
             try:
                 image = image_io.read(self.split.image_path(index))
             except InputError as error:
                 return error
-            pixels.append(image_io.resize(image, SIZE_HW))
+            images.append(image_io.resize(image, SIZE_HW))
             sizes.append((image.shape[2], image.shape[1]))
         ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(image_io.lay_out(pixels), ids, torch.tensor(sizes))
+        return EvalBatch(image_io.pad_to_batch(images), ids, torch.tensor(sizes))
 
 
-class SSDEvalData:
-    """The evaluation images of a run, and the metric over them."""
+class SSDEvalSource:
+    """Evaluation images of a run, and the metric over them."""
 
-    def __init__(self, config: Config, ranks: Ranks):
-        val = coco.read(*coco.files(config, "val"), skip_missing_images=config.skip_missing_images)
-        coco.check_classes(config.num_classes, val)
+    def __init__(self, config: Config, ranks: DistContext):
+        val = coco.read(*coco.dataset_paths(config, "val"), skip_missing_images=config.skip_missing_images)
+        coco.check_num_classes(config.num_classes, val)
         self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
-        self.metric = BoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_first else None
-        mine = range(ranks.rank, len(val), ranks.world_size)
-        batches = [list(mine[i : i + config.eval_batch_size]) for i in range(0, len(mine), config.eval_batch_size)]
-        self.eval_loader = make_loader(EvalImages(val), batches, num_workers=config.num_workers, device=ranks.device)
+        self.metric = CocoBoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
+        rank_indices = range(ranks.rank, len(val), ranks.world_size)
+        size = config.eval_batch_size
+        batches = [list(rank_indices[i : i + size]) for i in range(0, len(rank_indices), size)]
+        dataset = SSDEvalDataset(val)
+        self.eval_loader = make_loader(dataset, batches, num_workers=config.num_workers, device=ranks.device)
 
     def eval_batches(self) -> Iterator[EvalBatch]:
-        """This rank's evaluation images; each image is on one rank; InputError names an unreadable image."""
-        return load(self.eval_loader)
+        """Yield this rank's evaluation batches. Each image is on one rank. InputError names an unreadable image."""
+        return iter_batches(self.eval_loader)
 
 
-class SSDData(SSDEvalData):
-    """The training and evaluation images of a run, from the moment its clock has started."""
+class SSDTrainSource(SSDEvalSource):
+    """Training and evaluation images of a run, opened after its clock has started."""
 
-    def __init__(self, config: Config, ranks: Ranks, seed: int):
-        train = coco.read(*coco.files(config, "train"), skip_missing_images=config.skip_missing_images)
-        coco.check_classes(config.num_classes, train)
+    def __init__(self, config: Config, ranks: DistContext, seed: int):
+        train = coco.read(*coco.dataset_paths(config, "train"), skip_missing_images=config.skip_missing_images)
+        coco.check_num_classes(config.num_classes, train)
         super().__init__(config, ranks)
-        train = train.with_boxes()
+        train = train.drop_empty_images()
         self.train_samples = len(train)
-        self.sampler = EpochSampler(len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch)
+        self.sampler = EpochBatchSampler(len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch)
         self.steps_per_epoch = len(self.sampler)
-        pixels, self.device_cache = device_cache.make(config, train, ranks)
-        dataset = TrainImages(
+        pixels, self.device_cache = device_cache.build(config, train, ranks)
+        dataset = SSDTrainDataset(
             train,
             seed=seed,
             crop=config.crop,
@@ -184,10 +190,10 @@ class SSDData(SSDEvalData):
         )
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
 
-    def shares(self, epoch: int, samples: int = 0) -> Iterator[Share[Batch]]:
-        """This rank's shares of the global batches of an epoch (from 1), but for the first `samples` images of it.
+    def train_batches(self, epoch: int, skip_images: int = 0) -> Iterator[RankBatch[Batch]]:
+        """Yield this rank's batches of an epoch (from 1), without the epoch's first `skip_images` images.
 
         InputError names an unreadable image.
         """
-        shares = loader.shares(self.train_loader, self.sampler, epoch, samples)
-        return device_cache.shares(shares, self.device_cache)
+        batches = loader.train_batches(self.train_loader, self.sampler, epoch, skip_images)
+        return device_cache.materialize_images(batches, self.device_cache)

@@ -1,6 +1,8 @@
-"""Evaluation: the network over all evaluation images, then COCO's figures.
+"""Evaluator: detections on all evaluation images, then COCO's metrics.
 
-B images, D detections.
+Each rank processes its part of the images. The main rank gathers the detections of all ranks and computes the metrics.
+
+Shapes: B images, D detections.
 """
 
 from pathlib import Path
@@ -10,44 +12,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detection.data.prefetch import move, prefetch
-from detection.evaluation.coco_metric import ROW, BoxMetric, to_results
-from detection.runtime.device import has_float64
-from detection.runtime.distributed import Ranks
+from detection.data.prefetch import to_device, prefetch
+from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoBoxMetric, to_results
+from detection.runtime.device import supports_float64
+from detection.runtime.distributed import DistContext
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import EvalBatch, SSDEvalData
+from ssd.data import EvalBatch, SSDEvalSource
 from ssd.postprocess import Detections, detect
 
 
-class Evaluation:
-    """Evaluates SSD300; `rows` are the detections of the last time, columns as in `metric.ROW`."""
+class SSDEvaluator:
+    """Evaluator of SSD300.
+
+    result_rows: detections of the last evaluation, (N, 7) in the columns of `coco_metric.RESULT_COLUMNS`. per_class_ap:
+    AP of each category, set by `verify_official`.
+    """
 
     annotation_file: Path
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: DistContext):
         self.config, self.ranks = config, ranks
-        self.rows: NDArray[np.float64] = np.zeros((0, len(ROW)))
-        self.by_class: list[dict[str, object]] = []
+        self.result_rows: NDArray[np.float64] = np.zeros((0, len(RESULT_COLUMNS)))
+        self.per_class_ap: list[dict[str, object]] = []
 
-    def __call__(self, model: nn.Module, data: SSDEvalData) -> dict[str, float]:
-        """COCO's figures over all evaluation images, spread over the ranks; the same on every rank."""
+    def __call__(self, model: nn.Module, data: SSDEvalSource) -> dict[str, float]:
+        """Return COCO's metrics over the evaluation images of all ranks. Every rank gets the same numbers."""
         device = self.ranks.device
-        double = device if has_float64(device) else torch.device("cpu")
-        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=double)
-        found = [torch.zeros(0, len(ROW), dtype=torch.float64, device=double)]
+        float64_device = device if supports_float64(device) else torch.device("cpu")
+        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=float64_device)
+        chunks = [torch.zeros(0, len(RESULT_COLUMNS), dtype=torch.float64, device=float64_device)]
         for batch in prefetch(data.eval_batches(), device):
-            of_images = move((batch.image_ids, batch.sizes_wh), double)
-            found.append(to_rows(move(self.detect(model, batch), double), *of_images, category_ids))
+            detections = to_device(self.predict(model, batch), float64_device)
+            image_ids, sizes_wh = to_device((batch.image_ids, batch.sizes_wh), float64_device)
+            chunks.append(to_result_rows(detections, image_ids, sizes_wh, category_ids))
         self.annotation_file = data.val.annotation_file
-        self.rows = self.ranks.gather_rows(torch.cat(found)).cpu().numpy()
-        figures: dict[str, float] = self.ranks.broadcast(data.metric(self.rows) if data.metric else None)
-        return figures
+        self.result_rows = self.ranks.all_gather_rows(torch.cat(chunks)).cpu().numpy()
+        metrics: dict[str, float] = self.ranks.broadcast(data.metric(self.result_rows) if data.metric else None)
+        return metrics
 
-    def detect(self, model: nn.Module, batch: EvalBatch) -> Detections:
-        """What the model sees in a batch on the device."""
-        deltas, logits = model(augment.normalise(augment.to_unit(batch.images)))
+    def predict(self, model: nn.Module, batch: EvalBatch) -> Detections:
+        """Return the detections in a batch on the device."""
+        deltas, logits = model(augment.normalize(augment.to_float(batch.images)))
         return detect(
             deltas,
             logits,
@@ -57,24 +64,24 @@ class Evaluation:
             max_detections=self.config.max_detections,
         )
 
-    def results(self) -> dict[str, list[dict[str, object]]]:
-        """The detections of the last time in COCO's format, by the names of their files."""
-        return {"detections.json": to_results(self.rows)}
+    def coco_results(self) -> dict[str, list[dict[str, object]]]:
+        """Return the detections of the last evaluation in COCO's result format, by file name."""
+        return {"detections.json": to_results(self.result_rows)}
 
-    def confirm(self) -> dict[str, float]:
-        """The figures of the last time again, by the official library; `by_class` are those of each category."""
-        official = BoxMetric(self.annotation_file)
-        figures = official(self.rows)
-        self.by_class = official.by_class()
-        return figures
+    def verify_official(self) -> dict[str, float]:
+        """Recompute the metrics of the last evaluation with the official library, and set `per_class_ap`."""
+        official = CocoBoxMetric(self.annotation_file)
+        metrics = official(self.result_rows)
+        self.per_class_ap = official.per_class_ap()
+        return metrics
 
 
-def to_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:
-    """Detections as rows (D, 7) float64 of `metric.ROW`, in pixels of the original images.
+def to_result_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:
+    """Convert detections to rows (D, 7) float64 of `coco_metric.RESULT_COLUMNS`, in pixels of the original images.
 
-    image_ids: (B,) and sizes_wh: (B, 2) as in `EvalBatch`; category_ids: (K,) of labels.
+    image_ids: (B,) and sizes_wh: (B, 2) as in `EvalBatch`. category_ids: (K,) COCO category of each label.
     """
-    image = detections.images
+    image = detections.batch_index
     boxes_xyxy = detections.boxes_xyxy.double() * sizes_wh[image].repeat(1, 2)
     return torch.cat(
         [

@@ -1,28 +1,28 @@
-"""Whether the machines of a run of SSD300 are ready for it: `detection.preflight.machine_checks`, with what is SSD300's."""
+"""Checks of the machines of an SSD300 run: SSD300's part of `detection.preflight.machine_checks`."""
 
 import sys
 
 from detection.engine import entrypoint
-from detection.engine.train_loop import Benchmark
+from detection.engine.workload import Workload
 from detection.preflight import machine_checks
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from ssd.config import Config
 from ssd.data import Batch
-from ssd.evaluator import Evaluation
+from ssd.evaluator import SSDEvaluator
 from ssd.model import make_model
 from ssd.preflight import CHECKS
-from ssd.train import make_benchmark
+from ssd.train import make_workload
 
 
 def main(argv: list[str]) -> int:
-    """Inspect on this rank; returns the exit status."""
-    return machine_checks.main(argv, CHECKS, benchmark)
+    """Check this rank's machine and return the exit status."""
+    return machine_checks.main(argv, CHECKS, make_random_workload)
 
 
-def benchmark(config: Config, ranks: Ranks) -> Benchmark[Batch]:
-    """SSD300 with random weights, as the loop sees it."""
-    return make_benchmark(config, ranks, 0, make_model(config), Evaluation(config, ranks))
+def make_random_workload(config: Config, ranks: DistContext) -> Workload[Batch]:
+    """Assemble SSD300 with random weights for the training loop."""
+    return make_workload(config, ranks, 0, make_model(config), SSDEvaluator(config, ranks))
 
 
 if __name__ == "__main__":
-    entrypoint.end(main(sys.argv[1:]))
+    entrypoint.hard_exit(main(sys.argv[1:]))

@@ -1,6 +1,8 @@
-"""Detect on pictures: python -m ssd.predict CHECKPOINT IMAGE... [--folder D] [--score .3]
+"""Detection on image files, with the network of a checkpoint.
 
-What it reads and writes is said in `detection/evaluation/predict.py`.
+    python -m ssd.predict CHECKPOINT IMAGE... [--folder D] [--score 0.3]
+
+detection/evaluation/predict.py describes the input and output.
 """
 
 import sys
@@ -14,19 +16,19 @@ from torch import Tensor
 from detection.data import image_io
 from detection.data.coco import Category
 from detection.evaluation import predict
-from detection.evaluation.predict import Seen
+from detection.evaluation.predict import ImageDetections
 from ssd import augment, pretrained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.postprocess import detect
 
 
 def main(argv: Sequence[str]) -> int:
-    """Detect, draw and write; returns the exit status."""
-    return predict.main(argv, predict.Command("ssd", Detector, score=0.3, batch_size=8))
+    """Detect objects, draw and write them, and return the exit status."""
+    return predict.main(argv, predict.PredictSpec("ssd", SSDPredictor, score=0.3, batch_size=8))
 
 
-class Detector:
-    """The network of a checkpoint, on pictures of any size; raises InputError where the file is of none."""
+class SSDPredictor:
+    """Network of a checkpoint, for images of any size. Raises InputError if the checkpoint cannot be used."""
 
     def __init__(self, checkpoint: Path, score: float, device: torch.device):
         self.network, self.score, self.device = pretrained.load(checkpoint), score, device
@@ -34,14 +36,14 @@ class Detector:
 
     @property
     def categories(self) -> Sequence[Category]:
-        """What its labels stand for: label i is categories[i - 1]."""
+        """Categories of the labels: label i is categories[i - 1]."""
         return self.network.categories
 
     @torch.inference_mode()
-    def __call__(self, pixels: Sequence[Tensor]) -> list[Seen]:
-        """What is seen on each of some images (3, H, W) uint8 RGB, on the CPU."""
-        resized = torch.stack([image_io.resize(image, IMAGE_SIZE_PX) for image in pixels]).to(self.device)
-        deltas, logits = self.network.model(augment.normalise(augment.to_unit(resized)))
+    def __call__(self, images: Sequence[Tensor]) -> list[ImageDetections]:
+        """Detect objects on images (3, H, W) uint8 RGB on the CPU, and return one entry per image."""
+        resized = torch.stack([image_io.resize(image, IMAGE_SIZE_PX) for image in images]).to(self.device)
+        deltas, logits = self.network.model(augment.normalize(augment.to_float(resized)))
         detections = detect(
             deltas,
             logits,
@@ -50,11 +52,11 @@ class Detector:
             nms_threshold=self.network.nms_threshold,
             max_detections=self.network.max_detections,
         )
-        of_image, boxes, labels, scores = (part.cpu().numpy() for part in detections)
-        sizes_whwh = [image.shape[:0:-1] * 2 for image in pixels]
+        batch_index, boxes, labels, scores = (field.cpu().numpy() for field in detections)
+        sizes_whwh = [image.shape[:0:-1] * 2 for image in images]
         return [
-            Seen(boxes[rows] * np.array(size), scores[rows], labels[rows])
-            for rows, size in zip((of_image == index for index in range(len(pixels))), sizes_whwh, strict=True)
+            ImageDetections(boxes[rows] * np.array(size), scores[rows], labels[rows])
+            for rows, size in zip((batch_index == index for index in range(len(images))), sizes_whwh, strict=True)
         ]
 
 

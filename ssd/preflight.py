@@ -1,4 +1,4 @@
-"""Check a run of SSD300 before its clock starts: `detection.preflight.run_checks`, with what is SSD300's."""
+"""Checks of an SSD300 run before its clock starts: SSD300's part of `detection.preflight.run_checks`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,35 @@ def main(argv: Sequence[str]) -> int:
     return run_checks.main(argv, CHECKS)
 
 
-def recipe(config: Config, world_size: int) -> Mapping[str, object]:
-    """What the rules are about."""
+def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
+    """Return the values that MLPerf's rules constrain."""
     return config.hyperparameters(world_size) | {"target": config.target}
 
 
-def network(path: Path, config: Config) -> str:
-    """What a checkpoint holds; raises InputError where it is not of the network of the settings."""
-    from ssd import weights  # with torch, which only this check needs
+def describe_checkpoint(path: Path, config: Config) -> str:
+    """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
+    from ssd import weights  # imports torch, which only this check needs
 
-    found = weights.read(path)
-    weights.check(found, weights.wanted(config), path)
-    return f"{found.origin}; {weights.network_of(found.state)}"
+    loaded = weights.read(path)
+    weights.check_compatible(loaded, weights.expected_state(config), path)
+    return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
 
 
-def layers(config: Config) -> str:
-    """The layers of the network of the settings."""
+def summarize_layers(config: Config) -> str:
+    """Summarize the layers of the settings' network."""
     from detection.engine import model_summary
     from ssd.model import make_model
 
-    return model_summary.describe(make_model, config)
+    return model_summary.summarize_model(make_model, config)
 
 
-CHECKS = run_checks.Checks(load=load, recipe=recipe, image_bytes=lambda _: IMAGE_BYTES, network=network, layers=layers)
+CHECKS = run_checks.PreflightSpec(
+    load=load,
+    rule_values=rule_values,
+    image_bytes=lambda _: IMAGE_BYTES,
+    check_weights=describe_checkpoint,
+    summarize_model=summarize_layers,
+)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

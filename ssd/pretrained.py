@@ -1,4 +1,4 @@
-"""A trained network out of its checkpoint, which is all that is needed to use it."""
+"""Trained network from a checkpoint, ready for inference without the run's settings or data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ from ssd import weights
 from ssd.config import Config
 from ssd.model import make_model
 
-AS_EVALUATED = ("score_threshold", "nms_threshold", "max_detections")
+EVAL_SETTINGS = ("score_threshold", "nms_threshold", "max_detections")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The network, in evaluation mode on the CPU, and what its labels stand for: label i is categories[i - 1].
+class TrainedModel:
+    """Network in evaluation mode on the CPU, with its categories: label i is categories[i - 1].
 
-    score_threshold, nms_threshold, max_detections: as it was evaluated.
+    score_threshold, nms_threshold, max_detections: values of the run's evaluation, or the defaults.
     """
 
     model: nn.Module
@@ -29,24 +29,24 @@ class Trained:
     max_detections: int
 
 
-def load(path: Path) -> Trained:
-    """Read a checkpoint of a run, or a public one; raises InputError that says what is wrong with the file.
+def load(path: Path) -> TrainedModel:
+    """Read a checkpoint of a run, or a public one. Raise InputError if the file cannot be used.
 
-    Those that hold no names of categories call them by number.
+    A checkpoint without category names gets numbers for names.
     """
-    read = weights.read(path)
-    network = weights.network_of(read.state)
-    if not network.trunk or network.num_classes < 2:
-        raise InputError(f"{path}: {network}")
-    values = {name: read.settings[name] for name in AS_EVALUATED if name in read.settings}
-    values |= {"network": network.name, "trunk": network.trunk, "num_classes": network.num_classes}
+    loaded = weights.read(path)
+    network = weights.infer_network(loaded.state)
+    if not network.backbone or network.num_classes < 2:
+        raise InputError(f"{path}: holds {network}. Name a checkpoint of an SSD300.")
+    values = {name: loaded.settings[name] for name in EVAL_SETTINGS if name in loaded.settings}
+    values |= {"network": network.name, "backbone": network.backbone, "num_classes": network.num_classes}
     settings = Config(**values)
     model = make_model(settings)
-    weights.put(read, model, path)
+    weights.load_into(loaded, model, path)
     model.eval()
-    return Trained(
+    return TrainedModel(
         model,
-        read.categories or coco.numbered(network.num_classes),
+        loaded.categories or coco.anonymous_categories(network.num_classes),
         score_threshold=settings.score_threshold,
         nms_threshold=settings.nms_threshold,
         max_detections=settings.max_detections,

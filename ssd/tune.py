@@ -1,4 +1,4 @@
-"""Find the fastest settings of SSD300 on this machine: `detection.tuning.search`, with what is SSD300's."""
+"""Search for the fastest settings on this machine: SSD300's part of `detection.tuning.search`."""
 
 import sys
 
@@ -9,19 +9,19 @@ from ssd.preflight import CHECKS
 
 
 def main(argv: list[str]) -> int:
-    """Measure, and write the config file; returns the exit status."""
-    return search.main(argv, search.Subject("ssd.train", PREFIX, CHECKS, settings))
+    """Measure settings, write the config file and return the exit status."""
+    return search.main(argv, search.TuneTarget("ssd.train", PREFIX, CHECKS, recipe_settings))
 
 
-def settings(recipe: Recipe) -> dict[str, str]:
-    """A recipe under the names of the settings."""
-    tenths = 10 + recipe.stretch
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Convert a recipe to settings by name."""
+    decay_tenths = 10 + recipe.decay_k
     return {
         "base_lr": f"{recipe.base_lr:g}",
         "lr_round_to": f"{recipe.lr_round_to:g}",
         "warmup_steps": str(recipe.warmup_steps),
         "weight_decay": f"{recipe.weight_decay:g}",
-        "lr_decay_epochs": f"{4 * tenths},{5 * tenths}",
+        "lr_decay_epochs": f"{4 * decay_tenths},{5 * decay_tenths}",
         "max_samples": str(recipe.max_samples),
     }
 

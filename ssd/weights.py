@@ -1,4 +1,4 @@
-"""Weights of the whole network: our checkpoints, the MLPerf reference's and those of the public SSD300 v1.1."""
+"""Weights of the whole network, from checkpoints of this program, the MLPerf reference and the public SSD300 v1.1."""
 
 import re
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from detection.checkpoint import weights as files
-from detection.checkpoint.weights import OURS, Weights
+from detection.checkpoint.weights import THIS_PROGRAM, Weights
 from detection.config.settings import InputError
 from ssd import checkpoint_names
 from ssd.config import Config
 from ssd.model import SSD300, make_model
 
-# A file's origin, by what the names of its trunk's tensors start with; and its table of names.
+# Origin and prefix table of a file, by the prefix of its backbone's tensor names.
 ORIGINS = {
-    "model.layer": ("the MLPerf reference", checkpoint_names.NAMES),
-    "feature_extractor.": ("SSD300 v1.1", checkpoint_names.V1_1_NAMES),
+    "model.layer": ("the MLPerf reference", checkpoint_names.MLPERF_PREFIXES),
+    "feature_extractor.": ("SSD300 v1.1", checkpoint_names.SSD_V1_1_PREFIXES),
 }
 
-# A trunk, by whether its blocks are bottlenecks and how many of them layer3 has.
-TRUNKS = {
+# Backbone by (blocks are bottlenecks, number of blocks in layer3).
+BACKBONES = {
     (False, 2): "resnet18",
     (False, 6): "resnet34",
     (True, 6): "resnet50",
@@ -32,81 +32,82 @@ TRUNKS = {
 
 
 @dataclass(frozen=True)
-class Network:
-    """What a state dict, with our names, is of; a trunk that is none of those known is empty."""
+class NetworkInfo:
+    """Network of a state dict with our names. An unknown backbone is an empty string."""
 
     name: str
-    trunk: str
+    backbone: str
     num_classes: int
 
     def __str__(self) -> str:
-        return f"{self.name} on {self.trunk or 'an unknown trunk'} for {self.num_classes} classes"
+        return f"{self.name} on {self.backbone or 'an unknown backbone'} for {self.num_classes} classes"
 
 
 def read(path: Path) -> Weights:
-    """Read a checkpoint of any of the three; raises InputError where it is none, damaged, or holds code."""
-    content = files.read(path, what_to_do="Name a checkpoint.")
-    state = files.of_model(content, path)
+    """Read a checkpoint of any of the three origins. Raise InputError if it is not one, is damaged, or holds code."""
+    content = files.read(path, hint="Name a checkpoint.")
+    state = files.model_state(content, path)
     if any(name.startswith("backbone.") for name in state):
-        return files.of_run(content, state)
-    for start, (origin, names) in ORIGINS.items():
-        if any(name.startswith(start) for name in state):
+        return files.from_run_checkpoint(content, state)
+    for prefix, (origin, prefixes) in ORIGINS.items():
+        if any(name.startswith(prefix) for name in state):
             try:
-                return Weights(checkpoint_names.from_reference(state, names), origin)
+                return Weights(checkpoint_names.from_reference(state, prefixes), origin)
             except KeyError as error:
                 raise InputError(
-                    f"{path}: looks like a checkpoint of {origin}, but for the tensor {error}, which is missing or "
-                    "unknown there"
+                    f"{path}: looks like a checkpoint of {origin}, but the tensor {error} is missing or unknown. "
+                    "Use an unmodified checkpoint."
                 ) from error
             except RuntimeError as error:
                 raise InputError(
-                    f"{path}: the heads of this checkpoint of {origin} are of no SSD300 ({error})"
+                    f"{path}: the heads of this checkpoint of {origin} do not fit SSD300 ({error}). Use an "
+                    "unmodified checkpoint."
                 ) from error
-    first = next(iter(state), "nothing at all")
+    first = next(iter(state), "missing")
     raise InputError(
-        f"{path}: these are not the weights of an SSD300 (the first is {first}). --weights takes a checkpoint of "
-        f"{OURS}, of the MLPerf reference or of SSD300 v1.1; weights of the trunk alone are for --pretrained-backbone."
+        f"{path}: not the weights of an SSD300 (the first tensor is {first}). Pass a checkpoint of {THIS_PROGRAM}, the "
+        "MLPerf reference or SSD300 v1.1 to --weights, and weights of a backbone to --pretrained-backbone."
     )
 
 
-def network_of(state: Mapping[str, Tensor]) -> Network:
-    """The network that a state dict, with our names, is of."""
+def infer_network(state: Mapping[str, Tensor]) -> NetworkInfo:
+    """Infer the network from a state dict with our names."""
     blocks = {match[1] for name in state if (match := re.match(r"backbone\.layer3\.(\d+)\.", name))}
     bottlenecks = "backbone.layer1.0.conv3.weight" in state
     head = state.get("heads.0.bias", torch.zeros(0))
-    return Network(
+    return NetworkInfo(
         name="ssd300-r50" if "extras.0.bn1.weight" in state else "ssd300-r34",
-        trunk=TRUNKS.get((bottlenecks, len(blocks)), ""),
+        backbone=BACKBONES.get((bottlenecks, len(blocks)), ""),
         num_classes=len(head) // 4 - 4,
     )
 
 
-def wanted(config: Config) -> dict[str, Tensor]:
-    """The state dict of the network of the settings, without memory behind it."""
+def expected_state(config: Config) -> dict[str, Tensor]:
+    """Return the state dict of the settings' network on the meta device, without storage."""
     with torch.device("meta"):
         return make_model(config).state_dict()
 
 
-def check(weights: Weights, wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Raise InputError where the weights are not of the network with the state dict `wanted`."""
-    theirs, ours = network_of(weights.state), network_of(wanted)
+def check_compatible(weights: Weights, expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise InputError if the weights do not fit the network with the state dict `expected`."""
+    theirs, ours = infer_network(weights.state), infer_network(expected)
     if theirs != ours:
         raise InputError(
-            f"{path} holds {theirs}, and the settings ask for {ours}. "
-            f"Pass --network {theirs.name} --backbone {theirs.trunk or 'auto'} --num-classes {theirs.num_classes}, or "
-            "another --weights"
+            f"{path}: holds {theirs}, but the settings ask for {ours}. "
+            f"Pass --network {theirs.name} --backbone {theirs.backbone or 'auto'} --num-classes {theirs.num_classes}, "
+            "or another file to --weights."
         )
-    files.check(weights.state, wanted, str(ours), path)
+    files.check_compatible(weights.state, expected, str(ours), path)
 
 
 def load(model: SSD300, path: Path) -> Weights:
-    """Load a file into the network, on the CPU; raises InputError where it is of another one, or unfit."""
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit."""
     weights = read(path)
-    put(weights, model, path)
+    load_into(weights, model, path)
     return weights
 
 
-def put(weights: Weights, model: SSD300, path: Path) -> None:
-    """Put what was read of a file into the network, on the CPU; raises InputError where it is of another one."""
-    check(weights, model.state_dict(), path)
-    files.put(weights, model)
+def load_into(weights: Weights, model: SSD300, path: Path) -> None:
+    """Load weights read from `path` into the network, on the CPU. Raise InputError if they do not fit."""
+    check_compatible(weights, model.state_dict(), path)
+    files.load_into(weights, model)

@@ -1,4 +1,4 @@
-"""What several test files share: where the real data are, and small models and pictures."""
+"""Fixtures shared by several test files."""
 
 import gc
 import os
@@ -10,47 +10,47 @@ import torch
 
 from paths import shared
 
-# A process for each core: more threads would wait for each other. Alone, two do.
+# Under xdist one process per core, where more threads would wait for each other. Otherwise two threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported out of every collection of garbage: there are a million objects of it."""
+    """Exclude imported objects, about a million, from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or extensions complain of what is left at the end
+    gc.unfreeze()  # otherwise extensions report leaks at exit
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The conformance vectors of the MLPerf reference."""
+    """Conformance vectors of the MLPerf reference."""
     return shared("golden/ssd_reference.npz")
 
 
 @pytest.fixture(scope="session")
-def handful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set of 4 training and 2 evaluation pictures, all with boxes."""
+def four_image_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toy data set of 4 training and 2 evaluation images, all with boxes."""
     from detection.synthetic import toy
 
-    folder = tmp_path_factory.mktemp("handful") / "data"
-    toy.draw(folder, toy.Drawing(train_images=4, val_images=2, seed=1))
+    folder = tmp_path_factory.mktemp("four_image_coco") / "data"
+    toy.generate(folder, toy.ToySpec(train_images=4, val_images=2, seed=1))
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set of 24 training and 8 evaluation pictures."""
+def small_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toy data set of 24 training and 8 evaluation images."""
     from detection.synthetic import toy
 
     folder = tmp_path_factory.mktemp("toy") / "data"
-    toy.draw(folder, toy.Drawing(train_images=24, val_images=8, seed=3))
+    toy.generate(folder, toy.ToySpec(train_images=24, val_images=8, seed=3))
     return folder
 
 
 @pytest.fixture
-def pictures(tiny_toy: Path, tmp_path: Path) -> Path:
-    """A copy of the drawn data that a test may destroy."""
-    return shutil.copytree(tiny_toy, tmp_path / "data")
+def toy_copy(small_toy: Path, tmp_path: Path) -> Path:
+    """Copy of `small_toy` that a test may modify."""
+    return shutil.copytree(small_toy, tmp_path / "data")

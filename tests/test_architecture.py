@@ -1,4 +1,4 @@
-"""The house keeps its walls: who may import what, and which words stay in which module."""
+"""Import boundaries: the modules that may import a package, read the environment or name a device type."""
 
 import ast
 import re
@@ -10,7 +10,9 @@ import yaml
 
 from paths import ROOT
 
-MODULES = sorted(path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(
+    path for package in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / package).rglob("*.py")
+)
 
 ONLY_IN = {
     "torch.distributed": {"detection/runtime/distributed.py", "detection/runtime/launch.py"},
@@ -30,7 +32,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
-def test_a_package_has_one_importer(package):
+def test_a_restricted_package_has_few_importers(package):
     users = {
         str(path.relative_to(ROOT))
         for path in MODULES
@@ -39,31 +41,31 @@ def test_a_package_has_one_importer(package):
     assert users <= ONLY_IN[package]
 
 
-def test_only_the_configuration_reads_the_environment():
+def test_only_settings_reads_the_environment():
     users = {str(p.relative_to(ROOT)) for p in MODULES if re.search(r"\bos\.(environ|getenv)\b", p.read_text())}
     assert users == {"detection/config/settings.py"}
 
 
-def test_only_the_device_module_names_a_device():
+def test_only_the_device_module_names_device_types():
     users = {str(p.relative_to(ROOT)) for p in MODULES if re.search("cuda|cudnn", p.read_text(), re.IGNORECASE)}
-    users -= {"detection/config/device_names.py"}  # a list of names, and of nothing else
+    users -= {"detection/config/device_names.py"}  # only a list of names
     assert users == {"detection/runtime/device.py"}
 
 
-def test_the_list_of_devices_is_only_that():
+def test_device_names_contains_only_data():
     (module,) = (path for path in MODULES if path.name == "device_names.py")
     tree = ast.parse(module.read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)]
 
 
-def test_no_module_exits_but_a_main():
+def test_only_main_blocks_exit():
     for path in MODULES:
         text = path.read_text()
         for match in re.finditer(r"sys\.exit\(|raise SystemExit", text):
             assert '__name__ == "__main__"' in text[: match.start()], path
 
 
-def test_version_and_licence_are_the_same_wherever_they_are_said():
+def test_version_and_license_are_consistent():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     version, citation = project["version"], yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", version, "Apache-2.0")

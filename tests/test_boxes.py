@@ -12,7 +12,7 @@ from ssd.box_coder import decode, encode, match, to_deltas
 
 @st.composite
 def boxes(draw):
-    """(N, 4) xyxy boxes of positive size inside the image."""
+    """Draw (N, 4) xyxy boxes of positive size inside the image."""
     rows = draw(st.integers(1, 8))
     lower = torch.from_numpy(draw(arrays("float32", (rows, 2), elements=st.floats(0, 0.875, width=32))))
     size = torch.from_numpy(draw(arrays("float32", (rows, 2), elements=st.floats(0.0078125, 1, width=32))))
@@ -20,12 +20,12 @@ def boxes(draw):
 
 
 @given(boxes())
-def test_a_box_survives_the_way_through_centres(xyxy):
+def test_boxes_round_trip_through_centers(xyxy):
     torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(xyxy)), xyxy, atol=1e-6, rtol=0)
 
 
 @given(boxes(), boxes())
-def test_iou_is_what_torchvision_says(a, b):
+def test_iou_matches_torchvision(a, b):
     torch.testing.assert_close(pairwise_iou(a, b), torchvision.ops.box_iou(a, b), atol=1e-6, rtol=1e-5)
 
 
@@ -37,17 +37,17 @@ def test_iou_is_symmetric_and_between_0_and_1(a, b):
 
 
 @given(boxes())
-def test_a_box_overlaps_itself_entirely(a):
+def test_iou_of_a_box_with_itself_is_1(a):
     torch.testing.assert_close(pairwise_iou(a, a).diagonal(), torch.ones(len(a)))
 
 
-def test_boxes_without_area_overlap_nothing_and_give_no_nan():
+def test_boxes_without_area_have_iou_0():
     empty = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
     assert pairwise_iou(empty, empty).item() == 0
     assert pairwise_iou(empty, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).item() == 0
 
 
-def test_iou_takes_any_leading_dimensions():
+def test_iou_accepts_any_leading_dimensions():
     a, b = torch.rand(3, 2, 4).sort(dim=-1).values, torch.rand(3, 5, 4).sort(dim=-1).values
     batched = pairwise_iou(a, b)
     assert batched.shape == (3, 2, 5)
@@ -63,41 +63,41 @@ def test_area_is_width_times_height(a):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31))
-def test_decoding_undoes_encoding(seed):
+def test_decoding_inverts_encoding(seed):
     generator = torch.Generator().manual_seed(seed)
     anchors = make_anchors()
-    centre = torch.rand(NUM_ANCHORS, 2, generator=generator)
+    center = torch.rand(NUM_ANCHORS, 2, generator=generator)
     size = 0.01 + torch.rand(NUM_ANCHORS, 2, generator=generator)
-    wanted = torch.cat([centre, size], dim=1)
-    got = decode(to_deltas(wanted, anchors), anchors)
-    torch.testing.assert_close(got, cxcywh_to_xyxy(wanted), atol=1e-5, rtol=1e-5)
+    expected = torch.cat([center, size], dim=1)
+    actual = decode(to_deltas(expected, anchors), anchors)
+    torch.testing.assert_close(actual, cxcywh_to_xyxy(expected), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
 @given(boxes())
-def test_every_ground_truth_keeps_an_anchor_even_when_it_is_tiny(xyxy):
+def test_every_gt_box_keeps_an_anchor(xyxy):
     labels = torch.arange(1, len(xyxy) + 1)
     anchors = make_anchors()
-    matched = match(xyxy[None], labels[None], anchors)[0]
+    matches = match(xyxy[None], labels[None], anchors)[0]
     best = pairwise_iou(xyxy, anchors.boxes_xyxy).argmax(dim=1)
     for box in range(len(xyxy)):
-        # The anchor that fits this box best belongs to it, or to a later box with the same best anchor.
-        owner = int(matched[best[box]])
+        # The best anchor of this box is matched to it, or to a later box with the same best anchor.
+        owner = int(matches[best[box]])
         assert owner == max(other for other in range(len(xyxy)) if best[other] == best[box])
 
 
 @settings(max_examples=25, deadline=None)
 @given(boxes())
-def test_padding_changes_nothing(xyxy):
+def test_padding_does_not_change_targets(xyxy):
     anchors = make_anchors()
     labels = torch.arange(1, len(xyxy) + 1)
     padded = torch.cat([xyxy, torch.zeros(3, 4)])[None]
     padded_labels = torch.cat([labels, torch.zeros(3, dtype=torch.int64)])[None]
-    for got, wanted in zip(
+    for actual, expected in zip(
         encode(padded, padded_labels, anchors), encode(xyxy[None], labels[None], anchors), strict=True
     ):
-        assert torch.equal(got, wanted)
-        assert got.isfinite().all()
+        assert torch.equal(actual, expected)
+        assert actual.isfinite().all()
 
 
 def test_an_image_without_boxes_has_only_background():
@@ -106,21 +106,21 @@ def test_an_image_without_boxes_has_only_background():
     assert not deltas.any()
 
 
-def test_predictions_that_would_overflow_give_finite_boxes():
+def test_overflowing_predictions_give_finite_boxes():
     boxes = decode(torch.full((NUM_ANCHORS, 4), 1e4), make_anchors())
     assert boxes.isfinite().all()
 
 
 @settings(max_examples=25, deadline=None)
 @given(boxes(), boxes())
-def test_accelerators_and_compiled_code_encode_the_same(one, other):
+def test_compiled_encoding_matches_eager_encoding(one, other):
     count = max(len(one), len(other))
     xyxy, labels = torch.zeros(3, count, 4), torch.zeros(3, count, dtype=torch.int64)  # the last has none
     for image, own in enumerate((one, other)):
         xyxy[image, : len(own)], labels[image, : len(own)] = own, torch.arange(1, len(own) + 1)
-    by_image = encode(xyxy, labels, make_anchors())
+    eager = encode(xyxy, labels, make_anchors())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         deltas, anchor_labels = encode(xyxy, labels, make_anchors())
-    assert torch.equal(anchor_labels, by_image[1])
-    torch.testing.assert_close(deltas, by_image[0], atol=1e-6, rtol=1e-5)
+    assert torch.equal(anchor_labels, eager[1])
+    torch.testing.assert_close(deltas, eager[0], atol=1e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The files of ImageNet weights that a network's trunk starts from: their names, where they come from, their state."""
+"""Files of ImageNet weights for a backbone: names, URLs and integrity."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detection.config.settings import InputError
 
-# torchvision's ImageNet weights of each trunk (IMAGENET1K_V1), but for resnet34 those that MLPerf Training names.
+# torchvision's IMAGENET1K_V1 weights, except resnet34, for which MLPerf Training names the file.
 BACKBONE_FILES = {
     "resnet18": "resnet18-f37072fd.pth",
     "resnet34": "resnet34-333f7ec4.pth",
@@ -16,44 +16,45 @@ BACKBONE_FILES = {
     "resnet152": "resnet152-394f9c45.pth",
 }
 
+MSRA_R50_URL = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl"
+"""ResNet-50 from its authors, published by Detectron. The MLPerf reference of Mask R-CNN starts from it."""
 
-MSRA = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl"
-"""ResNet-50 as its authors trained it, from Detectron: what the MLPerf reference of Mask R-CNN starts from."""
 
-
-def how_to_fetch(trunk: str, path: Path | None = None) -> str:
-    """The command that fetches the ImageNet weights of a trunk; path: where they are looked for, by its suffix."""
+def fetch_command(backbone: str, path: Path | None = None) -> str:
+    """Return the command that fetches the ImageNet weights of a backbone. The suffix of `path` selects the format."""
     if path is not None and path.suffix == ".pkl":
-        return f"curl --fail --location --output {path} {MSRA}"
-    file = BACKBONE_FILES[trunk]
-    url = "" if trunk == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
+        return f"curl --fail --location --output {path} {MSRA_R50_URL}"
+    file = BACKBONE_FILES[backbone]
+    url = "" if backbone == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
     return f"{url}./get_resnet34_backbone.sh"
 
 
-def check(path: Path) -> str:
-    """Look for damage: the SHA-256 begins with the digits in a torchvision name, an archive has its sums.
+def verify_file(path: Path) -> str:
+    """Verify a file of weights: the SHA-256 prefix in torchvision's file names, and the checksums of an archive.
 
-    Returns what was found, for people; raises InputError.
+    Return a one-line description. Raise InputError if the file is missing or damaged.
     """
     if path.suffix not in (".pth", ".npz", ".pkl"):
-        raise InputError(f"backbone {path} is neither .pth, .npz nor .pkl")
+        raise InputError(f"backbone {path}: not a .pth, .npz or .pkl file")
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             start = file.read(2)
-        # The published .pth is older than torch's zip format, as is Detectron's .pkl: bare pickles, without sums.
-        sound = start == b"\x80\x02" and path.suffix in (".pth", ".pkl")
+        # torchvision's .pth files and Detectron's .pkl predate torch's zip format: plain pickles without checksums.
+        is_intact = start == b"\x80\x02" and path.suffix in (".pth", ".pkl")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                sound = archive.testzip() is None
+                is_intact = archive.testzip() is None
     except FileNotFoundError:
-        raise InputError(f"backbone {path} is not there") from None
+        raise InputError(f"backbone {path}: no such file") from None
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"backbone {path} cannot be read: {error}") from error
-    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if named and not digest.startswith(named[1]):
-        raise InputError(f"backbone {path} is damaged: its SHA-256 begins with {digest[:8]}, not with {named[1]}")
-    if not sound:
-        raise InputError(f"backbone {path} is damaged or cut off")
+        raise InputError(f"backbone {path}: cannot be read: {error}") from error
+    expected_digest = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if expected_digest and not digest.startswith(expected_digest[1]):
+        raise InputError(
+            f"backbone {path}: damaged, its SHA-256 starts with {digest[:8]} instead of {expected_digest[1]}"
+        )
+    if not is_intact:
+        raise InputError(f"backbone {path}: damaged or truncated")
     return f"backbone: {path} ({path.stat().st_size:,} bytes, SHA-256 {digest[:8]}...)"

@@ -1,4 +1,4 @@
-"""ImageNet weights for a network's trunk."""
+"""ImageNet weights of a network's backbone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,38 +6,38 @@ from typing import Any
 
 from torch import nn
 
-from detection.checkpoint.backbone_urls import how_to_fetch
+from detection.checkpoint.backbone_urls import fetch_command
 from detection.checkpoint.weights import read
 from detection.config.settings import InputError
 
 
-def load(trunk: nn.Module, name: str, path: Path) -> None:
-    """Load torchvision's ImageNet weights (.pth, or .npz of the same names) into a trunk, the ResNet `name`.
+def load(backbone: nn.Module, name: str, path: Path) -> None:
+    """Load torchvision's ImageNet weights (.pth, or .npz with the same names) into a backbone, the ResNet `name`.
 
-    What the trunk does not have, such as the classifier, is left out. InputError tells of a file that is absent,
-    truncated or of another network.
+    Ignore tensors that the backbone does not have, such as the classifier. Raise InputError if the file is missing,
+    truncated or from a different network.
     """
-    put(read(path, what_to_do=what_to_do(name)), trunk, name, path)
+    load_into(read(path, hint=fetch_hint(name)), backbone, name, path)
 
 
-def what_to_do(name: str) -> str:
-    """How to get the right file: the end of a message."""
-    return f"Fetch those of {name} with {how_to_fetch(name)}."
+def fetch_hint(name: str) -> str:
+    """Return the last sentence of an error message: how to get the right file."""
+    return f"Fetch the weights of {name} with {fetch_command(name)}."
 
 
-def put(weights: Mapping[str, Any], trunk: nn.Module, name: str, path: Path) -> None:
-    """Put tensors of torchvision's names, read from `path`, into a trunk; raises InputError where they do not fit."""
-    wanted = trunk.state_dict()
-    absent = [tensor for tensor in wanted if tensor not in weights and not tensor.endswith("num_batches_tracked")]
-    if absent:
+def load_into(weights: Mapping[str, Any], backbone: nn.Module, name: str, path: Path) -> None:
+    """Load tensors with torchvision's names, read from `path`, into a backbone. Raise InputError if they do not fit."""
+    expected = backbone.state_dict()
+    missing = [tensor for tensor in expected if tensor not in weights and not tensor.endswith("num_batches_tracked")]
+    if missing:
         raise InputError(
-            f"{path}: these are not the weights of this ResNet, {len(absent)} tensors are missing "
-            f"(first: {absent[0]}). {what_to_do(name)}"
+            f"{path}: not the weights of this ResNet, {len(missing)} tensors are missing "
+            f"(first: {missing[0]}). {fetch_hint(name)}"
         )
-    for key, tensor in wanted.items():
+    for key, tensor in expected.items():
         if key in weights and weights[key].shape != tensor.shape:
             raise InputError(
-                f"{path}: these are not the weights of this ResNet, {key} has the shape "
-                f"{tuple(weights[key].shape)} instead of {tuple(tensor.shape)}. {what_to_do(name)}"
+                f"{path}: not the weights of this ResNet, {key} has shape "
+                f"{tuple(weights[key].shape)} instead of {tuple(tensor.shape)}. {fetch_hint(name)}"
             )
-    trunk.load_state_dict({key: weights.get(key, tensor) for key, tensor in wanted.items()})
+    backbone.load_state_dict({key: weights.get(key, tensor) for key, tensor in expected.items()})

@@ -1,4 +1,4 @@
-"""Going on with a run that broke off."""
+"""Checkpoint to resume an interrupted run from."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,67 +11,67 @@ from detection.checkpoint import checkpointer
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
 
-# Settings that may change from start to start of one run: they say nothing about what is trained.
-INCIDENTAL = {
-    "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "experiment",
-    "checkpoint", "eval_before_training", "summary", "tensorboard",
+# Settings that may change when a run is resumed: they have no effect on training.
+MUTABLE_SETTINGS = {
+    "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "run_index",
+    "weights", "eval_before_training", "summary_json", "tensorboard",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run goes on from.
+class ResumePoint:
+    """Checkpoint that a run resumes from.
 
-    continues: the run's own log goes on, cut to what it held then; else the checkpoint is another run's, and a new
-    log begins.
+    appends_to_log: the checkpoint is from the same run folder, whose log was truncated to that point. Otherwise the run
+    starts a new log.
     """
 
     path: Path
     state: Mapping[str, Any]
-    continues: bool
+    appends_to_log: bool
 
 
-def find(config: RunConfig, folder: Path, say: Callable[[str], None] = print) -> Resumed | None:
-    """The checkpoint to go on from, as `config.resume` says, and the logs of the folder cut to it.
+def find_resume_point(config: RunConfig, folder: Path, log: Callable[[str], None] = print) -> ResumePoint | None:
+    """Return the checkpoint that `config.resume` selects, and truncate the logs of the run folder to it.
 
-    None where a run is to begin anew. Raises InputError where a checkpoint that was named is of no use.
+    Return None to start from scratch. Raise InputError if a named checkpoint is unusable.
     """
     if config.resume == "none":
         return None
     if config.resume == "auto":
         if run_dir.is_finished(folder, config.run_index, config.epochs):
-            raise InputError(f"the run in {folder} is finished: there is nothing to resume. Leave --resume out.")
-        newest = checkpointer.newest(folder, benchmark=config.benchmark, say=say)
-        if newest is None:
-            say(f"there is nothing to resume in {folder}: the run begins anew")
-            clear(folder, config.run_index)
+            raise InputError(f"run in {folder}: finished, nothing to resume. Omit --resume.")
+        latest = checkpointer.latest_valid(folder, benchmark=config.benchmark, log=log)
+        if latest is None:
+            log(f"nothing to resume in {folder}: starting from scratch")
+            archive_logs(folder, config.run_index)
             return None
-        path, state = newest[0].path, newest[1]
+        path, state = latest[0].path, latest[1]
     else:
         path = Path(config.resume)
         state = checkpointer.load(path, benchmark=config.benchmark)
         if state["evaluated"] and state["epoch"] >= config.epochs:
-            raise InputError(f"{path} has all {config.epochs} epochs behind it. Pass more --epochs.")
-    continues = path.resolve().parent.parent == folder.resolve()
-    if continues:
-        run_dir.cut(run_dir.log_file(folder, config.run_index), state["written"]["log"])
-        run_dir.cut(folder / run_dir.METRICS, state["written"]["metrics"])
-    say(f"resuming from {path}")
-    for name, (old, new) in changes(json.loads(state["config"]), json.loads(to_json(config))).items():
-        say(f"warning: {name} is {new}, and was {old} when that was saved")
+            raise InputError(f"{path}: all {config.epochs} epochs are complete. Pass more --epochs.")
+    appends_to_log = path.resolve().parent.parent == folder.resolve()
+    if appends_to_log:
+        run_dir.truncate_log(run_dir.log_path(folder, config.run_index), state["written"]["log"])
+        run_dir.truncate_log(folder / run_dir.METRICS, state["written"]["metrics"])
+    log(f"resuming from {path}")
+    for name, (old, new) in changed_settings(json.loads(state["config"]), json.loads(to_json(config))).items():
+        log(f"warning: {name} is {new}, but was {old} when the checkpoint was saved")
     if config.seed not in (None, state["seed"]):
-        raise InputError(f"--seed {config.seed}: {path} was trained with seed {state['seed']}. Leave it out.")
-    return Resumed(path, state, continues)
+        raise InputError(f"--seed {config.seed}: {path} was trained with seed {state['seed']}. Omit --seed.")
+    return ResumePoint(path, state, appends_to_log)
 
 
-def clear(folder: Path, experiment: int) -> None:
-    """Put the logs of a run that left no checkpoint out of the way."""
-    for path in (run_dir.log_file(folder, experiment), folder / run_dir.METRICS):
-        run_dir.cut(path, 0)
+def archive_logs(folder: Path, run_index: int) -> None:
+    """Archive the logs of a run that saved no checkpoint."""
+    for path in (run_dir.log_path(folder, run_index), folder / run_dir.METRICS):
+        run_dir.truncate_log(path, 0)
         path.unlink(missing_ok=True)
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that were changed since, (before, now) by name."""
-    names = [name for name in new if name not in INCIDENTAL | {"seed"}]
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, as (old, new) by name."""
+    names = [name for name in new if name not in MUTABLE_SETTINGS | {"seed"}]
     return {name: (old.get(name), new[name]) for name in names if old.get(name) != new[name]}

@@ -1,4 +1,4 @@
-"""Files of weights: tensors by name, read without running any code that a file might hold."""
+"""Weights files: tensors by name, read without executing pickled code."""
 
 import json
 import pickle
@@ -16,15 +16,15 @@ from detection.config.settings import InputError
 from detection.data.coco import Category
 from detection.runtime import sync_batch_norm
 
-OURS = "this program"
+THIS_PROGRAM = "this program"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds of a network. state: under our names. origin: whose checkpoint it is.
+    """Weights of a network, read from a file.
 
-    statistics: of batch norm (S,), where they are told apart. settings, categories: of the run that wrote it, where
-    that was one of ours.
+    state: tensors by the names of this program. origin: program that wrote the file. statistics: batch-norm running
+    statistics (S,), if stored separately. settings, categories: of the run that wrote the file, if by this program.
     """
 
     state: Mapping[str, Tensor]
@@ -34,74 +34,74 @@ class Weights:
     categories: tuple[Category, ...] = ()
 
 
-def read(path: Path, *, what: str = "file of weights", what_to_do: str) -> dict[str, Any]:
-    """The content of a .npz file, or of one that torch.save has written, on the CPU.
+def read(path: Path, *, kind: str = "weights file", hint: str) -> dict[str, Any]:
+    """Read a .npz file, or a file written by torch.save, to the CPU.
 
-    what: the name of such a file, and what_to_do: a sentence, for the message. Raises InputError where the file is
-    absent, cut off, damaged, holds more than tensors and plain values, or no table of them.
+    Raise InputError if the file is missing, truncated, damaged, not a dictionary, or contains more than tensors and
+    plain values. kind: name of such a file in the message. hint: last sentence of the message.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise zipfile.BadZipFile(f"its part {damaged} is damaged")
+                raise zipfile.BadZipFile(f"its member {damaged} is damaged")
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file. {what_to_do}") from None
-    except pickle.UnpicklingError as error:  # whose own words are about a setting of torch's
+        raise InputError(f"{path}: no such file. {hint}") from None
+    except pickle.UnpicklingError as error:  # torch's own message refers to an argument of torch.load
         raise InputError(
-            f"{path}: not a whole {what} (torch.save did not write it, or it holds more than tensors; code in "
-            f"it is never run). {what_to_do}"
+            f"{path}: not a valid {kind} (not written by torch.save, or it contains more than tensors; pickled code "
+            f"is never executed). {hint}"
         ) from error
-    except Exception as error:  # whatever zipfile or torch stumbles over in a damaged file
+    except Exception as error:  # any error of zipfile or torch in a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a whole {what} ({reason}). {what_to_do}") from error
+        raise InputError(f"{path}: not a valid {kind} ({reason}). {hint}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no table of weights. {what_to_do}")
+        raise InputError(f"{path}: contains no dictionary of tensors. {hint}")
     return content
 
 
-def of_model(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of the model in what `read` gave: under "model" beside others, or by themselves.
+def model_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the model's tensors in the content of a file: its entry "model", or the content itself.
 
-    The prefix that a model wrapped for several ranks adds to each name is taken away. Raises InputError where there
-    is something else among them.
+    Remove the prefix that a DistributedDataParallel model adds to each name. Raise InputError if an entry is not a
+    tensor.
     """
-    table = content.get("model", content)
-    if not isinstance(table, Mapping) or not all(isinstance(tensor, Tensor) for tensor in table.values()):
-        raise InputError(f"{path}: holds no table of weights, by itself or under the name model")
-    return {name.removeprefix("module."): tensor for name, tensor in table.items()}
+    state = content.get("model", content)
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: contains no dictionary of tensors, at the top level or under the key model")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def of_run(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Weights:
-    """What `read` gave of a checkpoint of a run, `state` the tensors of the model in it."""
+def from_run_checkpoint(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Weights:
+    """Return the weights in a checkpoint of this program. state: the model's tensors in it."""
     rows = content.get("batch_norm")
-    statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # of each rank, in the midst of an epoch
+    statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # each rank has its own within an epoch
     categories = tuple(Category(**category) for category in content.get("categories", ()))
-    return Weights(state, OURS, statistics, json.loads(content.get("config", "{}")), categories)
+    return Weights(state, THIS_PROGRAM, statistics, json.loads(content.get("config", "{}")), categories)
 
 
-def put(weights: Weights, model: nn.Module) -> None:
-    """Put weights that `check` has let pass into their network, on the CPU."""
+def load_into(weights: Weights, model: nn.Module) -> None:
+    """Load weights that `check_compatible` accepted into a model on the CPU."""
     model.load_state_dict({name: weights.state.get(name, tensor) for name, tensor in model.state_dict().items()})
     if weights.statistics is not None:
-        sync_batch_norm.set_statistics(model, weights.statistics)
+        sync_batch_norm.set_running_stats(model, weights.statistics)
 
 
-def check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, path: Path) -> None:
-    """Raise InputError where tensors read from `path` are not those of the network `what`, whose own are `wanted`."""
-    # Files older than the counter of batch norm lack it.
-    absent = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in state if name not in wanted]
-    shapes = [
-        f"{name}, which is {tuple(tensor.shape)} and not {tuple(wanted[name].shape)}"
+def check_compatible(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], network: str, path: Path) -> None:
+    """Raise InputError unless the tensors read from `path` have the `expected` names and shapes of a network."""
+    # Older files lack the counter of batch norm.
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    mismatched = [
+        f"{name}, {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
         for name, tensor in state.items()
-        if name in wanted and tensor.shape != wanted[name].shape
+        if name in expected and tensor.shape != expected[name].shape
     ]
-    for how, names in (("lacks", absent), ("does not know", unknown), ("has another shape of", shapes)):
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched)):
         if names:
-            raise InputError(f"{path}: the {what} in it {how} {len(names)} tensors (first: {names[0]})")
+            raise InputError(f"{path}: {len(names)} {problem} tensors for {network} (first: {names[0]})")

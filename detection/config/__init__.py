@@ -1,1 +1,1 @@
-"""Settings: declared, read from config files and flags, validated; imports no torch."""
+"""Settings: declared, read from config files and flags, validated. Imports no torch."""

@@ -1,8 +1,8 @@
-"""The kinds of device that are known by name. Imports no torch, so that the settings can say them at once."""
+"""Device types that are known by name. Imports no torch, so that settings load quickly."""
 
-# Those that torch or a vendor's package adds, with the library that moves tensors between them; None is not known.
-COLLECTIVES = {"cuda": "nccl", "mlu": "cncl", "npu": "hccl", "xpu": "xccl", "mps": None}
+# Device types of torch and of vendor packages, each with its collective library. None: unknown.
+COLLECTIVE_BACKENDS = {"cuda": "nccl", "mlu": "cncl", "npu": "hccl", "xpu": "xccl", "mps": None}
 
-KINDS = tuple(COLLECTIVES)
+DEVICE_TYPES = tuple(COLLECTIVE_BACKENDS)
 
-HELP = f"auto, cpu, {', '.join(KINDS)}, or what a package adds to torch; auto takes the accelerator there is"
+DEVICE_HELP = f"auto, cpu, {', '.join(DEVICE_TYPES)}, or a vendor package's type; auto: the accelerator, if any"

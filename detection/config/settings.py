@@ -1,8 +1,8 @@
-"""Settings: one frozen, typed class per benchmark; one name in three spellings.
+"""Settings: one frozen, typed class per workload, and one name in three spellings.
 
-`SSD_BATCH_SIZE` in the environment (config_*.sh exports it) = `--batch-size` = `config.batch_size`. Defaults
-give way to the environment, the environment to flags. This is the only module that reads the environment,
-and it imports no torch, so that a mistake is answered at once.
+`SSD_BATCH_SIZE` in the environment (exported by config_*.sh) = `--batch-size` = `config.batch_size`. Flags override
+the environment, which overrides the defaults. Only this module reads the environment.
+It imports no torch, so that errors appear at once.
 """
 
 import argparse
@@ -17,44 +17,44 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from mlperf.errors import InputError as InputError
+
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""For the settings class of a benchmark: nothing unknown, and no number that is none."""
-
-
-class InputError(ValueError):
-    """A user's mistake: the message says what is wrong, where, and what to do. `__main__` exits with 2."""
+"""Pydantic configuration of every settings class: no unknown fields, no NaN and no infinity."""
 
 
 def setting(default: Any, *, help: str, unit: str = "", env: str = "", heading: str = "", **constraints: Any) -> Any:
     """Declare one field of a settings class.
 
-    help: what it is and where it comes from. unit: of the value. env: its name in the environment where that
-    is not prefix + NAME. heading: opens a new section of `--help` at this field. constraints: those of
+    help: meaning and source of the value. unit: unit of the value. env: name of its environment variable if that is
+    not prefix + NAME. heading: starts a new section of `--help` at this field. constraints: keywords of
     `pydantic.Field` (ge, le, gt, lt, pattern, min_length).
     """
-    note: dict[str, Any] = {"unit": unit, "env": env, "heading": heading}
-    return Field(default, description=help, json_schema_extra=note, **constraints)
+    metadata: dict[str, Any] = {"unit": unit, "env": env, "heading": heading}
+    return Field(default, description=help, json_schema_extra=metadata, **constraints)
 
 
-def _split(value: Any) -> Any:
+def _split_commas(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-def _ascend(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
-        raise ValueError("should ascend")
+def _check_ascending(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(current <= previous for previous, current in itertools.pairwise(numbers)):
+        raise ValueError("should be in ascending order")
     return numbers
 
 
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), AfterValidator(_ascend)]
-"""Whole numbers from 1 up, ascending, written `44,55`."""
+AscendingInts = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_commas), AfterValidator(_check_ascending)
+]
+"""Ascending integers of at least 1, written `44,55`."""
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[T]):
-    """A checked configuration, and for each field where its value came from."""
+class ResolvedSettings(Generic[T]):
+    """Validated configuration with the source of each value."""
 
     config: T
     sources: Mapping[str, str]  # field -> "default", "SSD_BATCH_SIZE" or "--batch-size"
@@ -68,137 +68,137 @@ def resolve(
     *,
     usage: str | None = None,
     presets: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
-) -> Resolved[T]:
+) -> ResolvedSettings[T]:
     """Build `cls`, a frozen pydantic dataclass, from its defaults, the environment and the flags in `argv`.
 
-    prefix: of the benchmark's variables, such as `SSD_`; one that is no field is refused. An empty variable
-    counts as unset. environ: the process's own where None. presets: of a setting and its value, what other settings
-    are then where they are not given. Raises InputError with every mistake found, a line
-    each; what lies between fields is checked once each is right by itself. `--help` prints and exits.
+    prefix: prefix of the workload's variables, such as `SSD_`. A variable with this prefix that is not a field is
+    rejected, and an empty one counts as unset. environ: environment of this process if None. presets: setting ->
+    its value -> defaults of other settings under that value. Raises InputError with one line per error. Constraints
+    between fields are checked only if each field is valid. `--help` prints and exits.
     """
     environ = os.environ if environ is None else environ
     fields = _fields(cls)
-    variables = {_variable(prefix, name, field): name for name, field in fields.items()}
-    flags, mistakes = _read_flags(_parser(cls, prefix, usage), argv)
-    mistakes += _unknown_variables(prefix, environ, fields, variables)
+    variables = {_env_name(prefix, name, field): name for name, field in fields.items()}
+    flags, errors = _read_flags(_build_parser(cls, prefix, usage), argv)
+    errors += _check_unknown_variables(prefix, environ, fields, variables)
 
-    texts: dict[str, Any] = {}
+    raw_values: dict[str, Any] = {}
     sources = dict.fromkeys(fields, "default")
     for variable, name in variables.items():
         if name in flags:
-            texts[name], sources[name] = flags[name], _flag(name)
+            raw_values[name], sources[name] = flags[name], _flag_name(name)
         elif environ.get(variable):
-            texts[name], sources[name] = environ[variable], variable
+            raw_values[name], sources[name] = environ[variable], variable
     for name, choices in (presets or {}).items():
-        for follower, text in choices.get(str(texts.get(name)), {}).items():
-            if follower not in texts:
-                texts[follower], sources[follower] = text, f"{name} {texts[name]}"
+        for dependent, text in choices.get(str(raw_values.get(name)), {}).items():
+            if dependent not in raw_values:
+                raw_values[dependent], sources[dependent] = text, f"{name} {raw_values[name]}"
 
     values = {
         name: None if text == "none" and NoneType in get_args(fields[name].annotation) else text
-        for name, text in texts.items()
+        for name, text in raw_values.items()
     }
     try:
         config = cls(**values)
     except ValidationError as error:
-        mistakes += _explain(error, texts, sources)
-    if mistakes:
-        raise InputError("\n".join(mistakes))
-    return Resolved(config, sources)
+        errors += _format_validation_errors(error, raw_values, sources)
+    if errors:
+        raise InputError("\n".join(errors))
+    return ResolvedSettings(config, sources)
 
 
-def describe(resolved: Resolved[Any]) -> str:
-    """Lay out the settings as a table: name, value with its unit, source."""
+def format_settings(resolved: ResolvedSettings[Any]) -> str:
+    """Return the settings as a table of name, value with unit, and source."""
     rows = []
     for name, field in _fields(type(resolved.config)).items():
         value = getattr(resolved.config, name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        unit = _note(field)["unit"]
-        rows.append((name, f"{shown or '-'} {unit}".rstrip(), resolved.sources[name]))
-    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:<{wide[0]}}  {value:<{wide[1]}}  {source}" for name, value, source in rows)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        unit = _metadata(field)["unit"]
+        rows.append((name, f"{text or '-'} {unit}".rstrip(), resolved.sources[name]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
-def names(cls: type, prefix: str) -> dict[str, tuple[str, str]]:
-    """Of each setting of a class, its name in the environment and the unit of its value, which may be empty."""
-    return {name: (_variable(prefix, name, field), _note(field)["unit"]) for name, field in _fields(cls).items()}
+def env_names(cls: type, prefix: str) -> dict[str, tuple[str, str]]:
+    """Return the environment variable and the unit (may be empty) of each setting of a class."""
+    return {name: (_env_name(prefix, name, field), _metadata(field)["unit"]) for name, field in _fields(cls).items()}
 
 
 def to_json(config: Any) -> str:
-    """Write a configuration as indented JSON, one field a line, in the order of the class."""
+    """Return a configuration as indented JSON, one field per line, in the order of the class."""
     return TypeAdapter(type(config)).dump_json(config, indent=2).decode()
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Where this process stands among the ranks of a run."""
+class RankInfo:
+    """Position of this process among the ranks of a run."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    launched: bool = False
-    """Whether a launcher started it, and not a person or a script."""
-    restarts: int = 0
-    """How often the launcher has started the ranks of this node again."""
+    has_launcher: bool = False
+    """True if a launcher started this process."""
+    num_restarts: int = 0
+    """Number of times that the launcher restarted the ranks of this node."""
 
     @property
-    def nodes(self) -> int:
-        """Machines in the run, each with as many ranks."""
+    def num_nodes(self) -> int:
+        """Number of machines in the run, each with the same number of ranks."""
         return self.world_size // self.local_world_size
 
 
-def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
-    """Read what the launcher (torchrun) told this process; a process started by hand is alone.
+def read_rank_info(environ: Mapping[str, str] | None = None) -> RankInfo:
+    """Read the variables of the launcher (torchrun). A process without a launcher is the only rank.
 
-    Raises InputError where a variable is no whole number or contradicts the others.
+    Raises InputError if a variable is not an integer or contradicts the others.
     """
     environ = os.environ if environ is None else environ
-    world_size = _count(environ, "WORLD_SIZE", 1, least=1)
-    topology = Topology(
-        rank=_count(environ, "RANK", 0),
-        local_rank=_count(environ, "LOCAL_RANK", 0),
+    world_size = _read_count(environ, "WORLD_SIZE", 1, minimum=1)
+    rank_info = RankInfo(
+        rank=_read_count(environ, "RANK", 0),
+        local_rank=_read_count(environ, "LOCAL_RANK", 0),
         world_size=world_size,
-        local_world_size=_count(environ, "LOCAL_WORLD_SIZE", world_size, least=1),
-        launched="TORCHELASTIC_RUN_ID" in environ,
-        restarts=_count(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        local_world_size=_read_count(environ, "LOCAL_WORLD_SIZE", world_size, minimum=1),
+        has_launcher="TORCHELASTIC_RUN_ID" in environ,
+        num_restarts=_read_count(environ, "TORCHELASTIC_RESTART_COUNT", 0),
     )
-    if topology.rank >= world_size or topology.local_rank >= topology.local_world_size:
+    if rank_info.rank >= world_size or rank_info.local_rank >= rank_info.local_world_size:
         raise InputError(
-            f"RANK={topology.rank} of WORLD_SIZE={world_size} and LOCAL_RANK={topology.local_rank} of "
-            f"LOCAL_WORLD_SIZE={topology.local_world_size} cannot be: unset them all"
+            f"RANK={rank_info.rank} of WORLD_SIZE={world_size} and LOCAL_RANK={rank_info.local_rank} of "
+            f"LOCAL_WORLD_SIZE={rank_info.local_world_size} is out of range. Unset all four."
         )
-    return topology
+    return rank_info
 
 
 @dataclass(frozen=True)
-class System:
-    """The machines a run is to be started on, as config_*.sh says; this one is number `node_rank`."""
+class LaunchLayout:
+    """Machines and ranks to launch, as set in config_*.sh. This machine has number `node_rank`."""
 
-    nodes: int = 1
+    num_nodes: int = 1
     ranks_per_node: int = 1
     node_rank: int = 0
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
-        return self.nodes * self.ranks_per_node
+        """Total number of ranks."""
+        return self.num_nodes * self.ranks_per_node
 
 
-def read_system(environ: Mapping[str, str] | None = None) -> System:
-    """Read DGXNNODES, DGXNGPU and NODE_RANK; raises InputError where one is no number or out of range."""
+def read_launch_layout(environ: Mapping[str, str] | None = None) -> LaunchLayout:
+    """Read DGXNNODES, DGXNGPU and NODE_RANK. Raises InputError if one is not an integer or out of range."""
     environ = os.environ if environ is None else environ
-    return System(
-        nodes=_count(environ, "DGXNNODES", 1, least=1),
-        ranks_per_node=_count(environ, "DGXNGPU", 1, least=1),
-        node_rank=_count(environ, "NODE_RANK", 0),
+    return LaunchLayout(
+        num_nodes=_read_count(environ, "DGXNNODES", 1, minimum=1),
+        ranks_per_node=_read_count(environ, "DGXNGPU", 1, minimum=1),
+        node_rank=_read_count(environ, "NODE_RANK", 0),
     )
 
 
-def _count(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+def _read_count(environ: Mapping[str, str], name: str, default: int, minimum: int = 0) -> int:
     text = environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name}={text}: should be a whole number, at least {least}")
+    if not text.isdecimal() or int(text) < minimum:
+        raise InputError(f"{name}={text}: should be an integer of at least {minimum}")
     return int(text)
 
 
@@ -207,76 +207,82 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _parser(cls: type, prefix: str, usage: str | None) -> _Parser:
+def _build_parser(cls: type, prefix: str, usage: str | None) -> _Parser:
     parser = _Parser(
         usage=usage,
         description=cls.__doc__,
-        epilog=f"Defaults give way to the environment ({prefix}* in config_*.sh), the environment to flags.",
+        epilog=f"Flags override the environment ({prefix}* in config_*.sh), which overrides the defaults.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
     section: argparse._ActionsContainer = parser
     for name, field in _fields(cls).items():
-        if heading := _note(field)["heading"]:
+        if heading := _metadata(field)["heading"]:
             section = parser.add_argument_group(heading)
         extras = (
-            _note(field)["unit"],
-            _range(field),
-            f"default {_default(field)}",
-            _variable(prefix, name, field),
+            _metadata(field)["unit"],
+            _format_range(field),
+            f"default {_format_default(field)}",
+            _env_name(prefix, name, field),
         )
         text = f"{field.description} [{'; '.join(filter(None, extras))}]".replace("%", "%%")
         if field.annotation is bool:
-            section.add_argument(_flag(name), help=text, action=argparse.BooleanOptionalAction)
+            section.add_argument(_flag_name(name), help=text, action=argparse.BooleanOptionalAction)
         else:
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            section.add_argument(_flag(name), help=text, metavar="|".join(choices) or "VALUE")
+            section.add_argument(_flag_name(name), help=text, metavar="|".join(choices) or "VALUE")
     return parser
 
 
 def _read_flags(parser: _Parser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     try:
-        known, rest = parser.parse_known_args(argv)
+        known, remaining = parser.parse_known_args(argv)
     except InputError as error:
         return {}, [str(error)]
     flags = [option for action in parser._actions for option in action.option_strings]
-    unknown = [word for word in rest if word.startswith("-")]
-    mistakes = []
+    unknown = [word for word in remaining if word.startswith("-")]
+    errors = []
     for word in unknown:
-        nearest = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
-        mistakes.append(f"{word}: no such flag; {hint}")
-    if rest and not unknown:
-        mistakes.append(f"{' '.join(rest)}: settings are given as --name value, --help lists them")
-    return vars(known), mistakes
+        close_matches = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        hint = f"Did you mean {close_matches[0]}?" if close_matches else "See --help for all flags."
+        errors.append(f"{word}: unknown flag. {hint}")
+    if remaining and not unknown:
+        errors.append(
+            f"{' '.join(remaining)}: unexpected argument. Pass settings as --name value. See --help for all flags."
+        )
+    return vars(known), errors
 
 
-def _unknown_variables(
+def _check_unknown_variables(
     prefix: str, environ: Mapping[str, str], fields: Mapping[str, FieldInfo], variables: Mapping[str, str]
 ) -> list[str]:
-    # Compared without the prefix, which would make every two names alike; a field whose variable has a name
-    # of its own (DATADIR) may be looked for under the prefix.
-    names = {name.upper(): _variable(prefix, name, field) for name, field in fields.items()}
-    mistakes = []
+    # Compare names without the prefix, which would make all of them similar. Include the fields with another
+    # variable (DATADIR), since users may try the prefix.
+    names = {name.upper(): _env_name(prefix, name, field) for name, field in fields.items()}
+    errors = []
     for word in sorted(environ):
         if word.startswith(prefix) and word not in variables:
-            nearest = difflib.get_close_matches(word.removeprefix(prefix), names, n=1)
-            hint = f"did you mean {names[nearest[0]]}?" if nearest else "unset it; --help lists the names"
-            mistakes.append(f"{word}={environ[word]}: no such setting; {hint}")
-    return mistakes
+            close_matches = difflib.get_close_matches(word.removeprefix(prefix), names, n=1)
+            hint = (
+                f"Did you mean {names[close_matches[0]]}?" if close_matches else "Unset it. See --help for all names."
+            )
+            errors.append(f"{word}={environ[word]}: unknown setting. {hint}")
+    return errors
 
 
-def _explain(error: ValidationError, texts: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
-    mistakes = []
+def _format_validation_errors(
+    error: ValidationError, raw_values: Mapping[str, Any], sources: Mapping[str, str]
+) -> list[str]:
+    messages = []
     for detail in error.errors():
         cause = detail.get("ctx", {}).get("error")
         message = str(cause) if cause else detail["msg"].replace("Input should", "should")
         if detail["loc"]:
             name = str(detail["loc"][0])
-            message = f"{sources[name]}={texts[name]}: {message}"
-        mistakes.append(message)
-    return mistakes
+            message = f"{sources[name]}={raw_values[name]}: {message}"
+        messages.append(message)
+    return messages
 
 
 def _fields(cls: type) -> dict[str, FieldInfo]:
@@ -284,26 +290,26 @@ def _fields(cls: type) -> dict[str, FieldInfo]:
     return fields
 
 
-def _note(field: FieldInfo) -> dict[str, str]:
-    note = field.json_schema_extra
-    assert isinstance(note, dict), "every field is declared with setting()"
-    return note  # type: ignore[return-value]
+def _metadata(field: FieldInfo) -> dict[str, str]:
+    metadata = field.json_schema_extra
+    assert isinstance(metadata, dict), "every field must be declared with setting()"
+    return metadata  # type: ignore[return-value]
 
 
-def _variable(prefix: str, name: str, field: FieldInfo) -> str:
-    return _note(field)["env"] or prefix + name.upper()
+def _env_name(prefix: str, name: str, field: FieldInfo) -> str:
+    return _metadata(field)["env"] or prefix + name.upper()
 
 
-def _flag(name: str) -> str:
+def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     value = field.default
     return (",".join(map(str, value)) if isinstance(value, tuple) else str(value)) or '""'
 
 
-def _range(field: FieldInfo) -> str:
+def _format_range(field: FieldInfo) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
         f"{sign} {getattr(bound, name)}"

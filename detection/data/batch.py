@@ -5,14 +5,14 @@ from typing import Generic, NamedTuple, TypeVar
 Batch = TypeVar("Batch", bound=NamedTuple)
 
 
-class Share(NamedTuple, Generic[Batch]):
-    """A rank's share of a global batch.
+class RankBatch(NamedTuple, Generic[Batch]):
+    """One rank's part of a global batch.
 
-    num_images: of the global batch. weight: what the sum of the losses of this share is multiplied by, so that
-    the mean over ranks is the mean over the global batch: ranks / num_images, or 0 where the rank had nothing
-    to add.
+    global_batch_size: images of this global batch over all ranks. The last batch of an epoch may be smaller.
+    loss_weight: factor for the sum of the losses of this part, so that the mean over ranks is the mean over the
+    global batch: world_size / global_batch_size, or 0 if no images are left for this rank.
     """
 
     batch: Batch
-    num_images: int
-    weight: float
+    global_batch_size: int
+    loss_weight: float

@@ -1,6 +1,6 @@
-"""One split of a COCO-format data set as flat arrays, checked before anything is trained on it.
+"""One split of a COCO-format data set as flat arrays, validated before training.
 
-Shapes: N images, M boxes, K classes with background (label 0), so K - 1 categories.
+Shapes: N images, M boxes, K classes including background (label 0), K - 1 categories.
 """
 
 import os
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data import coco_json, polygons, rle
-from detection.data.polygons import Outlines, starts
-from detection.data.rle import CompressedMask
+from detection.data.polygons import PolygonArrays, offsets
+from detection.data.rle import CocoRle
 
-# COCO rounds x and width to 2 decimals each, so their sum is off by up to .01 pixels at the border.
+# COCO rounds x and width to 2 decimals each, so their sum is off by up to 0.01 pixels at the border.
 BORDER_ROUNDING_PX = 0.02
 
 
 @dataclass(frozen=True)
 class Category:
-    """What one label stands for: `id` as in the annotation file, with its name."""
+    """Name and id of one category, both from the annotation file."""
 
     id: int
     name: str
@@ -32,230 +32,236 @@ class Category:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a COCO-format data set as flat arrays, which forked data workers share."""
+    """One split of a COCO-format data set as flat arrays, which forked data workers share without a copy."""
 
     annotation_file: Path
-    image_folder: Path
+    image_dir: Path
     image_ids: NDArray[np.int64]
     """(N,) in the order of the annotation file."""
     file_names: NDArray[np.bytes_]
-    """(N,) relative to image_folder. Bytes, since a list of str would be copied to every worker."""
+    """(N,) relative to image_dir. Bytes, because every worker would copy a list of str."""
     sizes_hw: NDArray[np.int32]
-    """(N, 2) pixels, as the annotation file says."""
-    box_starts: NDArray[np.int64]
-    """(N + 1,): the boxes of image i are rows box_starts[i] to box_starts[i + 1]."""
+    """(N, 2) pixels, from the annotation file."""
+    box_offsets: NDArray[np.int64]
+    """(N + 1,): the boxes of image i are rows box_offsets[i] to box_offsets[i + 1]."""
     boxes_xyxy: NDArray[np.float32]
-    """(M, 4) pixels, clipped to the image, none of them empty."""
+    """(M, 4) pixels, clipped to the image, never empty."""
     labels: NDArray[np.int64]
     """(M,) 1 to K - 1: categories[label - 1]."""
-    crowd: NDArray[np.bool_]
-    """(M,) whether the box stands for a group of objects."""
+    is_crowd: NDArray[np.bool_]
+    """(M,) True where the box covers a group of objects."""
     categories: tuple[Category, ...]
-    """K - 1 of them, in ascending order of their ids (COCO uses 80 of the ids 1 to 90)."""
-    dropped_boxes: int
-    """Boxes of zero width or height: they have no logarithm to learn. COCO itself holds a few."""
-    clipped_boxes: int
-    """Boxes that reached past the border by more than a rounding."""
-    missing_images: int
-    """Images without a file, left out together with their boxes."""
-    outlines: Outlines | None = None
-    """The masks of the boxes, where they were asked for."""
+    """(K - 1,) in ascending order of their ids (COCO uses 80 of the ids 1 to 90)."""
+    num_dropped_boxes: int
+    """Boxes of zero width or height, where log(width) is undefined. COCO itself has a few."""
+    num_clipped_boxes: int
+    """Boxes that extended past the border by more than rounding error."""
+    num_missing_images: int
+    """Images without a file, skipped together with their boxes."""
+    polygons: PolygonArrays | None = None
+    """Masks of the boxes, if requested."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     @property
     def num_classes(self) -> int:
-        """K: the categories and background."""
+        """K: the categories plus background."""
         return 1 + len(self.categories)
 
     def image_path(self, index: int) -> Path:
-        """The file of image `index` (0 to N - 1)."""
-        return self.image_folder / os.fsdecode(bytes(self.file_names[index]))
+        """Return the file of image `index` (0 to N - 1)."""
+        return self.image_dir / os.fsdecode(bytes(self.file_names[index]))
 
     def boxes(self, index: int) -> NDArray[np.float32]:
-        """The boxes of image `index`: (G, 4) xyxy in pixels, a view."""
-        return self.boxes_xyxy[self.box_starts[index] : self.box_starts[index + 1]]
+        """Return a view of the boxes of image `index`: (G, 4) xyxy in pixels."""
+        return self.boxes_xyxy[self.box_offsets[index] : self.box_offsets[index + 1]]
 
     def image_labels(self, index: int) -> NDArray[np.int64]:
-        """The labels of the boxes of image `index`: (G,), a view."""
-        return self.labels[self.box_starts[index] : self.box_starts[index + 1]]
+        """Return a view of the labels of image `index`: (G,)."""
+        return self.labels[self.box_offsets[index] : self.box_offsets[index + 1]]
 
-    def masks(self, index: int) -> list[CompressedMask | None]:
-        """The masks of the boxes of image `index`, None where a box has none; the split was read with segmentations."""
-        outlines = self.outlines
-        assert outlines is not None, "the split was read without masks"
+    def masks(self, index: int) -> list[CocoRle | None]:
+        """Return one mask per box of image `index`, or None for a box without a mask.
+
+        The split must have been read with `segmentations`.
+        """
+        arrays = self.polygons
+        assert arrays is not None, "the split was read without masks"
         height, width = self.sizes_hw[index].tolist()
-        masks: list[CompressedMask | None] = []
-        for box in range(*self.box_starts[index : index + 2].tolist()):
-            first, last = outlines.line_starts[box : box + 2].tolist()
-            ends = outlines.point_starts[first : last + 1].tolist()
-            # To the decimals that float32 has blurred: pycocotools rounds fifths of a pixel, where many are ties.
-            lines = [outlines.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
-            masks.append(rle.filled(lines, (height, width)) if lines else None)
+        masks: list[CocoRle | None] = []
+        for box in range(*self.box_offsets[index : index + 2].tolist()):
+            first, last = arrays.ring_offsets[box : box + 2].tolist()
+            ends = arrays.point_offsets[first : last + 1].tolist()
+            # Undo the float32 rounding: pycocotools rounds to fifths of a pixel, where ties are common.
+            rings = [arrays.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
+            masks.append(rle.fill_rings(rings, (height, width)) if rings else None)
         return masks
 
-    def with_boxes(self) -> "Split":
-        """The images that have a box, a crowd's included: those that are trained on."""
-        counts = np.diff(self.box_starts)
+    def drop_empty_images(self) -> "Split":
+        """Return the split without images that have no box. A crowd counts as a box."""
+        counts = np.diff(self.box_offsets)
         keep = counts > 0
         return replace(
             self,
             image_ids=self.image_ids[keep],
             file_names=self.file_names[keep],
             sizes_hw=self.sizes_hw[keep],
-            box_starts=starts(counts[keep]),
+            box_offsets=offsets(counts[keep]),
         )
 
-    def without_crowds(self) -> "Split":
-        """The same images without the boxes that stand for groups of objects."""
-        keep = ~self.crowd
-        kept_before = starts(keep.astype(np.int64))
-        outlines = self.outlines
-        if outlines:  # of which a crowd has none, so that all lines stay
-            outlines = replace(outlines, line_starts=starts(np.diff(outlines.line_starts)[keep]))
+    def drop_crowds(self) -> "Split":
+        """Return the split with the same images and without their crowd boxes."""
+        keep = ~self.is_crowd
+        kept_before = offsets(keep.astype(np.int64))
+        arrays = self.polygons
+        if arrays:  # a crowd has no rings, so all rings stay
+            arrays = replace(arrays, ring_offsets=offsets(np.diff(arrays.ring_offsets)[keep]))
         return replace(
             self,
-            box_starts=kept_before[self.box_starts],
+            box_offsets=kept_before[self.box_offsets],
             boxes_xyxy=self.boxes_xyxy[keep],
             labels=self.labels[keep],
-            crowd=self.crowd[keep],
-            outlines=outlines,
+            is_crowd=self.is_crowd[keep],
+            polygons=arrays,
         )
 
 
-def files(config: RunConfig, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
-    """The annotation file and the image folder of a split: those that the settings name, else as DATADIR lies.
+def dataset_paths(
+    config: RunConfig, split: Literal["train", "val"], *, segmentations: bool = False
+) -> tuple[Path, Path]:
+    """Return the annotation file and image folder of a split, from the settings or else from DATADIR.
 
-    segmentations: as of `layout`. Raises InputError if the folder of DATADIR, or what belongs in it, is not there.
+    segmentations: see `standard_paths`. Raises InputError if DATADIR or one of its expected entries is missing.
     """
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
     if annotations:
         return Path(annotations), Path(images)
-    return layout(config.data_dir, split, segmentations=segmentations)
+    return standard_paths(config.data_dir, split, segmentations=segmentations)
 
 
-def layout(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
-    """Find the annotation file and the image folder of a split in COCO 2017's layout.
+def standard_paths(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
+    """Return the annotation file and image folder of a split in COCO 2017's layout.
 
-    The shrunken annotations of prepare-json.py are taken for training where they are there, but for `segmentations`,
-    which they lack.
-    Raises InputError if the folder, the annotation file or the images are not there.
+    Training uses the box-only annotations of prepare-json.py if available. With `segmentations` it uses the full
+    file, because the box-only file has no masks.
+    Raises InputError if the folder, the annotation file or the images are missing.
     """
-    annotations, image_folder = data_dir / "annotations", data_dir / f"{split}2017"
+    annotations, image_dir = data_dir / "annotations", data_dir / f"{split}2017"
     annotation_file = annotations / f"instances_{split}2017.json"
-    shrunken = annotations / f"bbox_only_instances_{split}2017.json"
-    if split == "train" and not segmentations and shrunken.is_file():
-        annotation_file = shrunken
-    what_to_do = (
-        "Run ./init_datasets.sh to fetch COCO 2017, or set DATADIR to a folder that holds "
+    box_only = annotations / f"bbox_only_instances_{split}2017.json"
+    if split == "train" and not segmentations and box_only.is_file():
+        annotation_file = box_only
+    hint = (
+        "Run ./init_datasets.sh to fetch COCO 2017, or set DATADIR to a folder that contains "
         f"annotations/instances_{split}2017.json and {split}2017/."
     )
     try:
         empty = not any(data_dir.iterdir())
     except OSError as error:
-        raise InputError(f"DATADIR={data_dir}: {error.strerror}. {what_to_do}") from None
+        raise InputError(f"DATADIR={data_dir}: {error.strerror}. {hint}") from None
     if empty:
-        raise InputError(f"DATADIR={data_dir}: the folder is empty. {what_to_do}")
-    for path in (annotation_file, image_folder):
+        raise InputError(f"DATADIR={data_dir}: the folder is empty. {hint}")
+    for path in (annotation_file, image_dir):
         if not path.exists():
-            raise InputError(f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. {what_to_do}")
-    return annotation_file, image_folder
+            raise InputError(f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. {hint}")
+    return annotation_file, image_dir
 
 
 def read_categories(annotation_file: Path) -> tuple[Category, ...]:
-    """The categories of an annotation file alone, in ascending order of their ids: label 1, 2, ...
+    """Read only the categories of an annotation file, in ascending order of their ids (labels 1, 2, ...).
 
-    Raises InputError where the file cannot be read or is none.
+    Raises InputError if the file is unreadable or not an annotation file.
     """
     return tuple(Category(*pair) for pair in sorted(coco_json.read_categories(annotation_file)))
 
 
-def numbered(num_classes: int) -> tuple[Category, ...]:
-    """Categories for as many labels that nobody has named: called by number."""
+def anonymous_categories(num_classes: int) -> tuple[Category, ...]:
+    """Return categories named after their labels, for a model without category names."""
     return tuple(Category(label, str(label)) for label in range(1, num_classes))
 
 
-def check_classes(num_classes: int, split: Split) -> None:
-    """Raise InputError where a number of classes is set, so not 0, that is not that of the annotations."""
+def check_num_classes(num_classes: int, split: Split) -> None:
+    """Raise InputError if `num_classes` is set (not 0) and differs from the annotations."""
     if num_classes in (0, split.num_classes):
         return
     raise InputError(
-        f"{split.annotation_file} has {len(split.categories)} categories: with the background num_classes is "
-        f"{split.num_classes}, not {num_classes}. Pass --num-classes {split.num_classes}, or, for data that "
-        "are not COCO 2017, --dataset with a name of theirs"
+        f"{split.annotation_file}: {len(split.categories)} categories plus background make num_classes "
+        f"{split.num_classes}, not {num_classes}. Pass --num-classes {split.num_classes}. For data other than COCO "
+        "2017, pass --dataset with another name."
     )
 
 
 def read(
-    annotation_file: Path, image_folder: Path, *, skip_missing_images: bool = False, segmentations: bool = False
+    annotation_file: Path, image_dir: Path, *, skip_missing_images: bool = False, segmentations: bool = False
 ) -> Split:
-    """Read and check an annotation file against its folder of images.
+    """Read an annotation file and validate it against its image folder.
 
-    Boxes of zero width or height are dropped, boxes that reach past the border clipped; both are counted.
-    Images without a file are an error, or are left out and counted with `skip_missing_images`. Masks are read and checked
-    with `segmentations`: polygons, and run lengths plain or compressed.
-    Raises InputError with all that is wrong. COCO's 860,001 training boxes take 6 s and 0.7 GiB at the peak
-    when shrunken by prepare-json.py, 9 s and 1.1 GiB with their polygons (measured on one core).
+    Boxes of zero width or height are dropped and counted. Boxes past the border are clipped and counted.
+    An image without a file is an error, or is skipped and counted with `skip_missing_images`.
+    `segmentations` also reads the masks: polygons, or RLE as integers or compressed text.
+    Raises InputError with all errors of the file. COCO's 860,001 training boxes take 6 s and 0.7 GiB at the peak
+    from the box-only file of prepare-json.py, 9 s and 1.1 GiB with their polygons (measured on one core).
     """
     columns = coco_json.read(annotation_file, segmentations)
-    present = _present(columns.file_names, image_folder)
-    missing_images = len(present) - int(present.sum())
+    has_file = _find_existing(columns.file_names, image_dir)
+    num_images = len(has_file)
+    num_missing = num_images - int(has_file.sum())
 
-    problems = coco_json.mistakes(columns)
-    if missing_images and not skip_missing_images:
-        problems.insert(
+    errors = coco_json.validate(columns)
+    if num_missing and not skip_missing_images:
+        errors.insert(
             0,
-            f"names {len(present)} images, {missing_images} of them are not in {image_folder.name}/ "
-            f"(first: {columns.file_names[int(present.argmin())]}). Run ./init_datasets.sh, or pass "
-            "--skip-missing-images to go on without them",
+            f"{num_missing} of its {num_images} images are not in {image_dir.name}/ "
+            f"(first: {columns.file_names[int(has_file.argmin())]}). Run ./init_datasets.sh, or pass "
+            "--skip-missing-images to train without them",
         )
-    elif missing_images == len(present):
-        problems.insert(0, f"none of its {len(present)} images is in {image_folder}. Run ./init_datasets.sh")
-    coco_json.refuse(annotation_file, problems)
+    elif num_missing == num_images:
+        errors.insert(0, f"none of its {num_images} images is in {image_dir}. Run ./init_datasets.sh")
+    coco_json.raise_if_any(annotation_file, errors)
 
-    box_image, _ = coco_json.find(columns.box_image_ids, columns.image_ids)
+    box_image, _ = coco_json.lookup(columns.box_image_ids, columns.image_ids)
     category_order = np.argsort(columns.category_ids)
-    label_less_one, _ = coco_json.find(columns.box_category_ids, columns.category_ids[category_order])
+    category_index, _ = coco_json.lookup(columns.box_category_ids, columns.category_ids[category_order])
 
     boxes_xyxy = coco_json.to_xyxy(columns.boxes_xywh)
-    inside_xyxy = np.clip(boxes_xyxy, 0, np.tile(columns.sizes_hw[box_image, ::-1], (1, 2)))
-    past_border = np.any(np.abs(inside_xyxy - boxes_xyxy) > BORDER_ROUNDING_PX, axis=1)
-    boxes_f32 = inside_xyxy.astype(np.float32)  # before the test for emptiness, which the rounding may cause
-    empty = np.any(boxes_f32[:, 2:] <= boxes_f32[:, :2], axis=1)
+    clipped_xyxy = np.clip(boxes_xyxy, 0, np.tile(columns.sizes_hw[box_image, ::-1], (1, 2)))
+    is_clipped = np.any(np.abs(clipped_xyxy - boxes_xyxy) > BORDER_ROUNDING_PX, axis=1)
+    boxes_f32 = clipped_xyxy.astype(np.float32)  # before the test for empty boxes, because rounding may empty one
+    is_empty = np.any(boxes_f32[:, 2:] <= boxes_f32[:, :2], axis=1)
 
-    here = present[box_image]
-    kept = np.flatnonzero(here & ~empty)
+    box_has_file = has_file[box_image]
+    kept = np.flatnonzero(box_has_file & ~is_empty)
     kept = kept[np.argsort(box_image[kept], kind="stable")]
     if not len(kept):
-        coco_json.refuse(
-            annotation_file, ["no box with a width, a height and an image is left: there is nothing to learn"]
+        coco_json.raise_if_any(
+            annotation_file, ["no box with a width, a height and an image remains: there is nothing to train on"]
         )
-    box_counts = np.bincount(box_image[kept], minlength=len(present))[present]
+    box_counts = np.bincount(box_image[kept], minlength=num_images)[has_file]
     return Split(
         annotation_file=annotation_file,
-        image_folder=image_folder,
-        image_ids=columns.image_ids[present],
-        file_names=np.array([os.fsencode(columns.file_names[i]) for i in np.flatnonzero(present)]),
-        sizes_hw=columns.sizes_hw[present].astype(np.int32),
-        box_starts=starts(box_counts),
+        image_dir=image_dir,
+        image_ids=columns.image_ids[has_file],
+        file_names=np.array([os.fsencode(columns.file_names[i]) for i in np.flatnonzero(has_file)]),
+        sizes_hw=columns.sizes_hw[has_file].astype(np.int32),
+        box_offsets=offsets(box_counts),
         boxes_xyxy=boxes_f32[kept],
-        labels=1 + label_less_one[kept],
-        crowd=columns.crowd[kept] != 0,
+        labels=1 + category_index[kept],
+        is_crowd=columns.is_crowd[kept] != 0,
         categories=tuple(Category(int(columns.category_ids[i]), columns.category_names[i]) for i in category_order),
-        dropped_boxes=int((here & empty).sum()),
-        clipped_boxes=int((here & ~empty & past_border).sum()),
-        missing_images=missing_images,
-        outlines=polygons.read(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None,
+        num_dropped_boxes=int((box_has_file & is_empty).sum()),
+        num_clipped_boxes=int((box_has_file & ~is_empty & is_clipped).sum()),
+        num_missing_images=num_missing,
+        polygons=polygons.read(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None,
     )
 
 
-def _present(file_names: list[str], image_folder: Path) -> NDArray[np.bool_]:
-    """Which of the names are files: by one listing, since 118,287 calls take minutes on a network disk."""
+def _find_existing(file_names: list[str], image_dir: Path) -> NDArray[np.bool_]:
+    """Return (N,) True where a name is a file, from one listing: 118,287 calls take minutes on a network disk."""
     try:
-        with os.scandir(image_folder) as entries:
+        with os.scandir(image_dir) as entries:
             listed = {entry.name for entry in entries}
     except OSError as error:
-        raise InputError(f"{image_folder}: no folder of images: {error.strerror}. Run ./init_datasets.sh.") from None
-    there = (name in listed or os.path.isfile(image_folder / name) for name in file_names)  # or in a subfolder
-    return np.fromiter(there, dtype=bool, count=len(file_names))
+        raise InputError(f"{image_dir}: image folder unreadable: {error.strerror}. Run ./init_datasets.sh.") from None
+    exists = (name in listed or os.path.isfile(image_dir / name) for name in file_names)  # may name a subfolder
+    return np.fromiter(exists, dtype=bool, count=len(file_names))

@@ -1,4 +1,4 @@
-"""A COCO annotation file by columns, with every mistake in it named.
+"""Reader of COCO annotation files into columns, with a list of all errors in a file.
 
 Format: https://cocodataset.org/#format-data (object detection).
 """
@@ -18,16 +18,16 @@ from detection.config.settings import InputError
 
 JPEG_MAX_SIDE_PX = 65_535
 
-AGAIN = "Run ./init_datasets.sh, or write the file again"
+REDOWNLOAD_HINT = "Run ./init_datasets.sh, or recreate the file"
 
-INTEGER: dict[type, str] = {int: "a whole number", bool: "a whole number"}
+INTEGER: dict[type, str] = {int: "an integer", bool: "an integer"}
 NUMBER: dict[type, str] = {int: "a number", float: "a number"}
 TEXT: dict[type, str] = {str: "text"}
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """An annotation file by columns, of the right types but not yet checked against each other."""
+    """Columns of an annotation file: types checked, values not yet validated."""
 
     image_ids: NDArray[np.int64]
     file_names: list[str]
@@ -38,34 +38,34 @@ class Columns:
     box_image_ids: NDArray[np.int64]
     box_category_ids: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
-    crowd: NDArray[np.int64]
+    is_crowd: NDArray[np.int64]
     segmentations: Sequence[Any]
-    """Of each box: its JSON, still to be decoded, or what it holds, or None; empty where none are asked for."""
+    """Per box: undecoded JSON, decoded JSON or None. Empty unless requested."""
 
 
 def read(annotation_file: Path, segmentations: bool = False) -> Columns:
-    """The columns of an annotation file, masks among them with `segmentations`.
+    """Read the columns of an annotation file, including the masks with `segmentations`.
 
-    Raises InputError where the file cannot be read, is none, or has values of another type.
+    Raises InputError if the file is unreadable, is not an annotation file, or has values of the wrong type.
     """
     try:
         text = annotation_file.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {AGAIN}.") from None
+        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {REDOWNLOAD_HINT}.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{annotation_file}: broken JSON: {error}. {AGAIN}.") from None
-    return _typed_columns(text, segmentations) or _checked_columns(annotation_file, text, segmentations)
+        raise InputError(f"{annotation_file}: broken JSON: {error}. {REDOWNLOAD_HINT}.") from None
+    return _parse_typed(text, segmentations) or _parse_untyped(annotation_file, text, segmentations)
 
 
 def read_categories(annotation_file: Path) -> list[tuple[int, str]]:
-    """The ids and names of an annotation file's categories alone, as they come.
+    """Read only the category ids and names of an annotation file, in file order.
 
-    Raises InputError where the file cannot be read or is none.
+    Raises InputError if the file is unreadable or not an annotation file.
     """
     try:
         rows = msgspec.json.decode(annotation_file.read_bytes(), type=_Categories).categories
         return [(row.id, row.name) for row in rows]
-    except (OSError, msgspec.DecodeError, RecursionError):  # which the checks of the whole file explain
+    except (OSError, msgspec.DecodeError, RecursionError):  # `read` reports the error
         columns = read(annotation_file)
         return list(zip(columns.category_ids.tolist(), columns.category_names, strict=True))
 
@@ -83,11 +83,11 @@ class _AnnotationRow(msgspec.Struct, gc=False):
     category_id: int
     bbox: tuple[float, float, float, float]
     iscrowd: int
-    area: float  # unused here, but its lack would end the first evaluation, hours later
+    area: float  # unused here, but without it the first evaluation fails, hours later
 
 
 class _MaskRow(_AnnotationRow, gc=False):
-    segmentation: msgspec.Raw  # its decoded numbers, all at once, would take gigabytes of memory
+    segmentation: msgspec.Raw  # decoding all masks at once takes gigabytes of memory
 
 
 class _CategoryRow(msgspec.Struct, gc=False):
@@ -111,10 +111,10 @@ class _MaskFile(msgspec.Struct, gc=False):
     categories: list[_CategoryRow]
 
 
-def _typed_columns(text: str, segmentations: bool) -> Columns | None:
-    """The columns of a file that is as it should be; None where it is not, which `_checked_columns` explains.
+def _parse_typed(text: str, segmentations: bool) -> Columns | None:
+    """Parse a valid file. Return None for any other, which `_parse_untyped` reports.
 
-    Five times as fast as a JSON reader without types, since polygons, most of the file, are passed over.
+    Five times as fast as an untyped JSON reader, because it skips the polygons, most of the file.
     """
     try:
         content = msgspec.json.decode(text, type=_MaskFile) if segmentations else msgspec.json.decode(text, type=_File)
@@ -137,20 +137,20 @@ def _typed_columns(text: str, segmentations: bool) -> Columns | None:
             boxes_xywh=np.fromiter(chain.from_iterable(row.bbox for row in rows), np.float64, 4 * len(rows)).reshape(
                 -1, 4
             ),
-            crowd=integers((row.iscrowd for row in rows), len(rows)),
+            is_crowd=integers((row.iscrowd for row in rows), len(rows)),
             segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)] if segmentations else (),
         )
     except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeError):
         return None
 
 
-def _checked_columns(annotation_file: Path, text: str, segmentations: bool) -> Columns:
-    content = _parse(annotation_file, text, segmentations)
-    problems: list[str] = []
-    images = _Table("images", content, problems)
-    categories = _Table("categories", content, problems)
-    annotations = _Table("annotations", content, problems)
-    annotations.values("area", NUMBER)  # unused here, but its lack would end the first evaluation, hours later
+def _parse_untyped(annotation_file: Path, text: str, segmentations: bool) -> Columns:
+    content = _load_json(annotation_file, text, segmentations)
+    errors: list[str] = []
+    images = _Table("images", content, errors)
+    categories = _Table("categories", content, errors)
+    annotations = _Table("annotations", content, errors)
+    annotations.values("area", NUMBER)  # unused here, but without it the first evaluation fails, hours later
     heights, widths = images.integers("height"), images.integers("width")
     columns = Columns(
         image_ids=images.integers("id"),
@@ -162,104 +162,104 @@ def _checked_columns(annotation_file: Path, text: str, segmentations: bool) -> C
         box_image_ids=annotations.integers("image_id"),
         box_category_ids=annotations.integers("category_id"),
         boxes_xywh=annotations.boxes("bbox"),
-        crowd=annotations.integers("iscrowd"),
+        is_crowd=annotations.integers("iscrowd"),
         segmentations=[row.get("segmentation") for row in annotations.rows] if segmentations else (),
     )
-    refuse(annotation_file, problems)
+    raise_if_any(annotation_file, errors)
     return columns
 
 
-def mistakes(columns: Columns) -> list[str]:
-    """What is wrong between the columns: one line for each kind, with its count and its first row."""
-    problems: list[str] = []
+def validate(columns: Columns) -> list[str]:
+    """Return the errors in the columns, one line per kind with its count and first row."""
+    errors: list[str] = []
 
-    def report(wrong: NDArray[np.bool_], what: str, example: Callable[[int], object]) -> None:
-        if count := int(wrong.sum()):
-            problems.append(f"{what}: {count} of {len(wrong)} (first: {example(int(wrong.argmax()))})")
+    def report(invalid: NDArray[np.bool_], message: str, describe: Callable[[int], object]) -> None:
+        if count := int(invalid.sum()):
+            errors.append(f"{message}: {count} of {len(invalid)} (first: {describe(int(invalid.argmax()))})")
 
-    def box(row: int) -> str:
+    def describe_box(row: int) -> str:
         return (
             f"annotation {columns.annotation_ids[row]}, image_id {columns.box_image_ids[row]}, "
             f"category_id {columns.box_category_ids[row]}, bbox {columns.boxes_xywh[row].tolist()}"
         )
 
-    report(_repeated(columns.image_ids), "images whose id is taken", lambda i: columns.image_ids[i])
-    report(_repeated(columns.category_ids), "categories whose id is taken", lambda i: columns.category_ids[i])
+    report(_is_duplicate(columns.image_ids), "images with a duplicate id", lambda i: columns.image_ids[i])
+    report(_is_duplicate(columns.category_ids), "categories with a duplicate id", lambda i: columns.category_ids[i])
     report(
-        _repeated(columns.annotation_ids),
-        "annotations whose id is taken",
+        _is_duplicate(columns.annotation_ids),
+        "annotations with a duplicate id",
         lambda i: columns.annotation_ids[i],
     )
     sizes_hw = columns.sizes_hw
     report(
         np.any((sizes_hw < 1) | (sizes_hw > JPEG_MAX_SIDE_PX), axis=1),
-        f"images with a width or height not in 1 to {JPEG_MAX_SIDE_PX}",
+        f"images with a width or height outside 1 to {JPEG_MAX_SIDE_PX}",
         lambda i: f"image {columns.image_ids[i]}, {sizes_hw[i, 1]}×{sizes_hw[i, 0]}",
     )
-    box_image, image_known = find(columns.box_image_ids, columns.image_ids)
-    _, category_known = find(columns.box_category_ids, columns.category_ids)
-    report(~image_known, "boxes with an unknown image_id", box)
-    report(~category_known, "boxes with an unknown category_id", box)
+    box_image, has_image = lookup(columns.box_image_ids, columns.image_ids)
+    _, has_category = lookup(columns.box_category_ids, columns.category_ids)
+    report(~has_image, "boxes with an unknown image_id", describe_box)
+    report(~has_category, "boxes with an unknown category_id", describe_box)
 
-    extents_wh = columns.boxes_xywh[:, 2:]
+    sizes_wh = columns.boxes_xywh[:, 2:]
     finite = np.all(np.isfinite(columns.boxes_xywh), axis=1)
-    negative = finite & np.any(extents_wh < 0, axis=1)
+    negative = finite & np.any(sizes_wh < 0, axis=1)
     boxes_xyxy = to_xyxy(np.where(finite[:, None], columns.boxes_xywh, 0))
-    beyond = (boxes_xyxy[:, 2:] <= 0) | (boxes_xyxy[:, :2] >= sizes_hw[box_image, ::-1])
-    report(~finite, "boxes with NaN or infinity", box)
-    report(negative, "boxes with a negative width or height", box)
+    outside = (boxes_xyxy[:, 2:] <= 0) | (boxes_xyxy[:, :2] >= sizes_hw[box_image, ::-1])
+    report(~finite, "boxes with NaN or infinity", describe_box)
+    report(negative, "boxes with a negative width or height", describe_box)
     report(
-        np.any(beyond, axis=1) & np.all(extents_wh > 0, axis=1) & finite & image_known,
-        "boxes wholly outside their image",
-        box,
+        np.any(outside, axis=1) & np.all(sizes_wh > 0, axis=1) & finite & has_image,
+        "boxes entirely outside their image",
+        describe_box,
     )
-    return problems
+    return errors
 
 
-def refuse(annotation_file: Path, problems: list[str]) -> None:
-    """Raise InputError that names all of these problems of a file; none, where there is none."""
-    if len(problems) == 1:
-        raise InputError(f"{annotation_file}: {problems[0]}.")
-    if problems:
-        raise InputError("\n".join([f"{annotation_file}: {len(problems)} mistakes:", *(f"  {p}." for p in problems)]))
+def raise_if_any(annotation_file: Path, errors: list[str]) -> None:
+    """Raise InputError with all errors of a file, if any."""
+    if len(errors) == 1:
+        raise InputError(f"{annotation_file}: {errors[0]}.")
+    if errors:
+        raise InputError("\n".join([f"{annotation_file}: {len(errors)} errors:", *(f"  {e}." for e in errors)]))
 
 
-def _parse(annotation_file: Path, text: str, segmentations: bool) -> dict[str, Any]:
-    def without_polygons(row: dict[str, Any]) -> dict[str, Any]:
-        row.pop("segmentation", None)  # most of the file: kept, COCO's polygons would take gigabytes of memory
+def _load_json(annotation_file: Path, text: str, segmentations: bool) -> dict[str, Any]:
+    def drop_segmentation(row: dict[str, Any]) -> dict[str, Any]:
+        row.pop("segmentation", None)  # COCO's polygons take gigabytes of memory
         return row
 
     try:
-        content = json.loads(text, object_hook=None if segmentations else without_polygons)
+        content = json.loads(text, object_hook=None if segmentations else drop_segmentation)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{annotation_file}, {where}: broken JSON: {error.msg}. {AGAIN}.") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists without end
-        raise InputError(f"{annotation_file}: broken JSON: {error}. {AGAIN}.") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{annotation_file}, {position}: broken JSON: {error.msg}. {REDOWNLOAD_HINT}.") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, too deeply nested lists
+        raise InputError(f"{annotation_file}: broken JSON: {error}. {REDOWNLOAD_HINT}.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{annotation_file}: no COCO annotation file: a JSON object is expected. {AGAIN}.")
+        raise InputError(f"{annotation_file}: not a COCO annotation file: expected a JSON object. {REDOWNLOAD_HINT}.")
     return content
 
 
 class _Table:
     """One list of the annotation file, read by columns.
 
-    What is wrong with a column goes to `problems`, and the column comes back empty: look there before use.
+    An invalid column adds a message to `errors` and is returned empty. Check `errors` before using a column.
     """
 
-    def __init__(self, name: str, content: dict[str, Any], problems: list[str]) -> None:
-        self.name, self.problems = name, problems
+    def __init__(self, name: str, content: dict[str, Any], errors: list[str]) -> None:
+        self.name, self.errors = name, errors
         self.rows: list[Any] = []
         rows = content.get(name)
         if not isinstance(rows, list) or not rows:
-            problems.append(f"'{name}' is {'missing' if rows is None else 'no list' if rows else 'empty'}")
+            errors.append(f"'{name}' is {'missing' if rows is None else 'not a list' if rows else 'empty'}")
         elif set(map(type, rows)) != {dict}:
-            self._report("are no JSON objects", [type(row) is not dict for row in rows])
+            self._report("are not JSON objects", [type(row) is not dict for row in rows])
         else:
             self.rows = rows
 
     def values(self, key: str, types: Mapping[type, str]) -> list[Any]:
-        """The value of `key` in each row, every one of these types."""
+        """Return the value of `key` in each row, each of one of `types`."""
         try:
             values = [row[key] for row in self.rows]
         except KeyError:
@@ -270,7 +270,7 @@ class _Table:
         return values
 
     def integers(self, key: str) -> NDArray[np.int64]:
-        """(rows,)."""
+        """Return the integers of `key`: (rows,)."""
         values = self.values(key, INTEGER)
         try:
             return np.array(values, dtype=np.int64)
@@ -279,38 +279,38 @@ class _Table:
             return np.empty(0, dtype=np.int64)
 
     def boxes(self, key: str) -> NDArray[np.float64]:
-        """(rows, 4)."""
+        """Return the boxes of `key`: (rows, 4)."""
         values = self.values(key, {list: "a list"})
         numbers = set(map(type, chain.from_iterable(values)))
         if not (set(map(len, values)) <= {4} and numbers <= NUMBER.keys()):
-            wrong = [len(v) != 4 or any(type(number) not in NUMBER for number in v) for v in values]
-            values = self._report(f"have a '{key}' that is not 4 numbers", wrong)
+            invalid = [len(v) != 4 or any(type(number) not in NUMBER for number in v) for v in values]
+            values = self._report(f"have a '{key}' that is not 4 numbers", invalid)
         try:
             return np.fromiter(chain.from_iterable(values), np.float64).reshape(-1, 4)
         except OverflowError:
             self._report(f"have a '{key}' of more than 64 bits", [max(map(abs, v)) > 2**63 for v in values])
             return np.empty((0, 4))
 
-    def _report(self, what: str, wrong: list[bool]) -> list[Any]:
-        first = f"{self.name}[{wrong.index(True)}]"
-        self.problems.append(f"{sum(wrong)} of {len(wrong)} {self.name} {what} (first: {first})")
+    def _report(self, problem: str, invalid: list[bool]) -> list[Any]:
+        first = f"{self.name}[{invalid.index(True)}]"
+        self.errors.append(f"{sum(invalid)} of {len(invalid)} {self.name} {problem} (first: {first})")
         return []
 
 
-def find(wanted: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index in `ids` of each wanted id, any index where there is none, and whether there is one."""
+def lookup(keys: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the index in `ids` of each key, and whether the key exists. The index of an unknown key is arbitrary."""
     order = np.argsort(ids)
-    index = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-    return index, ids[index] == wanted
+    index = order[np.searchsorted(ids, keys, sorter=order).clip(max=len(ids) - 1)]
+    return index, ids[index] == keys
 
 
-def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which ids an earlier row has already."""
-    repeated = np.ones(len(ids), dtype=bool)
-    repeated[np.unique(ids, return_index=True)[1]] = False
-    return repeated
+def _is_duplicate(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return True for each id that also occurs in an earlier row."""
+    duplicate = np.ones(len(ids), dtype=bool)
+    duplicate[np.unique(ids, return_index=True)[1]] = False
+    return duplicate
 
 
 def to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Boxes (M, 4) by their corners."""
+    """Convert boxes (M, 4) from xywh to xyxy."""
     return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)

@@ -1,4 +1,4 @@
-"""Decoded images kept in memory, so that from the second epoch on nothing is decoded."""
+"""Cache of decoded images in host memory, which saves decoding from the second epoch on."""
 
 import mmap
 import os
@@ -11,77 +11,77 @@ from torch import Tensor
 
 from detection.config.run_config import RunConfig
 from detection.data import image_io
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 
 GIB = 2**30
 
 
-class DecodedCache:
-    """Decoded images in memory that is shared by the data workers of all ranks of a node, filled as they decode.
+class HostImageCache:
+    """Decoded images in memory shared by the data workers of all ranks of a node, stored on first use.
 
-    Each image has a place of its own, after those before it, as long as the limit allows; what lies beyond is
-    decoded each time. Two processes that fill the same place write the same bytes, so nothing is locked. Workers
-    must be forked after it is made.
+    Each image has a fixed slot, in the order of the split, up to the limit. Images beyond the limit are decoded every
+    time. There is no lock, because two processes that fill the same slot write the same bytes. Workers must be forked
+    after the cache is created.
     """
 
-    def __init__(self, sizes_hw: NDArray[np.int32], limit_bytes: int, ranks: Ranks):
-        """sizes_hw: (N, 2) pixels of all images, as the annotation file says."""
+    def __init__(self, sizes_hw: NDArray[np.int32], limit_bytes: int, ranks: DistContext):
+        """sizes_hw: (N, 2) pixels, from the annotation file."""
         ends = np.cumsum(3 * sizes_hw.astype(np.int64).prod(axis=1))
-        self.num_places = int(np.searchsorted(ends, limit_bytes, side="right"))
+        self.num_slots = int(np.searchsorted(ends, limit_bytes, side="right"))
         self.sizes_hw = sizes_hw
-        self.starts = np.concatenate([[0], ends[: self.num_places]])
-        self.size_bytes = int(self.starts[-1])
-        memory = shared_memory(self.num_places + self.size_bytes, ranks)
-        self.filled, self.pixels = memory[: self.num_places], memory[self.num_places :]
+        self.offsets = np.concatenate([[0], ends[: self.num_slots]])
+        self.size_bytes = int(self.offsets[-1])
+        memory = allocate_shared(self.num_slots + self.size_bytes, ranks)
+        self.is_cached, self.pixels = memory[: self.num_slots], memory[self.num_slots :]
 
     def read(self, index: int, path: Path) -> Tensor:
-        """Image `index`, (3, H, W) uint8 with strides of (H, W, 3), decoded if it is not there; not to be changed.
+        """Return image `index`, (3, H, W) uint8 with strides of (H, W, 3), and decode it on first use.
 
-        Raises InputError for a file that cannot be decoded.
+        Do not modify the result. Raises InputError for a file that cannot be decoded.
         """
-        if index >= self.num_places:
+        if index >= self.num_slots:
             return image_io.read(path)
-        place = self.pixels[self.starts[index] : self.starts[index + 1]]
-        if not self.filled[index]:
+        slot = self.pixels[self.offsets[index] : self.offsets[index + 1]]
+        if not self.is_cached[index]:
             image = image_io.read(path)
             if image.shape[1:] != tuple(self.sizes_hw[index]):
-                return image  # the annotation file is wrong about it: there is no place for it
-            place[:] = image.permute(1, 2, 0).reshape(-1).numpy()
-            self.filled[index] = 1
+                return image  # the annotation file has a wrong size, so it does not fit in its slot
+            slot[:] = image.permute(1, 2, 0).reshape(-1).numpy()
+            self.is_cached[index] = 1
         height, width = self.sizes_hw[index]
-        return torch.from_numpy(place.reshape(height, width, 3)).permute(2, 0, 1)
+        return torch.from_numpy(slot.reshape(height, width, 3)).permute(2, 0, 1)
 
 
-def make(config: RunConfig, sizes_hw: NDArray[np.int32], ranks: Ranks) -> DecodedCache | None:
-    """The cache that the settings ask for, if they do, of training images of these sizes (N, 2) in pixels."""
+def build(config: RunConfig, sizes_hw: NDArray[np.int32], ranks: DistContext) -> HostImageCache | None:
+    """Return the cache if the settings request one. sizes_hw: (N, 2) pixels of the training images."""
     if config.image_cache == "none":
         return None
-    limit_bytes = int(config.image_cache_gib * GIB) or free_memory_bytes() // 2
-    return DecodedCache(sizes_hw, limit_bytes, ranks)
+    limit_bytes = int(config.image_cache_gib * GIB) or available_host_memory() // 2
+    return HostImageCache(sizes_hw, limit_bytes, ranks)
 
 
-def shared_memory(num_bytes: int, ranks: Ranks) -> NDArray[np.uint8]:
-    """Zeros (num_bytes,) that all ranks of this node see; nothing is taken of the machine until it is written to.
+def allocate_shared(num_bytes: int, ranks: DistContext) -> NDArray[np.uint8]:
+    """Return zeros (num_bytes,) shared by all ranks of this node. A page uses memory only once written.
 
-    The memory has no name that could outlive the run, and a container's limit on /dev/shm does not bind it.
+    The memory is anonymous, so it cannot outlive the run, and a container's limit on /dev/shm does not apply.
     """
     descriptor = os.memfd_create("decoded images")
     os.truncate(descriptor, num_bytes + 1)  # an empty file cannot be mapped
-    first = ranks.from_node(Path("/proc", str(os.getpid()), "fd", str(descriptor)))
-    with first.open("r+b") as file:
+    shared_file = ranks.broadcast_in_node(Path("/proc", str(os.getpid()), "fd", str(descriptor)))
+    with shared_file.open("r+b") as file:
         mapped = mmap.mmap(file.fileno(), num_bytes + 1)
     ranks.barrier()
     os.close(descriptor)
     return np.frombuffer(mapped, dtype=np.uint8)[:num_bytes]
 
 
-def free_memory_bytes() -> int:
-    """Memory that this process may still take: what the machine has free, or its control group if that is less."""
+def available_host_memory() -> int:
+    """Return the bytes that this process may still allocate: of the host or its cgroup, whichever is less."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
+    cgroup = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # there is no such group, or its limit is "max"
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup v2, or its limit is "max"
         return free
     return min(free, limit - used)

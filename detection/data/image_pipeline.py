@@ -1,6 +1,6 @@
-"""Where the pixels of a batch are made: by the worker that read the files, or on the device, of what it is sent.
+"""Image decoding, cropping and resizing: in the data worker, or on the device from uploaded data.
 
-Both make the same bytes. B images.
+Both pipelines produce the same bytes. B images.
 """
 
 from collections.abc import Sequence
@@ -14,183 +14,190 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.data import image_io
-from detection.data.device_resize import CHANNELS, Cuts, Taps, mirrored, side_of, taps
-from detection.data.host_cache import DecodedCache
+from detection.data.device_resize import CHANNELS, BatchCrops, Taps, bilinear_taps, flip_taps, stack_taps
+from detection.data.host_cache import HostImageCache
 
 
-class Original(NamedTuple):
-    """An image as it is in its file.
+class SourceImage(NamedTuple):
+    """An image before cropping and resizing.
 
-    image: its index in the split. size_hw: in pixels. decoded: (3, H, W) uint8 RGB. encoded: the file's bytes (L,).
-    Where both are None, the device has its pixels.
+    image_index: in the split. size_hw: in pixels. decoded: (3, H, W) uint8 RGB. encoded: the file's bytes (L,).
+    If both are None, the device has the pixels cached.
     """
 
-    image: int
+    image_index: int
     size_hw: tuple[int, int]
     decoded: Tensor | None = None
     encoded: Tensor | None = None
 
 
-class Part(NamedTuple):
-    """A part of an image, and what it becomes.
+class CropSpec(NamedTuple):
+    """A crop of an image with its target size.
 
-    box_px: left, top, right and bottom. size_hw: that it is resized to. mirrored: left to right, after that.
+    box_px: left, top, right and bottom. size_hw: size after resizing. flip: mirror horizontally after resizing.
     """
 
-    original: Original
+    source: SourceImage
     box_px: tuple[int, int, int, int]
     size_hw: tuple[int, int]
-    mirrored: bool = False
+    flip: bool = False
 
-    def across(self) -> Taps:
-        """What its columns are made of, counted from the left of the original."""
+    def column_taps(self) -> Taps:
+        """Return the taps of its columns, relative to the left of the source image."""
         left, _, right, _ = self.box_px
-        columns = taps(right - left, self.size_hw[1], start=left)
-        return mirrored(columns) if self.mirrored else columns
+        taps = bilinear_taps(right - left, self.size_hw[1], start=left)
+        return flip_taps(taps) if self.flip else taps
 
-    def down(self) -> Taps:
-        """What its rows are made of, counted from the top of the part."""
+    def row_taps(self) -> Taps:
+        """Return the taps of its rows, relative to the top of the crop."""
         _, top, _, bottom = self.box_px
-        return taps(bottom - top, self.size_hw[0])
+        return bilinear_taps(bottom - top, self.size_hw[0])
 
 
-class Originals(NamedTuple):
-    """What the device makes a batch of: images whose pixels it has, then those sent as pixels, then those as files.
+class DeviceBatchInput(NamedTuple):
+    """Input from which the device assembles a batch.
 
-    rows: (B,) at which of these the batch has its first image, its second, .... decoded: (P,) uint8, pixels as
-    (height, width, 3), one image after another. encoded: (Q,) uint8, one file after another. sent: (F, 4) of each
-    image that is sent: its index in the split, height and width, and the length of its file, 0 where it is sent as
-    pixels. starts: (B,) where an image begins in the pixels that the device has, or in those that are sent. widths:
-    (B,). cuts: of all B.
+    Images are sorted: cached images first, then images uploaded as pixels, then images uploaded as files.
+
+    order: (B,) sorted position of each image of the batch. decoded: (P,) uint8, concatenated pixels (height, width, 3).
+    encoded: (Q,) uint8, concatenated files. uploaded: (F, 4) per uploaded image its index in the split, height, width
+    and file length (0 if uploaded as pixels). offsets: (B,) start of an image in the cached pixels, or in the uploaded
+    ones. widths: (B,) of the images. crops: of all B images.
     """
 
-    rows: Tensor
+    order: Tensor
     decoded: Tensor
     encoded: Tensor
-    sent: Tensor
-    starts: Tensor
+    uploaded: Tensor
+    offsets: Tensor
     widths: Tensor
-    cuts: Cuts
+    crops: BatchCrops
 
 
-class Pixels(Protocol):
-    """What workers do to images."""
+class ImagePipeline(Protocol):
+    """Processing of images in a data worker."""
 
-    def read(self, index: int, path: Path) -> Original:
-        """Read an image, and decode it where that is the worker's part; raises InputError that names the file."""
+    def read(self, index: int, path: Path) -> SourceImage:
+        """Read an image, and decode it unless the device does.
 
-    def make(self, part: Part) -> Any:
-        """What becomes of a part of it, as far as that is the worker's part."""
+        Raises InputError with the path of an unreadable file.
+        """
 
-    def lay_out(self, made: Sequence[Any], multiple_px: int = 1) -> Any:
-        """What was made of the images of a batch, as the batch's images."""
+    def transform(self, crop: CropSpec) -> Any:
+        """Crop and resize an image, unless the device does."""
+
+    def collate(self, images: Sequence[Any], multiple_px: int = 1) -> Any:
+        """Combine the transformed images to one batch, padded to multiples of `multiple_px`."""
 
 
-class HostPixels:
-    """The worker decodes, cuts out and resizes."""
+class HostImagePipeline:
+    """Pipeline whose workers decode, crop and resize."""
 
-    def __init__(self, cache: DecodedCache | None = None):
+    def __init__(self, cache: HostImageCache | None = None):
         self.cache = cache
 
-    def read(self, index: int, path: Path) -> Original:
-        """Read and decode an image; raises InputError that names the file."""
+    def read(self, index: int, path: Path) -> SourceImage:
+        """Read and decode an image. Raises InputError with the path of an unreadable file."""
         decoded = self.cache.read(index, path) if self.cache else image_io.read(path)
-        return Original(index, size_of(decoded), decoded=decoded)
+        return SourceImage(index, image_hw(decoded), decoded=decoded)
 
-    def make(self, part: Part) -> Tensor:
-        """What becomes of the part: (3, h, w) uint8."""
-        left, top, right, bottom = part.box_px
-        assert part.original.decoded is not None
-        image = image_io.resize(part.original.decoded[:, top:bottom, left:right], part.size_hw)
-        return image.flip(2) if part.mirrored else image
+    def transform(self, crop: CropSpec) -> Tensor:
+        """Crop and resize to (3, h, w) uint8."""
+        left, top, right, bottom = crop.box_px
+        assert crop.source.decoded is not None
+        image = image_io.resize(crop.source.decoded[:, top:bottom, left:right], crop.size_hw)
+        return image.flip(2) if crop.flip else image
 
-    def lay_out(self, made: Sequence[Tensor], multiple_px: int = 1) -> Tensor:
-        """The batch: (B, 3, H, W) uint8, as `images.lay_out` does it."""
-        return image_io.lay_out(made, multiple_px)
+    def collate(self, images: Sequence[Tensor], multiple_px: int = 1) -> Tensor:
+        """Pad the images to one batch (B, 3, H, W) uint8."""
+        return image_io.pad_to_batch(images, multiple_px)
 
 
-class DevicePixels:
-    """The worker sends what the device lacks, and how to cut and resize it.
+class DeviceImagePipeline:
+    """Pipeline whose workers send the images that the device has not cached, and the crops of all.
 
-    places: (M + 1,) where the place of each of the first M images begins in the device's memory, and where that of the
-    last ends. held: (M,) which of them are there; the rank writes it. sizes_hw: (N, 2) of all images, as annotated.
-    device_decodes: JPEG files are sent.
+    offsets: (M + 1,) start of each of the first M images in the cache, and the end of the last. is_cached: (M,) written
+    by the rank. sizes_hw: (N, 2) of all images, from the annotations. device_decodes: send JPEG files undecoded.
     """
 
     def __init__(
         self,
-        places: NDArray[np.int64],
-        held: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        is_cached: NDArray[np.uint8],
         sizes_hw: NDArray[np.int32],
         *,
         device_decodes: bool,
     ):
-        self.places, self.held, self.sizes_hw, self.device_decodes = places, held, sizes_hw, device_decodes
+        self.offsets, self.is_cached, self.sizes_hw, self.device_decodes = offsets, is_cached, sizes_hw, device_decodes
 
-    def read(self, index: int, path: Path) -> Original:
-        """Read an image that the device lacks; raises InputError that names the file."""
-        if index < len(self.held) and self.held[index]:
+    def read(self, index: int, path: Path) -> SourceImage:
+        """Read an image unless the device has cached it. Raises InputError with the path of an unreadable file."""
+        if index < len(self.is_cached) and self.is_cached[index]:
             height, width = self.sizes_hw[index].tolist()
-            return Original(index, (height, width))
+            return SourceImage(index, (height, width))
         if not self.device_decodes:
             decoded = image_io.read(path)
-            return Original(index, size_of(decoded), decoded=decoded)
-        with image_io.naming(path):
+            return SourceImage(index, image_hw(decoded), decoded=decoded)
+        with image_io.image_errors(path):
             encoded = path.read_bytes()
-            if size_hw := image_io.whole_jpeg_hw(encoded):
-                return Original(index, size_hw, encoded=torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+            if size_hw := image_io.complete_jpeg_hw(encoded):
+                return SourceImage(index, size_hw, encoded=torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
             decoded = image_io.decode(encoded)
-        return Original(index, size_of(decoded), decoded=decoded)
+        return SourceImage(index, image_hw(decoded), decoded=decoded)
 
-    def make(self, part: Part) -> Part:
-        """The part itself: the device makes something of it."""
-        return part
+    def transform(self, crop: CropSpec) -> CropSpec:
+        """Return the crop unchanged: the device applies it."""
+        return crop
 
-    def lay_out(self, made: Sequence[Part], multiple_px: int = 1) -> Originals:
-        """What the device makes the batch of, to be laid out as `images.lay_out` does it."""
-        order = sorted(range(len(made)), key=lambda row: way(made[row].original))
-        parts = [made[row] for row in order]
-        held = [part.original for part in parts if way(part.original) == HELD]
-        sent = [part.original for part in parts if way(part.original) != HELD]
-        ends = np.cumsum([0, *(CHANNELS * height * width for _, (height, width), *_ in sent)])
-        height, width = image_io.common_hw([part.size_hw for part in parts], multiple_px)
-        tops, bottoms = ([part.box_px[side] for part in parts] for side in (1, 3))
-        return Originals(
-            rows=torch.tensor(order).argsort(),
-            decoded=joined([one.decoded.permute(1, 2, 0).reshape(-1) for one in sent if one.decoded is not None]),
-            encoded=joined([one.encoded for one in sent if one.encoded is not None]),
-            sent=torch.tensor(list(starmap(described, sent)), dtype=torch.int64).reshape(-1, 4),
-            starts=torch.tensor([*(int(self.places[one.image]) for one in held), *ends[:-1].tolist()]),
-            widths=torch.tensor([part.original.size_hw[1] for part in parts]),
-            cuts=Cuts(
+    def collate(self, images: Sequence[CropSpec], multiple_px: int = 1) -> DeviceBatchInput:
+        """Return the input from which the device assembles the batch, padded like `image_io.pad_to_batch`."""
+        order = sorted(range(len(images)), key=lambda row: storage_of(images[row].source))
+        crops = [images[row] for row in order]
+        cached = [crop.source for crop in crops if storage_of(crop.source) == CACHED]
+        uploaded = [crop.source for crop in crops if storage_of(crop.source) != CACHED]
+        ends = np.cumsum([0, *(CHANNELS * height * width for _, (height, width), *_ in uploaded)])
+        height, width = image_io.padded_hw([crop.size_hw for crop in crops], multiple_px)
+        tops, bottoms = ([crop.box_px[side] for crop in crops] for side in (1, 3))
+        return DeviceBatchInput(
+            order=torch.tensor(order).argsort(),
+            decoded=concat_bytes(
+                [source.decoded.permute(1, 2, 0).reshape(-1) for source in uploaded if source.decoded is not None]
+            ),
+            encoded=concat_bytes([source.encoded for source in uploaded if source.encoded is not None]),
+            uploaded=torch.tensor(list(starmap(upload_header, uploaded)), dtype=torch.int64).reshape(-1, 4),
+            offsets=torch.tensor([*(int(self.offsets[source.image_index]) for source in cached), *ends[:-1].tolist()]),
+            widths=torch.tensor([crop.source.size_hw[1] for crop in crops]),
+            crops=BatchCrops(
                 torch.tensor(tops),
                 torch.arange(max(bottom - top for top, bottom in zip(tops, bottoms, strict=True))),
-                side_of([part.across() for part in parts], width),
-                side_of([part.down() for part in parts], height),
+                stack_taps([crop.column_taps() for crop in crops], width),
+                stack_taps([crop.row_taps() for crop in crops], height),
             ),
         )
 
 
-HELD, DECODED, ENCODED = range(3)
+CACHED, DECODED, ENCODED = range(3)
 
 
-def way(original: Original) -> int:
-    """How the device comes to the pixels of an image."""
-    if original.encoded is not None:
+def storage_of(source: SourceImage) -> int:
+    """Return how the device gets the pixels of an image: CACHED, DECODED or ENCODED."""
+    if source.encoded is not None:
         return ENCODED
-    return HELD if original.decoded is None else DECODED
+    return CACHED if source.decoded is None else DECODED
 
 
-def described(image: int, size_hw: tuple[int, int], _: Tensor | None, encoded: Tensor | None) -> tuple[int, ...]:
-    """An original as in `Originals.sent`."""
-    return image, *size_hw, 0 if encoded is None else len(encoded)
+def upload_header(
+    image_index: int, size_hw: tuple[int, int], _: Tensor | None, encoded: Tensor | None
+) -> tuple[int, ...]:
+    """Return one row of `DeviceBatchInput.uploaded`."""
+    return image_index, *size_hw, 0 if encoded is None else len(encoded)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """uint8 tensors (n,) one after another; there may be none."""
+def concat_bytes(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate any number of uint8 tensors (n,), or none."""
     return torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
 
 
-def size_of(pixels: Tensor) -> tuple[int, int]:
-    """Height and width of an image (3, H, W)."""
+def image_hw(pixels: Tensor) -> tuple[int, int]:
+    """Return height and width of an image (3, H, W)."""
     return pixels.shape[1], pixels.shape[2]

@@ -1,6 +1,6 @@
-"""A user's pictures of any kind: found, read as they are shown, named where they cannot be.
+"""Reader of a user's images in any format that Pillow supports, as a viewer shows them.
 
-Unlike COCO's training images, which are decoded in `detection.data.image_io`.
+`detection.data.image_io` decodes the training images.
 """
 
 import warnings
@@ -13,106 +13,108 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detection.config.settings import InputError
 
-# Transparent parts are seen on this, as on a page.
-PAPER = (255, 255, 255, 255)
+# RGBA background of transparent parts.
+TRANSPARENCY_FILL = (255, 255, 255, 255)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is shown: turned as its EXIF orientation says, the first frame of several.
+class UserImage:
+    """First frame of an image file with its EXIF orientation applied.
 
-    image: RGB. mode: as the file has it, in Pillow's words. frames: in the file.
+    image: RGB. mode: Pillow's mode of the file. num_frames: in the file.
     """
 
     path: Path
     image: Image.Image
     mode: str
-    frames: int
+    num_frames: int
 
 
-def find(paths: Sequence[Path]) -> list[Path]:
-    """The pictures that are meant: a folder stands for those in it, by their suffixes; each is named once.
+def expand_paths(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the images in them (by suffix), and drop duplicates.
 
-    Raises InputError where a folder holds none. Whether a file is there shows when it is read.
+    Raises InputError for a folder without images. `read` reports a missing file.
     """
     Image.init()
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for path in paths:
-        inside = [path]
+        candidates = [path]
         if path.is_dir():
-            inside = sorted(
+            candidates = sorted(
                 p for p in path.iterdir() if p.is_file() and p.suffix.lower() in Image.registered_extensions()
             )
-            if not inside:
-                raise InputError(f"{path}: no picture is in this folder")
-        for file in inside:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+            if not candidates:
+                raise InputError(f"{path}: no image in this folder. Pass a folder with images or the files themselves.")
+        for file in candidates:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
-def read(path: Path) -> Picture:
-    """Read a picture of any format and mode that Pillow knows.
+def read(path: Path) -> UserImage:
+    """Read an image of any format and mode that Pillow supports.
 
-    Sixteen bits and floating-point values are brought to eight, transparent parts laid on white. Raises InputError
-    that names the file where it is absent, broken, or larger than Pillow's limit against decompression bombs.
+    16-bit and floating-point values become 8-bit. Transparent parts become white. Raises InputError with the path of
+    a file that is missing, corrupt, or larger than Pillow's limit against decompression bombs.
     """
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     try:
         with warnings.catch_warnings():
-            # Pillow warns at half of the limit at which it refuses, and of much else that does no harm here.
+            # Pillow warns at half of the limit at which it raises, and about much else that is harmless here.
             warnings.simplefilter("ignore")
             with Image.open(path) as opened:
                 mode, frames = opened.mode, getattr(opened, "n_frames", 1)
                 opened.seek(0)
                 opened.load()
-                return Picture(path, to_rgb(turned(opened)), mode, frames)
+                return UserImage(path, to_rgb(apply_exif_orientation(opened)), mode, frames)
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {limit:,} pixels, as a decompression bomb has. Make it smaller.") from None
+        raise InputError(
+            f"{path}: more than {limit:,} pixels, possibly a decompression bomb. Make it smaller."
+        ) from None
     except MemoryError:
-        raise InputError(f"{path}: there is no memory for its pixels. Make it smaller.") from None
+        raise InputError(f"{path}: not enough memory for its pixels. Make it smaller.") from None
     except OSError as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is in no format that is known" if unknown else error.strerror or str(error)
-        raise InputError(f"{path}: this picture cannot be read ({reason})") from error
-    except Exception as error:  # whatever a decoder of a broken file stumbles over
-        raise InputError(f"{path}: this picture cannot be read ({error or type(error).__name__})") from error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown image format" if is_unknown else error.strerror or str(error)
+        raise InputError(f"{path}: this image cannot be read ({reason})") from error
+    except Exception as error:  # a decoder may raise anything for a corrupt file
+        raise InputError(f"{path}: this image cannot be read ({error or type(error).__name__})") from error
 
 
-def turned(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says; as it is where that is broken."""
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, or return the image unchanged if its EXIF data is corrupt."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever a parser of broken EXIF stumbles over: the pixels are sound
+    except Exception:  # the parser may raise anything for corrupt EXIF data, but the pixels are intact
         return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB."""
-    if is_deep(image):
-        return Image.fromarray(to_bytes(np.asarray(image))).convert("RGB")
+    """Convert an image of any mode to RGB."""
+    if is_high_bit_depth(image):
+        return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, PAPER)
-        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
+        background = Image.new("RGBA", image.size, TRANSPARENCY_FILL)
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether its grey values have more than eight bits."""
+def is_high_bit_depth(image: Image.Image) -> bool:
+    """Return True for grayscale of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def to_bytes(
+def to_uint8(
     values: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Grey values (H, W) of more than eight bits to uint8.
+    """Convert grayscale values (H, W) of more than 8 bits to uint8.
 
-    Pillow itself cuts off at 255, which leaves a 16-bit picture white. Integers within 16 bits keep their scale;
-    others, and floating-point values beyond 0 to 1, have none, and are stretched to their own range.
+    Pillow itself clips at 255, which turns a 16-bit image white. Integers within 16 bits and floating-point values
+    within 0 to 1 keep their scale. Other values have no known scale and are stretched to the full range.
     """
-    grey = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = grey.min(), grey.max()
+    gray = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = gray.min(), gray.max()
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     elif values.dtype.kind != "f" and low >= 0 and high <= 65_535:
         low, high = 0.0, 65_535.0
-    return np.round((grey - low) * (255 / max(high - low, np.finfo(np.float64).tiny))).astype(np.uint8)
+    return np.round((gray - low) * (255 / max(high - low, np.finfo(np.float64).tiny))).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Masks of objects by run lengths down the columns of their image, as COCO's files and results have them."""
+"""Run-length encoded (RLE) masks, column by column, as in COCO's annotation and result files."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -9,50 +9,53 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
 
-class CompressedMask(TypedDict):
-    """The mask of an object as COCO's results format has it: `size` is height and width of the image."""
+class CocoRle(TypedDict):
+    """Compressed RLE of one mask, as in COCO's results format. `size` is the image height and width."""
 
     size: list[int]
     counts: str
 
 
-class RunLengths(msgspec.Struct, gc=False):
-    """A mask down the columns of its image, as lengths of 0s and 1s in turn, or these in COCO's compressed text."""
+class RleSegmentation(msgspec.Struct, gc=False):
+    """RLE of an annotation file: alternating lengths of 0s and 1s down the columns, as integers or compressed text."""
 
     size: tuple[int, int]
     counts: list[int] | str
 
 
-class NoMask(ValueError):
-    """What is wrong with a segmentation."""
+class InvalidMask(ValueError):
+    """Invalid segmentation."""
 
 
-def runs(mask: RunLengths, size_hw: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(runs, 2): where the runs of ones start and stop, in pixels counted down the columns of the image.
+def rle_to_runs(segmentation: RleSegmentation, size_hw: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return start and stop of each run of 1s, in pixels counted down the columns of the image: (runs, 2).
 
-    Raises NoMask where they are not of an image of that size.
+    Raises InvalidMask if the RLE does not fit the image size.
     """
     height, width = size_hw.tolist()
-    if mask.size != (height, width):
-        raise NoMask(f"run lengths of {mask.size[1]}×{mask.size[0]} pixels, and the image has {width}×{height}")
-    counts = _decompress(mask.counts) if isinstance(mask.counts, str) else mask.counts
+    if segmentation.size != (height, width):
+        raise InvalidMask(
+            f"RLE of {segmentation.size[1]}×{segmentation.size[0]} pixels, but the image has {width}×{height}"
+        )
+    counts = _decode_counts(segmentation.counts) if isinstance(segmentation.counts, str) else segmentation.counts
     if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise NoMask(f"run lengths that do not add up to {width}×{height} pixels")
+        raise InvalidMask(f"RLE that does not add up to {width}×{height} pixels")
     ends = np.cumsum(counts)
     return ends[: len(ends) // 2 * 2].reshape(-1, 2)
 
 
-def _decompress(text: str) -> list[int]:
-    """The run lengths of COCO's compressed text: six bits a character, the differences to the last but one.
+def _decode_counts(text: str) -> list[int]:
+    """Decode COCO's compressed text to run lengths.
 
-    pycocotools decodes them, too, but not to numbers, and leaves what a text that is too short does not say undefined.
+    A character holds six bits. A value is the difference to the last but one run length.
+    pycocotools decodes to a bitmap only, and its result for a truncated text is undefined.
     """
     counts: list[int] = []
     value = shift = 0
     for code in text.encode():
         bits = code - 48
         if not 0 <= bits < 64 or shift > 60:
-            raise NoMask("run lengths in a text that is not COCO's")
+            raise InvalidMask("RLE text that is not in COCO's format")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -62,47 +65,47 @@ def _decompress(text: str) -> list[int]:
         counts.append(value + counts[-2] if len(counts) > 2 else value)
         value = shift = 0
     if shift:
-        raise NoMask("run lengths in a text that breaks off")
+        raise InvalidMask("RLE text that is truncated")
     return counts
 
 
-def borders(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
-    """The runs of `runs` as lines (L, 2, 2) x, y: of each upright rectangle the left border down, the right one up.
+def runs_to_edges(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
+    """Convert runs to vertical edges (R, 2, 2) x, y: per rectangle the left edge down, then the right edge up.
 
-    A run that goes on in further columns is cut into its part of the first column, whole columns, and the rest.
+    A run over several columns becomes three rectangles: in its first column, the full columns, and the rest.
     """
     runs = runs[runs[:, 0] < runs[:, 1]]
     (left, top), (right, bottom) = np.divmod(runs[:, 0], height), np.divmod(runs[:, 1] - 1, height)
-    within = left == right
-    none, whole = np.zeros_like(left), np.full_like(left, height)
+    one_column = left == right
+    zero, full = np.zeros_like(left), np.full_like(left, height)
     rectangles_xyxy = np.concatenate(
         [
-            np.stack([left, top, left + 1, np.where(within, bottom + 1, height)], axis=1),
-            np.stack([left + 1, none, right, whole], axis=1)[right > left + 1],
-            np.stack([right, none, right + 1, bottom + 1], axis=1)[~within],
+            np.stack([left, top, left + 1, np.where(one_column, bottom + 1, height)], axis=1),
+            np.stack([left + 1, zero, right, full], axis=1)[right > left + 1],
+            np.stack([right, zero, right + 1, bottom + 1], axis=1)[~one_column],
         ]
     ).astype(np.float32)
     return rectangles_xyxy[:, [[[0, 1], [0, 3]], [[2, 3], [2, 1]]]].reshape(-1, 2, 2)
 
 
-def filled(lines: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> CompressedMask:
-    """What is inside of a box's lines, those of `Outlines`."""
-    if len(lines[0]) == 2:  # left and right borders in turn, as `borders` makes them
-        corners = np.concatenate(lines).reshape(-1, 4, 2)
+def fill_rings(rings: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> CocoRle:
+    """Return the mask inside the rings of one box, as in `PolygonArrays`."""
+    if len(rings[0]) == 2:  # alternating left and right edges of `runs_to_edges`
+        corners = np.concatenate(rings).reshape(-1, 4, 2)
         shapes: Any = np.concatenate([corners[:, 0], corners[:, 2] - corners[:, 0]], axis=1)
     else:
-        shapes = [line[:-1].ravel().tolist() for line in lines]
+        shapes = [ring[:-1].ravel().tolist() for ring in rings]
     merged = mask_api.merge(mask_api.frPyObjects(shapes, *size_hw))
     return {"size": list(size_hw), "counts": merged["counts"].decode()}
 
 
-def compress(run_lengths: NDArray[np.int64], size_hw: tuple[int, int]) -> CompressedMask:
-    """A mask's run lengths, down the columns, 0s and 1s in turn, beginning with the 0s, in COCO's compressed text."""
-    plain = {"size": list(size_hw), "counts": run_lengths.tolist()}
-    return {"size": list(size_hw), "counts": mask_api.frPyObjects(plain, *size_hw)["counts"].decode()}
+def encode_rle(run_lengths: NDArray[np.int64], size_hw: tuple[int, int]) -> CocoRle:
+    """Encode alternating run lengths of 0s and 1s, 0s first, down the columns, as COCO's compressed text."""
+    uncompressed = {"size": list(size_hw), "counts": run_lengths.tolist()}
+    return {"size": list(size_hw), "counts": mask_api.frPyObjects(uncompressed, *size_hw)["counts"].decode()}
 
 
-def bitmap(mask: CompressedMask) -> NDArray[np.uint8]:
-    """A mask as (H, W) of 0 and 1."""
+def decode_mask(mask: CocoRle) -> NDArray[np.uint8]:
+    """Decode a mask to (H, W) of 0 and 1."""
     pixels: NDArray[np.uint8] = mask_api.decode(mask)
     return pixels

@@ -1,1 +1,1 @@
-"""The training loop, its state, optimizers, timers and loggers, and the start and end of a run."""
+"""Training loop, its state, optimizers, timers and loggers, and the start and end of a run."""

@@ -1,4 +1,4 @@
-"""The beginning and the end of every benchmark's run: ranks, folder, logs, and one message for whatever goes wrong."""
+"""Entry point of every run: process group, run folder, logs, modes, and one message per error."""
 
 import atexit
 import json
@@ -11,24 +11,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from detection import git_state, run_dir
 from detection.checkpoint import resume
 from detection.config.run_config import RunConfig
-from detection.config.settings import InputError, Topology, read_topology, to_json
+from detection.config.settings import InputError, RankInfo, read_rank_info, to_json
 from detection.data import device_cache
-from detection.data.loader import WorkerLost, lost_workers_named
-from detection.engine import tensorboard
-from detection.engine.run_logger import Diverged, Progress
-from detection.engine.state import Run
-from detection.engine.tensorboard import Board
-from detection.engine.train_loop import Stopped
+from detection.data.loader import DataWorkerDied, translate_worker_errors
+from detection.engine import tensorboard, throughput, train_loop
+from detection.engine.run_logger import NonFiniteLossError, RunLogger
+from detection.engine.state import RunContext
+from detection.engine.tensorboard import TensorBoardLogger
+from detection.engine.workload import TrainingStopped, TrainResult, Workload
 from detection.runtime import device, numa_binding
-from detection.runtime.distributed import PeerLost, Ranks, connect
-from detection.runtime.signals import SIGNALS, Interrupted, Interruption, end_with_parent
+from detection.runtime.distributed import PeerDisconnected, DistContext, init_process_group
+from detection.runtime.signals import SIGNALS, RunInterrupted, SignalHandler, set_parent_death_signal
 from detection.runtime.watchdog import Watchdog
 from mlperf.log import MlperfLog
 
@@ -36,148 +36,168 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
-class Process:
-    """This process among those of the run, and what may end it."""
+class ProcessContext:
+    """Process group of this rank, its signal handler and its watchdog."""
 
-    ranks: Ranks
+    ranks: DistContext
     num_nodes: int
-    interruption: Interruption
+    signals: SignalHandler
     watchdog: Watchdog
 
 
-def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, Process], int]) -> int:
-    """Train on this rank, with settings that `load` makes of flags; returns the exit status."""
-    topology = Topology()
-    with Interruption() as interruption:
+def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, ProcessContext], int]) -> int:
+    """Run `train` on this rank with the settings that `load` reads from the flags. Return the exit status."""
+    rank_info = RankInfo()
+    with SignalHandler() as signals:
         try:
-            config, topology = load(argv), read_topology()
-            if topology.launched:
-                end_with_parent()
-            check_bn_group(config, topology)
-            rank_device = device.choose(config.device, topology.local_rank)
-            device_cache.check(config, rank_device)
-            if bound := numa_binding.bind(config.numa_binding, topology, rank_device):
-                print(bound, flush=True)
+            config, rank_info = load(argv), read_rank_info()
+            if rank_info.has_launcher:
+                set_parent_death_signal()
+            check_bn_group(config, rank_info)
+            rank_device = device.select_device(config.device, rank_info.local_rank)
+            device_cache.validate(config, rank_device)
+            if binding := numa_binding.bind(config.numa_binding, rank_info, rank_device):
+                print(binding, flush=True)
             with (
-                Watchdog(topology.rank, config.step_timeout_s) as watchdog,
-                # The watchdog speaks first: it knows where a rank hangs.
-                connect(topology, rank_device, timeout_s=config.step_timeout_s + 60) as ranks,
-                lost_workers_named(),
+                Watchdog(rank_info.rank, config.step_timeout_s) as watchdog,
+                # Times out after the watchdog, which reports where a rank hangs.
+                init_process_group(rank_info, rank_device, timeout_s=config.step_timeout_s + 60) as ranks,
+                translate_worker_errors(),
             ):
-                return train(config, Process(ranks, topology.nodes, interruption, watchdog))
+                return train(config, ProcessContext(ranks, rank_info.num_nodes, signals, watchdog))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except Stopped as stop:
-            if topology.rank == 0:  # it is the same on every rank
-                print(f"stopped by {stop}. What was reached is saved: --resume auto goes on.", file=sys.stderr)
-            return stop.status
-        except Diverged as error:
-            if topology.rank == 0:  # it is the same on every rank
+        except TrainingStopped as stopped:
+            if rank_info.rank == 0:  # same on every rank
+                print(f"stopped by {stopped}. Progress is saved. Resume with --resume auto.", file=sys.stderr)
+            return stopped.status
+        except NonFiniteLossError as error:
+            if rank_info.rank == 0:  # same on every rank
                 print(f"error: {error}", file=sys.stderr)
             return 1
-        except (PeerLost, WorkerLost) as error:
-            print(f"error: rank {topology.rank}: {error}", file=sys.stderr)
+        except (PeerDisconnected, DataWorkerDied) as error:
+            print(f"error: rank {rank_info.rank}: {error}", file=sys.stderr)
             return 1
-        except Interrupted as interrupted:
+        except RunInterrupted as interrupted:
             return 128 + interrupted.signal_number
 
 
-def check_bn_group(config: RunConfig, topology: Topology) -> None:
-    """Raise InputError where the ranks do not make whole groups."""
-    span = config.bn_ranks(topology.world_size)
-    if topology.world_size % span:
-        raise InputError(f"bn_group {span} does not divide the {topology.world_size} ranks")
+def check_bn_group(config: RunConfig, rank_info: RankInfo) -> None:
+    """Raise InputError unless the batch-norm groups divide the ranks."""
+    group_size = config.bn_group_size(rank_info.world_size)
+    if rank_info.world_size % group_size:
+        raise InputError(
+            f"--bn-group {group_size}: does not divide the {rank_info.world_size} ranks. Pass a divisor, or 0 for all."
+        )
 
 
 @contextmanager
-def opened(config: RunConfig, process: Process) -> Iterator[Run]:
-    """The run's folder and logs, open; the log says whose run this is, and that it begins.
+def open_run(config: RunConfig, process: ProcessContext) -> Iterator[RunContext]:
+    """Open the run folder and the logs, and log the submission and init_start.
 
-    At the end this process ends by itself, with a status of its own, whatever the launcher sends.
+    On exit, ignore further signals, so that this process ends with its own exit status.
     """
     ranks = process.ranks
     folder = Path(ranks.broadcast(config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))))
-    if ranks.is_first:
+    if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    resumed = ranks.broadcast(resume.find(config, folder) if ranks.is_first else None)
+    resume_point = ranks.broadcast(resume.find_resume_point(config, folder) if ranks.is_main else None)
     if config.tensorboard:
-        tensorboard.require()
-    if ranks.is_first:
+        tensorboard.require_tensorboard()
+    if ranks.is_main:
         (folder / run_dir.CONFIG).write_text(to_json(config))
-    progress = Progress(
+    logger = RunLogger(
         ranks,
         folder / run_dir.METRICS,
         log_every=config.log_every,
-        summary_file=summary_file(config),
-        board=Board(folder / run_dir.BOARD) if config.tensorboard and ranks.is_first else None,
+        summary_file=open_summary_file(config),
+        tensorboard=TensorBoardLogger(folder / run_dir.TENSORBOARD) if config.tensorboard and ranks.is_main else None,
     )
-    log_file = run_dir.log_file(folder, config.run_index)
+    log_file = run_dir.log_path(folder, config.run_index)
     try:
         log = MlperfLog(
-            log_file if ranks.is_first and config.mode == "train" else None,
-            append=resumed is not None and resumed.continues,
-            before_echo=progress.clear,
+            log_file if ranks.is_main and config.mode == "train" else None,
+            append=resume_point is not None and resume_point.appends_to_log,
+            before_echo=logger.hide_bar,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
     try:
-        seed = resumed.state["seed"] if resumed else ranks.broadcast(new_seed(config))
+        seed = resume_point.state["seed"] if resume_point else ranks.broadcast(resolve_seed(config))
         torch.manual_seed(seed)
-        run = Run(
-            config, ranks, log, progress, process.interruption, process.watchdog, folder, seed=seed, resumed=resumed
+        run = RunContext(
+            config, ranks, log, logger, process.signals, process.watchdog, folder, seed=seed, resume_point=resume_point
         )
-        if not run.continues:
+        if not run.appends_to_log:
             log_submission(log, config, process.num_nodes)
             log.start("init")
-            log.point("seed", seed)
+            log.event("seed", seed)
         yield run
     finally:
-        process.interruption.ignore()
+        process.signals.ignore_signals()
         log.close()
-        progress.close()
+        logger.close()
 
 
-def summary_file(config: RunConfig) -> Path | None:
-    """The file of --summary-json, if one is asked for; raises InputError where it cannot be written."""
+def run_mode(workload: Workload[Any], run: RunContext, log_hyperparameters: Callable[[], None]) -> TrainResult | None:
+    """Run the mode of the settings. Return the result, or None for a throughput measurement.
+
+    log_hyperparameters: logs the hyperparameters of a new training run to the MLPerf log.
+    """
+    match run.config.mode:
+        case "train":
+            if not run.appends_to_log:
+                log_hyperparameters()
+            return train_loop.train_to_target(workload, run)
+        case "evaluate":
+            return train_loop.evaluate_only(workload, run)
+        case "bench-train":
+            throughput.benchmark_training(workload, run)
+        case "bench-infer":
+            throughput.benchmark_inference(workload, run)
+    return None
+
+
+def open_summary_file(config: RunConfig) -> Path | None:
+    """Return the file of --summary-json, if any. Raise InputError if it is not writable."""
     if not config.summary_json:
         return None
     path = Path(config.summary_json)
     try:
         path.open("a").close()
     except OSError as error:
-        raise InputError(f"--summary-json {path}: it cannot be written ({error.strerror})") from error
+        raise InputError(f"--summary-json {path}: cannot be written ({error.strerror}). Pass another file.") from error
     return path
 
 
-def new_seed(config: RunConfig) -> int:
-    """The seed that was given, or one from the system."""
+def resolve_seed(config: RunConfig) -> int:
+    """Return the seed of the settings, or a random one."""
     return secrets.randbits(31) if config.seed is None else config.seed
 
 
 def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
-    """Say whose run this is, and what is known before it begins."""
-    log.point("submission_benchmark", config.benchmark)
-    log.point("submission_org", config.org)
-    log.point("submission_division", config.division)
-    log.point("submission_status", config.availability)
-    log.point("submission_platform", config.submission_platform(num_nodes))
-    log.point("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
-    log.point("cache_clear", config.page_cache_dropped)
-    program = git_state.read(config.source_commit)
-    log.point("commit", program.commit, dirty=program.dirty)
-    log.point("config", json.loads(to_json(config)))
+    """Log the submitter, the data set, the source commit and the settings."""
+    log.event("submission_benchmark", config.benchmark)
+    log.event("submission_org", config.org)
+    log.event("submission_division", config.division)
+    log.event("submission_status", config.availability)
+    log.event("submission_platform", config.submission_platform(num_nodes))
+    log.event("dataset", config.dataset, is_coco2017=config.dataset == "coco2017")
+    log.event("cache_clear", config.page_cache_dropped)
+    source = git_state.read(config.source_commit)
+    log.event("commit", source.commit, dirty=source.dirty)
+    log.event("config", json.loads(to_json(config)))
 
 
-def end(status: int) -> NoReturn:
-    """End the process with its own status, whatever the launcher sends: it ends the ranks that are left when one has.
+def hard_exit(status: int) -> NoReturn:
+    """Exit with this status, ignoring the signals that the launcher sends when another rank has exited.
 
-    The interpreter is not taken apart as it would be after sys.exit: gloo's threads outlive their process group where
-    something still refers to it, may then let go of a tensor, and abort the process since there is no interpreter
-    left to do so (seen with torch 2.15 in one of some ten runs of four ranks).
+    Skip the interpreter's shutdown. Threads of gloo outlive a process group that is still referenced. If one releases a
+    tensor after the shutdown, it aborts the process (seen with torch 2.15 in about one of ten runs of four ranks).
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):
         sys.stdout.flush()

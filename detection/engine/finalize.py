@@ -1,4 +1,4 @@
-"""The end of a run: the last figures confirmed, the log checked, and where everything lies."""
+"""End of a run: final metrics verified, log checked, files listed."""
 
 import json
 import sys
@@ -7,64 +7,69 @@ from pathlib import Path
 from typing import Protocol
 
 from detection import run_dir
-from detection.engine.state import Run
-from detection.engine.train_loop import NOT_REACHED, Outcome
+from detection.engine.state import RunContext
+from detection.engine.workload import EXIT_TARGET_NOT_REACHED, TrainResult
 from mlperf import compliance
 
 
-class Evaluation(Protocol):
-    """What was found at the last evaluation."""
+class Evaluator(Protocol):
+    """Results of the last evaluation."""
 
-    by_class: list[dict[str, object]]
-    """Of each category its name, its AP and how many objects the truth has, once the figures are confirmed."""
+    per_class_ap: list[dict[str, object]]
+    """Name, AP and number of ground-truth objects of each category, set by `verify_official`."""
 
-    def confirm(self) -> dict[str, float]:
-        """The figures again, by the official library."""
+    def verify_official(self) -> dict[str, float]:
+        """Recompute the metrics with pycocotools."""
 
-    def results(self) -> Mapping[str, list[dict[str, object]]]:
-        """The detections in COCO's format, by the names of their files."""
+    def coco_results(self) -> Mapping[str, list[dict[str, object]]]:
+        """Return the detections in COCO's results format, by file name."""
 
 
-def conclude(outcome: Outcome, run: Run, evaluation: Evaluation) -> int:
-    """Have the log and the last figures checked, write the detections, say where all lies; returns the exit status."""
-    if run.ranks.is_first:
-        for name, detections in evaluation.results().items():
+def finalize_run(result: TrainResult, run: RunContext, evaluator: Evaluator) -> int:
+    """Write the detections, check the log, verify the final metrics and list all files. Return the exit status."""
+    if run.ranks.is_main:
+        for name, detections in evaluator.coco_results().items():
             (run.folder / name).write_text(json.dumps(detections))
         if run.config.mode == "train":
-            report(outcome, run)
-        official = evaluation.confirm()
-        (run.folder / "classes.json").write_text(json.dumps(evaluation.by_class))
-        show_files(run.folder)
-        if official != outcome.metrics:
-            said = shown(official, run)
-            print(f"error: pycocotools says {said}. Run again with --coco-eval-backend pycocotools.", file=sys.stderr)
+            print_result(result, run)
+        official = evaluator.verify_official()
+        (run.folder / "classes.json").write_text(json.dumps(evaluator.per_class_ap))
+        print_run_files(run.folder)
+        if official != result.metrics:
+            official_text = format_targets(official, run)
+            print(
+                f"error: final metrics: pycocotools computes {official_text}. "
+                "Run again with --coco-eval-backend pycocotools.",
+                file=sys.stderr,
+            )
             return 1
-        print("pycocotools confirms the last figures")
-        if run.log.broken:
-            print(f"error: the log has a gap ({run.log.broken.strerror}): it proves nothing", file=sys.stderr)
+        print("pycocotools confirms the final metrics")
+        if run.log.write_error:
+            reason = run.log.write_error.strerror
+            print(f"error: the MLPerf log is incomplete ({reason}) and cannot be submitted", file=sys.stderr)
             return 1
-    return 0 if outcome.reached or run.config.mode == "evaluate" else NOT_REACHED
+    return 0 if result.target_reached or run.config.mode == "evaluate" else EXIT_TARGET_NOT_REACHED
 
 
-def report(outcome: Outcome, run: Run) -> None:
-    """Print how the run ended, and the checker's verdict on its log."""
-    reached = "the target is reached" if outcome.reached else f"the {run.config.epochs} epochs are used up"
-    targets = ", ".join(map(str, run.progress.facts["targets"].values()))
-    print(f"{shown(outcome.metrics, run)} after epoch {outcome.epoch}, target {targets}: {reached}")
-    verdict = compliance.check(run_dir.log_file(run.folder, run.config.run_index), run.config.ruleset)
+def print_result(result: TrainResult, run: RunContext) -> None:
+    """Print the final metrics, and the verdict of the compliance checker on the log."""
+    status = "target reached" if result.target_reached else f"target not reached in {run.config.epochs} epochs"
+    targets = ", ".join(map(str, run.logger.metadata["targets"].values()))
+    print(f"{format_targets(result.metrics, run)} after epoch {result.epoch}, target {targets}: {status}")
+    verdict = compliance.check(run_dir.log_path(run.folder, run.config.run_index), run.config.ruleset)
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:
         print(f"  {message}")
 
 
-def shown(metrics: Mapping[str, float], run: Run) -> str:
-    """The figures that the run is held to, for people."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in run.progress.facts["targets"])
+def format_targets(metrics: Mapping[str, float], run: RunContext) -> str:
+    """Format the metrics that have a target."""
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in run.logger.metadata["targets"])
 
 
-def show_files(folder: Path) -> None:
-    """Print where the files of the run are."""
-    print(f"The run lies in {folder}/:")
+def print_run_files(folder: Path) -> None:
+    """List the files of the run folder."""
+    print(f"Run folder {folder}/:")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"  {path.relative_to(folder)}")

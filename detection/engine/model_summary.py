@@ -1,4 +1,4 @@
-"""The layers of a network as a table: what ./run_and_time.sh --model-summary prints."""
+"""Table of a network's layers, as ./run_and_time.sh --model-summary prints it."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,11 +13,11 @@ Config = TypeVar("Config", bound=RunConfig)
 HEADINGS = ("layer", "kind", "weights", "parameters", "")
 
 
-def describe(make_model: Callable[[Config], nn.Module], config: Config) -> str:
-    """The network of the settings, layer by layer in the order it is written in, and the sums; num_classes is known.
+def summarize_model(make_model: Callable[[Config], nn.Module], config: Config) -> str:
+    """Return a table of the layers with weights, and the total numbers of parameters. num_classes must be known.
 
-    Of each layer that has weights: its name and kind, the shapes of weights and biases, the number of both together,
-    and whether they are trained. No memory is taken for them.
+    Columns: name, kind, shapes of weights and biases, number of parameters, trained or frozen. The model is built on
+    the meta device, without memory.
     """
     with torch.device("meta"):
         model = make_model(config)
@@ -27,17 +27,17 @@ def describe(make_model: Callable[[Config], nn.Module], config: Config) -> str:
     for name, layer in model.named_modules():
         if weights := list(layer.parameters(recurse=False)):
             shapes = " + ".join("×".join(map(str, tensor.shape)) for tensor in weights)
-            trained = "trained" if any(tensor.requires_grad for tensor in weights) else "frozen"
-            rows.append((name, type(layer).__name__, shapes, f"{sum(tensor.numel() for tensor in weights):,}", trained))
-    wide = [max(len(row[column]) for row in rows) for column in range(4)]
+            status = "trained" if any(tensor.requires_grad for tensor in weights) else "frozen"
+            rows.append((name, type(layer).__name__, shapes, f"{sum(tensor.numel() for tensor in weights):,}", status))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
-        f"{name:<{wide[0]}}  {kind:<{wide[1]}}  {shapes:<{wide[2]}}  {count:>{wide[3]}}  {trained}".rstrip()
-        for name, kind, shapes, count, trained in rows
+        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {shapes:<{widths[2]}}  {count:>{widths[3]}}  {status}".rstrip()
+        for name, kind, shapes, count, status in rows
     ]
     total = sum(tensor.numel() for tensor in model.parameters())
-    trained_ones = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    sums = (
+    num_trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+    totals = (
         f"{config.network_name} for {config.num_classes} classes: {len(rows) - 1} layers, {total:,} parameters, "
-        f"{trained_ones:,} of them trained and {total - trained_ones:,} frozen"
+        f"{num_trained:,} trained and {total - num_trained:,} frozen"
     )
-    return "\n".join([*lines, "", sums])
+    return "\n".join([*lines, "", totals])

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate."""
+"""Optimizer and learning-rate schedules."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from torch import nn
 from detection.config.settings import InputError
 
 
-def make_sgd(
+def build_sgd(
     model: nn.Module,
     *,
-    kernels: str,
+    backend: str,
     momentum: float,
     weight_decay: float,
     weight_decay_on_bias_and_norm: bool = True,
     bias_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """SGD over all trained parameters; the loop sets the learning rate, `set_learning_rate`.
+    """Build SGD over all trained parameters, with a learning rate of 0 until `set_learning_rate`.
 
-    kernels: whose fused update, "torch" or "apex"; both compute the same. weight_decay_on_bias_and_norm: whether biases and batch
-    norm decay, too; bias_lr_factor: how much faster they learn; where they differ, they make a group of their own.
-    InputError where apex is not installed.
-    On devices without torch's it is not fused: the same numbers to a rounding, slower.
+    backend: fused update of "torch" or of "apex", which compute the same. weight_decay_on_bias_and_norm: apply weight
+    decay to biases and batch norm, too. bias_lr_factor: factor on the learning rate of these. If either differs, they
+    form their own parameter group. Raise InputError if apex is not installed. On devices without torch's fused kernel
+    the update is not fused: slower, and equal up to rounding.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, Any]] = [{"params": trained}]
@@ -33,10 +33,10 @@ def make_sgd(
             {"params": [parameter for parameter in trained if parameter.dim() > 1]},
             {"params": biases, "weight_decay": decay, "lr_factor": bias_lr_factor},
         ]
-    if kernels == "torch":
-        fused = all(fuses_sgd(device) for device in {parameter.device for parameter in trained})
+    if backend == "torch":
+        fused = all(supports_fused_sgd(device) for device in {parameter.device for parameter in trained})
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
-        forget(sgd)
+        reset_optimizer_state(sgd)
         return sgd
     try:
         from apex.optimizers import FusedSGD
@@ -48,11 +48,12 @@ def make_sgd(
     return optimizer
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Put the momentum back to where it is before the first step.
+def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Reset the optimizer to its state before the first step.
 
-    For torch's fused update that is to zeros, which give the same: without, it makes room and leaves there whatever
-    was in the memory where the first step is skipped, as the first ones in fp16 often are (torch 2.4 to 2.15).
+    For torch's fused update the momentum is set to zeros, which gives the same result as none. Otherwise the fused
+    update allocates it uninitialized and leaves it so if it skips the first step, as fp16 often does (torch 2.4 to
+    2.15).
     """
     optimizer.state.clear()
     for group in optimizer.param_groups:
@@ -61,44 +62,44 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def fuses_sgd(device: torch.device) -> bool:
-    """Whether torch's fused update runs on a device: tried, since torch lists any third party's as one that does."""
+def supports_fused_sgd(device: torch.device) -> bool:
+    """Try torch's fused update on a device: torch lists every third-party device as supported."""
     parameter = nn.Parameter(torch.zeros(1, device=device))
     parameter.grad = torch.zeros_like(parameter)
     try:
         torch.optim.SGD([parameter], lr=0.0, momentum=0.9, fused=True).step()
-    except RuntimeError:  # which NotImplementedError is, too
+    except RuntimeError:  # includes NotImplementedError
         return False
     return True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter, of those of a group with a factor to so many times as much."""
+    """Set the learning rate of every parameter group, multiplied by its `lr_factor` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
-def learning_rate_by_steps(
+def multistep_lr(
     step: int,
     epoch: int,
     *,
     peak: float,
     warmup_steps: int,
-    warmup_share: float,
+    warmup_start_factor: float,
     decay_steps: tuple[int, ...],
     lr_decay_factor: float,
 ) -> float:
-    """Learning rate of a step (from 0), whatever its epoch.
+    """Return the learning rate of a step (from 0), independent of its epoch.
 
-    Linear warm-up from peak·share over the first `warmup_steps`, multiplied by `lr_decay_factor` from each of
-    `decay_steps` on (Detectron).
+    Linear warm-up from peak·warmup_start_factor over the first `warmup_steps`, multiplied by `lr_decay_factor` from
+    each of `decay_steps` on (Detectron).
     """
     rate = peak * lr_decay_factor ** sum(step >= boundary for boundary in decay_steps)
-    done = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-    return rate * (warmup_share * (1 - done) + done)
+    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    return rate * (warmup_start_factor * (1 - progress) + progress)
 
 
-def learning_rate(
+def mlperf_ssd_lr(
     step: int,
     epoch: int,
     *,
@@ -108,7 +109,7 @@ def learning_rate(
     lr_decay_epochs: tuple[int, ...],
     lr_decay_factor: float,
 ) -> float:
-    """Learning rate of a step (from 0) in an epoch (from 1).
+    """Return the learning rate of a step (from 0) in an epoch (from 1).
 
     Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `lr_decay_factor` after
     each of `lr_decay_epochs` (MLPerf reference).
@@ -120,7 +121,7 @@ def learning_rate(
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Make batch norm use its running statistics, and train neither its weights nor its biases."""
+    """Freeze batch norm: use its running statistics, and train neither weights nor biases."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -1,34 +1,40 @@
-"""Training's state to a checkpoint, and back."""
+"""Conversion of the training state to a checkpoint and back."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 
 from detection.checkpoint import checkpointer
-from detection.checkpoint.resume import Resumed
+from detection.checkpoint.resume import ResumePoint
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
-from detection.engine.state import Run, State
+from detection.engine.state import RunContext, TrainState
 from detection.runtime import sync_batch_norm
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 
 
-def positions(run: Run) -> dict[str, int]:
-    """How long the run's files are now, in bytes: the log's position, for a checkpoint."""
-    return {"log": run.log.position(), "metrics": run.progress.position()}
+def log_offsets(run: RunContext) -> dict[str, int]:
+    """Return the current sizes of the log files in bytes. A resumed run truncates them to these."""
+    return {"log": run.log.file_offset(), "metrics": run.logger.file_offset()}
 
 
 def save(
-    state: State, run: Run, written: Mapping[str, int], *, score: float | None = None, together: bool = True
+    state: TrainState,
+    run: RunContext,
+    log_offsets: Mapping[str, int],
+    *,
+    score: float | None = None,
+    collective: bool = True,
 ) -> None:
-    """Write a checkpoint, on the first rank; a disk that is full costs the checkpoint, not the run.
+    """Write a checkpoint on the first rank. If the disk is full, continue without that checkpoint.
 
-    together: all ranks are here, to tell what their batch norm has seen; else it is the same on all.
+    collective: all ranks call this, and their batch-norm statistics are gathered. Otherwise only this rank's are saved,
+    which must be the same on all ranks.
     """
     model = run.ranks.unwrap(state.model)
-    rows = sync_batch_norm.statistics(model).unsqueeze(0)
-    if together:
-        rows = run.ranks.gather_rows(rows)
-    if not run.ranks.is_first:
+    rows = sync_batch_norm.running_stats(model).unsqueeze(0)
+    if collective:
+        rows = run.ranks.all_gather_rows(rows)
+    if not run.ranks.is_main:
         return
     content = {
         "benchmark": run.config.benchmark,
@@ -36,45 +42,47 @@ def save(
         "batch_norm": rows,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "random": checkpointer.random_states(run.ranks.device),
+        "random": checkpointer.rng_states(run.ranks.device),
         "seed": run.seed,
         "epoch": state.epoch,
-        "samples": state.samples,
-        "evaluated": state.evaluated,
+        "samples": state.images_in_epoch,
+        "evaluated": state.epoch_evaluated,
         "step": state.step,
         "global_batch_size": run.config.global_batch_size(run.ranks.world_size),
         "categories": [asdict(category) for category in state.categories],
-        "written": dict(written),
+        "written": dict(log_offsets),
         "config": to_json(run.config),
     }
     try:
         checkpointer.save(run.folder, epoch=state.epoch, step=state.step, score=score, state=content)
     except OSError as error:
-        run.progress.say(f"warning: no checkpoint was saved after step {state.step}: {error}")
+        run.logger.print(f"warning: checkpoint after step {state.step} not saved: {error}")
 
 
-def restore(state: State, resumed: Resumed, config: RunConfig, ranks: Ranks) -> None:
-    """Put training back to where a checkpoint was written; raises InputError where it is of another network.
+def restore(state: TrainState, resume_point: ResumePoint, config: RunConfig, ranks: DistContext) -> None:
+    """Restore the training state from a checkpoint. Raise InputError if it belongs to a different network.
 
-    With another global batch the schedule goes on by samples: the step is that of as many images. Batch norm's
-    running statistics are each rank's own where there are as many ranks, else the mean of them all.
+    If the global batch size changed, the step is converted so that the number of images stays the same. Each rank gets
+    its own batch-norm running statistics if the number of ranks is the same, otherwise the mean over ranks.
     """
-    model, saved = ranks.unwrap(state.model), resumed.state
+    model, saved = ranks.unwrap(state.model), resume_point.state
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
         raise InputError(
-            f"{resumed.path}: the checkpoint is of another network ({str(error).splitlines()[-1].strip()})"
+            f"{resume_point.path}: checkpoint of a different network ({str(error).splitlines()[-1].strip()}). "
+            "Pass the settings of the run that wrote it."
         ) from error
     rows = saved["batch_norm"]
-    sync_batch_norm.set_statistics(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
+    sync_batch_norm.set_running_stats(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
     try:
         state.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
         raise InputError(
-            f"{resumed.path}: the checkpoint is of another optimiser ({error}). Give --weight-decay-on-bias-and-norm as it was"
+            f"{resume_point.path}: checkpoint of a different optimizer ({error}). "
+            "Pass --weight-decay-on-bias-and-norm and --bias-lr-factor as in the run that wrote it."
         ) from error
     state.scaler.load_state_dict(saved["scaler"])
-    state.epoch, state.samples, state.evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
+    state.epoch, state.images_in_epoch, state.epoch_evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
     state.step = round(saved["step"] * saved["global_batch_size"] / config.global_batch_size(ranks.world_size))
-    checkpointer.set_random_states(saved["random"], ranks.device)
+    checkpointer.set_rng_states(saved["random"], ranks.device)

@@ -1,4 +1,4 @@
-"""What is trained and how far it has come, and what surrounds it."""
+"""Training state, and the context of the run around it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detection.checkpoint.resume import Resumed
+from detection.checkpoint.resume import ResumePoint
 from detection.config.run_config import RunConfig
 from detection.data.coco import Category
-from detection.engine.run_logger import Progress
-from detection.engine.step_timer import Phases
+from detection.engine.run_logger import RunLogger
+from detection.engine.step_timer import StepTimer
 from detection.runtime.device import Precision
-from detection.runtime.distributed import Ranks
-from detection.runtime.signals import Interruption
+from detection.runtime.distributed import DistContext
+from detection.runtime.signals import SignalHandler
 from detection.runtime.watchdog import Watchdog
 from mlperf.log import MlperfLog
 
 
 @dataclass
-class State:
-    """What is trained, and how far training has come.
+class TrainState:
+    """Model, optimizer and progress of training.
 
-    step: those made so far. epoch: the one in progress, from 1, or the last; samples: images of it that are
-    trained; evaluated: whether it is over and its evaluation too.
+    step: completed steps. epoch: current or last epoch, from 1. images_in_epoch: images of it trained so far.
+    epoch_evaluated: the epoch and its evaluation are complete.
     """
 
     model: nn.Module
@@ -32,35 +32,35 @@ class State:
     precision: Precision
     step: int = 0
     epoch: int = 0
-    samples: int = 0
-    evaluated: bool = True
+    images_in_epoch: int = 0
+    epoch_evaluated: bool = True
     categories: tuple[Category, ...] = ()
-    """What the labels 1, 2, ... stand for, once the data are open; it travels in the checkpoints."""
-    phases: Phases = field(default_factory=Phases)
+    """Categories of the labels 1, 2, ..., known once the data set is open, and saved in checkpoints."""
+    step_timer: StepTimer = field(default_factory=StepTimer)
 
-    def begin(self, epoch: int) -> None:
-        """An epoch starts."""
-        self.epoch, self.samples, self.evaluated = epoch, 0, False
+    def start_epoch(self, epoch: int) -> None:
+        """Start an epoch."""
+        self.epoch, self.images_in_epoch, self.epoch_evaluated = epoch, 0, False
 
 
 @dataclass(frozen=True)
-class Run:
-    """What surrounds the training: who takes part, and what it tells and leaves.
+class RunContext:
+    """Context of a run: configuration, ranks, loggers and run folder.
 
-    resumed: the checkpoint that the run goes on from, if it does.
+    resume_point: the checkpoint to resume from, if any.
     """
 
     config: RunConfig
-    ranks: Ranks
+    ranks: DistContext
     log: MlperfLog
-    progress: Progress
-    interruption: Interruption
+    logger: RunLogger
+    signals: SignalHandler
     watchdog: Watchdog
     folder: Path
     seed: int
-    resumed: Resumed | None = None
+    resume_point: ResumePoint | None = None
 
     @property
-    def continues(self) -> bool:
-        """Whether the log has a beginning already."""
-        return self.resumed is not None and self.resumed.continues
+    def appends_to_log(self) -> bool:
+        """Return whether the run continues its own earlier log."""
+        return self.resume_point is not None and self.resume_point.appends_to_log

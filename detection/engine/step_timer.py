@@ -1,4 +1,4 @@
-"""Where the time of a step goes: into data, forward, backward, optimiser."""
+"""Time of each phase of a step: data, forward, backward, optimizer."""
 
 import time
 from collections import defaultdict
@@ -8,28 +8,27 @@ import torch
 from detection.runtime import device
 
 
-class Phases:
-    """The time that each phase takes, on time.monotonic's clock.
+class StepTimer:
+    """Seconds per phase, on the clock of time.monotonic.
 
-    wait_for: the device that is waited for at the end of each phase, so that its work counts where it belongs; None
-    never waits, and then an accelerator may be still at work on what has ended here. spent_s: seconds of each phase,
-    since `begin`. end_s: when each has ended last.
+    sync_device: device to synchronize at the end of each phase. Without one, the work of an accelerator may count in a
+    later phase. elapsed_s: seconds of each phase since `start`. last_end_s: last end of each phase.
     """
 
-    def __init__(self, wait_for: torch.device | None = None):
-        self.wait_for = wait_for
-        self.end_s: dict[str, float] = {}
-        self.begin()
+    def __init__(self, sync_device: torch.device | None = None):
+        self.sync_device = sync_device
+        self.last_end_s: dict[str, float] = {}
+        self.start()
 
-    def begin(self) -> None:
-        """Count from here."""
-        self.spent_s: defaultdict[str, float] = defaultdict(float)
-        self.mark_s = time.monotonic()
+    def start(self) -> None:
+        """Reset the timer."""
+        self.elapsed_s: defaultdict[str, float] = defaultdict(float)
+        self.last_s = time.monotonic()
 
-    def end(self, phase: str) -> None:
-        """What was done since the last phase ended, or since the beginning, was this one."""
-        if self.wait_for is not None:
-            device.synchronize(self.wait_for)
-        now_s = self.end_s[phase] = time.monotonic()
-        self.spent_s[phase] += now_s - self.mark_s
-        self.mark_s = now_s
+    def lap(self, phase: str) -> None:
+        """Attribute the time since the previous call to `phase`."""
+        if self.sync_device is not None:
+            device.synchronize(self.sync_device)
+        now_s = self.last_end_s[phase] = time.monotonic()
+        self.elapsed_s[phase] += now_s - self.last_s
+        self.last_s = now_s

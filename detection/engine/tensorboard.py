@@ -1,4 +1,4 @@
-"""Events for TensorBoard, on request: the package is no dependency, and nothing of it is loaded without."""
+"""Optional TensorBoard events. The package is imported only with --tensorboard."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import Any
 
 from detection.config.settings import InputError
 
-# Which values of an event are drawn, and over which of its fields.
+# For each event: the field for the x-axis, and the fields to plot.
 SCALARS = {
     "step": ("step", ("loss", "lr", "images_per_s")),
     "epoch": ("epoch", ("loss", "images_per_s", "seconds")),
@@ -15,32 +15,32 @@ SCALARS = {
 }
 
 
-def require() -> None:
-    """Raise InputError where the package is not installed."""
+def require_tensorboard() -> None:
+    """Raise InputError if the package tensorboard is not installed."""
     if find_spec("tensorboard") is None:
         raise InputError(
             "--tensorboard: the package tensorboard is not installed. Install it with .venv/bin/pip install "
-            "tensorboard, or leave the flag out: metrics.jsonl holds the same figures"
+            "tensorboard, or omit the flag: metrics.jsonl holds the same metrics."
         )
 
 
-class Board:
-    """Draws the events of a run into a folder that TensorBoard reads."""
+class TensorBoardLogger:
+    """Writer of a run's events for TensorBoard."""
 
     def __init__(self, folder: Path):
-        from torch.utils.tensorboard import SummaryWriter  # not before it is known to be there
+        from torch.utils.tensorboard import SummaryWriter  # optional package
 
         self.writer = SummaryWriter(str(folder))
 
-    def add(self, event: str, values: Mapping[str, Any]) -> None:
-        """Draw what an event says, as <event>/<name>; the figures of an evaluation each by its own name."""
+    def log_event(self, event: str, values: Mapping[str, Any]) -> None:
+        """Write the values of an event as <event>/<name>, and every metric of an evaluation by its own name."""
         if event not in SCALARS:
             return
-        over, names = SCALARS[event]
-        shown = {name: values[name] for name in names} | values.get("metrics", {})
-        for name, value in shown.items():
-            self.writer.add_scalar(f"{event}/{name}", value, values[over])
+        step_field, fields = SCALARS[event]
+        scalars = {name: values[name] for name in fields} | values.get("metrics", {})
+        for name, value in scalars.items():
+            self.writer.add_scalar(f"{event}/{name}", value, values[step_field])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         self.writer.close()

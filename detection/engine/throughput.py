@@ -1,7 +1,7 @@
-"""How fast this machine trains and evaluates: the modes bench-train and bench-infer.
+"""Throughput measurements: the modes bench-train and bench-infer.
 
-The steps are the loop's own (`engine.train_step`, the benchmark's `detect`), on the data that a run has, or on noise
-that is on the device already. Nothing of it is an MLPerf result, and no MLPerf log is written.
+They time the steps of real runs (`train_loop.train_step`, `Workload.predict`), on the data set or on synthetic input
+that is already on the device. They produce no MLPerf result and no MLPerf log.
 """
 
 import itertools
@@ -14,90 +14,91 @@ import torch
 from numpy.typing import NDArray
 
 from detection.config.settings import InputError
-from detection.data.batch import Share
-from detection.data.prefetch import move, prefetch
+from detection.data.batch import RankBatch
+from detection.data.prefetch import to_device, prefetch
 from detection.engine import train_loop
-from detection.engine.state import Run, State
-from detection.engine.step_timer import Phases
-from detection.engine.train_loop import Benchmark
+from detection.engine.state import RunContext, TrainState
+from detection.engine.step_timer import StepTimer
+from detection.engine.workload import Workload
 from detection.runtime import device
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
 
-PHASE_STEPS = 4  # a quarter of the steps is made again, waiting for the device at the end of each phase
+PHASE_STEPS_DIVISOR = 4  # a quarter of the steps runs again, synchronizing the device after each phase
 
 
-def training(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
-    """Measure training steps; the figures of each kind of input, printed and in the summary."""
-    state = train_loop.build(benchmark, run.config, run.ranks)
-    train_loop.warm_up(state, benchmark, run)
-    train_loop.set_training(state.model, run.config)
+def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
+    """Time training steps. Print, summarize and return the metrics of each input kind."""
+    state = train_loop.build_state(workload, run.config, run.ranks)
+    train_loop.warm_up(state, workload, run)
+    train_loop.set_train_mode(state.model, run.config)
 
-    def work(share: Share[Any]) -> int:
-        lr = benchmark.learning_rate(state.step, 1)
-        train_loop.train_step(state, share, lr, benchmark, run.config, run.ranks)
-        return len(share.batch[0])
+    def step_fn(rank_batch: RankBatch[Any]) -> int:
+        lr = workload.lr_schedule(state.step, 1)
+        train_loop.train_step(state, rank_batch, lr, workload, run.config, run.ranks)
+        return len(rank_batch.batch[0])
 
-    def real() -> Iterator[Share[Any]]:
-        data = benchmark.open_data()
-        return (share for epoch in itertools.count(1) for share in data.shares(epoch, 0))
+    def real() -> Iterator[RankBatch[Any]]:
+        data = workload.make_train_source()
+        return (rank_batch for epoch in itertools.count(1) for rank_batch in data.train_batches(epoch, 0))
 
-    def made_up() -> Share[Any]:
+    def synthetic() -> RankBatch[Any]:
         num_images = run.config.global_batch_size(run.ranks.world_size)
-        return Share(benchmark.made_up_batch(), num_images, run.ranks.world_size / num_images)
+        return RankBatch(workload.dummy_batch(), num_images, run.ranks.world_size / num_images)
 
-    return measure(work, real, made_up, benchmark, state, run)
+    return measure(step_fn, real, synthetic, workload, state, run)
 
 
-def inference(benchmark: Benchmark[Any], run: Run) -> list[dict[str, Any]]:
-    """Measure evaluation, but for the metric: batch to detections; the figures as in `training`."""
-    state = train_loop.build(benchmark, run.config, run.ranks)
+def benchmark_inference(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
+    """Time inference from batch to detections, without the COCO metric. Report as `benchmark_training` does."""
+    state = train_loop.build_state(workload, run.config, run.ranks)
 
     def real() -> Iterator[Any]:
-        data = benchmark.open_eval_data()
+        data = workload.make_eval_source()
         if data.eval_samples < run.ranks.world_size:
             raise InputError(f"{data.eval_samples} evaluation images are too few for {run.ranks.world_size} ranks")
         return (batch for _ in itertools.count() for batch in data.eval_batches())
 
-    with train_loop.evaluating(state, run) as model:
-        model.register_forward_hook(lambda *_: state.phases.end("forward"))
+    with train_loop.eval_mode(state, run) as model:
+        model.register_forward_hook(lambda *_: state.step_timer.lap("forward"))
 
-        def work(batch: Any) -> int:
-            benchmark.detect(model, batch)
-            state.phases.end("detection")
+        def step_fn(batch: Any) -> int:
+            workload.predict(model, batch)
+            state.step_timer.lap("detection")
             return len(batch[0])
 
-        return measure(work, real, benchmark.made_up_eval_batch, benchmark, state, run)
+        return measure(step_fn, real, workload.dummy_eval_batch, workload, state, run)
 
 
 def measure(
-    work: Callable[[Any], int],
+    step_fn: Callable[[Any], int],
     real: Callable[[], Iterator[Any]],
-    made_up: Callable[[], Any],
-    benchmark: Benchmark[Any],
-    state: State,
-    run: Run,
+    synthetic: Callable[[], Any],
+    workload: Workload[Any],
+    state: TrainState,
+    run: RunContext,
 ) -> list[dict[str, Any]]:
-    """Time `work`, which returns its number of images, on each kind of input that was asked for."""
-    config, on = run.config, run.ranks.device
-    run.progress.start_clock(train_loop.facts(benchmark, run, state))
+    """Time `step_fn`, which returns its number of images, on each requested input kind."""
+    config, run_device = run.config, run.ranks.device
+    run.logger.start_run(train_loop.run_metadata(workload, run, state))
     results = []
     for kind in ("real", "synthetic"):
         if config.benchmark_input not in ("both", kind):
             continue
-        batches = prefetch(real(), on) if kind == "real" else itertools.repeat(move(made_up(), on))
-        steps(batches, work, config.benchmark_warmup, state, run)
-        timed = steps(batches, work, config.benchmark_steps, state, run)
-        state.phases = Phases(wait_for=on)
-        steps(batches, work, max(1, config.benchmark_steps // PHASE_STEPS), state, run)
-        result = {"input": kind, **figures(over_ranks(timed, run)), "share": shares(state.phases, run)}
-        state.phases = Phases()
-        show(result, run)
+        batches = prefetch(real(), run_device) if kind == "real" else itertools.repeat(to_device(synthetic(), run_device))
+        time_steps(batches, step_fn, config.benchmark_warmup, state, run)
+        timed = time_steps(batches, step_fn, config.benchmark_steps, state, run)
+        state.step_timer = StepTimer(sync_device=run_device)
+        time_steps(batches, step_fn, max(1, config.benchmark_steps // PHASE_STEPS_DIVISOR), state, run)
+        timings = summarize_timings(gather_timings(timed, run))
+        result = {"input": kind, **timings, "time_fraction": phase_fractions(state.step_timer, run)}
+        state.step_timer = StepTimer()
+        print_result(result, run)
         results.append(result)
-    run.progress.summarise(
+    run.logger.write_summary(
         {
-            **train_loop.facts(benchmark, run, state),
+            **train_loop.run_metadata(workload, run, state),
             "batch_size": config.batch_size if config.mode == "bench-train" else config.eval_batch_size,
             "steps": config.benchmark_steps,
             "warmup_steps": config.benchmark_warmup,
@@ -107,33 +108,35 @@ def measure(
     return results
 
 
-def steps(batches: Iterable[T], work: Callable[[T], int], count: int, state: State, run: Run) -> Floats:
-    """Images and seconds (count, 2) of so many steps on this rank, each from asking for its batch to its end."""
+def time_steps(
+    batches: Iterable[T], step_fn: Callable[[T], int], count: int, state: TrainState, run: RunContext
+) -> Floats:
+    """Return images and seconds (count, 2) of `count` steps on this rank, data loading included."""
     rows = np.zeros((count, 2))
-    state.phases.begin()
-    start_s = state.phases.mark_s
-    for row, batch in zip(rows, batches, strict=False):  # the rows first: no batch is taken that is not used
-        state.phases.end("data")
-        num_images = work(batch)
+    state.step_timer.start()
+    start_s = state.step_timer.last_s
+    for row, batch in zip(rows, batches, strict=False):  # rows first, so that no extra batch is fetched
+        state.step_timer.lap("data")
+        num_images = step_fn(batch)
         device.synchronize(run.ranks.device)
         end_s = time.monotonic()
         row[:] = num_images, end_s - start_s
         start_s = end_s
-        run.watchdog.beat()
+        run.watchdog.heartbeat()
     return rows
 
 
-def over_ranks(rows: Floats, run: Run) -> Floats:
-    """What every rank measured, (ranks, steps, 2)."""
-    gathered = run.ranks.gather_rows(torch.from_numpy(rows).to(run.ranks.device)).cpu().numpy()
+def gather_timings(rows: Floats, run: RunContext) -> Floats:
+    """Return the timings of all ranks (ranks, steps, 2)."""
+    gathered = run.ranks.all_gather_rows(torch.from_numpy(rows).to(run.ranks.device)).cpu().numpy()
     return gathered.reshape(run.ranks.world_size, *rows.shape)
 
 
-def figures(timed: Floats) -> dict[str, Any]:
-    """Throughput of all ranks together and latency of a step, of images and seconds (ranks, steps, 2).
+def summarize_timings(timed: Floats) -> dict[str, Any]:
+    """Return the total throughput and the step latency of images and seconds (ranks, steps, 2).
 
-    The average throughput is of all images and all the time; median, least and greatest are of single steps. A step
-    takes as long as on its slowest rank.
+    The average throughput is over all steps. Median, minimum and maximum are over single steps. The latency of a step
+    is that of its slowest rank.
     """
     images, seconds = timed[..., 0], timed[..., 1]
     rates = (images / seconds).sum(axis=0)
@@ -154,17 +157,20 @@ def figures(timed: Floats) -> dict[str, Any]:
     }
 
 
-def shares(phases: Phases, run: Run) -> dict[str, float]:
-    """The share of each phase in the time of all, 0 to 1, the mean over ranks."""
-    spent_s = torch.tensor(list(phases.spent_s.values()), dtype=torch.float64, device=run.ranks.device)
-    share = run.ranks.gather_rows((spent_s / spent_s.sum())[None]).mean(dim=0).tolist()
-    return dict(zip(phases.spent_s, share, strict=True))
+def phase_fractions(timer: StepTimer, run: RunContext) -> dict[str, float]:
+    """Return the fraction of time in each phase, 0 to 1, averaged over ranks."""
+    elapsed_s = torch.tensor(list(timer.elapsed_s.values()), dtype=torch.float64, device=run.ranks.device)
+    fractions = run.ranks.all_gather_rows((elapsed_s / elapsed_s.sum())[None]).mean(dim=0).tolist()
+    return dict(zip(timer.elapsed_s, fractions, strict=True))
 
 
-def show(result: dict[str, Any], run: Run) -> None:
-    """Print the figures of one kind of input."""
-    config, say = run.config, run.progress.say
-    say(f"{config.mode}, {result['input']} input: {config.benchmark_steps} steps after {config.benchmark_warmup}")
+def print_result(result: dict[str, Any], run: RunContext) -> None:
+    """Print the metrics of one input kind."""
+    config, emit = run.config, run.logger.print
+    emit(f"{config.mode}, {result['input']} input: {config.benchmark_steps} steps after {config.benchmark_warmup}")
     for title, name in (("img/s", "images_per_s"), ("ms a step", "latency_ms")):
-        say(f"  {title:<10}" + "  ".join(f"{key} {value:.1f}" for key, value in result[name].items()))
-    say(f"  {'time in':<10}" + "  ".join(f"{phase} {share:.1%}" for phase, share in result["share"].items()))
+        emit(f"  {title:<10}" + "  ".join(f"{key} {value:.1f}" for key, value in result[name].items()))
+    emit(
+        f"  {'time in':<10}"
+        + "  ".join(f"{phase} {fraction:.1%}" for phase, fraction in result["time_fraction"].items())
+    )

@@ -1,1 +1,1 @@
-"""Detections to COCO metrics, drawings, and predictions on a user's images."""
+"""COCO metrics, visualizations, and predictions on a user's images."""

@@ -1,4 +1,4 @@
-"""COCO's twelve figures for boxes and masks: by a fast library during a run, by the official one for its last word."""
+"""COCO's twelve metrics for boxes and masks: hotcoco during a run, pycocotools for the final result."""
 
 import contextlib
 import importlib
@@ -14,84 +14,85 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.config.settings import InputError
-from detection.data.rle import CompressedMask
+from detection.data.rle import CocoRle
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-# Columns of a row of detections: boxes are left, top, width, height in pixels of the original image.
-ROW = ("image_id", "x", "y", "width", "height", "score", "category_id")
+# Columns of a row of detections. Boxes are left, top, width, height in pixels of the original image.
+RESULT_COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")
 
 
-class BoxMetric:
-    """The metric of one annotation file, over all of its images.
+class CocoBoxMetric:
+    """Box metrics over all images of one annotation file.
 
-    library: "pycocotools", the official one; "hotcoco", which gives the same twelve numbers bit for bit, 20 to 100
-    times as fast; or "auto", hotcoco where it is installed. InputError where a library is asked for and absent.
+    backend: "pycocotools" is the official library. "hotcoco" is 20 to 100 times as fast, with bit-identical metrics.
+    "auto" is hotcoco if it is installed. Raise InputError if hotcoco is requested but not installed.
     """
 
-    def __init__(self, annotation_file: Path, library: str = "pycocotools"):
-        fast = None if library == "pycocotools" else open_fast(annotation_file, required=library == "hotcoco")
+    def __init__(self, annotation_file: Path, backend: str = "pycocotools"):
+        fast = None if backend == "pycocotools" else load_hotcoco(annotation_file, required=backend == "hotcoco")
         with contextlib.redirect_stdout(io.StringIO()):
-            self.truth, self.evaluation = fast or (COCO(str(annotation_file)), COCOeval)
-        self.last: Any = None
-        """The library's evaluation of the last rows, None where there were none."""
+            self.coco_gt, self.coco_eval_class = fast or (COCO(str(annotation_file)), COCOeval)
+        self.last_eval: Any = None
+        """Evaluation object of the last results, None if they were empty."""
 
     def __call__(self, rows: NDArray[np.float64]) -> dict[str, float]:
-        """The figures of detections (D, 7), columns as in `ROW`; -1 where the truth has no box of that size.
+        """Return the metrics of detections (D, 7), columns as in `RESULT_COLUMNS`.
 
-        Images without detections count as well. AP is over IoU .50 to .95, AR100 with 100 detections an image.
+        Images without detections count as well. A metric is -1 if no ground-truth box has its size. AP is over IoU 0.50
+        to 0.95, AR100 with 100 detections per image.
         """
-        return self.figures(rows, "bbox")
+        return self.compute(rows, "bbox")
 
-    def figures(self, results: Any, kind: Literal["bbox", "segm"]) -> dict[str, float]:
-        """The figures of results as the libraries take them."""
-        self.last = None
+    def compute(self, results: Any, iou_type: Literal["bbox", "segm"]) -> dict[str, float]:
+        """Return the metrics of results in any form that the libraries accept."""
+        self.last_eval = None
         if not len(results):
-            return dict.fromkeys(FIGURES, 0.0)
+            return dict.fromkeys(COCO_STATS, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = self.evaluation(self.truth, self.truth.loadRes(results), kind)
+            evaluation = self.coco_eval_class(self.coco_gt, self.coco_gt.loadRes(results), iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        self.last = evaluation
-        return dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
+        self.last_eval = evaluation
+        return dict(zip(COCO_STATS, map(float, evaluation.stats), strict=True))
 
-    def by_class(self) -> list[dict[str, object]]:
-        """Of each category its name, the AP of the last rows and how many objects the truth has.
+    def per_class_ap(self) -> list[dict[str, object]]:
+        """Return the name, the AP of the last rows and the number of ground-truth objects of each category.
 
-        Crowds are no objects. AP is None where there are none.
+        Crowds are not counted. AP is None for a category without objects.
         """
-        objects = Counter(a["category_id"] for a in self.truth.dataset["annotations"] if not a.get("iscrowd"))
-        found: list[dict[str, object]] = []
-        for index, category in enumerate(sorted(self.truth.dataset["categories"], key=lambda row: row["id"])):
+        num_objects = Counter(a["category_id"] for a in self.coco_gt.dataset["annotations"] if not a.get("iscrowd"))
+        rows: list[dict[str, object]] = []
+        for index, category in enumerate(sorted(self.coco_gt.dataset["categories"], key=lambda row: row["id"])):
             ap = 0.0
-            if self.last is not None:
-                # (IoU thresholds, recalls, categories, sizes, limits): all sizes, 100 an image; -1 is no object
-                precision = self.last.eval["precision"][:, :, index, 0, -1]
+            if self.last_eval is not None:
+                # (IoU thresholds, recalls, categories, sizes, limits): all sizes, 100 per image. -1 means no object.
+                precision = self.last_eval.eval["precision"][:, :, index, 0, -1]
                 ap = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
-            count = objects[category["id"]]
-            found.append({"name": category["name"], "AP": ap if count and ap >= 0 else None, "objects": count})
-        return found
+            count = num_objects[category["id"]]
+            rows.append({"name": category["name"], "AP": ap if count and ap >= 0 else None, "objects": count})
+        return rows
 
 
-class MaskMetric(BoxMetric):
-    """The metric of one annotation file for boxes, and for masks."""
+class CocoMaskMetric(CocoBoxMetric):
+    """Box and mask metrics over all images of one annotation file."""
 
-    def masks(self, rows: NDArray[np.float64], masks: Sequence[CompressedMask]) -> dict[str, float]:
-        """The figures of the masks of detections: rows (D, 7) as in `ROW`, whose boxes do not count, and D masks."""
-        # Without boxes: with them, small, medium and large would go by the boxes' areas.
+    def compute_masks(self, rows: NDArray[np.float64], masks: Sequence[CocoRle]) -> dict[str, float]:
+        """Return the mask metrics of detections (D, 7), columns as in `RESULT_COLUMNS`, and their D masks."""
+        # The boxes are left out: the libraries would take small, medium and large from their areas.
         results = [
             {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": mask, "score": row[5]}
             for row, mask in zip(rows.tolist(), masks, strict=True)
         ]
-        return self.figures(results, "segm")
+        return self.compute(results, "segm")
 
 
-def open_fast(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
-    """The annotations and the evaluation of hotcoco, or None where it would not give the official figures.
+def load_hotcoco(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
+    """Return hotcoco's annotations and evaluation class, or None if its metrics would not be the official ones.
 
-    It insists on the types of fields that no figure depends on, and differs where an annotation has the id 0:
-    pycocotools takes a match with that one for none.
+    hotcoco requires the types of fields that no metric depends on. Its metrics differ if an annotation has the id 0:
+    pycocotools treats a match with that annotation as no match.
     """
     try:
         hotcoco = importlib.import_module("hotcoco")
@@ -102,14 +103,14 @@ def open_fast(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
             ) from error
         return None
     try:
-        truth = hotcoco.COCO(str(annotation_file))
+        coco_gt = hotcoco.COCO(str(annotation_file))
     except ValueError:
         return None
-    return None if 0 in truth.getAnnIds() else (truth, hotcoco.COCOeval)
+    return None if 0 in coco_gt.getAnnIds() else (coco_gt, hotcoco.COCOeval)
 
 
 def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:
-    """Detections (D, 7) as the list of COCO's results format."""
+    """Convert detections (D, 7) to COCO's results format."""
     return [
         {
             "image_id": int(row[0]),
@@ -121,8 +122,8 @@ def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:
     ]
 
 
-def to_mask_results(rows: NDArray[np.float64], masks: Sequence[CompressedMask]) -> list[dict[str, object]]:
-    """The masks of detections (D, 7) as the list of COCO's results format."""
+def to_mask_results(rows: NDArray[np.float64], masks: Sequence[CocoRle]) -> list[dict[str, object]]:
+    """Convert the masks of detections (D, 7) to COCO's results format."""
     return [
         {
             "image_id": int(row[0]),

@@ -1,22 +1,29 @@
-"""Detection on pictures, as each benchmark's command has it: python -m BENCHMARK.detect_images CHECKPOINT IMAGE...
+"""Detection on a user's images, the command of each workload.
 
-Draws boxes, names and scores, and masks where the network has them, on copies of pictures of any size and format that
-Pillow reads, and writes detections.json:
+    python -m WORKLOAD.predict CHECKPOINT IMAGE...
+
+Draws boxes, names, scores and, if the network has them, masks on copies of the images. Reads images of any size and
+format that Pillow supports, and writes detections.json:
 
     format      1
     checkpoint  the file's name
-    score       the threshold: detections below are left out
-    categories  [{id, name}], as in the annotations that were trained on
-    images      one entry a picture, in the order given: file, as given, and either error, why it could not be read, or
-                drawn (the copy's name), width, height (pixels, as it is shown), mode (of the file, in Pillow's words),
-                frames (in the file; the first is taken), and detections, the best first:
-                {category_id, name, score, bbox: [x, y, width, height] in pixels of the picture as it is shown}, and
-                with masks segmentation: COCO's compressed run lengths {size: [height, width], counts}
+    score       the threshold: lower detections are omitted
+    categories  [{id, name}], as in the training annotations
+    images      one entry per image, in the order given:
+                file        the path as given
+                error       why it could not be read, or else
+                drawn       the name of the copy
+                width, height  in pixels, as displayed
+                mode        of the file, in Pillow's terms
+                frames      in the file (the first is used)
+                detections  by descending score: {category_id, name, score, bbox: [x, y, width, height] in pixels as
+                            displayed} and, with masks, segmentation: COCO's compressed RLE {size: [height, width],
+                            counts}
 
-Pictures are turned as their EXIF orientation says. A picture that cannot be read is named and left out, the others go
-on, and the exit status is 2. Nothing is overwritten but what an earlier call left in the same folder.
+Images are rotated by their EXIF orientation. An image that cannot be read is reported and skipped, and the exit status
+is 2. Only files of an earlier call in the same folder are overwritten.
 
-H and W are those of a picture, D its detections.
+H and W are those of an image, D its detections.
 """
 
 import argparse
@@ -38,71 +45,71 @@ from detection.config import device_names
 from detection.config.settings import InputError
 from detection.data import pillow_io
 from detection.data.coco import Category
-from detection.data.pillow_io import Picture
-from detection.data.rle import CompressedMask
+from detection.data.pillow_io import UserImage
+from detection.data.rle import CocoRle
 from detection.evaluation import visualize
-from detection.evaluation.visualize import Mark
+from detection.evaluation.visualize import Annotation
 from detection.runtime import device
 
 FORMAT = 1
 RESULTS = "detections.json"
-MOST_PIXELS = 100_000_000  # of a batch: 0.3 GB, and as much again to resize them
+MAX_BATCH_PIXELS = 100_000_000  # 0.3 GB, and as much again to resize them
 
 
-class Seen(NamedTuple):
-    """What is detected on one picture, the best first.
+class ImageDetections(NamedTuple):
+    """Detections on one image by descending score.
 
-    boxes_xyxy: (D, 4) pixels of the picture. scores: (D,) in [0, 1]. labels: (D,), from 1. masks: D of them, each of
-    the whole picture, or None from a network that has none.
+    boxes_xyxy: (D, 4) pixels of the image. scores: (D,) in [0, 1]. labels: (D,), from 1. masks: D masks of the whole
+    image, or None from a network without masks.
     """
 
     boxes_xyxy: NDArray[np.floating[Any]]
     scores: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
-    masks: Sequence[CompressedMask] | None = None
+    masks: Sequence[CocoRle] | None = None
 
 
-class Detector(Protocol):
-    """A trained network with all that is before and after it."""
+class Predictor(Protocol):
+    """Trained network with its preprocessing and postprocessing."""
 
     @property
     def categories(self) -> Sequence[Category]:
-        """What its labels stand for: label i is categories[i - 1]."""
+        """Return the categories: label i is categories[i - 1]."""
 
-    def __call__(self, images: Sequence[Tensor], /) -> list[Seen]:
-        """What is seen on each of some images (3, H, W) uint8 RGB, which are on the CPU and of any sizes."""
+    def __call__(self, images: Sequence[Tensor], /) -> list[ImageDetections]:
+        """Return the detections on images (3, H, W) uint8 RGB, on the CPU and of any size."""
 
 
 @dataclass(frozen=True)
-class Command:
-    """What differs between benchmarks.
+class PredictSpec:
+    """Differences between workloads.
 
-    package: that of the command. load: the network of a checkpoint on a device, which leaves out detections below a
-    score; raises InputError. score, batch_size: the defaults.
+    package: name of the workload's package. load: build the predictor of a checkpoint on a device, which omits
+    detections below a score, and raise InputError. score, batch_size: the defaults.
     """
 
     package: str
-    load: Callable[[Path, float, torch.device], Detector]
+    load: Callable[[Path, float, torch.device], Predictor]
     score: float
     batch_size: int
 
 
-def main(argv: Sequence[str], command: Command) -> int:
-    """Detect, draw and write; returns the exit status."""
-    arguments = parse(argv, command)
+def main(argv: Sequence[str], spec: PredictSpec) -> int:
+    """Detect, draw and write. Return the exit status."""
+    arguments = parse_args(argv, spec)
     try:
-        detector = command.load(arguments.checkpoint, arguments.score, device.choose(arguments.device, 0))
-        paths = pillow_io.find(arguments.images)
-        names = Names(arguments.folder, paths)
-        entries = run(detector, paths, names, arguments)
+        predictor = spec.load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
+        paths = pillow_io.expand_paths(arguments.images)
+        output_names = OutputNames(arguments.folder, paths)
+        entries = predict_images(predictor, paths, output_names, arguments)
         content = {
             "format": FORMAT,
             "checkpoint": arguments.checkpoint.name,
             "score": arguments.score,
-            "categories": [{"id": category.id, "name": category.name} for category in detector.categories],
+            "categories": [{"id": category.id, "name": category.name} for category in predictor.categories],
             "images": entries,
         }
-        with atomic_file.writing(arguments.folder / RESULTS) as partial:
+        with atomic_file.atomic_write(arguments.folder / RESULTS) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -110,156 +117,155 @@ def main(argv: Sequence[str], command: Command) -> int:
     except OSError as error:
         print(f"error: {error.filename or arguments.folder}: {error.strerror or error}", file=sys.stderr)
         return 2
-    unread = sum("error" in entry for entry in entries)
-    count = sum(len(entry.get("detections", ())) for entry in entries)
-    print(f"{count} detections on {len(entries) - unread} pictures, in {arguments.folder}/")
-    if unread:
-        print(f"error: {unread} of {len(entries)} pictures could not be read", file=sys.stderr)
-    return 2 if unread else 0
+    num_errors = sum("error" in entry for entry in entries)
+    num_detections = sum(len(entry.get("detections", ())) for entry in entries)
+    print(f"{num_detections} detections on {len(entries) - num_errors} images, in {arguments.folder}/")
+    if num_errors:
+        print(f"error: {num_errors} of {len(entries)} images could not be read", file=sys.stderr)
+    return 2 if num_errors else 0
 
 
-def parse(argv: Sequence[str], command: Command) -> argparse.Namespace:
-    """Read the command line; a mistake in it ends the process with 2."""
+def parse_args(argv: Sequence[str], spec: PredictSpec) -> argparse.Namespace:
+    """Parse the command line. Exit with status 2 on an error."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {command.package}.detect_images",
+        prog=f"python -m {spec.package}.predict",
         description=(__doc__ or "").rpartition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture, or a folder of them")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
     default = Path("results/detections") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     parser.add_argument(
-        "--folder", type=Path, default=default, help="where the results go (results/detections/<start>)"
+        "--folder", type=Path, default=default, help="folder of the results (results/detections/<start>)"
     )
     parser.add_argument(
-        "--score", type=score, default=command.score, help="detections below are left out, 0 to 1 (%(default)s)"
+        "--score", type=parse_score, default=spec.score, help="omit detections below, 0 to 1 (%(default)s)"
     )
     parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=command.batch_size,
-        help="pictures that the network sees at once (%(default)s)",
+        "--batch-size", type=parse_positive, default=spec.batch_size, help="images per batch (%(default)s)"
     )
-    parser.add_argument("--device", default="auto", help=device_names.HELP)
+    parser.add_argument("--device", default="auto", help=device_names.DEVICE_HELP)
     return parser.parse_args(argv)
 
 
-def score(text: str) -> float:
-    """A threshold of scores."""
+def parse_score(text: str) -> float:
+    """Parse a score threshold."""
     if not 0 <= (number := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}: should be at least 0 and below 1")
     return number
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 up."""
+def parse_positive(text: str) -> int:
+    """Parse an integer of at least 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}: should be at least 1")
     return number
 
 
-class Names:
-    """The names of the drawn copies in a folder, none of them twice, none that of a picture given or of another file.
+class OutputNames:
+    """Unique names of the drawn copies in a folder, none of them an input's or another program's file.
 
-    Raises InputError where the folder cannot be made or holds another program's results.
+    Raise InputError if the folder cannot be written or holds another program's results.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[Path]):
         self.folder = folder
         self.inputs = {path.resolve() for path in inputs}
-        self.ours, self.taken = set[str](), set[str]()
+        self.previous, self.used = set[str](), set[str]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f".{RESULTS}").touch()
             (folder / f".{RESULTS}").unlink()
             if (folder / RESULTS).exists():
                 content = json.loads((folder / RESULTS).read_text())
-                self.ours = {entry["drawn"] for entry in content["images"] if "drawn" in entry}
+                self.previous = {entry["drawn"] for entry in content["images"] if "drawn" in entry}
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: its {RESULTS} is another program's. Choose another --folder") from None
+            raise InputError(f"{folder}: {RESULTS} belongs to another program. Choose another --folder.") from None
         except OSError as error:
-            raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --folder") from None
+            raise InputError(f"{folder} cannot be written ({error.strerror}). Choose another --folder.") from None
 
-    def choose(self, path: Path) -> str:
-        """The name of a picture's copy: its stem, with a number where that is taken."""
+    def reserve(self, path: Path) -> str:
+        """Return the name for the copy of an image: its stem, with a number if that name is occupied."""
         number = 1
         while True:
             name = f"{path.stem}{'' if number == 1 else f'_{number}'}.png"
             file = self.folder / name
-            occupied = file.resolve() in self.inputs or (file.exists() and name not in self.ours)
-            if name.lower() not in self.taken and not occupied:  # some disks take Photo and photo for one
-                self.taken.add(name.lower())
+            is_occupied = file.resolve() in self.inputs or (file.exists() and name not in self.previous)
+            if name.lower() not in self.used and not is_occupied:  # some file systems ignore case
+                self.used.add(name.lower())
                 return name
             number += 1
 
 
-def run(detector: Detector, paths: Sequence[Path], names: Names, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Detect on all pictures and write their drawn copies; returns the entry of each in the results."""
+def predict_images(
+    predictor: Predictor, paths: Sequence[Path], output_names: OutputNames, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Detect on all images and write their drawn copies. Return the `images` of the results."""
     entries: dict[Path, dict[str, Any]] = {path: {"file": str(path)} for path in paths}
-    for batch in batches(paths, arguments.batch_size):
-        read = [picture for picture in batch if isinstance(picture, Picture)]
-        for path, error in (part for part in batch if not isinstance(part, Picture)):
+    for batch in iter_batches(paths, arguments.batch_size):
+        readable = [item for item in batch if isinstance(item, UserImage)]
+        for path, error in (item for item in batch if not isinstance(item, UserImage)):
             print(f"error: {error}", file=sys.stderr)
             entries[path]["error"] = str(error)
-        seen = detector([as_tensor(picture) for picture in read]) if read else []
-        for picture, of_picture in zip(read, seen, strict=True):
-            found = list(entries_and_marks(of_picture, detector.categories, picture.image.size))
-            name = names.choose(picture.path)
-            entries[picture.path] |= {
+        results = predictor([to_tensor(user_image) for user_image in readable]) if readable else []
+        for user_image, detections in zip(readable, results, strict=True):
+            formatted = list(format_detections(detections, predictor.categories, user_image.image.size))
+            name = output_names.reserve(user_image.path)
+            entries[user_image.path] |= {
                 "drawn": name,
-                "width": picture.image.width,
-                "height": picture.image.height,
-                "mode": picture.mode,
-                "frames": picture.frames,
-                "detections": [entry for entry, _ in found],
+                "width": user_image.image.width,
+                "height": user_image.image.height,
+                "mode": user_image.mode,
+                "frames": user_image.num_frames,
+                "detections": [entry for entry, _ in formatted],
             }
-            with atomic_file.writing(arguments.folder / name) as partial:
-                drawn = visualize.draw(picture.image, [mark for _, mark in found])
-                drawn.save(partial, "PNG", compress_level=3)
+            with atomic_file.atomic_write(arguments.folder / name) as partial:
+                annotated = visualize.draw_annotations(user_image.image, [annotation for _, annotation in formatted])
+                annotated.save(partial, "PNG", compress_level=3)
     return list(entries.values())
 
 
-def batches(paths: Sequence[Path], batch_size: int) -> Iterator[list[Picture | tuple[Path, InputError]]]:
-    """The pictures, or why they cannot be read, in batches of at most so many, and of not too many pixels."""
-    batch: list[Picture | tuple[Path, InputError]] = []
+def iter_batches(paths: Sequence[Path], batch_size: int) -> Iterator[list[UserImage | tuple[Path, InputError]]]:
+    """Yield batches of images, or the errors of unreadable ones, limited in length and in pixels."""
+    batch: list[UserImage | tuple[Path, InputError]] = []
     pixels = 0
     for path in paths:
         try:
-            picture = pillow_io.read(path)
-            batch.append(picture)
-            pixels += picture.image.width * picture.image.height
+            user_image = pillow_io.read(path)
+            batch.append(user_image)
+            pixels += user_image.image.width * user_image.image.height
         except InputError as error:
             batch.append((path, error))
-        if len(batch) == batch_size or pixels > MOST_PIXELS:
+        if len(batch) == batch_size or pixels > MAX_BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
     if batch:
         yield batch
 
 
-def as_tensor(picture: Picture) -> Tensor:
-    """Its pixels (3, H, W) uint8 RGB."""
-    return torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)
+def to_tensor(user_image: UserImage) -> Tensor:
+    """Return the pixels (3, H, W) uint8 RGB."""
+    return torch.from_numpy(np.array(user_image.image)).permute(2, 0, 1)
 
 
-def entries_and_marks(
-    seen: Seen, categories: Sequence[Category], size_wh: tuple[int, int]
-) -> Iterator[tuple[dict[str, Any], Mark]]:
-    """Each detection on a picture of that size: its entry in the results, and how it is drawn."""
-    inside = seen.boxes_xyxy.astype(np.float64).clip(0, [*size_wh, *size_wh]).tolist()
-    masks: Sequence[CompressedMask | None] = seen.masks or [None] * len(inside)
-    for (left, top, right, bottom), certainty, label, mask in zip(
-        inside, seen.scores.tolist(), seen.labels.tolist(), masks, strict=True
+def format_detections(
+    detections: ImageDetections, categories: Sequence[Category], size_wh: tuple[int, int]
+) -> Iterator[tuple[dict[str, Any], Annotation]]:
+    """Yield the entry in the results and the annotation to draw of each detection on an image of that size."""
+    clipped_xyxy = detections.boxes_xyxy.astype(np.float64).clip(0, [*size_wh, *size_wh]).tolist()
+    masks: Sequence[CocoRle | None] = detections.masks or [None] * len(clipped_xyxy)
+    for (left, top, right, bottom), score, label, mask in zip(
+        clipped_xyxy, detections.scores.tolist(), detections.labels.tolist(), masks, strict=True
     ):
         if right <= left or bottom <= top:
-            continue  # wholly outside
+            continue  # entirely outside
         category = categories[label - 1]
         entry = {
             "category_id": category.id,
             "name": category.name,
-            "score": round(certainty, 5),
+            "score": round(score, 5),
             "bbox": [round(number, 2) for number in (left, top, right - left, bottom - top)],
         }
         if mask is not None:
             entry["segmentation"] = mask
-        yield entry, Mark((left, top, right, bottom), label, f"{category.name} {certainty:.2f}", mask)
+        yield entry, Annotation((left, top, right, bottom), label, f"{category.name} {score:.2f}", mask)

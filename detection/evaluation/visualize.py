@@ -1,4 +1,4 @@
-"""Detections drawn on pictures: boxes, names and scores that can be read on any ground, and masks to look through."""
+"""Boxes, names, scores and masks drawn on images, legible on any background."""
 
 import colorsys
 from collections.abc import Sequence
@@ -8,85 +8,88 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detection.data import rle
-from detection.data.rle import CompressedMask
+from detection.data.rle import CocoRle
 
-# What the longer side of a drawn picture is at least and at most: text needs room, and a viewer has an end.
-LEAST_SIDE_PX = 300
-MOST_SIDE_PX = 4096
-# Of the shorter side: text is this high, and lines this wide.
-TEXT_SHARE = 1 / 28
-LINE_SHARE = 1 / 200
-LEAST_TEXT_PX = 11
-MASK_ALPHA = 0.5  # less is lost on a ground of the same colour, more hides what is under it
+# Limits of the longer side of the output: text needs room, and viewers have a maximum.
+MIN_SIDE_PX = 300
+MAX_SIDE_PX = 4096
+# Text height and line width as fractions of the shorter side.
+TEXT_FRACTION = 1 / 28
+LINE_FRACTION = 1 / 200
+MIN_TEXT_PX = 11
+MASK_ALPHA = 0.5  # a lower value is lost on a background of the same color, a higher one hides the object
 PADDING_PX = 2
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What is drawn: a box, left, top, right, bottom in pixels of the picture, and what stands above it.
+class Annotation:
+    """Box in pixels of the image, its text, and its mask if there is one.
 
-    label: from 1, chooses the colour. mask: of the whole picture, if it has one; at any scale.
+    label: from 1, determines the color. mask: of the whole image, at any scale.
     """
 
     box_xyxy: tuple[float, float, float, float]
     label: int
     text: str
-    mask: CompressedMask | None = None
+    mask: CocoRle | None = None
 
 
-def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
-    """A copy of an RGB picture with its marks, the first on top; a small picture is enlarged, a huge one shrunk."""
-    scale = scale_of(*image.size)
+def draw_annotations(image: Image.Image, annotations: Sequence[Annotation]) -> Image.Image:
+    """Return a copy of an RGB image with its annotations, the first on top. Scale extreme sizes."""
+    scale = display_scale(*image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-    drawn = image.resize(size, resample, reducing_gap=2.0)
-    for mark in reversed(marks):  # before all boxes, so that no line is tinted
-        if mark.mask is not None:
-            tint(drawn, mark.mask, colour(mark.label))
-    pen = ImageDraw.Draw(drawn)
-    width = max(2, round(min(size) * LINE_SHARE))
-    font = ImageFont.load_default(size=max(LEAST_TEXT_PX, round(min(size) * TEXT_SHARE)))
-    for mark in reversed(marks):
-        left, top, right, bottom = (scale * side for side in mark.box_xyxy)
+    canvas = image.resize(size, resample, reducing_gap=2.0)
+    for annotation in reversed(annotations):  # before all boxes, so that no mask covers a line
+        if annotation.mask is not None:
+            overlay_mask(canvas, annotation.mask, label_color(annotation.label))
+    pen = ImageDraw.Draw(canvas)
+    width = max(2, round(min(size) * LINE_FRACTION))
+    font = ImageFont.load_default(size=max(MIN_TEXT_PX, round(min(size) * TEXT_FRACTION)))
+    for annotation in reversed(annotations):
+        left, top, right, bottom = (scale * side for side in annotation.box_xyxy)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=width + 2)
-        pen.rectangle((left, top, right, bottom), outline=colour(mark.label), width=width)
-    for mark in reversed(marks):  # after all boxes, so that no line crosses a text
-        write(pen, drawn.size, [scale * side for side in mark.box_xyxy], mark, font)
-    return drawn
+        pen.rectangle((left, top, right, bottom), outline=label_color(annotation.label), width=width)
+    for annotation in reversed(annotations):  # after all boxes, so that no line crosses a text
+        draw_label(pen, canvas.size, [scale * side for side in annotation.box_xyxy], annotation, font)
+    return canvas
 
 
-def tint(drawn: Image.Image, mask: CompressedMask, colour: tuple[int, int, int]) -> None:
-    """Lay a colour over what is in the mask; decoded here, since all masks of a huge picture at once take gigabytes."""
-    share = Image.fromarray(rle.bitmap(mask) * np.uint8(round(255 * MASK_ALPHA)))
-    drawn.paste(colour, (0, 0), share.resize(drawn.size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+def overlay_mask(canvas: Image.Image, mask: CocoRle, color: tuple[int, int, int]) -> None:
+    """Blend a color into the pixels of a mask.
+
+    The mask is decoded here, since all masks of a huge image take gigabytes.
+    """
+    alpha = Image.fromarray(rle.decode_mask(mask) * np.uint8(round(255 * MASK_ALPHA)))
+    canvas.paste(color, (0, 0), alpha.resize(canvas.size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
-def scale_of(width_px: int, height_px: int) -> float:
-    """What a picture is enlarged or shrunk by to be drawn on."""
+def display_scale(width_px: int, height_px: int) -> float:
+    """Return the scale that brings an image within the limits of the output."""
     longer = max(width_px, height_px)
-    return min(max(1.0, LEAST_SIDE_PX / longer), MOST_SIDE_PX / longer)
+    return min(max(1.0, MIN_SIDE_PX / longer), MAX_SIDE_PX / longer)
 
 
-def write(
+def draw_label(
     pen: ImageDraw.ImageDraw,
     size: tuple[int, int],
     box_xyxy: Sequence[float],
-    mark: Mark,
+    annotation: Annotation,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """Write a mark's text, black on its colour, above its box or, where no room is left, inside its upper edge."""
-    left, top, right, bottom = pen.textbbox((0, 0), mark.text, font=font)
+    """Draw the text, black on the color of its label, above the box or inside its upper edge if there is no room."""
+    left, top, right, bottom = pen.textbbox((0, 0), annotation.text, font=font)
     width, height = right - left + 2 * PADDING_PX, bottom - top + 2 * PADDING_PX
     x = max(0, min(box_xyxy[0], size[0] - width))
     y = box_xyxy[1] - height if box_xyxy[1] >= height else box_xyxy[1]
     y = max(0, min(y, size[1] - height))
     pen.rectangle((x - 1, y - 1, x + width + 1, y + height + 1), fill="black")
-    pen.rectangle((x, y, x + width, y + height), fill=colour(mark.label))
-    pen.text((x + PADDING_PX - left, y + PADDING_PX - top), mark.text, fill="black", font=font)
+    pen.rectangle((x, y, x + width, y + height), fill=label_color(annotation.label))
+    pen.text((x + PADDING_PX - left, y + PADDING_PX - top), annotation.text, fill="black", font=font)
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """The colour of a label: bright, so that black can be read on it; labels side by side have hues far apart."""
+def label_color(label: int) -> tuple[int, int, int]:
+    """Return the color of a label. Black text is legible on it, and neighboring labels have distant hues."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(label * GOLDEN_RATIO % 1, 0.6, 1.0))
     return red, green, blue

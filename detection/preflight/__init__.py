@@ -1,1 +1,1 @@
-"""Checks made before the clock starts, on one process and on all ranks."""
+"""Checks before the timer starts, on one process and on all ranks."""

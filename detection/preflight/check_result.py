@@ -1,4 +1,4 @@
-"""What the checks of all ranks found, as one table."""
+"""Results of checks, and the table of all ranks' results."""
 
 import shutil
 import sys
@@ -7,55 +7,61 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["pass", "warn", "fail"]
+Status = Literal["pass", "warn", "fail"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a check found: its name, whether that will do, what was seen, and what to do about it."""
+class CheckResult:
+    """Result of one check: its name, status, observation, and a hint what to do."""
 
     name: str
-    verdict: Verdict
-    what: str
-    what_to_do: str = ""
+    status: Status
+    message: str
+    hint: str = ""
 
 
 def terminal_columns() -> int | None:
-    """The width that a table has on the terminal; None where it goes elsewhere, to be searched line by line."""
+    """Return the width of the terminal, or None if stdout is not one. Lines then stay whole for searching."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def table(gathered: Sequence[Sequence[Finding]], columns: int | None = None) -> str:
-    """The findings of all ranks, a line each and what to do below; once where ranks come to the same verdict.
+def format_table(rank_results: Sequence[Sequence[CheckResult]], columns: int | None = None) -> str:
+    """Format the results of all ranks, each with its hint. Ranks with the same status share one line.
 
-    columns: lines of more characters are broken, if it is given; names of files are left whole.
+    columns: maximum line width. Paths are never broken.
     """
-    rows: dict[tuple[str, int, Verdict], list[tuple[int, Finding]]] = {}
-    for rank, findings in enumerate(gathered):
-        seen: dict[str, int] = {}
-        for finding in findings:
-            number = seen[finding.name] = seen.get(finding.name, -1) + 1
-            rows.setdefault((finding.name, number, finding.verdict), []).append((rank, finding))
-    askers = {name: sum(any(f.name == name for f in findings) for findings in gathered) for name, _, _ in rows}
-    wide = max(len(name) for name, _, _ in rows)
+    rows: dict[tuple[str, int, Status], list[tuple[int, CheckResult]]] = {}
+    for rank, results in enumerate(rank_results):
+        occurrences: dict[str, int] = {}
+        for result in results:
+            occurrence = occurrences[result.name] = occurrences.get(result.name, -1) + 1
+            rows.setdefault((result.name, occurrence, result.status), []).append((rank, result))
+    checked_by = {
+        name: sum(any(result.name == name for result in results) for results in rank_results) for name, _, _ in rows
+    }
+    width = max(len(name) for name, _, _ in rows)
     lines = []
-    for (name, _, verdict), found in sorted(rows.items(), key=lambda row: order(row[0][0], gathered)):
-        whose = "" if len(found) == askers[name] else f"rank {', '.join(str(rank) for rank, _ in found)}: "
-        texts = [whose + found[0][1].what] + ([found[0][1].what_to_do] if found[0][1].what_to_do else [])
-        body = [part for text in texts for part in broken_lines(text, columns and columns - wide - 8)]
-        lines += [f"{verdict}  {name:<{wide}}  {body[0]}", *(f"      {'':<{wide}}  {part}" for part in body[1:])]
-    counts = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("pass", "warn", "fail")}
-    end = "not ready" if counts["fail"] else "ready"
-    return "\n".join([*lines, f"{end}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"])
+    for (name, _, status), group in sorted(rows.items(), key=lambda row: check_position(row[0][0], rank_results)):
+        prefix = "" if len(group) == checked_by[name] else f"rank {', '.join(str(rank) for rank, _ in group)}: "
+        texts = [prefix + group[0][1].message] + ([group[0][1].hint] if group[0][1].hint else [])
+        text_lines = [line for text in texts for line in wrap(text, columns and columns - width - 8)]
+        lines += [
+            f"{status}  {name:<{width}}  {text_lines[0]}",
+            *(f"      {'':<{width}}  {line}" for line in text_lines[1:]),
+        ]
+    counts = {status: sum(row[2] == status for row in rows) for status in ("pass", "warn", "fail")}
+    conclusion = "not ready" if counts["fail"] else "ready"
+    return "\n".join([*lines, f"{conclusion}: {', '.join(f'{count} {status}' for status, count in counts.items())}"])
 
 
-def broken_lines(text: str, columns: int | None) -> list[str]:
-    """A text in lines of so many characters, of 20 at least."""
+def wrap(text: str, columns: int | None) -> list[str]:
+    """Wrap a text to the given width, at least 20 characters."""
     if columns is None:
         return [text]
     return textwrap.wrap(text, max(20, columns), break_long_words=False, break_on_hyphens=False)
 
 
-def order(name: str, gathered: Iterable[Sequence[Finding]]) -> int:
-    """The place of a check among those of the first rank that made it."""
-    return min((f.index(name) for f in ([one.name for one in of] for of in gathered) if name in f), default=0)
+def check_position(name: str, rank_results: Iterable[Sequence[CheckResult]]) -> int:
+    """Return the position of a check in the results of the ranks that ran it, the smallest if they differ."""
+    names_by_rank = [[result.name for result in results] for results in rank_results]
+    return min((names.index(name) for names in names_by_rank if name in names), default=0)

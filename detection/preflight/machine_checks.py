@@ -1,7 +1,8 @@
-"""Whether the machines of a run are ready for it: what every rank finds, as one table.
+"""Checks of all machines of a run, with the results of every rank in one table.
 
-`python -m detection.runtime.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run and starts none.
-Each check is a function of what was read or measured, and returns a `Finding`. Exit status 0, or 2 if something fails.
+`python -m detection.runtime.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run without
+starting it. Each check is a function of measured values and returns a `CheckResult`. The exit status is 2 if a check
+fails, else 0.
 """
 
 import json
@@ -16,313 +17,360 @@ from typing import Any, TypeVar
 
 import torch
 
-from detection.config.run_config import COCO_CLASSES, RunConfig
-from detection.config.settings import InputError, System, Topology, read_topology, to_json
+from detection.config.run_config import COCO_NUM_CLASSES, RunConfig
+from detection.config.settings import InputError, LaunchLayout, RankInfo, read_rank_info, to_json
 from detection.data import coco, coco2017, device_cache, image_io, num_classes
-from detection.data.batch import Share
+from detection.data.batch import RankBatch
 from detection.data.coco import Split
-from detection.data.coco2017 import Published
-from detection.data.prefetch import move
+from detection.data.coco2017 import PublishedSplit
+from detection.data.prefetch import to_device
 from detection.engine import train_loop
-from detection.engine.train_loop import Benchmark
+from detection.engine.workload import Workload
 from detection.preflight import run_checks
-from detection.preflight.check_result import Finding, table, terminal_columns
-from detection.preflight.resources import MIB, check_machine, size
-from detection.preflight.run_checks import Checks, batch_bytes
+from detection.preflight.check_result import CheckResult, format_table, terminal_columns
+from detection.preflight.resources import MIB, check_machine, format_bytes
+from detection.preflight.run_checks import PreflightSpec, batch_bytes
 from detection.runtime import device
-from detection.runtime.distributed import PeerLost, Ranks, connect
-from detection.runtime.signals import end_with_parent
+from detection.runtime.distributed import DistContext, PeerDisconnected, init_process_group
+from detection.runtime.signals import set_parent_death_signal
 
 Config = TypeVar("Config", bound=RunConfig)
 
-SAMPLES = 4  # images of each split that are decoded
+NUM_SAMPLES = 4  # decoded images per split
 ALL_REDUCE_BYTES = 64 * MIB
-ROUNDS = 5
+NUM_ROUNDS = 5
 TIMEOUT_S = 600
-FOLDERS = ("data_dir", "log_dir", "run_dir", "backbone")
+NODE_LOCAL_SETTINGS = ("data_dir", "log_dir", "run_dir", "pretrained_backbone")
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A training step on noise, on this rank alone: its time, the most memory so far, and what it would send."""
+class StepProbe:
+    """Training step on dummy input on a single rank: its time, peak memory so far, and gradient size."""
 
     step_s: float
     peak_gib: float
     gradient_bytes: int
 
 
-def main(argv: Sequence[str], checks: Checks[Config], make_benchmark: Callable[[Config, Ranks], Benchmark[Any]]) -> int:
-    """Inspect as one of the launched ranks; the first prints the table. Returns the exit status."""
-    topology = Topology()
+def main(
+    argv: Sequence[str], spec: PreflightSpec[Config], make_workload: Callable[[Config, DistContext], Workload[Any]]
+) -> int:
+    """Check as one of the launched ranks, print the table on the main rank, and return the exit status."""
+    rank_info = RankInfo()
     try:
-        config, topology = checks.load(argv).config, read_topology()
-        if topology.launched:
-            end_with_parent()
-        of_device, on = choose(config.device, topology.local_rank)
-        if of_device.verdict != "fail":
-            device_cache.check(config, on)
-        with connect(topology, on, timeout_s=TIMEOUT_S) as ranks:
-            found = [of_device, *check_rank(config, topology, checks, ranks, make_benchmark)]
-            gathered = ranks.gather(found)
-            failed = any(finding.verdict == "fail" for findings in gathered for finding in findings)
-            if ranks.is_first:
-                print(table(gathered, terminal_columns()), flush=True)
+        config, rank_info = spec.load(argv).config, read_rank_info()
+        if rank_info.has_launcher:
+            set_parent_death_signal()
+        device_result, torch_device = check_device(config.device, rank_info.local_rank)
+        if device_result.status != "fail":
+            device_cache.validate(config, torch_device)
+        with init_process_group(rank_info, torch_device, timeout_s=TIMEOUT_S) as ranks:
+            results = [device_result, *check_rank(config, rank_info, spec, ranks, make_workload)]
+            rank_results = ranks.gather_objects(results)
+            failed = any(result.status == "fail" for results_of_rank in rank_results for result in results_of_rank)
+            if ranks.is_main:
+                print(format_table(rank_results, terminal_columns()), flush=True)
             return 2 if ranks.broadcast(failed) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PeerLost as error:
-        print(f"error: rank {topology.rank}: {error}", file=sys.stderr)
+    except PeerDisconnected as error:
+        print(f"error: rank {rank_info.rank}: {error}", file=sys.stderr)
         return 2
 
 
 def check_rank(
     config: Config,
-    topology: Topology,
-    checks: Checks[Config],
-    ranks: Ranks,
-    make_benchmark: Callable[[Config, Ranks], Benchmark[Any]],
-) -> list[Finding]:
-    """All that one rank checks; what is of the whole machine, the first on it."""
-    found = [check_alike(config, ranks), check_driver(device.driver(), ranks.device), check_clock(ranks)]
-    alone = Ranks(0, 1, ranks.device)
-    benchmark = make_benchmark(with_classes(config), alone)
-    parameter_bytes = sum(tensor.nbytes for tensor in benchmark.model.parameters())
-    ranks.barrier()  # all of a machine take their memory at once, as in a run
-    tried, of_step = check_step(benchmark, config, alone)
-    found += of_step
-    found.append(check_bandwidth(measure_all_reduce(ranks), tried, ranks.world_size))
-    if ranks.is_first:
-        found += check_rules(config, checks.recipe(config, ranks.world_size), ranks.world_size)
-    if topology.local_rank == 0:
-        system = System(nodes=topology.nodes, ranks_per_node=topology.local_world_size)
-        found += check_data(config, system, segmentations=checks.segmentations)
-        found += check_machine(config, topology, batch_bytes(config, checks), parameter_bytes)
-    return found
+    rank_info: RankInfo,
+    spec: PreflightSpec[Config],
+    ranks: DistContext,
+    make_workload: Callable[[Config, DistContext], Workload[Any]],
+) -> list[CheckResult]:
+    """Run the checks of one rank. The first rank of a machine also checks the machine."""
+    results = [
+        check_consistency(config, ranks),
+        check_driver(device.read_driver_version(), ranks.device),
+        check_clock(ranks),
+    ]
+    single_rank = DistContext(0, 1, ranks.device)
+    workload = make_workload(with_num_classes(config), single_rank)
+    parameter_bytes = sum(tensor.nbytes for tensor in workload.model.parameters())
+    ranks.barrier()  # all ranks of a machine allocate memory at the same time, as in a run
+    probe, step_results = check_step(workload, config, single_rank)
+    results += step_results
+    results.append(check_bandwidth(measure_all_reduce(ranks), probe, ranks.world_size))
+    if ranks.is_main:
+        results += check_rules(config, spec.rule_values(config, ranks.world_size), ranks.world_size)
+    if rank_info.local_rank == 0:
+        layout = LaunchLayout(num_nodes=rank_info.num_nodes, ranks_per_node=rank_info.local_world_size)
+        results += check_data(config, layout, segmentations=spec.segmentations)
+        results += check_machine(config, rank_info, batch_bytes(config, spec), parameter_bytes)
+    return results
 
 
-def choose(name: str, local_rank: int) -> tuple[Finding, torch.device]:
-    """The device of a rank, or the CPU for what else can be checked where that is not there."""
+def check_device(name: str, local_rank: int) -> tuple[CheckResult, torch.device]:
+    """Check the device of a rank. Returns the CPU if it is not available, so that the other checks can run."""
     try:
-        on = device.choose(name, local_rank)
+        torch_device = device.select_device(name, local_rank)
     except InputError as error:
-        return Finding("device", "fail", str(error), "See that this torch is the accelerator's."), torch.device("cpu")
-    if on.type == "cpu" and name == "auto" and device.has_card():
-        what = "an accelerator's driver is loaded, and torch sees no accelerator: this would train on the CPU"
-        return Finding("device", "warn", what, "Install the torch that is built for it (./setup.sh --help)."), on
-    return Finding("device", "pass", device.describe(on)), on
+        return CheckResult(
+            "device", "fail", str(error), "Check that this build of torch supports the accelerator."
+        ), torch.device("cpu")
+    if torch_device.type == "cpu" and name == "auto" and device.accelerator_driver_loaded():
+        message = "an accelerator driver is loaded, but torch finds no accelerator: this run would use the CPU"
+        return CheckResult(
+            "device", "warn", message, "Install the torch built for it (./setup.sh --help)."
+        ), torch_device
+    return CheckResult("device", "pass", device.device_name(torch_device)), torch_device
 
 
-def with_classes(config: Config) -> Config:
-    """The settings with a number of classes, COCO's where the annotations cannot be read."""
+def with_num_classes(config: Config) -> Config:
+    """Return the settings with their number of classes, or COCO's if the annotations cannot be read."""
     try:
-        return num_classes.followed(config)
+        return num_classes.resolve_num_classes(config)
     except InputError:
-        return replace(config, num_classes=COCO_CLASSES)
+        return replace(config, num_classes=COCO_NUM_CLASSES)
 
 
-def check_alike(config: RunConfig, ranks: Ranks) -> Finding:
-    """Whether this rank has the versions and settings of the first; folders may have other names on other machines."""
-    mine = json.loads(to_json(config)) | {"torch": torch.__version__, "Python": platform.python_version()}
-    first: Mapping[str, object] = ranks.broadcast(mine)
-    other = [name for name in mine if name not in FOLDERS and mine[name] != first[name]]
-    if other:
-        what = "not as on rank 0: " + ", ".join(f"{name} {mine[name]} for {first[name]}" for name in other)
-        return Finding("versions", "fail", what, "Install the same on every node, and pass the same settings.")
-    return Finding("versions", "pass", f"torch {mine['torch']}, Python {mine['Python']}, settings as on rank 0")
+def check_consistency(config: RunConfig, ranks: DistContext) -> CheckResult:
+    """Check that this rank has the same versions and settings as rank 0. Folder names may differ between machines."""
+    local = json.loads(to_json(config)) | {"torch": torch.__version__, "Python": platform.python_version()}
+    first: Mapping[str, object] = ranks.broadcast(local)
+    differing = [name for name in local if name not in NODE_LOCAL_SETTINGS and local[name] != first[name]]
+    if differing:
+        message = "differs from rank 0: " + ", ".join(
+            f"{name} {local[name]} instead of {first[name]}" for name in differing
+        )
+        return CheckResult(
+            "versions", "fail", message, "Install the same versions on every node, and pass the same settings."
+        )
+    return CheckResult("versions", "pass", f"torch {local['torch']}, Python {local['Python']}, settings same as rank 0")
 
 
-def check_rules(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> list[Finding]:
-    """Whether MLPerf's rules let such a run start; `--dry-run` says what they make of each value."""
-    said, broken = run_checks.judge(config, recipe, world_size)
-    named = f"MLPerf {config.ruleset} {config.division}"
-    if broken:
-        return [Finding("rules", "fail", *line.rsplit(". ", 1)) for line in broken]
-    warned = [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
-    if warned:
-        return [Finding("rules", "warn", line, "Such a run is no result of that division.") for line in warned]
+def check_rules(config: RunConfig, rule_values: Mapping[str, object], world_size: int) -> list[CheckResult]:
+    """Check the settings against MLPerf's rules. `--dry-run` lists the verdict on each value."""
+    notes, violations = run_checks.check_rules(config, rule_values, world_size)
+    ruleset = f"MLPerf {config.ruleset} {config.division}"
+    if violations:
+        return [CheckResult("rules", "fail", *line.rsplit(". ", 1)) for line in violations]
+    warnings = [line.removeprefix("warning: ") for line in notes if line.startswith("warning: ")]
+    if warnings:
+        return [
+            CheckResult("rules", "warn", line, "The run will not be a valid result of that division.")
+            for line in warnings
+        ]
     if config.mode != "train":
-        return [Finding("rules", "pass", said[0])]
-    return [Finding("rules", "pass", f"{named} lets it start; --dry-run says what it makes of each value")]
+        return [CheckResult("rules", "pass", notes[0])]
+    return [CheckResult("rules", "pass", f"{ruleset} allows these settings; --dry-run lists each value")]
 
 
-def check_driver(driver: device.Driver, on: torch.device) -> Finding:
-    """Whether the driver runs what torch was built for: of an older major version it cannot, of a minor one it may."""
-    if on.type == "cpu":
-        return Finding("driver", "pass", "none is needed: the CPU computes")
-    if driver.built_for is None or driver.runs is None:
-        return Finding("driver", "pass", f"{on.type}: torch computes on it, and tells no versions")
-    built, runs = (".".join(map(str, version)) for version in (driver.built_for, driver.runs))
-    what = f"torch is built for {driver.kind} {built}, the driver runs up to {runs}"
-    if driver.runs[0] < driver.built_for[0]:
-        return Finding("driver", "fail", what, f"Install a newer driver, or the torch for {driver.kind} {runs}.")
-    if driver.runs < driver.built_for:
-        todo = "It may lack what was added since: a newer driver is safer."
-        return Finding("driver", "warn", what, todo)
-    return Finding("driver", "pass", what)
+def check_driver(driver: device.DriverVersion, torch_device: torch.device) -> CheckResult:
+    """Check that the driver supports torch's version. An older major version fails, an older minor version may work."""
+    if torch_device.type == "cpu":
+        return CheckResult("driver", "pass", "not needed on a CPU")
+    if driver.built_for is None or driver.max_supported is None:
+        return CheckResult("driver", "pass", f"{torch_device.type}: torch reports no versions")
+    required, supported = (".".join(map(str, version)) for version in (driver.built_for, driver.max_supported))
+    message = f"torch is built for {driver.kind} {required}, the driver supports up to {supported}"
+    if driver.max_supported[0] < driver.built_for[0]:
+        return CheckResult(
+            "driver", "fail", message, f"Install a newer driver, or the torch for {driver.kind} {supported}."
+        )
+    if driver.max_supported < driver.built_for:
+        hint = "The driver may lack newer functions. Update it."
+        return CheckResult("driver", "warn", message, hint)
+    return CheckResult("driver", "pass", message)
 
 
-def check_clock(ranks: Ranks) -> Finding:
-    """How far this rank's clock is from the first rank's, the median of some readings after a barrier each."""
+def check_clock(ranks: DistContext) -> CheckResult:
+    """Measure the offset of this rank's clock from rank 0, as median of readings after barriers."""
     readings = []
-    for _ in range(ROUNDS):
+    for _ in range(NUM_ROUNDS):
         ranks.barrier()
         readings.append(time.time())
     first: list[float] = ranks.broadcast(readings)
-    return judge_clock(statistics.median(mine - theirs for mine, theirs in zip(readings, first, strict=True)))
+    return check_clock_skew(
+        statistics.median(local - reference for local, reference in zip(readings, first, strict=True))
+    )
 
 
-def judge_clock(skew_s: float) -> Finding:
-    """Whether a clock is near enough to the first rank's, for logs of several machines to be read side by side."""
-    what = f"at most {max(0.01, abs(skew_s)):.2f} s from that of rank 0"
-    todo = "Let NTP or chrony set the clocks of all nodes."
+def check_clock_skew(skew_s: float) -> CheckResult:
+    """Check that a clock is close to rank 0's, so that logs of several machines can be compared."""
+    message = f"at most {max(0.01, abs(skew_s)):.2f} s from rank 0"
+    hint = "Synchronize the clocks of all nodes with NTP or chrony."
     if abs(skew_s) < 1:
-        return Finding("clock", "pass", what)
-    return Finding("clock", "warn" if abs(skew_s) < 60 else "fail", what, todo)
+        return CheckResult("clock", "pass", message)
+    return CheckResult("clock", "warn" if abs(skew_s) < 60 else "fail", message, hint)
 
 
-def check_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> tuple[Trial | None, list[Finding]]:
-    """Train two steps on noise, the second timed, and say what memory they took."""
-    fewer = "Pass a smaller --batch-size, or more --grad-accum-steps, which compute it in parts."
-    of_batch = f"{config.batch_size} images"
+def check_step(
+    workload: Workload[Any], config: RunConfig, single_rank: DistContext
+) -> tuple[StepProbe | None, list[CheckResult]]:
+    """Time a training step on dummy input and check its memory."""
+    hint = "Pass a smaller --batch-size, or more --grad-accum-steps, which split it into micro-batches."
+    batch_text = f"{config.batch_size} images"
     if config.grad_accum_steps > 1:
-        of_batch += f" in {config.grad_accum_steps} parts"
+        batch_text += f" in {config.grad_accum_steps} micro-batches"
     try:
-        trial = try_step(benchmark, config, alone)
+        probe = probe_step(workload, config, single_rank)
     except InputError as error:
-        return None, [Finding("training step", "fail", str(error), "Change that setting.")]
+        return None, [CheckResult("training step", "fail", str(error), "Change that setting.")]
     except (RuntimeError, MemoryError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         if isinstance(error, MemoryError) or device.is_out_of_memory(str(error)):
-            return None, [Finding("training step", "fail", f"{of_batch} do not fit: {lines[0]}", fewer)]
-        return None, [Finding("training step", "fail", lines[0], "See what `--mode bench-train` says.")]
-    what = f"{of_batch} in {trial.step_s:.3g} s"
-    kept_gib = config.image_cache_gib if config.image_cache == "device" else 0.0
-    return trial, [Finding("training step", "pass", what), check_device_memory(trial, alone.device, kept_gib)]
+            return None, [CheckResult("training step", "fail", f"{batch_text} do not fit in memory: {lines[0]}", hint)]
+        return None, [
+            CheckResult("training step", "fail", lines[0], "Run `--mode bench-train` to see the whole error.")
+        ]
+    message = f"{batch_text} in {probe.step_s:.3g} s"
+    cache_gib = config.image_cache_gib if config.image_cache == "device" else 0.0
+    return probe, [
+        CheckResult("training step", "pass", message),
+        check_device_memory(probe, single_rank.device, cache_gib),
+    ]
 
 
-def try_step(benchmark: Benchmark[Any], config: RunConfig, alone: Ranks) -> Trial:
-    """Train two steps on noise at a learning rate of 0; raises what comes up, out of memory too."""
-    state = train_loop.build(benchmark, config, alone)
-    share = move(Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), alone.device)
-    for _ in range(2):  # the first lays out memory, and compiles
+def probe_step(workload: Workload[Any], config: RunConfig, single_rank: DistContext) -> StepProbe:
+    """Train two steps on dummy input at a learning rate of 0. Time the second one."""
+    state = train_loop.build_state(workload, config, single_rank)
+    batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), single_rank.device)
+    for _ in range(2):  # the first one allocates memory and compiles
         start_s = time.monotonic()
-        train_loop.train_step(state, share, 0.0, benchmark, config, alone)
-        device.synchronize(alone.device)
+        train_loop.train_step(state, batch, 0.0, workload, config, single_rank)
+        device.synchronize(single_rank.device)
     step_s = time.monotonic() - start_s
-    sent = sum(tensor.nbytes for tensor in state.model.parameters() if tensor.requires_grad)
-    return Trial(step_s, device.peak_memory_gib(alone.device), sent // (1 if config.gradient_dtype == "fp32" else 2))
+    gradient_bytes = sum(tensor.nbytes for tensor in state.model.parameters() if tensor.requires_grad)
+    return StepProbe(
+        step_s,
+        device.peak_memory_gib(single_rank.device),
+        gradient_bytes // (1 if config.gradient_dtype == "fp32" else 2),
+    )
 
 
 def check_device_memory(
-    trial: Trial, on: torch.device, kept_gib: float = 0.0, total_gib: float | None = None
-) -> Finding:
-    """Whether the device has room beside a step and the images kept there; total_gib: in place of what it has."""
-    total_gib = total_gib or device.total_memory_gib(on)
+    probe: StepProbe, torch_device: torch.device, cache_gib: float = 0.0, total_gib: float | None = None
+) -> CheckResult:
+    """Check that a step and the image cache fit in device memory. total_gib: replaces the device's size in tests."""
+    total_gib = total_gib or device.total_memory_gib(torch_device)
     if total_gib is None:
-        return Finding("device memory", "pass", f"a step takes {trial.peak_gib:.2f} GiB, of the machine's")
-    what = f"a step takes {trial.peak_gib:.1f} of {total_gib:.1f} GiB"
-    if kept_gib:
-        what += f", decoded images {kept_gib:.1f}"
-    if trial.peak_gib + kept_gib > 0.9 * total_gib:
-        smaller = "--batch-size or --image-cache-gib" if kept_gib else "--batch-size"
-        return Finding("device memory", "warn", what, f"Larger batches of boxes may not fit: a smaller {smaller}.")
-    return Finding("device memory", "pass", what)
+        return CheckResult("device memory", "pass", f"a step takes {probe.peak_gib:.2f} GiB of host memory")
+    message = f"a step takes {probe.peak_gib:.1f} of {total_gib:.1f} GiB"
+    if cache_gib:
+        message += f", the image cache {cache_gib:.1f}"
+    if probe.peak_gib + cache_gib > 0.9 * total_gib:
+        flags = "--batch-size or --image-cache-gib" if cache_gib else "--batch-size"
+        return CheckResult(
+            "device memory", "warn", message, f"Batches with more boxes may not fit. Pass a smaller {flags}."
+        )
+    return CheckResult("device memory", "pass", message)
 
 
-def measure_all_reduce(ranks: Ranks) -> tuple[float, bool]:
-    """Seconds of the mean of 64 MiB over all ranks, the median of some; and whether that came out right."""
-    if not ranks.together:
+def measure_all_reduce(ranks: DistContext) -> tuple[float, bool]:
+    """Return the median time in s of an all-reduce of 64 MiB, and whether its result is correct."""
+    if not ranks.is_distributed:
         return 0.0, True
-    spent_s = []
-    right = True
-    for number in range(1 + ROUNDS):  # the first makes the connections
+    elapsed_s = []
+    is_correct = True
+    for round_index in range(1 + NUM_ROUNDS):  # the first one opens the connections
         tensor = torch.full((ALL_REDUCE_BYTES // 4,), float(ranks.rank), device=ranks.device)
         ranks.barrier()
         device.synchronize(ranks.device)
         start_s = time.monotonic()
-        ranks.mean(tensor)
+        ranks.all_reduce_mean(tensor)
         device.synchronize(ranks.device)
-        if number:
-            spent_s.append(time.monotonic() - start_s)
-        right &= bool(torch.allclose(tensor, torch.full_like(tensor, (ranks.world_size - 1) / 2)))
-    return statistics.median(spent_s), right
+        if round_index:
+            elapsed_s.append(time.monotonic() - start_s)
+        is_correct &= bool(torch.allclose(tensor, torch.full_like(tensor, (ranks.world_size - 1) / 2)))
+    return statistics.median(elapsed_s), is_correct
 
 
-def check_bandwidth(measured: tuple[float, bool], trial: Trial | None, world_size: int) -> Finding:
-    """Whether ranks add up, and whether a step's gradient travels in a small part of the time of the step."""
-    spent_s, right = measured
+def check_bandwidth(measured: tuple[float, bool], probe: StepProbe | None, world_size: int) -> CheckResult:
+    """Check that all-reduce is correct, and that the gradient takes less than half of a step to reduce."""
+    elapsed_s, is_correct = measured
     if world_size == 1:
-        return Finding("collectives", "pass", "one rank, which speaks to nobody")
-    rate = f"{ALL_REDUCE_BYTES / 2**30 / spent_s:.3g} GiB/s over {world_size} ranks"
-    if not right:
-        todo = "The collective library or its transport is broken: update it, or try another transport."
-        return Finding("collectives", "fail", f"the mean over {world_size} ranks is wrong", todo)
-    if trial is None:
-        return Finding("collectives", "pass", rate)
-    gradient_s = spent_s * trial.gradient_bytes / ALL_REDUCE_BYTES
-    what = f"{rate}: {size(trial.gradient_bytes)} of gradient take {gradient_s:.3g} s, a step {trial.step_s:.3g} s"
-    if gradient_s > 0.5 * trial.step_s:
-        todo = "See that the ranks use their fast links (NCCL_DEBUG=INFO); --gradient-dtype bf16 sends half."
-        return Finding("collectives", "warn", what, todo)
-    return Finding("collectives", "pass", what)
+        return CheckResult("collectives", "pass", "single rank, not applicable")
+    rate = f"{ALL_REDUCE_BYTES / 2**30 / elapsed_s:.3g} GiB/s over {world_size} ranks"
+    if not is_correct:
+        hint = "The collective library or its transport is broken. Update it, or try another transport."
+        return CheckResult("collectives", "fail", f"all-reduce over {world_size} ranks gives a wrong result", hint)
+    if probe is None:
+        return CheckResult("collectives", "pass", rate)
+    gradient_s = elapsed_s * probe.gradient_bytes / ALL_REDUCE_BYTES
+    gradient = f"{format_bytes(probe.gradient_bytes)} of gradient takes {gradient_s:.3g} s"
+    message = f"{rate}: {gradient}, a step {probe.step_s:.3g} s"
+    if gradient_s > 0.5 * probe.step_s:
+        hint = "Check that the ranks use their fast links (NCCL_DEBUG=INFO). --gradient-dtype bf16 halves the traffic."
+        return CheckResult("collectives", "warn", message, hint)
+    return CheckResult("collectives", "pass", message)
 
 
-def check_data(config: RunConfig, system: System, *, segmentations: bool) -> list[Finding]:
-    """Whether the data set is whole and can be decoded, and the backbone's weights are what they should be."""
+def check_data(config: RunConfig, layout: LaunchLayout, *, segmentations: bool) -> list[CheckResult]:
+    """Check that the data set is complete and decodable, and that the pretrained backbone is intact."""
     try:
-        backbone = [Finding("backbone", "pass", run_checks.check_backbone(config))]
+        backbone = [CheckResult("backbone", "pass", run_checks.check_backbone(config))]
     except InputError as error:
-        backbone = [Finding("backbone", "fail", str(error))]
+        backbone = [CheckResult("backbone", "fail", str(error))]
     try:
-        if not config.reads_data:
-            return [Finding("data", "pass", "none are read: the input is made up"), *backbone]
-        if run_checks.due(config):
-            return [Finding("data", "pass", f"{config.data_dir}: drawn when the run starts"), *backbone]
-        splits, facts = run_checks.check_data(config, system, segmentations=segmentations)
+        if not config.required_splits:
+            return [CheckResult("data", "pass", "not read: the input is synthetic"), *backbone]
+        if run_checks.pending_synthetic_data(config):
+            return [CheckResult("data", "pass", f"{config.data_dir}: generated when the run starts"), *backbone]
+        splits, info = run_checks.check_data(config, layout, segmentations=segmentations)
     except InputError as error:
-        return [Finding("data", "fail", line) for line in str(error).splitlines()] + backbone
+        return [CheckResult("data", "fail", line) for line in str(error).splitlines()] + backbone
     except OSError as error:
-        what = f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}"
-        return [Finding("data", "fail", what, "See that the folder can be read."), *backbone]
-    found = [Finding("data", "pass", fact) for fact in facts]
+        message = f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}"
+        return [CheckResult("data", "fail", message, "Check that the folder is readable."), *backbone]
+    results = [CheckResult("data", "pass", line) for line in info]
     for name, split in splits.items():
-        found.append(check_sample(name, split))
+        results.append(check_sample(name, split))
         if config.dataset == "coco2017":
-            full, _ = coco.files(config, "train" if name == "train" else "val", segmentations=True)
-            found += check_published(name, split, full, coco2017.PUBLISHED[name])
-    return found + backbone
+            annotation_file, _ = coco.dataset_paths(config, "train" if name == "train" else "val", segmentations=True)
+            results += check_published(name, split, annotation_file, coco2017.PUBLISHED[name])
+    return results + backbone
 
 
-def check_sample(name: str, split: Split) -> Finding:
-    """Decode a few images from the first to the last of a split."""
-    for index in sorted({round(number * (len(split) - 1) / (SAMPLES - 1)) for number in range(SAMPLES)}):
+def check_sample(name: str, split: Split) -> CheckResult:
+    """Decode a few images, spread over a split."""
+    for index in sorted({round(sample * (len(split) - 1) / (NUM_SAMPLES - 1)) for sample in range(NUM_SAMPLES)}):
         path = split.image_path(index)
         try:
             size_hw = tuple(image_io.read(path).shape[1:])
         except InputError as error:
-            return Finding("sample", "fail", str(error), "Fetch it again: ./init_datasets.sh.")
+            return CheckResult("sample", "fail", str(error), "Download it again: ./init_datasets.sh.")
         if size_hw != tuple(split.sizes_hw[index].tolist()):
-            stated = "x".join(map(str, split.sizes_hw[index].tolist()))
-            what = f"{path}: {'x'.join(map(str, size_hw))} pixels, and {stated} in {split.annotation_file.name}"
-            return Finding("sample", "fail", what, "Images and annotations are not of one data set: fetch both again.")
-    return Finding("sample", "pass", f"{name}: {SAMPLES} images from the first to the last are decoded")
+            expected = "x".join(map(str, split.sizes_hw[index].tolist()))
+            message = f"{path}: {'x'.join(map(str, size_hw))} pixels, but {expected} in {split.annotation_file.name}"
+            return CheckResult(
+                "sample", "fail", message, "Images and annotations are from different data sets. Download both again."
+            )
+    return CheckResult("sample", "pass", f"{name}: {NUM_SAMPLES} images decoded, spread over the split")
 
 
-def check_published(name: str, split: Split, file: Path, published: Published) -> list[Finding]:
-    """Whether a split has as much as COCO 2017's, and the file of its annotations that file's sum."""
-    again = "Remove it and run ./init_datasets.sh, or give data that are not COCO 2017 another --dataset."
-    counts = (len(split) + split.missing_images, len(split.labels) + split.dropped_boxes)
-    wanted = (published.images, published.annotations)
-    what = f"{name}: {counts[0]} images and {counts[1]} annotations"
-    if counts == wanted:
-        found = [Finding("COCO 2017", "pass", what)]
+def check_published(name: str, split: Split, file: Path, published: PublishedSplit) -> list[CheckResult]:
+    """Check the counts of a COCO 2017 split and the checksum of its annotations."""
+    hint = "Remove it and run ./init_datasets.sh, or pass another --dataset if the data set is not COCO 2017."
+    counts = (len(split) + split.num_missing_images, len(split.labels) + split.num_dropped_boxes)
+    expected = (published.num_images, published.num_annotations)
+    message = f"{name}: {counts[0]} images and {counts[1]} annotations"
+    if counts == expected:
+        results = [CheckResult("COCO 2017", "pass", message)]
     else:
-        found = [Finding("COCO 2017", "fail", f"{what}, and COCO 2017 has {wanted[0]} and {wanted[1]}", again)]
+        results = [
+            CheckResult("COCO 2017", "fail", f"{message}, but COCO 2017 has {expected[0]} and {expected[1]}", hint)
+        ]
     if not file.exists():
-        return [*found, Finding("checksum", "warn", f"{file} is not there to be summed", "Keep it beside the other.")]
+        return [
+            *results,
+            CheckResult(
+                "checksum",
+                "warn",
+                f"{file} not found, cannot verify its checksum",
+                "Keep it next to the shrunken annotations.",
+            ),
+        ]
     digest = coco2017.sha256(file)
     if digest != published.sha256:
-        what = f"{file}: SHA-256 {digest[:8]}..., and COCO 2017's is {published.sha256[:8]}..."
-        return [*found, Finding("checksum", "fail", what, again)]
-    return [*found, Finding("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]
+        message = f"{file}: SHA-256 {digest[:8]}..., but COCO 2017's is {published.sha256[:8]}..."
+        return [*results, CheckResult("checksum", "fail", message, hint)]
+    return [*results, CheckResult("checksum", "pass", f"{file.name}: SHA-256 {digest[:8]}..., COCO 2017's")]

@@ -1,14 +1,13 @@
-"""Check a run before its clock starts: settings, rules, data, backbone, run folder.
+"""Checks of a run before its timer starts: settings, rules, data, backbone, run folder.
 
-`python -m BENCHMARK.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake found. Its
-report goes to stderr and four lines to stdout, for ./run_and_time.sh: the organisation, the run's folder, the mode, and
-the number of classes, which follows the annotations where it is not set.
-With --dry-run nothing is made or drawn, what is absent is only warned of, and the report goes to stdout, with
-all settings. What the closed division forbids is a mistake in both; the open division is told what the closed one would
-refuse. With --model-summary nothing is checked but the settings, and the layers of the network go to stdout.
+`python -m BENCHMARK.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake. It prints its
+report to stderr and four lines to stdout for ./run_and_time.sh: organization, run folder, mode and number of classes.
+--dry-run creates nothing, reports missing files as warnings, and prints the report with all settings to stdout.
+A violation of the closed division is an error in both cases. In the open division it is a note.
+--model-summary checks only the settings and prints the layers of the network to stdout.
 
-It runs in a process of its own, which keeps nothing: MLPerf forbids to touch the data before run_start in the
-one that is timed, and the caches are dropped in between. It imports no torch, so that it answers at once.
+The checks run in a separate process, and the page cache is dropped afterwards: MLPerf forbids the timed process to
+touch the data before run_start. The module imports no torch, so that it starts quickly.
 """
 
 import math
@@ -23,251 +22,258 @@ from typing import Generic, TypeVar
 from detection import run_dir
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
-from detection.config.settings import InputError, Resolved, System, describe, read_system
+from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, format_settings, read_launch_layout
 from detection.data import coco, worker_shm
-from detection.data.num_classes import followed
+from detection.data.num_classes import resolve_num_classes
 from detection.engine import tensorboard
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
 
 Config = TypeVar("Config", bound=RunConfig)
 
-# COCO's images have sides of at most 640 pixels, and few files of it are longer.
-LARGEST_IMAGE_BYTES = 3 * 640 * 640
-LARGEST_FILE_BYTES = 2**19
+# COCO's images have at most 640x640 pixels, and few of its files are larger than 512 KiB.
+MAX_IMAGE_BYTES = 3 * 640 * 640
+MAX_FILE_BYTES = 2**19
 
 
 @dataclass(frozen=True)
-class Checks(Generic[Config]):
-    """What differs between benchmarks.
+class PreflightSpec(Generic[Config]):
+    """Preflight functions of one benchmark.
 
-    load: settings of flags. recipe: what the rules are about, under the names of `mlperf.rules`, for so many ranks.
-    image_bytes: of an image as workers hand it over. network: says what a checkpoint holds, or raises InputError
-    where it is not of the network of the settings; it may import torch. layers: those of the network of the settings,
-    whose num_classes is known, as a table; it may, too. segmentations: whether it trains masks.
+    load: read settings from flags. rule_values: values by the keys of `mlperf.rules`, for a number of ranks.
+    image_bytes: size of an image from a worker. check_weights: describe a weights file, or raise InputError if it does
+    not fit the network. summarize_model: list the network's layers, for resolved num_classes. The last two may import
+    torch. segmentations: the benchmark trains masks.
     """
 
-    load: Callable[[Sequence[str]], Resolved[Config]]
-    recipe: Callable[[Config, int], Mapping[str, object]]
+    load: Callable[[Sequence[str]], ResolvedSettings[Config]]
+    rule_values: Callable[[Config, int], Mapping[str, object]]
     image_bytes: Callable[[Config], int]
-    network: Callable[[Path, Config], str]
-    layers: Callable[[Config], str]
+    check_weights: Callable[[Path, Config], str]
+    summarize_model: Callable[[Config], str]
     segmentations: bool = False
 
 
-def batch_bytes(config: Config, checks: Checks[Config]) -> int:
-    """Of a batch as a worker hands it over: of its first epoch, where the device makes the images."""
-    image_bytes = checks.image_bytes(config)
-    if config.images_on_device:
-        image_bytes = LARGEST_FILE_BYTES if config.jpeg_decoder == "gpu" else LARGEST_IMAGE_BYTES
+def batch_bytes(config: Config, spec: PreflightSpec[Config]) -> int:
+    """Return the size of a batch from a worker. With device preprocessing, this is the size before any caching."""
+    image_bytes = spec.image_bytes(config)
+    if config.device_preprocessing:
+        image_bytes = MAX_FILE_BYTES if config.jpeg_decoder == "gpu" else MAX_IMAGE_BYTES
     return config.batch_size * image_bytes
 
 
-def main(argv: Sequence[str], checks: Checks[Config]) -> int:
+def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
     """Run all checks and return the exit status."""
     dry_run = "--dry-run" in argv
     try:
-        resolved = checks.load([word for word in argv if word not in ("--dry-run", "--model-summary")])
+        resolved = spec.load([word for word in argv if word not in ("--dry-run", "--model-summary")])
         if "--model-summary" in argv:
-            print(checks.layers(with_classes(resolved.config)))
+            print(spec.summarize_model(with_num_classes(resolved.config)))
             return 0
-        config, system = resolved.config, read_system()
-        report = [describe(resolved), ""] if dry_run else []
-        judged, broken = judge(config, checks.recipe(config, system.world_size), system.world_size)
-        facts, mistakes = check_input(config, system, checks, draw=not dry_run)
-        report += judged + facts
-        folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        report += [f"run folder: {folder}"]
+        config, layout = resolved.config, read_launch_layout()
+        report = [format_settings(resolved), ""] if dry_run else []
+        notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
+        info, errors = check_input(config, layout, spec, generate_data=not dry_run)
+        report += notes + info
+        run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        report += [f"run folder: {run_folder}"]
         if dry_run:
-            report += [f"warning: {mistake}" for mistake in mistakes]
+            report += [f"warning: {line}" for line in errors]
             print("\n".join(report), flush=True)
-            if broken:
-                raise InputError("\n".join(broken))
+            if violations:
+                raise InputError("\n".join(violations))
             return 0
         print("\n".join(report), file=sys.stderr, flush=True)
-        if mistakes or broken:
-            raise InputError("\n".join(broken + mistakes))
-        num_classes = followed(config).num_classes
-        if system.node_rank == 0:
-            make(folder, config)
+        if errors or violations:
+            raise InputError("\n".join(violations + errors))
+        num_classes = resolve_num_classes(config).num_classes
+        if layout.node_rank == 0:
+            create_run_dir(run_folder, config)
     except InputError as error:
-        print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    print(config.org, folder, config.mode, num_classes, sep="\n")
+    print(config.org, run_folder, config.mode, num_classes, sep="\n")
     return 0
 
 
-def with_classes(config: Config) -> Config:
-    """The settings with their number of classes, before pictures that the program draws are there, too."""
-    if config.num_classes == 0 and due(config):
-        categories = {"toy": toy.SHAPES, "synthetic_coco": coco_scenes.COCO}[config.dataset]
+def with_num_classes(config: Config) -> Config:
+    """Return the settings with their number of classes, even if a synthetic data set does not exist yet."""
+    if config.num_classes == 0 and pending_synthetic_data(config):
+        categories = {"toy": toy.SHAPES, "synthetic_coco": coco_scenes.COCO_CATEGORIES}[config.dataset]
         return replace(config, num_classes=1 + len(categories))
-    return followed(config)
+    return resolve_num_classes(config)
 
 
-def judge(config: RunConfig, recipe: Mapping[str, object], world_size: int) -> tuple[list[str], list[str]]:
-    """Say what MLPerf's rules make of the recipe: all that they look at, and what the closed division forbids."""
+def check_rules(config: RunConfig, rule_values: Mapping[str, object], world_size: int) -> tuple[list[str], list[str]]:
+    """Check the settings against MLPerf's rules. Return notes and, in the closed division, violations."""
     if config.mode != "train":
-        return [f"--mode {config.mode} is no MLPerf run: no log, no check and no RESULT"], []
+        return [f"--mode {config.mode} is not an MLPerf run: no log, no check and no RESULT"], []
     fixed = rules.BENCHMARKS[config.benchmark].fixed
     values = {
         **{name: getattr(config, name) for name in fixed},
-        **recipe,
-        "eval_epochs": tuple(block[-1] for block in config.blocks()),
+        **rule_values,
+        "eval_epochs": tuple(block[-1] for block in config.eval_blocks()),
         "dataset": config.dataset,
         "network": config.network_name,
-        "checkpoint": config.weights or "none",
-        "backbone": config.pretrained_backbone or "none",
+        "weights": config.weights or "none",
+        "pretrained_backbone": config.pretrained_backbone or "none",
         "seed": "none" if config.seed is None else config.seed,
     }
-    named = f"MLPerf {config.ruleset} {config.division}"
-    said, broken, kept = [], [], []
-    for finding in rules.judge(config.benchmark, config.ruleset, config.division, values):
-        if not finding.ok:
-            broken.append(f"{named} forbids {finding.rule}: {finding.text}")
-        elif finding.rule in fixed:
-            kept.append(finding.rule)
+    ruleset = f"MLPerf {config.ruleset} {config.division}"
+    notes, violations, unchanged = [], [], []
+    for check in rules.check_rules(config.benchmark, config.ruleset, config.division, values):
+        if not check.passed:
+            violations.append(f"{ruleset} forbids {check.rule}: {check.message}")
+        elif check.rule in fixed:
+            unchanged.append(check.rule)
         else:
-            said.append(f"{named}: {finding.rule}: {finding.text}")
-    if kept:
-        said.append(f"{named}: as in the reference: {', '.join(kept)}")
-    exact, peak = config.exact_lr(world_size), config.peak_lr(world_size)
-    as_asked = math.isclose(peak, exact, rel_tol=1e-9)
-    rounded = "not rounded" if as_asked else f"rounded from {exact:.6g} by lr_round_to"
-    said.append(f"peak learning rate {peak:.6g}: {rounded}")
+            notes.append(f"{ruleset}: {check.rule}: {check.message}")
+    if unchanged:
+        notes.append(f"{ruleset}: same as the reference: {', '.join(unchanged)}")
+    unrounded, peak = config.unrounded_peak_lr(world_size), config.peak_lr(world_size)
+    is_exact = math.isclose(peak, unrounded, rel_tol=1e-9)
+    rounded = "not rounded" if is_exact else f"rounded from {unrounded:.6g} by lr_round_to"
+    notes.append(f"peak learning rate {peak:.6g}: {rounded}")
     if config.division == "closed":
-        return said, [f"{rule}. Change it, or pass --division open" for rule in broken]
-    closed = rules.judge(config.benchmark, config.ruleset, "closed", values)
-    said += [f"warning: {rule}" for rule in broken]
-    said += [f"note: closed would refuse {finding.rule}: {finding.text}" for finding in closed if not finding.ok]
-    return said, []
+        return notes, [f"{violation}. Change it, or pass --division open" for violation in violations]
+    closed = rules.check_rules(config.benchmark, config.ruleset, "closed", values)
+    notes += [f"warning: {violation}" for violation in violations]
+    notes += [f"note: closed would reject {check.rule}: {check.message}" for check in closed if not check.passed]
+    return notes, []
 
 
-def check_input(config: Config, system: System, checks: Checks[Config], draw: bool) -> tuple[list[str], list[str]]:
-    """Read all that the run will read; returns facts and mistakes. draw: pictures that are drawn and not there yet."""
-    facts, mistakes = [], []
+def check_input(
+    config: Config, layout: LaunchLayout, spec: PreflightSpec[Config], generate_data: bool
+) -> tuple[list[str], list[str]]:
+    """Read everything that the run will read. Return information and errors.
+
+    generate_data: generate a missing synthetic data set.
+    """
+    info, errors = [], []
     try:
-        drawing = due(config) if config.reads_data else None
-        if drawing and draw:
-            drawing()
-        if not config.reads_data:
-            facts.append("no data set is read: the input is made up")
-        elif drawing and not draw:
-            facts.append(f"DATADIR={config.data_dir}: the pictures are drawn when the run starts")
+        generate = pending_synthetic_data(config) if config.required_splits else None
+        if generate and generate_data:
+            generate()
+        if not config.required_splits:
+            info.append("no data set is read: the input is synthetic")
+        elif generate and not generate_data:
+            info.append(f"DATADIR={config.data_dir}: the synthetic images are generated when the run starts")
         else:
-            facts += check_data(config, system, segmentations=checks.segmentations)[1]
+            info += check_data(config, layout, segmentations=spec.segmentations)[1]
     except InputError as error:
-        mistakes += str(error).splitlines()
+        errors += str(error).splitlines()
     except OSError as error:
-        mistakes.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+        errors.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
     if config.tensorboard:
         try:
-            tensorboard.require()
+            tensorboard.require_tensorboard()
         except InputError as error:
-            mistakes.append(str(error))
+            errors.append(str(error))
     try:
-        worker_shm.check(config.num_workers * system.ranks_per_node, batch_bytes(config, checks))
+        worker_shm.check(config.num_workers * layout.ranks_per_node, batch_bytes(config, spec))
     except InputError as error:
-        mistakes.append(str(error))
+        errors.append(str(error))
     if config.weights:
         try:
-            found = checks.network(Path(config.weights), followed(config))
-            facts.append(f"checkpoint: {config.weights} ({found})")
+            description = spec.check_weights(Path(config.weights), resolve_num_classes(config))
+            info.append(f"weights: {config.weights} ({description})")
         except InputError as error:
-            mistakes.append(str(error))
-    elif config.trunk_weights:
+            errors.append(str(error))
+    elif config.backbone_weights:
         try:
-            facts.append(check_backbone(config))
+            info.append(check_backbone(config))
         except InputError as error:
-            mistakes.append(str(error))
-    return facts, mistakes
+            errors.append(str(error))
+    return info, errors
 
 
-def due(config: RunConfig) -> Callable[[], bool] | None:
-    """What draws the pictures of this data set, or None: they are there, or are not to be drawn."""
+def pending_synthetic_data(config: RunConfig) -> Callable[[], bool] | None:
+    """Return the function that generates the synthetic data set, or None if none is missing."""
     if config.dataset == "toy" and not any(config.data_dir.glob("*")):
-        return partial(toy.draw, config.data_dir, toy.Drawing())
-    rehearsed = coco_sized.Drawing(config.synthetic_images)
-    if config.dataset == "synthetic_coco" and not coco_sized.is_complete(config.data_dir, rehearsed):
-        return partial(coco_sized.draw, config.data_dir, rehearsed)
+        return partial(toy.generate, config.data_dir, toy.ToySpec())
+    coco_sized_spec = coco_sized.CocoSizedSpec(config.synthetic_images)
+    if config.dataset == "synthetic_coco" and not coco_sized.is_complete(config.data_dir, coco_sized_spec):
+        return partial(coco_sized.generate, config.data_dir, coco_sized_spec)
     return None
 
 
 def check_backbone(config: RunConfig) -> str:
-    """Look for damage to the weights that the trunk starts from, where it does; says what was found.
+    """Verify the file of the pretrained backbone and return a description.
 
-    Raises InputError, with how to fetch them.
+    Raises InputError with the command that downloads it.
     """
-    if not config.trunk_weights:
+    if not config.backbone_weights:
         return "no ImageNet weights are read"
-    path = Path(config.trunk_weights)
+    path = Path(config.backbone_weights)
     try:
-        return backbone_urls.check(path)
+        return backbone_urls.verify_file(path)
     except InputError as error:
-        fetch = backbone_urls.how_to_fetch(config.trunk_name, path)
+        fetch_command = backbone_urls.fetch_command(config.backbone_name, path)
         raise InputError(
-            f"{error}. Run {fetch}, or start at random: --pretrained-backbone '' --division open"
+            f"{error}. Run {fetch_command}, or start from random weights: --pretrained-backbone '' --division open"
         ) from error
 
 
 def check_data(
-    config: RunConfig, system: System, *, segmentations: bool = False
+    config: RunConfig, layout: LaunchLayout, *, segmentations: bool = False
 ) -> tuple[dict[str, coco.Split], list[str]]:
-    """Read the splits and hold them against the settings; returns them and their counts, raises InputError.
+    """Read the splits and check them against the settings. Return the splits and a description.
 
-    segmentations: with their masks.
+    segmentations: also read masks. Raises InputError.
     """
     if not config.train_images and not config.data_dir.is_dir():
-        coco.layout(config.data_dir, "train", segmentations=segmentations)
-    facts, mistakes = [], []
+        coco.standard_paths(config.data_dir, "train", segmentations=segmentations)
+    info, errors = [], []
     splits: dict[str, coco.Split] = {}
-    for name in config.reads_data:
+    for name in config.required_splits:
         try:
-            files = coco.files(config, name, segmentations=segmentations)
-            split = coco.read(*files, skip_missing_images=config.skip_missing_images, segmentations=segmentations)
+            paths = coco.dataset_paths(config, name, segmentations=segmentations)
+            split = coco.read(*paths, skip_missing_images=config.skip_missing_images, segmentations=segmentations)
         except InputError as error:
-            mistakes += str(error).splitlines()
+            errors += str(error).splitlines()
             continue
         splits[name] = split
-        without_boxes = len(split) - len(split.with_boxes())
-        facts.append(
-            f"{name}: {len(split)} images ({without_boxes} without boxes, {split.missing_images} missing), "
-            f"{len(split.labels)} boxes ({split.dropped_boxes} more of zero size dropped, "
-            f"{split.clipped_boxes} clipped at the border)"
+        num_empty = len(split) - len(split.drop_empty_images())
+        info.append(
+            f"{name}: {len(split)} images ({num_empty} without boxes, {split.num_missing_images} missing), "
+            f"{len(split.labels)} boxes ({split.num_dropped_boxes} of zero size dropped, "
+            f"{split.num_clipped_boxes} clipped to the image)"
         )
     if first := next(iter(splits.values()), None):
         try:
-            coco.check_classes(config.num_classes, first)
+            coco.check_num_classes(config.num_classes, first)
         except InputError as error:
-            mistakes.append(str(error))
+            errors.append(str(error))
     if train := splits.get("train"):
-        facts.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
-        batch, images = config.global_batch_size(system.world_size), len(train.with_boxes())
-        if batch > images:
-            mistakes.append(
-                f"batch_size {config.batch_size} on {system.world_size} ranks is {batch} images a step, and "
-                f"{train.annotation_file} has {images} with boxes. Pass a smaller --batch-size"
+        info.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
+        global_batch, num_images = config.global_batch_size(layout.world_size), len(train.drop_empty_images())
+        if global_batch > num_images:
+            errors.append(
+                f"batch_size {config.batch_size} on {layout.world_size} ranks is {global_batch} images per step, but "
+                f"{train.annotation_file} has {num_images} images with boxes. Pass a smaller --batch-size"
             )
         if "val" in splits and splits["val"].categories != train.categories:
-            mistakes.append(
-                f"{splits['val'].annotation_file} has other categories than {train.annotation_file}. Give both the same"
+            errors.append(
+                f"{splits['val'].annotation_file} has other categories than {train.annotation_file}. Use the same ones"
             )
-    if mistakes:
-        raise InputError("\n".join(mistakes))
-    return splits, facts
+    if errors:
+        raise InputError("\n".join(errors))
+    return splits, info
 
 
-def make(folder: Path, config: RunConfig) -> None:
-    """Make the run's folder; raises InputError if that is not possible or it holds this experiment's log."""
-    log = run_dir.log_file(folder, config.run_index)
+def create_run_dir(run_folder: Path, config: RunConfig) -> None:
+    """Create the run folder. Raises InputError if it cannot be written or contains the log of this run index."""
+    log = run_dir.log_path(run_folder, config.run_index)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.mkdir(parents=True, exist_ok=True)
         if log.exists() and config.resume == "none":
             raise InputError(
-                f"{log} is there already: choose another RUN_DIR or RUN_INDEX, or go on with it by --resume auto"
+                f"{log} already exists. Choose another RUN_DIR or RUN_INDEX, or continue the run with --resume auto"
             )
-        trial = folder / f".{log.name}"
-        trial.touch()
-        trial.unlink()
+        probe_file = run_folder / f".{log.name}"
+        probe_file.touch()
+        probe_file.unlink()
     except OSError as error:
-        raise InputError(f"run folder {folder} cannot be written ({error.strerror}): choose another LOGDIR") from error
+        raise InputError(
+            f"run folder {run_folder} cannot be written ({error.strerror}). Choose another LOGDIR"
+        ) from error

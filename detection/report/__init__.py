@@ -1,1 +1,1 @@
-"""The HTML report, its plots and the live view of runs."""
+"""HTML report, plots and live view of runs."""

@@ -1,6 +1,6 @@
-"""What a run left, read as far as it goes: its folder, or its MLPerf log alone.
+"""Record of one run, read from its run folder or from its MLPerf log alone.
 
-A run that was killed leaves files that end in the middle of a line, or none; what is missing is said in `remarks`.
+A killed run leaves files that are missing or end in the middle of a line. `notes` lists what is missing or damaged.
 """
 
 import json
@@ -11,260 +11,273 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detection.run_dir import CONFIG, METRICS, log_path
 from mlperf import log
 from mlperf.log import Event
 from mlperf.rules import BENCHMARKS
 
-# The figures by which a run is judged, as metrics.jsonl and the rules of MLPerf name them.
-_FIGURE_OF_RULE = {"bbox": "AP", "segm": "mask_AP"}
+# Names in MLPerf logs to names in metrics.jsonl.
+_METRIC_NAMES = {"bbox": "AP", "segm": "mask_AP"}
 
-_DAMAGE_SHOWN = 3
+_MAX_ERRORS_SHOWN = 3
 
 
 class Interval(NamedTuple):
-    """A part of a run: kind is "init", "epoch" or "evaluation"; seconds count from the log's first event.
+    """Part of a run: kind is "init", "epoch" or "evaluation". Seconds count from the log's first event.
 
-    epoch: from 1, None for init. ended: whether the log has its end; else it is as long as the log.
+    epoch: from 1, None for init. has_end: whether the log has its end. Otherwise it lasts until the log ends.
     """
 
     kind: str
     epoch: int | None
     start_s: float
     stop_s: float
-    ended: bool
+    has_end: bool
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as it was recorded; what it did not leave is empty.
+    """Record of one run. Parts that it did not write are empty.
 
-    name: short, for people. log: the MLPerf log. events: of that. metrics: of metrics.jsonl (docs/METRICS_JSONL.md).
-    config: every setting. summary: of summary.json. classes: of classes.json. pictures: of pictures.json, `file`
-    being the whole path. remarks: what is missing or damaged.
+    name: short display name. log: path of the MLPerf log. log_events: its events. jsonl_events: events of
+    metrics.jsonl (docs/METRICS_JSONL.md). config: all settings. summary: from summary.json. classes: from classes.json.
+    images: from pictures.json, with the full path as `file`. notes: what is missing or damaged.
     """
 
     name: str
     path: Path
     log: Path | None = None
-    events: list[Event] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    log_events: list[Event] = field(default_factory=list)
+    jsonl_events: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     classes: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def points(self, key: str) -> list[Event]:
-        """The events of one key of the MLPerf log."""
-        return [event for event in self.events if event.key == key]
+    def log_events_named(self, key: str) -> list[Event]:
+        """Return the MLPerf log's events with a key."""
+        return [event for event in self.log_events if event.key == key]
 
-    def value(self, key: str) -> Any:
-        """The last value of a key of the MLPerf log, or None."""
-        return next((event.value for event in reversed(self.events) if event.key == key), None)
+    def log_value(self, key: str) -> Any:
+        """Return the last value of a key in the MLPerf log, or None."""
+        return next((event.value for event in reversed(self.log_events) if event.key == key), None)
 
-    def of(self, event: str) -> list[dict[str, Any]]:
-        """The events of one name in metrics.jsonl."""
-        return [line for line in self.metrics if line["event"] == event]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The last run_start of metrics.jsonl, or nothing."""
-        return next(reversed(self.of("run_start")), {})
+    def events_named(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of metrics.jsonl with a name."""
+        return [event for event in self.jsonl_events if event["event"] == name]
 
     @property
-    def outcome(self) -> dict[str, Any]:
-        """The summary of metrics.jsonl, or nothing: of a run that goes on still, or was killed."""
-        last = self.metrics[-1] if self.metrics else {}
+    def metadata(self) -> dict[str, Any]:
+        """The last run_start event of metrics.jsonl, or an empty one."""
+        return next(reversed(self.events_named("run_start")), {})
+
+    @property
+    def summary_event(self) -> dict[str, Any]:
+        """The summary event of metrics.jsonl. Empty for a run that is still in progress or was killed."""
+        last = self.jsonl_events[-1] if self.jsonl_events else {}
         return last if last.get("event") == "summary" else {}
 
     @property
     def benchmark(self) -> str:
-        """What was trained, "" where nothing says it."""
-        return str(self.facts.get("benchmark") or self.value("submission_benchmark") or "")
+        """Name of the benchmark, or "" if it is not recorded."""
+        return str(self.metadata.get("benchmark") or self.log_value("submission_benchmark") or "")
 
     @property
     def system(self) -> str:
-        """The machine's name."""
-        return str(self.facts.get("system") or self.config.get("system") or self.value("submission_platform") or "")
+        """Name of the system, or "" if it is not recorded."""
+        recorded = self.metadata.get("system") or self.config.get("system")
+        return str(recorded or self.log_value("submission_platform") or "")
 
     @property
     def mode(self) -> str:
-        """What was done, "train" where nothing says it."""
-        return str(self.facts.get("mode") or self.config.get("mode") or "train")
+        """Mode of the run, "train" if it is not recorded."""
+        return str(self.metadata.get("mode") or self.config.get("mode") or "train")
 
     @property
     def resumed(self) -> bool:
-        """Whether the run went on from a checkpoint."""
-        return bool(self.points("resumed")) or any(line.get("resumed_from") for line in self.of("run_start"))
+        """Whether the run resumed from a checkpoint."""
+        return bool(self.log_events_named("resumed")) or any(
+            event.get("resumed_from") for event in self.events_named("run_start")
+        )
 
     @property
     def status(self) -> str:
-        """How it ended: "success" or "aborted", as run_stop says; "" where no end is recorded."""
-        stop = next((event for event in reversed(self.events) if event.key == "run_stop"), None)
+        """Status in run_stop, "success" or "aborted", or "" if no end is recorded."""
+        stop = next(reversed(self.log_events_named("run_stop")), None)
         if stop is not None:
             return str(stop.metadata.get("status", ""))
-        if "converged" in self.outcome:
-            return "success" if self.outcome["converged"] else "aborted"
+        if "converged" in self.summary_event:
+            return "success" if self.summary_event["converged"] else "aborted"
         return ""
 
     @property
     def run_s(self) -> float:
-        """Seconds on the clock, from run_start to run_stop; NaN where one of them is missing."""
-        start, stop = self.points("run_start"), self.points("run_stop")
+        """Seconds from run_start to run_stop, NaN if one of them is missing."""
+        start, stop = self.log_events_named("run_start"), self.log_events_named("run_stop")
         if start and stop:
             return (stop[-1].time_ms - start[0].time_ms) / 1000
-        return number(self.outcome.get("run_s"))
+        return to_float(self.summary_event.get("run_s"))
 
     @property
     def epoch(self) -> int:
-        """The epoch after which the target was reached, or else the last that was begun; 0 before the first."""
+        """The epoch that reached the target, or the last one that started. 0 before the first."""
         if self.status == "success":
-            return max((series[-1][0] for series in self.accuracies.values()), default=0)
-        told = [line.get("epoch") for line in self.metrics] + [e.metadata.get("epoch_num") for e in self.events]
-        return max((epoch for epoch in told if isinstance(epoch, int)), default=0)
+            return max((series[-1][0] for series in self.metric_history.values()), default=0)
+        reported = [event.get("epoch") for event in self.jsonl_events]
+        reported += [event.metadata.get("epoch_num") for event in self.log_events]
+        return max((epoch for epoch in reported if isinstance(epoch, int)), default=0)
 
     @property
     def targets(self) -> dict[str, float]:
-        """Figures that end the run when all are reached, by name."""
-        told = self.facts.get("targets") or self.outcome.get("targets")
-        if isinstance(told, dict):
-            return {str(name): number(value) for name, value in told.items()}
+        """Target values by metric. The run ends when all are reached."""
+        reported = self.metadata.get("targets") or self.summary_event.get("targets")
+        if isinstance(reported, dict):
+            return {str(name): to_float(value) for name, value in reported.items()}
         if "target" in self.config:
-            return {"AP": number(self.config["target"])}
+            return {"AP": to_float(self.config["target"])}
         rules = BENCHMARKS.get(self.benchmark)
-        return {_FIGURE_OF_RULE.get(name, name): value for name, value in rules.targets.items()} if rules else {}
+        return {_METRIC_NAMES.get(name, name): value for name, value in rules.targets.items()} if rules else {}
 
     @property
-    def accuracies(self) -> dict[str, list[tuple[int, float]]]:
-        """The figures of each evaluation by name, as (epoch, value) in the order of time; epoch 0 is before training.
+    def metric_history(self) -> dict[str, list[tuple[int, float]]]:
+        """Metrics of each evaluation by name, as (epoch, value) in order of time. Epoch 0 is before training.
 
-        Of metrics.jsonl, or else what the log's eval_accuracy says: a number, or several by their names.
+        Source: metrics.jsonl, or else eval_accuracy in the log, which is a number or several by name.
         """
-        found: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for line in self.of("evaluation"):
+        history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for line in self.events_named("evaluation"):
             if isinstance(line.get("epoch"), int) and isinstance(line.get("metrics"), dict):
                 for name, value in line["metrics"].items():
-                    found[str(name)].append((line["epoch"], number(value)))
-        if found:
-            return dict(found)
-        for event in self.points("eval_accuracy"):
+                    history[str(name)].append((line["epoch"], to_float(value)))
+        if history:
+            return dict(history)
+        for event in self.log_events_named("eval_accuracy"):
             epoch = event.metadata.get("epoch_num")
             values = event.value if isinstance(event.value, dict) else {"bbox": event.value}
             if isinstance(epoch, int):
                 for name, value in values.items():
-                    found[_FIGURE_OF_RULE.get(str(name).lower(), str(name))].append((epoch, number(value)))
-        return dict(found)
+                    history[_METRIC_NAMES.get(str(name).lower(), str(name))].append((epoch, to_float(value)))
+        return dict(history)
 
     @property
-    def figures(self) -> dict[str, float]:
-        """The figures of the last evaluation by name."""
-        return {name: series[-1][1] for name, series in self.accuracies.items()}
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the last evaluation by name."""
+        return {name: series[-1][1] for name, series in self.metric_history.items()}
 
     @property
-    def judged_by(self) -> list[str]:
-        """The names of the figures that have a target, or those that there are."""
-        return list(self.targets) or [name for name in ("AP", "mask_AP") if name in self.accuracies]
+    def target_metrics(self) -> list[str]:
+        """Names of the metrics with a target. Without targets, those of AP and mask_AP that are recorded."""
+        return list(self.targets) or [name for name in ("AP", "mask_AP") if name in self.metric_history]
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of the figures must know."""
-        found = []
-        for line in self.of("step"):
-            if not math.isfinite(number(line.get("loss"))):
-                found.append(f"the loss is {line.get('loss')} at step {line.get('step')}")
+        """Warnings that a reader of the metrics needs."""
+        messages = []
+        for event in self.events_named("step"):
+            if not math.isfinite(to_float(event.get("loss"))):
+                messages.append(f"the loss is {event.get('loss')} at step {event.get('step')}")
                 break
-        if stopped_by := self.outcome.get("stopped_by"):
-            why = "by a signal or --max-steps" if stopped_by == "Stopped" else str(stopped_by)
-            found.append(f"it was stopped before its end: {why}")
+        if stopped_by := self.summary_event.get("stopped_by"):
+            by_request = stopped_by in ("TrainingStopped", "Stopped")  # the second: name in older runs
+            reason = "by a signal or --max-steps" if by_request else str(stopped_by)
+            messages.append(f"the run stopped early: {reason}")
         if self.resumed:
-            found.append("the run was resumed: it is no MLPerf result")
-        return found + self.remarks
+            messages.append("the run was resumed: it is not an MLPerf result")
+        return messages + self.notes
 
     def intervals(self) -> list[Interval]:
-        """Init, epochs and evaluations in the order of time, from the MLPerf log.
+        """Return init, epochs and evaluations in order of time, from the MLPerf log.
 
-        Published logs have some events once per rank, and some epochs without an end: an interval lasts from its
-        first start to its first end, or to the start of the next, or to the last event.
+        Published logs have some events once per rank, and some epochs without an end. An interval therefore lasts from
+        its first start to its first end, to the start of the next interval, or to the last event.
         """
-        if not self.events:
+        if not self.log_events:
             return []
-        first_ms, last_ms = self.events[0].time_ms, self.events[-1].time_ms
-        found: list[Interval] = []
-        opened: dict[str, tuple[int | None, int]] = {}
-        begun: set[tuple[str, int | None]] = set()
+        first_ms, last_ms = self.log_events[0].time_ms, self.log_events[-1].time_ms
+        intervals: list[Interval] = []
+        open_intervals: dict[str, tuple[int | None, int]] = {}
+        started: set[tuple[str, int | None]] = set()
 
-        def close(kind: str, stop_ms: int, ended: bool) -> None:
-            if kind in opened:
-                epoch, start_ms = opened.pop(kind)
-                found.append(Interval(kind, epoch, (start_ms - first_ms) / 1000, (stop_ms - first_ms) / 1000, ended))
+        def close(kind: str, stop_ms: int, has_end: bool) -> None:
+            if kind in open_intervals:
+                epoch, start_ms = open_intervals.pop(kind)
+                start_s, stop_s = (start_ms - first_ms) / 1000, (stop_ms - first_ms) / 1000
+                intervals.append(Interval(kind, epoch, start_s, stop_s, has_end))
 
         kinds = {"init": "init", "epoch": "epoch", "eval": "evaluation"}
-        for event in self.events:
+        for event in self.log_events:
             key, _, edge = event.key.rpartition("_")
             if key not in kinds or edge not in ("start", "stop"):
                 continue
             kind, epoch = kinds[key], event.metadata.get("epoch_num")
             if edge == "stop":
                 close(kind, event.time_ms, True)
-            elif (kind, epoch) not in begun:
-                begun.add((kind, epoch))
-                for other in list(opened):
+            elif (kind, epoch) not in started:
+                started.add((kind, epoch))
+                for other in list(open_intervals):
                     close(other, event.time_ms, True)
-                opened[kind] = (epoch, event.time_ms)
-        for kind in list(opened):
+                open_intervals[kind] = (epoch, event.time_ms)
+        for kind in list(open_intervals):
             close(kind, last_ms, False)
-        return found
+        return intervals
 
-    def times_s(self) -> dict[str, float]:
-        """Seconds that the run spent on each kind of work; "other" is what is left of the whole."""
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Return the seconds that each kind of work took. "other" is the rest of the total."""
         intervals = self.intervals()
         if intervals:
-            spent = dict.fromkeys(("init", "training", "evaluation"), 0.0)
+            seconds = dict.fromkeys(("init", "training", "evaluation"), 0.0)
             for interval in intervals:
-                spent["training" if interval.kind == "epoch" else interval.kind] += interval.stop_s - interval.start_s
-            whole_s = (self.events[-1].time_ms - self.events[0].time_ms) / 1000
+                kind = "training" if interval.kind == "epoch" else interval.kind
+                seconds[kind] += interval.stop_s - interval.start_s
+            total_s = (self.log_events[-1].time_ms - self.log_events[0].time_ms) / 1000
         else:
             fields = {"init": "init_s", "training": "train_s", "evaluation": "eval_s"}
-            spent = {kind: number(self.outcome.get(name)) for kind, name in fields.items()}
-            whole_s = number(self.outcome.get("e2e_s"))
-            if not all(map(math.isfinite, (*spent.values(), whole_s))):
+            seconds = {kind: to_float(self.summary_event.get(name)) for kind, name in fields.items()}
+            total_s = to_float(self.summary_event.get("e2e_s"))
+            if not all(map(math.isfinite, (*seconds.values(), total_s))):
                 return {}
-        return spent | {"other": max(0.0, whole_s - sum(spent.values()))}
+        return seconds | {"other": max(0.0, total_s - sum(seconds.values()))}
 
 
-def number(value: Any) -> float:
-    """A number out of a file as a float, NaN for all that is none."""
+def to_float(value: Any) -> float:
+    """Convert a number from a file to float. Anything else becomes NaN."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def read_runs(path: Path) -> list[RunRecord]:
-    """The runs at a path: an MLPerf log, a run's folder, that of a series of runs, or a folder of logs, each a run.
+def run_index(config: dict[str, Any]) -> Any:
+    """Return the index of a run in its log's name. Older runs call it `experiment`."""
+    return config.get("run_index", config.get("experiment", 0))
 
-    Raises ValueError where there is nothing of the kind, OSError for a file that cannot be read.
+
+def read_runs(path: Path) -> list[RunRecord]:
+    """Read the runs at a path: an MLPerf log, a run folder, the folder of a series, or a folder of logs.
+
+    Raises ValueError if there is none of these, OSError for an unreadable file.
     """
     if path.is_file():
         return [read_log(path)]
     if not path.is_dir():
-        raise ValueError(f"{path} is not there. Name a run's folder, or an MLPerf log such as result_0.txt.")
+        raise ValueError(f"{path} does not exist. Name a run folder, or an MLPerf log such as result_0.txt.")
     logs = sorted(path.glob("result_*.txt"))
-    if (path / "metrics.jsonl").is_file() or (path / "config.json").is_file():
-        return [read_folder(path, logs)]
-    if series := [file.parent for file in path.glob("experiment_*/config.json")]:
-        series.sort(key=lambda folder: (len(folder.name), folder.name))  # 10 behind 9
-        return [read_folder(folder, sorted(folder.glob("result_*.txt"))) for folder in series]
+    if (path / METRICS).is_file() or (path / CONFIG).is_file():
+        return [read_run_dir(path, logs)]
+    if series := [file.parent for file in path.glob(f"experiment_*/{CONFIG}")]:
+        series.sort(key=lambda folder: (len(folder.name), folder.name))  # 9 before 10
+        return [read_run_dir(folder, sorted(folder.glob("result_*.txt"))) for folder in series]
     if not logs:
-        raise ValueError(f"{path} holds neither metrics.jsonl nor result_*.txt. Name a run's folder, or an MLPerf log.")
+        raise ValueError(f"{path} contains neither {METRICS} nor result_*.txt. Name a run folder, or an MLPerf log.")
     return [read_log(file) for file in logs]
 
 
 def read_log(path: Path) -> RunRecord:
-    """A run of which the MLPerf log alone is there; raises ValueError where that has no event."""
-    remarks: list[str] = []
-    events = log.read(path, remarks)
+    """Read a run from its MLPerf log alone. Raises ValueError if the log has no event."""
+    errors: list[str] = []
+    events = log.read(path, errors)
     if not events:
-        raise ValueError(f"{path} holds no line of an MLPerf log (:::MLLOG).")
-    record = RunRecord(path.stem, path, path, events, remarks=shortened(remarks))
-    config, platform = record.value("config"), record.value("submission_platform")
+        raise ValueError(f"{path} contains no line of an MLPerf log (:::MLLOG).")
+    record = RunRecord(path.stem, path, path, events, notes=truncate_messages(errors))
+    config, platform = record.log_value("config"), record.log_value("submission_platform")
     return replace(
         record,
         name=f"{platform} {path.stem}" if platform else path.stem,
@@ -272,91 +285,97 @@ def read_log(path: Path) -> RunRecord:
     )
 
 
-def read_folder(folder: Path, logs: list[Path]) -> RunRecord:
-    """A run with its folder; `logs` are the MLPerf logs in it."""
-    remarks: list[str] = []
-    config = read_json(folder / "config.json", dict, remarks)
-    wanted = folder / f"result_{config.get('experiment', 0)}.txt"
-    file = wanted if wanted in logs else logs[-1] if logs else None
-    events: list[Event] = []
-    damage: list[str] = []
+def read_run_dir(folder: Path, logs: list[Path]) -> RunRecord:
+    """Read a run from its folder. logs: the MLPerf logs in it."""
+    notes: list[str] = []
+    config = read_json(folder / CONFIG, dict, notes)
+    expected_log = log_path(folder, run_index(config))
+    file = expected_log if expected_log in logs else logs[-1] if logs else None
+    log_events: list[Event] = []
+    errors: list[str] = []
     if file is not None:
-        events = log.read(file, damage)
+        log_events = log.read(file, errors)
     elif config.get("mode", "train") == "train":
-        remarks.append("there is no MLPerf log (result_*.txt)")
-    metrics = read_lines(folder / "metrics.jsonl", damage)
-    if not metrics:
-        remarks.append("metrics.jsonl is empty or missing: there are no curves of loss, learning rate and throughput")
-    pictures = [
-        picture | {"file": folder / "pictures" / Path(str(picture.get("file"))).name}
-        for picture in read_json(folder / "pictures.json", list, remarks, optional=True)
-        if isinstance(picture, dict)
+        notes.append("the MLPerf log (result_*.txt) is missing")
+    jsonl_events = read_events(folder / METRICS, errors)
+    if not jsonl_events:
+        notes.append(f"{METRICS} is empty or missing: there are no curves of loss, learning rate and throughput")
+    images = [
+        image | {"file": folder / "pictures" / Path(str(image.get("file"))).name}
+        for image in read_json(folder / "pictures.json", list, notes, optional=True)
+        if isinstance(image, dict)
     ]
-    classes = read_json(folder / "classes.json", list, remarks, optional=True)
+    classes = read_json(folder / "classes.json", list, notes, optional=True)
     return RunRecord(
         name=folder.resolve().name,
         path=folder,
         log=file,
-        events=events,
-        metrics=metrics,
+        log_events=log_events,
+        jsonl_events=jsonl_events,
         config=config,
-        summary=read_json(folder / "summary.json", dict, remarks, optional=True),
+        summary=read_json(folder / "summary.json", dict, notes, optional=True),
         classes=[row for row in classes if isinstance(row, dict)],
-        pictures=pictures,
-        remarks=remarks + shortened(damage),
+        images=images,
+        notes=notes + truncate_messages(errors),
     )
 
 
-def read_lines(path: Path, damage: list[str]) -> list[dict[str, Any]]:
-    """The events of metrics.jsonl; `damage` gets a message for each line that is none."""
+def read_events(path: Path, errors: list[str]) -> list[dict[str, Any]]:
+    """Read the events of metrics.jsonl. A message for each invalid line is appended to `errors`."""
     if not path.is_file():
         return []
-    found = []
+    events = []
     for line_number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            found.append(event)
+        event = parse_event(line)
+        if event is not None:
+            events.append(event)
         else:
-            damage.append(f"{path.name}, line {line_number}: no event; it may be cut off")
-    return found
+            errors.append(f"{path.name}, line {line_number}: not an event, possibly truncated")
+    return events
 
 
-def read_json(path: Path, kind: type, remarks: list[str], *, optional: bool = False) -> Any:
-    """The content of a JSON file, or an empty one where it is missing or damaged, which `remarks` tell of."""
+def parse_event(line: str | bytes) -> dict[str, Any] | None:
+    """Parse one line of metrics.jsonl, or return None if it is invalid."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def read_json(path: Path, kind: type, notes: list[str], *, optional: bool = False) -> Any:
+    """Read a JSON file. If it is missing or damaged, append that to `notes` and return an empty `kind`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not optional:
-            remarks.append(f"{path.name} is missing")
+            notes.append(f"{path.name} is missing")
         return kind()
     except ValueError:
-        remarks.append(f"{path.name} is damaged")
-        return kind()
+        content = None
     if isinstance(content, kind):
         return content
-    remarks.append(f"{path.name} is damaged")
+    notes.append(f"{path.name} is damaged")
     return kind()
 
 
-def shortened(messages: list[str]) -> list[str]:
-    """The first few of many messages."""
-    more = len(messages) - _DAMAGE_SHOWN
-    return messages[:_DAMAGE_SHOWN] + ([f"and {more} more lines like these"] if more > 0 else [])
+def truncate_messages(messages: list[str]) -> list[str]:
+    """Return the first messages and the number of the others."""
+    num_hidden = len(messages) - _MAX_ERRORS_SHOWN
+    return messages[:_MAX_ERRORS_SHOWN] + ([f"and {num_hidden} more such lines"] if num_hidden > 0 else [])
 
 
-def told_apart(records: Iterable[RunRecord]) -> list[RunRecord]:
-    """The same records with names that differ: those that are alike get their folders in front, or a number."""
+def disambiguate_names(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the records with unique names: prefix equal names with their parent folder, then number them."""
     records = list(records)
-    alike = Counter(record.name for record in records)
-    longer = [
-        f"{record.path.resolve().parent.name}/{record.name}" if alike[record.name] > 1 else record.name
+    counts = Counter(record.name for record in records)
+    with_parent = [
+        f"{record.path.resolve().parent.name}/{record.name}" if counts[record.name] > 1 else record.name
         for record in records
     ]
-    alike = Counter(longer)
-    numbered = [
-        f"{name} ({longer[: index + 1].count(name)})" if alike[name] > 1 else name for index, name in enumerate(longer)
+    counts = Counter(with_parent)
+    unique = [
+        f"{name} ({with_parent[: index + 1].count(name)})" if counts[name] > 1 else name
+        for index, name in enumerate(with_parent)
     ]
-    return [replace(record, name=name) for record, name in zip(records, numbered, strict=True)]
+    return [replace(record, name=name) for record, name in zip(records, unique, strict=True)]

@@ -1,16 +1,14 @@
-"""A run in progress, live in the terminal.
+"""Live view of a run in the terminal.
 
-    python -m detection.report.watch [RUN] [--under results]
+    python -m detection.report watch [RUN] [--under results]
 
-RUN is a run's folder; without it, the newest run below `results`. On a terminal the view renews itself in place, else
-each event is a line. It ends when the run does; Ctrl-C ends it, and leaves the run alone. Exit status: 0, or 2
-where there is no run.
+RUN is a run folder. The default is the latest run below `results`. A terminal shows the view in place, a pipe gets one
+line per event. It ends with the run. Ctrl-C ends it without affecting the run. Exit status: 0, or 2 if there is no run.
 """
 
 import argparse
 import io
 import itertools
-import json
 import math
 import sys
 import time
@@ -27,315 +25,304 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from detection.report.run_record import RunRecord, number, read_json
+from detection.engine.duration import format_hms
+from detection.report.run_record import RunRecord, parse_event, read_json, run_index, to_float
+from detection.run_dir import CONFIG, METRICS, log_path
 from mlperf import log
 
-METRICS = "metrics.jsonl"
-CURVE_WIDTH = 20
+SPARKLINE_WIDTH = 20
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-SILENCE_S = 120  # and that many times the usual time between two events: then something may be wrong
-SILENCE_FACTOR = 10
+STALL_TIMEOUT_S = 120
+STALL_FACTOR = 10
+"""A run stalls if it writes nothing for `STALL_TIMEOUT_S` and for this multiple of the longest gap between events."""
 
 
-class Follower:
-    """The events of a metrics.jsonl that grows, and is cut shorter where a run goes on from a checkpoint."""
+class JsonlTail:
+    """Reader of a growing metrics.jsonl, which a resumed run may have truncated."""
 
     def __init__(self, path: Path):
         self.path = path
         self.events: list[dict[str, Any]] = []
-        self.read_bytes = 0
-        self.rest = b""
+        self.num_bytes = 0
+        self.partial = b""
 
-    def new(self) -> list[dict[str, Any]]:
-        """The events that have come since the last call; a line that is not whole yet waits for its end."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Return the events since the last call. An incomplete line waits for its end."""
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.read_bytes:
-                    self.events, self.read_bytes, self.rest = [], 0, b""
-                file.seek(self.read_bytes)
+                if file.seek(0, 2) < self.num_bytes:
+                    self.events, self.num_bytes, self.partial = [], 0, b""
+                file.seek(self.num_bytes)
                 content = file.read()
         except FileNotFoundError:
             return []
-        self.read_bytes += len(content)
-        *lines, self.rest = (self.rest + content).split(b"\n")
-        found = []
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                found.append(event)
-        self.events += found
-        return found
+        self.num_bytes += len(content)
+        *lines, self.partial = (self.partial + content).split(b"\n")
+        events = [event for line in lines if (event := parse_event(line)) is not None]
+        self.events += events
+        return events
 
     @property
-    def over(self) -> bool:
-        """Whether the run has said how it ended."""
+    def finished(self) -> bool:
+        """Whether the last event is the summary."""
         return bool(self.events) and self.events[-1]["event"] == "summary"
 
 
-class Watched:
-    """A run as it is now."""
+class WatchedRun:
+    """State of a run in progress."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.follower = Follower(folder / METRICS)
+        self.tail = JsonlTail(folder / METRICS)
         self.config: dict[str, Any] = {}
-        self.mark_s = time.monotonic()
+        self.last_event_s = time.monotonic()
 
-    def read(self) -> list[dict[str, Any]]:
-        """What is new."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Read and return the new events."""
         if not self.config:
-            self.config = read_json(self.folder / "config.json", dict, [])
-        events = self.follower.new()
+            self.config = read_json(self.folder / CONFIG, dict, [])
+        events = self.tail.poll()
         if events:
-            self.mark_s = time.monotonic()
+            self.last_event_s = time.monotonic()
         return events
 
     @property
     def record(self) -> RunRecord:
-        """What is known."""
-        return RunRecord(self.folder.name, self.folder, metrics=self.follower.events, config=self.config)
+        """The record of the run so far."""
+        return RunRecord(self.folder.name, self.folder, jsonl_events=self.tail.events, config=self.config)
 
-    def since_start(self) -> list[dict[str, Any]]:
-        """The events on the clock that runs now: of a resumed run those of its last part."""
-        starts = [index for index, event in enumerate(self.follower.events) if event["event"] == "run_start"]
-        return self.follower.events[starts[-1] :] if starts else self.follower.events
+    def events_since_start(self) -> list[dict[str, Any]]:
+        """Return the events since the last run_start. For a resumed run, these are the events of its last part."""
+        starts = [index for index, event in enumerate(self.tail.events) if event["event"] == "run_start"]
+        return self.tail.events[starts[-1] :] if starts else self.tail.events
 
-    def last(self, name: str) -> dict[str, Any]:
-        """The last event of a name, or nothing."""
-        return next((event for event in reversed(self.follower.events) if event["event"] == name), {})
+    def last_event(self, name: str) -> dict[str, Any]:
+        """Return the last event with a name, or an empty one."""
+        return next((event for event in reversed(self.tail.events) if event["event"] == name), {})
 
     def num_epochs(self) -> float:
-        """After how many the run gives up; NaN where nothing says it."""
-        return number(self.last("run_start").get("epochs", self.config.get("epochs")))
+        """Return the maximum number of epochs, NaN if it is not recorded."""
+        return to_float(self.last_event("run_start").get("epochs", self.config.get("epochs")))
 
     def steps_per_epoch(self) -> float:
-        """Of an epoch that is over, or else of the samples that the MLPerf log names; NaN where neither is there."""
-        done = self.last("epoch")
-        if number(done.get("epoch")) > 0:
-            return number(done.get("step")) / done["epoch"]
+        """Return the steps of a finished epoch, or derive them from the MLPerf log. NaN if neither is available."""
+        epoch = self.last_event("epoch")
+        if to_float(epoch.get("epoch")) > 0:
+            return to_float(epoch.get("step")) / epoch["epoch"]
         try:
-            events = log.read(self.folder / f"result_{self.config.get('experiment', 0)}.txt", damage=[])
+            events = log.read(log_path(self.folder, run_index(self.config)), errors=[])
         except OSError:
             return math.nan
-        samples = next((number(event.value) for event in events if event.key == "train_samples"), math.nan)
-        batch = number(self.last("run_start").get("global_batch_size"))
-        return math.ceil(samples / batch) if math.isfinite(samples) and batch > 0 else math.nan
+        samples = next((to_float(event.value) for event in events if event.key == "train_samples"), math.nan)
+        global_batch_size = to_float(self.last_event("run_start").get("global_batch_size"))
+        return math.ceil(samples / global_batch_size) if math.isfinite(samples) and global_batch_size > 0 else math.nan
 
-    def left_s(self) -> float:
-        """Seconds to the last epoch, if no target is reached before; NaN where that cannot be told."""
-        rates = [number(event.get("images_per_s")) for event in self.since_start() if event["event"] == "step"][-20:]
-        batch = number(self.last("run_start").get("global_batch_size"))
-        steps = self.num_epochs() * self.steps_per_epoch() - number(self.last("step").get("step")) - 1
-        if not rates or not math.isfinite(steps * batch) or not median(rates) > 0:
+    def remaining_s(self) -> float:
+        """Return the seconds until the last epoch ends without reaching the target, NaN if unknown."""
+        steps = [event for event in self.events_since_start() if event["event"] == "step"]
+        rates = [to_float(event.get("images_per_s")) for event in steps][-20:]
+        global_batch_size = to_float(self.last_event("run_start").get("global_batch_size"))
+        last_step = to_float(self.last_event("step").get("step"))
+        num_steps = self.num_epochs() * self.steps_per_epoch() - last_step - 1
+        if not rates or not math.isfinite(num_steps * global_batch_size) or not median(rates) > 0:
             return math.nan
-        epochs = self.config.get("eval_epochs")
-        lengths_s = [number(event.get("seconds")) for event in self.record.of("evaluation")]
-        evaluated = number(self.last("evaluation").get("epoch", 0))
-        ahead = [epoch for epoch in epochs if epoch > evaluated] if isinstance(epochs, list) else []
-        return max(0.0, steps) * batch / median(rates) + len(ahead) * (median(lengths_s) if lengths_s else 0.0)
+        eval_epochs = self.config.get("eval_epochs")
+        eval_s = [to_float(event.get("seconds")) for event in self.record.events_named("evaluation")]
+        evaluated = to_float(self.last_event("evaluation").get("epoch", 0))
+        pending = [epoch for epoch in eval_epochs if epoch > evaluated] if isinstance(eval_epochs, list) else []
+        train_s = max(0.0, num_steps) * global_batch_size / median(rates)
+        return train_s + len(pending) * (median(eval_s) if eval_s else 0.0)
 
-    def shares(self) -> dict[str, float]:
-        """Of the time on the clock, the part of each kind of work; nothing before the first event with a time."""
-        events = self.since_start()
-        whole_s = number(events[-1].get("time_s")) if events else 0.0
-        if not whole_s > 0:
+    def time_fractions(self) -> dict[str, float]:
+        """Return the fraction of the run time by kind of work. Empty before the first event with a time."""
+        events = self.events_since_start()
+        total_s = to_float(events[-1].get("time_s")) if events else 0.0
+        if not total_s > 0:
             return {}
-        spent = dict.fromkeys(("training", "evaluation"), 0.0)
-        mark_s = 0.0  # when what goes on now began
+        seconds = dict.fromkeys(("training", "evaluation"), 0.0)
+        last_end_s = 0.0
         for event in events:
             if event["event"] in ("epoch", "evaluation"):
-                spent["training" if event["event"] == "epoch" else "evaluation"] += number(event.get("seconds"))
-                mark_s = number(event.get("time_s"))
-        now: dict[str, Any] = next((event for event in reversed(events) if event["event"] != "summary"), {})
-        if now.get("event") == "step":
-            spent["training"] += number(now.get("time_s")) - mark_s
-        if not all(map(math.isfinite, spent.values())):
+                seconds["training" if event["event"] == "epoch" else "evaluation"] += to_float(event.get("seconds"))
+                last_end_s = to_float(event.get("time_s"))
+        current: dict[str, Any] = next((event for event in reversed(events) if event["event"] != "summary"), {})
+        if current.get("event") == "step":
+            seconds["training"] += to_float(current.get("time_s")) - last_end_s
+        if not all(map(math.isfinite, seconds.values())):
             return {}
-        shares = {kind: min(1.0, seconds / whole_s) for kind, seconds in spent.items()}
-        return shares | {"other": max(0.0, 1 - sum(shares.values()))}
+        fractions = {kind: min(1.0, value / total_s) for kind, value in seconds.items()}
+        return fractions | {"other": max(0.0, 1 - sum(fractions.values()))}
 
     def warnings(self) -> list[str]:
-        """What whoever watches should look at."""
-        found = list(self.record.warnings)
-        silent_s = time.monotonic() - self.mark_s
-        times = [number(event.get("time_s")) for event in self.since_start()]
-        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-        usual_s = max(gaps, default=0.0)
-        if not self.follower.over and silent_s > max(SILENCE_S, SILENCE_FACTOR * usual_s):
-            found.append(f"nothing new for {clock(silent_s)}: it may hang, or have been killed")
-        return found
+        """Return the warnings of the record, and one if the run stalls."""
+        messages = list(self.record.warnings)
+        silent_s = time.monotonic() - self.last_event_s
+        times = [to_float(event.get("time_s")) for event in self.events_since_start()]
+        longest_gap_s = max((end - start for start, end in itertools.pairwise(times)), default=0.0)
+        if not self.tail.finished and silent_s > max(STALL_TIMEOUT_S, STALL_FACTOR * longest_gap_s):
+            messages.append(f"no event for {format_hms(silent_s)}: the run may hang, or may have been killed")
+        return messages
 
 
-def view(run: Watched, *, ascii_only: bool = False) -> Panel:
-    """The whole view, for a terminal of any width from 40 columns on."""
+def render(run: WatchedRun, *, ascii_only: bool = False) -> Panel:
+    """Render the view for a terminal of at least 40 columns."""
     record = run.record
-    step, evaluation = run.last("step"), run.last("evaluation")
+    step, evaluation = run.last_event("step"), run.last_event("evaluation")
     blocks = ASCII_BLOCKS if ascii_only else BLOCKS
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column()
-    facts = record.facts
-    if facts:
-        machine = f"{facts.get('ranks')} × {facts.get('device')}, {facts.get('precision')}"
-        rows.add_row("run", Text(f"{facts.get('network')} on {record.system}, {machine}"))
+    metadata = record.metadata
+    if metadata:
+        machine = f"{metadata.get('ranks')} × {metadata.get('device')}, {metadata.get('precision')}"
+        rows.add_row("run", Text(f"{metadata.get('network')} on {record.system}, {machine}"))
     else:
-        rows.add_row("run", Text("it has not begun yet"))
+        rows.add_row("run", Text("not started yet"))
     total = run.num_epochs() * run.steps_per_epoch()
     if step:
-        made = number(step.get("step")) + 1
-        of_steps = f"/{total:.0f}" if math.isfinite(total) else ""
-        rows.add_row("epoch", Text(f"{step.get('epoch')}/{run.num_epochs():.0f}, step {made:.0f}{of_steps}"))
+        num_steps = to_float(step.get("step")) + 1
+        of_total = f"/{total:.0f}" if math.isfinite(total) else ""
+        rows.add_row("epoch", Text(f"{step.get('epoch')}/{run.num_epochs():.0f}, step {num_steps:.0f}{of_total}"))
         if math.isfinite(total):
-            rows.add_row("", ProgressBar(total=total, completed=made, width=40))
-        losses = [number(event.get("loss")) for event in record.of("step")]
-        rows.add_row("loss", Text(f"{losses[-1]:.4g}  {curve(losses, blocks)}"))
-        rows.add_row("lr", Text(f"{number(step.get('lr')):.4g}"))
-        rates = [number(event.get("images_per_s")) for event in record.of("step")]
-        rows.add_row("img/s", Text(f"{rates[-1]:.1f}  {curve(rates, blocks, least=0.0)}"))
-    for name in record.judged_by:
+            rows.add_row("", ProgressBar(total=total, completed=num_steps, width=40))
+        losses = [to_float(event.get("loss")) for event in record.events_named("step")]
+        rows.add_row("loss", Text(f"{losses[-1]:.4g}  {sparkline(losses, blocks)}"))
+        rows.add_row("lr", Text(f"{to_float(step.get('lr')):.4g}"))
+        rates = [to_float(event.get("images_per_s")) for event in record.events_named("step")]
+        rows.add_row("img/s", Text(f"{rates[-1]:.1f}  {sparkline(rates, blocks, minimum=0.0)}"))
+    for name in record.target_metrics:
         target = record.targets.get(name, math.nan)
-        series = [value for _, value in record.accuracies.get(name, [])]
-        of_target = f", target {target:g}" if math.isfinite(target) else ""
+        series = [value for _, value in record.metric_history.get(name, [])]
+        target_text = f", target {target:g}" if math.isfinite(target) else ""
         reached = bool(series) and series[-1] >= target
         text = f"{series[-1]:.4f} after epoch {evaluation.get('epoch')}" if series else "not evaluated yet"
-        top = max([target, *series]) if math.isfinite(target) else None
-        shown = f"{text}{of_target}  {curve(series, blocks, least=0.0, most=top)}"
-        rows.add_row(name, Text(shown, style="bold green" if reached else ""))
-    rows.add_row("time", Text(times(run)))
-    if shares := run.shares():
-        rows.add_row("", Text(", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())))
+        maximum = max([target, *series]) if math.isfinite(target) else None
+        line = f"{text}{target_text}  {sparkline(series, blocks, minimum=0.0, maximum=maximum)}"
+        rows.add_row(name, Text(line, style="bold green" if reached else ""))
+    rows.add_row("time", Text(format_times(run)))
+    if fractions := run.time_fractions():
+        rows.add_row("", Text(", ".join(f"{kind} {fraction:.0%}" for kind, fraction in fractions.items())))
     parts: list[Any] = [rows]
     parts += [Text(f"! {warning}", style="bold red") for warning in run.warnings()]
     return Panel(Group(*parts), title=Text(record.name), title_align="left", padding=(0, 1), expand=True)
 
 
-def times(run: Watched) -> str:
-    """How long the run is on the clock, and how long it may be yet."""
-    if run.follower.over:
-        outcome = run.record.outcome
-        below = "it was stopped before its end" if outcome.get("stopped_by") else "it ended below its target"
-        how = "the target is reached" if outcome.get("converged") else below
-        return f"{clock(run.record.run_s)} on the clock; {how}"
+def format_times(run: WatchedRun) -> str:
+    """Format the elapsed time, and the remaining time or the result."""
+    if run.tail.finished:
+        summary = run.record.summary_event
+        failure = "stopped early" if summary.get("stopped_by") else "target not reached"
+        result = "target reached" if summary.get("converged") else failure
+        return f"{format_hms(run.record.run_s)} elapsed, {result}"
     try:
-        start = datetime.fromisoformat(str(run.record.facts.get("start")))
-        on_clock_s = (datetime.now(UTC) - start).total_seconds()
-    except (ValueError, TypeError):  # older logs have no start, and one without a zone cannot be told
-        on_clock_s = number(run.follower.events[-1].get("time_s")) if run.follower.events else math.nan
-    left_s = run.left_s()
-    at_most = f", at most {clock(left_s)} left" if math.isfinite(left_s) else ""
-    return f"{clock(on_clock_s)} on the clock{at_most}"
+        start = datetime.fromisoformat(str(run.record.metadata.get("start")))
+        elapsed_s = (datetime.now(UTC) - start).total_seconds()
+    except (ValueError, TypeError):  # older runs have no start, or one without a time zone
+        elapsed_s = to_float(run.tail.events[-1].get("time_s")) if run.tail.events else math.nan
+    remaining_s = run.remaining_s()
+    at_most = f", at most {format_hms(remaining_s)} left" if math.isfinite(remaining_s) else ""
+    return f"{format_hms(elapsed_s)} elapsed{at_most}"
 
 
-def line(event: dict[str, Any], run: Watched) -> str:
-    """An event as a line of text, "" for those that say nothing to a reader."""
+def format_event(event: dict[str, Any], run: WatchedRun) -> str:
+    """Format an event as a line of text, "" for events without a line."""
     match event["event"]:
         case "run_start":
             resumed = f", resumed from {event['resumed_from']}" if event.get("resumed_from") else ""
             return f"{event.get('network')} on {event.get('ranks')} × {event.get('device')}{resumed}"
         case "step":
-            left_s = run.left_s()
-            left = f"  at most {clock(left_s)} left" if math.isfinite(left_s) else ""
+            remaining_s = run.remaining_s()
+            at_most = f"  at most {format_hms(remaining_s)} left" if math.isfinite(remaining_s) else ""
             return (
-                f"epoch {event.get('epoch')}/{run.num_epochs():.0f}  step {number(event.get('step')) + 1:.0f}  "
-                f"loss {number(event.get('loss')):.4g}  lr {number(event.get('lr')):.3g}  "
-                f"{number(event.get('images_per_s')):.1f} img/s{left}"
+                f"epoch {event.get('epoch')}/{run.num_epochs():.0f}  step {to_float(event.get('step')) + 1:.0f}  "
+                f"loss {to_float(event.get('loss')):.4g}  lr {to_float(event.get('lr')):.3g}  "
+                f"{to_float(event.get('images_per_s')):.1f} img/s{at_most}"
             )
         case "evaluation":
             metrics = event.get("metrics")
             values = metrics if isinstance(metrics, dict) else {}
-            judged = (f"{name} {number(values.get(name)):.4f}" for name in run.record.judged_by)
+            results = (f"{name} {to_float(values.get(name)):.4f}" for name in run.record.target_metrics)
             targets = ", ".join(f"{name} {target:g}" for name, target in run.record.targets.items())
-            return f"evaluation after epoch {event.get('epoch')}: {', '.join(judged)} (target {targets or 'none'})"
+            return f"evaluation after epoch {event.get('epoch')}: {', '.join(results)} (target {targets or 'none'})"
         case "summary":
-            return times(run)
+            return format_times(run)
         case _:
             return ""
 
 
-def curve(values: Sequence[float], blocks: str, *, least: float | None = None, most: float | None = None) -> str:
-    """A line of blocks, the means of as many neighbours as it takes; what is no number is a blank."""
-    every = max(1, -(-len(values) // CURVE_WIDTH))
-    means = [sum(part) / len(part) for part in (values[i : i + every] for i in range(0, len(values), every))]
+def sparkline(
+    values: Sequence[float], blocks: str, *, minimum: float | None = None, maximum: float | None = None
+) -> str:
+    """Draw values as a line of blocks, averaged to `SPARKLINE_WIDTH`. A non-finite value is a blank."""
+    stride = max(1, -(-len(values) // SPARKLINE_WIDTH))
+    means = [sum(group) / len(group) for group in (values[i : i + stride] for i in range(0, len(values), stride))]
     finite = [mean for mean in means if math.isfinite(mean)]
     if not finite:
         return ""
-    low = min(finite) if least is None else least
-    span = (max(finite) if most is None else most) - low
-    heights = [
-        min(len(blocks) - 1, max(0, int((mean - low) / span * len(blocks)))) if span > 0 else 0 for mean in finite
-    ]
-    drawn = iter(heights)
-    return "".join(blocks[next(drawn)] if math.isfinite(mean) else " " for mean in means)
+    low = min(finite) if minimum is None else minimum
+    span = (max(finite) if maximum is None else maximum) - low
+
+    def block(mean: float) -> str:
+        if not math.isfinite(mean):
+            return " "
+        return blocks[min(len(blocks) - 1, max(0, int((mean - low) / span * len(blocks)))) if span > 0 else 0]
+
+    return "".join(map(block, means))
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def watch(run: Watched, console: Console, wait: Callable[[], None]) -> None:
-    """Show the run until it has ended; `wait` is called between two looks at its files."""
+def watch(run: WatchedRun, console: Console, wait: Callable[[], None]) -> None:
+    """Show the run until it ends. `wait` is called between polls."""
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-            for _ in looks(run, wait):
-                live.update(view(run, ascii_only=console.options.ascii_only), refresh=True)
+            for _ in poll_loop(run, wait):
+                live.update(render(run, ascii_only=console.options.ascii_only), refresh=True)
         return
-    warned: set[str] = set()
-    for events in looks(run, wait):
-        texts = [line(event, run) for event in events]
-        fresh = [warning for warning in run.warnings() if warning.split(":")[0] not in warned]
-        for warning in run.warnings():
-            warned.add(warning.split(":")[0])
-        for text in [*texts, *(f"warning: {warning}" for warning in fresh)]:
-            if text:
-                print(text, file=console.file, flush=True)
+    seen: set[str] = set()
+    for events in poll_loop(run, wait):
+        lines = [format_event(event, run) for event in events]
+        warnings = run.warnings()
+        new_warnings = [warning for warning in warnings if warning.split(":")[0] not in seen]
+        seen |= {warning.split(":")[0] for warning in warnings}
+        for line in [*lines, *(f"warning: {warning}" for warning in new_warnings)]:
+            if line:
+                print(line, file=console.file, flush=True)
 
 
-def looks(run: Watched, wait: Callable[[], None]) -> Iterator[list[dict[str, Any]]]:
-    """What is new in each look, until the run has ended."""
+def poll_loop(run: WatchedRun, wait: Callable[[], None]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the new events of each poll until the run ends."""
     while True:
-        yield run.read()
-        if run.follower.over:
+        yield run.poll()
+        if run.tail.finished:
             return
         wait()
 
 
-def newest(under: Path) -> Path | None:
-    """The folder of the run that wrote something last, of all below a folder."""
+def latest_run(under: Path) -> Path | None:
+    """Return the folder below `under` whose run wrote last."""
     files = [(path.stat().st_mtime, path) for path in under.glob(f"**/{METRICS}")]
     return max(files)[1].parent if files else None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Watch the run that the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m detection.report.watch", description="Watch a run in progress.")
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="its folder; default: the newest")
-    parser.add_argument("--under", type=Path, default=Path("results"), help="where to look for it (%(default)s)")
-    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look this often (%(default)s)")
+    """Watch the run on the command line and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m detection.report watch", description="Watch a run in progress.")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder; default: the latest run")
+    parser.add_argument("--under", type=Path, default=Path("results"), help="parent of the runs (%(default)s)")
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="poll interval (%(default)s)")
     options = parser.parse_args(arguments)
-    folder = options.run or newest(options.under)
+    folder = options.run or latest_run(options.under)
     if folder and folder.is_dir() and not (folder / METRICS).exists():
-        folder = newest(folder) or folder  # a series of runs: the one that goes on
+        folder = latest_run(folder) or folder  # a series: watch its current run
     if folder is None:
-        print(f"error: no run is below {options.under}. Name a run's folder, or pass --under.", file=sys.stderr)
+        print(f"error: no run below {options.under}. Name a run folder, or pass --under.", file=sys.stderr)
         return 2
     if not folder.is_dir():
-        print(f"error: {folder} is no folder. Name that of a run.", file=sys.stderr)
+        print(f"error: {folder} is not a folder. Name a run folder.", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     try:
-        watch(Watched(folder), Console(highlight=False), lambda: time.sleep(max(0.1, options.every)))
-    except (KeyboardInterrupt, BrokenPipeError):  # whoever watched has seen enough
-        sys.stderr.close()  # the interpreter would complain of the pipe
+        watch(WatchedRun(folder), Console(highlight=False), lambda: time.sleep(max(0.1, options.every)))
+    except (KeyboardInterrupt, BrokenPipeError):  # the user has left
+        sys.stderr.close()  # otherwise the interpreter complains about the pipe
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

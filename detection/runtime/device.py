@@ -1,7 +1,7 @@
-"""The device a rank computes on, and what it is good at. The only module that treats one kind unlike another.
+"""Device of a rank and its capabilities. The only module with code for specific device types.
 
-It works from torch 2.4 on, the newest that some vendors build for. There, what torch.accelerator says since 2.6 is
-asked of the module that every kind of device has, such as torch.cuda.
+Supports torch 2.4 and later, since some vendors build for no newer one. Before torch.accelerator (2.6), the module of
+each device type, such as torch.cuda, provides the same information.
 """
 
 import re
@@ -18,144 +18,144 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.config.device_names import COLLECTIVES, KINDS
+from detection.config.device_names import COLLECTIVE_BACKENDS, DEVICE_TYPES
 from detection.config.settings import InputError
 
 
-def choose(name: str, local_rank: int) -> torch.device:
-    """The device of a rank: "auto" takes the accelerator of the rank's number, or the CPU where there is none.
+def select_device(name: str, local_rank: int) -> torch.device:
+    """Return the device of a rank. "auto" selects the accelerator with the rank's number, or the CPU if there is none.
 
-    Raises InputError where the device is not there.
+    Raises InputError if the device is not available.
     """
-    there = accelerator()
+    accelerator = current_accelerator()
     if name == "auto":
-        name = there.type if there else "cpu"
+        name = accelerator.type if accelerator else "cpu"
     try:
-        wanted = torch.device(name)
+        requested = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name}: torch {torch.__version__} knows no such device.") from error
-    if wanted.type == "cpu":
+        raise InputError(f"--device {name}: unknown device type in torch {torch.__version__}.") from error
+    if requested.type == "cpu":
         return torch.device("cpu")
-    count = module(there).device_count() if there else 0
-    if there is None or wanted.type != there.type:
-        found = f"{count} × {there.type}" if there else "no accelerator"
-        raise InputError(f"--device {name}: torch {torch.__version__} sees {found} here. Pass --device auto or cpu.")
-    index = local_rank if wanted.index is None else wanted.index
+    count = backend_module(accelerator).device_count() if accelerator else 0
+    if accelerator is None or requested.type != accelerator.type:
+        available = f"{count} × {accelerator.type}" if accelerator else "no accelerator"
+        raise InputError(f"--device {name}: torch {torch.__version__} finds {available}. Pass --device auto or cpu.")
+    index = local_rank if requested.index is None else requested.index
     if index >= count:
         raise InputError(
-            f"DGXNGPU asks for {local_rank + 1} accelerators or more, {count} are here. "
-            "Set DGXNGPU in the config file to what this machine has."
+            f"DGXNGPU requires at least {local_rank + 1} accelerators, but {count} are available. "
+            "Set DGXNGPU in the config file to the number of accelerators."
         )
-    if hasattr(module(there), "set_device"):
-        module(there).set_device(index)
-    return torch.device(wanted.type, index)
+    if hasattr(backend_module(accelerator), "set_device"):
+        backend_module(accelerator).set_device(index)
+    return torch.device(requested.type, index)
 
 
-def accelerator() -> torch.device | None:
-    """The kind of accelerator that torch sees on this machine, if there is one."""
+def current_accelerator() -> torch.device | None:
+    """Return the accelerator type that torch finds on this machine, or None."""
     if hasattr(torch, "accelerator"):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    load_vendors()
-    return next((torch.device(kind) for kind in (*KINDS, privateuse1()) if is_available(kind)), None)
+    load_backends()
+    return next((torch.device(name) for name in (*DEVICE_TYPES, privateuse1_name()) if is_available(name)), None)
 
 
 @cache
-def load_vendors() -> None:
-    """Import the packages that add a kind of device to torch, as torch itself does from 2.5 on.
+def load_backends() -> None:
+    """Import the packages that add a device type to torch, as torch 2.5 and later do by themselves.
 
-    Raises InputError where one of them cannot be loaded.
+    Raises InputError if one of them fails to load.
     """
     if hasattr(torch, "_is_device_backend_autoload_enabled"):
         return
     for backend in entry_points(group="torch.backends"):
         try:
             backend.load()()
-        except Exception as error:  # whatever a vendor's package stumbles over
-            raise InputError(f"{backend.name}: this backend of torch cannot be loaded ({error}).") from error
+        except Exception as error:  # vendor packages raise anything
+            raise InputError(f"{backend.name}: this torch backend failed to load ({error}).") from error
 
 
-def privateuse1() -> str:
-    """What a vendor's package called the kind of device that it adds."""
+def privateuse1_name() -> str:
+    """Return the name that a vendor's package gave to its device type."""
     return torch._C._get_privateuse1_backend_name()
 
 
-def is_available(kind: str) -> bool:
-    """Whether a device of this kind is here."""
-    of_kind = getattr(torch, kind, None)
-    if not hasattr(of_kind, "is_available"):  # older ones of torch.mps do not say
-        of_kind = getattr(torch.backends, kind, None)
-    return of_kind is not None and of_kind.is_available()
+def is_available(device_type: str) -> bool:
+    """Return whether a device of this type is available."""
+    backend = getattr(torch, device_type, None)
+    if not hasattr(backend, "is_available"):  # older versions of torch.mps
+        backend = getattr(torch.backends, device_type, None)
+    return backend is not None and backend.is_available()
 
 
-def module(device: torch.device) -> Any:
-    """What torch has for a kind of device: torch.cuda, say."""
+def backend_module(device: torch.device) -> Any:
+    """Return the torch module of a device type, such as torch.cuda."""
     return getattr(torch, device.type)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all queued work."""
     if device.type != "cpu":
-        module(device).synchronize()
+        backend_module(device).synchronize()
 
 
-def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers (N,) on the device, written there: a copy from the host would wait for all that it was told."""
+def device_constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return `values` (N,) as a tensor, filled on the device. A copy from the host would wait for all queued work."""
     return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether copies can run beside the computation."""
-    return all(hasattr(module(device), name) for name in ("Stream", "stream", "current_stream"))
+    """Return whether copies can overlap with computation."""
+    return all(hasattr(backend_module(device), name) for name in ("Stream", "stream", "current_stream"))
 
 
-def random_state(device: torch.device) -> Tensor | None:
-    """The state of the device's generator of random numbers, where it has one of its own."""
-    if device.type == "cpu" or not hasattr(module(device), "get_rng_state"):
+def rng_state(device: torch.device) -> Tensor | None:
+    """Return the state of the device's random number generator, or None if it has none."""
+    if device.type == "cpu" or not hasattr(backend_module(device), "get_rng_state"):
         return None
-    state: Tensor = module(device).get_rng_state(*which(device))
+    state: Tensor = backend_module(device).get_rng_state(*device_args(device))
     return state
 
 
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Put the device's generator back to where it was."""
-    module(device).set_rng_state(state, *which(device))
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restore the state of the device's random number generator."""
+    backend_module(device).set_rng_state(state, *device_args(device))
 
 
-def which(device: torch.device) -> tuple[torch.device, ...]:
-    """The device as an argument, where there can be several of its kind."""
+def device_args(device: torch.device) -> tuple[torch.device, ...]:
+    """Return the device as an argument tuple, empty for types with a single device."""
     return () if device.type == "mps" else (device,)
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in double precision."""
+def supports_float64(device: torch.device) -> bool:
+    """Return whether the device supports double precision."""
     return device.type != "mps"
 
 
 def collective_backend(device: torch.device) -> str | None:
-    """The library that moves tensors between ranks on devices of this type, if one is known."""
-    return "gloo" if device.type == "cpu" else COLLECTIVES.get(device.type)
+    """Return the known collective library for this device type, or None."""
+    return "gloo" if device.type == "cpu" else COLLECTIVE_BACKENDS.get(device.type)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How the network computes: the type of its matrix products, and whether gradients need scaling."""
+    """Data type of the network's matrix products, and whether gradients need loss scaling."""
 
     name: str
     dtype: torch.dtype | None = None
     scale_gradients: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context in which the network runs; weights stay float32 outside of it."""
+        """Return the context for the forward pass. Weights stay float32."""
         return torch.autocast(device.type, self.dtype) if self.dtype else nullcontext()
 
 
-def precision(name: str, device: torch.device) -> Precision:
-    """Set up a precision by name; "auto" takes the fastest that trains to the same accuracy.
+def select_precision(name: str, device: torch.device) -> Precision:
+    """Set up a precision by name. "auto" selects the fastest one that trains to the same accuracy.
 
-    That is bf16 where the hardware multiplies it, else fp16 with loss scaling on an accelerator, else fp32.
+    That is bf16 if the hardware has native bf16, else fp16 with loss scaling on an accelerator, else fp32.
     """
     if name == "auto":
-        name = "bf16" if multiplies_bf16(device) else "fp32" if device.type in ("cpu", "mps") else "fp16"
+        name = "bf16" if has_native_bf16(device) else "fp32" if device.type in ("cpu", "mps") else "fp16"
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     match name:
@@ -167,118 +167,118 @@ def precision(name: str, device: torch.device) -> Precision:
             return Precision(name)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 matrix instructions (and does not emulate them)."""
+def has_native_bf16(device: torch.device) -> bool:
+    """Return whether the hardware has bf16 matrix instructions (not emulated)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, test, bool)() for test in tests)  # an older torch cannot say
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)  # older torch lacks them
     return device.type in ("npu", "xpu")
 
 
-# To compute a smaller batch without what was compiled for a whole one needs torch 2.6.
+# Running a smaller batch in eager mode after compiling for a full batch requires torch 2.6.
 CAN_COMPILE = hasattr(torch.compiler, "set_stance")
 
 
-def compiles(choice: str, device: torch.device) -> bool:
-    """Whether the network is compiled: "auto" does it on an accelerator.
+def should_compile(choice: str, device: torch.device) -> bool:
+    """Return whether to compile the network. "auto" compiles on an accelerator.
 
-    On a CPU it gains 4 % for a minute of compiling. Raises InputError where it was asked for of an older torch.
+    On a CPU, compiling takes a minute and gains 4%. Raises InputError if `choice` is "on" and torch is too old.
     """
     if choice == "on" and not CAN_COMPILE:
-        raise InputError(f"--compile on: needs torch 2.6 or later, this is {torch.__version__}. Pass --compile off.")
+        raise InputError(f"--compile on: requires torch 2.6, this is {torch.__version__}. Pass --compile off.")
     return CAN_COMPILE and (choice == "on" or (choice == "auto" and device.type != "cpu"))
 
 
-def eager() -> AbstractContextManager[Any]:
-    """What is compiled runs as it is written: as a context, for shapes not worth compiling, or from now on."""
+def force_eager() -> AbstractContextManager[Any]:
+    """Run compiled code in eager mode, within a context or from now on. For shapes not worth compiling."""
     return torch.compiler.set_stance("force_eager") if CAN_COMPILE else nullcontext()
 
 
-def tune(device: torch.device, *, one_size: bool) -> None:
-    """Let the device try its kernels where all batches have the same sizes: it does so again for any other."""
-    torch.backends.cudnn.benchmark = one_size and device.type == "cuda"
+def set_kernel_autotune(device: torch.device, *, fixed_input_size: bool) -> None:
+    """Enable kernel autotuning if all batches have the same size. Each new size would be autotuned again."""
+    torch.backends.cudnn.benchmark = fixed_input_size and device.type == "cuda"
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has taken so far: the device's own where it tells, else the machine's."""
-    if device.type != "cpu" and hasattr(module(device), "max_memory_allocated"):
-        return module(device).max_memory_allocated(*which(device)) / 2**30
+    """Return the peak memory of this process: on the device if torch reports it, else on the host."""
+    if device.type != "cpu" and hasattr(backend_module(device), "max_memory_allocated"):
+        return backend_module(device).max_memory_allocated(*device_args(device)) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def total_memory_gib(device: torch.device) -> float | None:
-    """The memory of the device; None where torch does not tell."""
+    """Return the total memory of the device, or None if torch does not report it."""
     if device.type == "cpu":
         return None
-    properties = module(device).get_device_properties(device.index)
+    properties = backend_module(device).get_device_properties(device.index)
     size = getattr(properties, "total_memory", None)
     return None if size is None else size / 2**30
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
-    """Memory of an accelerator that nobody has taken; None where torch does not tell."""
-    if not hasattr(module(device), "mem_get_info"):
+    """Return the free memory of an accelerator, or None if torch does not report it."""
+    if not hasattr(backend_module(device), "mem_get_info"):
         return None
-    free: int = module(device).mem_get_info(device)[0]
+    free: int = backend_module(device).mem_get_info(device)[0]
     return free
 
 
-def decodes_jpeg(device: torch.device) -> bool:
-    """Whether torchcodec decodes JPEG files on the device."""
+def supports_jpeg_decode(device: torch.device) -> bool:
+    """Return whether torchcodec decodes JPEG files on the device."""
     return device.type == "cuda" and torch.version.hip is None
 
 
-OUT_OF_MEMORY = re.compile(
+OUT_OF_MEMORY_PATTERN = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE
 )
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether a message, of whatever device, says that memory was used up."""
-    return OUT_OF_MEMORY.search(text) is not None
+    """Return whether an error message of any device type reports exhausted memory."""
+    return OUT_OF_MEMORY_PATTERN.search(text) is not None
 
 
 @dataclass(frozen=True)
-class Driver:
-    """What torch was built for, and the newest that the accelerator's driver runs: (major, minor), None if not told."""
+class DriverVersion:
+    """Platform version (major, minor) of the torch build, and the latest that the driver supports. None: unknown."""
 
     kind: str
     built_for: tuple[int, int] | None
-    runs: tuple[int, int] | None
+    max_supported: tuple[int, int] | None
 
 
-def driver() -> Driver:
-    """The versions of CUDA, or of ROCm, that this torch and this machine's driver have."""
+def read_driver_version() -> DriverVersion:
+    """Return the CUDA or ROCm versions of this torch build and of this machine's driver."""
     kind, text = ("ROCm", torch.version.hip) if torch.version.hip else ("CUDA", torch.version.cuda)
     if not text:
-        return Driver("", None, None)
+        return DriverVersion("", None, None)
     major, minor = (int(part) for part in text.split(".")[:2])
     number = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 12040 is CUDA 12.4, 60032830 ROCm 6.0
-    runs = divmod(number // (100_000 if kind == "ROCm" else 10), 100)
-    return Driver(kind, (major, minor), runs if number else None)
+    max_supported = divmod(number // (100_000 if kind == "ROCm" else 10), 100)
+    return DriverVersion(kind, (major, minor), max_supported if number else None)
 
 
-def has_card() -> bool:
-    """Whether the system has loaded the driver of an accelerator, which torch may be unable to use."""
+def accelerator_driver_loaded() -> bool:
+    """Return whether an accelerator's kernel driver is loaded, even if torch cannot use it."""
     return any(Path("/sys/module", name).exists() for name in ("nvidia", "amdgpu"))
 
 
 def pci_address(device: torch.device) -> str | None:
-    """An accelerator's PCI address, as the system writes it (0000:dc:00.0); None where torch does not tell."""
+    """Return an accelerator's PCI address in sysfs form (0000:dc:00.0), or None if torch does not report it."""
     if device.type == "cpu":
         return None
-    properties = module(device).get_device_properties(device.index)
+    properties = backend_module(device).get_device_properties(device.index)
     try:
         return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     except AttributeError:
         return None
 
 
-def describe(device: torch.device) -> str:
-    """Name of the hardware, for people."""
+def device_name(device: torch.device) -> str:
+    """Return a readable name of the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)

@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are and how they speak to each other. The only module that imports torch.distributed."""
+"""Process group of a run and its collectives. The only module that imports torch.distributed."""
 
 import re
 from collections.abc import Iterator
@@ -16,25 +16,25 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.config.settings import InputError, Topology
+from detection.config.settings import InputError, RankInfo
 from detection.runtime import sync_batch_norm
 from detection.runtime.device import collective_backend
 
 T = TypeVar("T")
 
-# Batch norm's statistics stay on their rank between evaluations; torch has renamed how to say so.
-BUFFERS_STAY: dict[str, Any] = (
+# Keep batch norm statistics local between evaluations. torch renamed this parameter.
+NO_BUFFER_BROADCAST: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}
 )
 
-COMPRESS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+GRAD_COMPRESS_HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among the processes of a run: one per accelerator, or one alone."""
+class DistContext:
+    """Rank of this process and its collectives. A run has one process per accelerator."""
 
     rank: int
     world_size: int
@@ -42,156 +42,158 @@ class Ranks:
     node: int = 0
 
     @property
-    def is_first(self) -> bool:
-        """Whether this rank writes the logs and files."""
+    def is_main(self) -> bool:
+        """True on the rank that writes logs and files."""
         return self.rank == 0
 
     @property
-    def together(self) -> bool:
-        """Whether there is anybody to speak to."""
+    def is_distributed(self) -> bool:
+        """True if the run has several ranks."""
         return self.world_size > 1
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Mean over ranks of a floating-point tensor, in place."""
-        if self.together:
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """Average a floating-point tensor over ranks, in place."""
+        if self.is_distributed:
             dist.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
 
-    def greatest(self, tensor: Tensor) -> Tensor:
-        """Greatest over ranks of each element of a tensor, in place."""
-        if self.together:
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Take the elementwise maximum of a tensor over ranks, in place."""
+        if self.is_distributed:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """The first rank's value, on every rank; anything that pickles."""
-        box = [value]
-        if self.together:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        """Return the first rank's value on every rank. The value must be picklable."""
+        values = [value]
+        if self.is_distributed:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
-    def from_node(self, value: T) -> T:
-        """The value of the first rank on this rank's node; anything that pickles."""
+    def broadcast_in_node(self, value: T) -> T:
+        """Return the value of the first rank on this node. The value must be picklable."""
         values = [(self.node, value)]
-        if self.together:
+        if self.is_distributed:
             values = [(self.node, value)] * self.world_size
             dist.all_gather_object(values, (self.node, value))
-        return next(theirs for node, theirs in values if node == self.node)
+        return next(other for node, other in values if node == self.node)
 
-    @torch.inference_mode(False)  # gloo of torch 2.4 fills the rows on a thread of its own, which that mode forbids
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks, (N_0 + N_1 + ..., C), in the order of ranks; each rank gives (N_rank, C)."""
-        if not self.together:
+    @torch.inference_mode(False)  # gloo in torch 2.4 writes the rows in another thread, which that mode forbids
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, (N_0 + N_1 + ..., C), in the order of ranks. Each rank gives (N_rank, C)."""
+        if not self.is_distributed:
             return rows
         counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
-        most = int(torch.cat(counts).max())
-        padded = rows.new_zeros(most, rows.shape[1])
+        max_rows = int(torch.cat(counts).max())
+        padded = rows.new_zeros(max_rows, rows.shape[1])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
     @torch.inference_mode(False)  # as above
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks in their order, on the first rank; none on the others. Anything that pickles."""
-        if not self.together:
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks in order on the first rank, and [] on the others. Values must be picklable."""
+        if not self.is_distributed:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.gather_object(value, values if self.is_first else None)
-        return values if self.is_first else []
+        dist.gather_object(value, values if self.is_main else None)
+        return values if self.is_main else []
 
-    def average_batch_norm(self, model: nn.Module) -> None:
-        """Replace the running statistics of batch norm by their mean over ranks, which saw different images."""
-        if self.together:
-            sync_batch_norm.set_statistics(model, self.mean(sync_batch_norm.statistics(model)))
+    def average_running_stats(self, model: nn.Module) -> None:
+        """Average the running statistics of batch norm over ranks, since each rank trains on different images."""
+        if self.is_distributed:
+            sync_batch_norm.set_running_stats(model, self.all_reduce_mean(sync_batch_norm.running_stats(model)))
 
-    def share_batch_norm(self, model: nn.Module, span: int) -> nn.Module:
-        """The model with batch norm over the images of groups of `span` ranks, which divides their number."""
-        if span == 1 or not self.together:
+    def convert_sync_batchnorm(self, model: nn.Module, group_size: int) -> nn.Module:
+        """Return the model with batch norm over groups of `group_size` ranks, which must divide the world size."""
+        if group_size == 1 or not self.is_distributed:
             return model
-        group, _ = dist.new_subgroups(span) if span < self.world_size else (None, None)
+        group, _ = dist.new_subgroups(group_size) if group_size < self.world_size else (None, None)
         if self.device.type != "cpu":
             return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=group)
-        return sync_batch_norm.convert(model, partial(dist.all_reduce, group=group))
+        return sync_batch_norm.convert_cpu_sync_batchnorm(model, partial(dist.all_reduce, group=group))
 
-    def wrap(self, model: nn.Module, gradient_dtype: str = "fp32", *, even_alone: bool = False) -> nn.Module:
-        """The model with gradients averaged over ranks; the weights of the first rank become everybody's.
+    def wrap_ddp(self, model: nn.Module, gradient_dtype: str = "fp32", *, force: bool = False) -> nn.Module:
+        """Return the model in DistributedDataParallel, with the weights of the first rank on all ranks.
 
-        gradient_dtype: what gradients travel in, fp32, bf16 or fp16; they are added up in it, too. even_alone: with
-        one rank, too, to measure what that costs.
+        gradient_dtype: data type in which gradients are sent and summed: fp32, bf16 or fp16. force: also wrap with a
+        single rank, to measure the overhead.
         """
-        if not (self.together or even_alone):
+        if not (self.is_distributed or force):
             return model
-        parallel = DistributedDataParallel(
+        ddp = DistributedDataParallel(
             model,
             device_ids=None if self.device.type == "cpu" else [self.device.index],
-            **BUFFERS_STAY,
+            **NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
         )
         if gradient_dtype != "fp32":
-            parallel.register_comm_hook(None, COMPRESS[gradient_dtype])
-        return parallel
+            ddp.register_comm_hook(None, GRAD_COMPRESS_HOOKS[gradient_dtype])
+        return ddp
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model inside `wrap`."""
+        """Return the model inside `wrap_ddp`."""
         return model.module if isinstance(model, DistributedDataParallel) else model
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Leave gradients on their rank, for all but the last part of an accumulated batch."""
+        """Skip the all-reduce of gradients, for all but the last micro-batch of a batch."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.together:
+        if self.is_distributed:
             dist.barrier()
 
 
-def backend_of(device: torch.device) -> str:
-    """The library of collectives for a device: the one that is known, or that the device's own package has registered.
+def resolve_backend(device: torch.device) -> str:
+    """Return the collective backend for a device: the known one, or the one that the device's package registered.
 
-    Raises InputError where this torch has none, so that each rank can only be alone.
+    Raises InputError if this build of torch has none.
     """
     name = collective_backend(device) or dist.Backend.default_device_backend_map.get(device.type)
     if name is None or not dist.is_backend_available(name):
         raise InputError(
-            f"--device {device.type}: ranks cannot speak to each other, since torch {torch.__version__} has no "
-            f"{name or 'library of collectives'} here. Install the vendor's, or train with DGXNGPU=1 and DGXNNODES=1."
+            f"--device {device.type}: this build of torch {torch.__version__} has no {name or 'collective'} backend "
+            "to connect ranks. Install the vendor's, or train with DGXNGPU=1 and DGXNNODES=1."
         )
     return name
 
 
-class PeerLost(RuntimeError):
-    """Another rank is gone: the cause is with that one, which tells it."""
+class PeerDisconnected(RuntimeError):
+    """Loss of another rank, which reports the cause itself."""
 
 
-# What gloo and nccl say when the other end of a connection is no longer there.
-GONE = re.compile(
+# Error messages of gloo and nccl after a peer disconnected.
+DISCONNECT_PATTERN = re.compile(
     r"[Cc]onnection (closed|reset|refused|timed out|was (likely )?closed)|Broken pipe|remote process exit(ed|ing)|"
     r"[Tt]imed out|No route to host|unreachable|NCCL communicator was aborted|NCCL timeout"
 )
 
 
 @contextmanager
-def connect(topology: Topology, device: torch.device, *, timeout_s: float, even_alone: bool = False) -> Iterator[Ranks]:
-    """Join the ranks that the launcher started, for as long as the context lasts.
+def init_process_group(
+    rank_info: RankInfo, device: torch.device, *, timeout_s: float, force: bool = False
+) -> Iterator[DistContext]:
+    """Join the process group of the launcher for the duration of the context.
 
-    even_alone: a rank that is alone makes a group of one, as `wrap` needs then. Raises PeerLost in place of what a
-    collective raises when another rank has ended, or does not come within `timeout_s`.
+    force: create a group for a single rank, too, as `wrap_ddp(force=True)` requires. Raises PeerDisconnected if a
+    collective fails because another rank ended or did not respond within `timeout_s`.
     """
-    if topology.world_size > 1 or even_alone:
+    if rank_info.world_size > 1 or force:
         timeout = timedelta(seconds=timeout_s)
-        store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
-        # torchrun hands the ranks that it starts again the same store, in which the addresses of those before them
-        # still are. Every launcher has counted alike: a rank that ends takes those of all nodes along.
-        store = dist.PrefixStore(f"restart_{topology.restarts}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend_of(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", rank_info.rank, rank_info.world_size, timeout=timeout))
+        # After a restart, torchrun reuses the store, which still holds the addresses of the previous ranks.
+        # All launchers have the same restart count: if a rank ends, the ranks of all nodes restart.
+        store = dist.PrefixStore(f"restart_{rank_info.num_restarts}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(resolve_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield Ranks(topology.rank, topology.world_size, device, topology.rank // topology.local_world_size)
+        yield DistContext(rank_info.rank, rank_info.world_size, device, rank_info.rank // rank_info.local_world_size)
     except RuntimeError as error:
-        if topology.world_size > 1 and GONE.search(str(error)):
-            raise PeerLost(f"rank {topology.rank} stops, since another rank has ended or cannot be reached") from error
+        if rank_info.world_size > 1 and DISCONNECT_PATTERN.search(str(error)):
+            raise PeerDisconnected(f"rank {rank_info.rank} stopped: another rank ended or is unreachable") from error
         raise
     finally:
         if dist.is_initialized():

@@ -1,9 +1,9 @@
-"""Start the ranks of a run: torchrun, but with the run's own exit status and one line for the cause.
+"""Launcher of a run's ranks: torchrun with the run's own exit status and a one-line cause.
 
 `python -m detection.runtime.launch --nnodes N --nproc-per-node P [torchrun's flags] -m MODULE ...`
 
-torchrun itself exits with 1 whatever happened, after a page about it. Exit status here: 0; that of the rank
-that failed first; 128 + n where signal n ended it or the launcher. The ranks themselves say why it is 2 or 3.
+torchrun exits with 1 on every failure, after a page of output. Exit status here: 0, or that of the rank that failed
+first, or 128 + n if signal n ended that rank or the launcher. For 2 and 3, the ranks report the reason themselves.
 """
 
 import logging
@@ -18,15 +18,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-SPOKEN = (2, 3)  # bad input, epochs used up: the ranks end by themselves and say why
+REPORTED_EXIT_CODES = (2, 3)  # invalid input, target not reached: the ranks exit and report the reason
 
 
 class Agent(LocalElasticAgent):
-    """Starts ranks again that died, but not those that have said why they ended: they would end so again."""
+    """Elastic agent that restarts crashed ranks, but not those that reported a reason, since they would exit again."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode in SPOKEN for failure in result.failures.values()):
+        if any(failure.exitcode in REPORTED_EXIT_CODES for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 
@@ -35,21 +35,21 @@ launcher.LocalElasticAgent = Agent  # type: ignore  # the launcher has no parame
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the ranks to their end and return the exit status; a wrong flag exits from torchrun's parser."""
+    """Run the ranks and return the exit status. On an invalid flag, torchrun's parser exits."""
     args = parse_args(list(argv))
-    alone = args.nnodes == "1" and not args.rdzv_endpoint and args.master_port is None
-    if alone:
-        # A free port, so that runs do not collide; the loopback, since not every host resolves its own name.
+    single_node = args.nnodes == "1" and not args.rdzv_endpoint and args.master_port is None
+    if single_node:
+        # Use a free port, so that runs do not collide, and loopback, since some hosts cannot resolve their own name.
         args.standalone = True
         args.local_addr = args.local_addr or "localhost"
-    logging.disable(logging.ERROR)  # torchrun's account of a failure, in this process alone
+    logging.disable(logging.ERROR)  # hide torchrun's failure report, in this process only
     try:
         run(args)
     except ChildFailedError as error:
-        rank, failure = _first(error.failures)
-        if failure.exitcode not in SPOKEN:
-            print(f"error: rank {rank} ended with {_cause(failure.exitcode)}", file=sys.stderr)
-        return _status(failure.exitcode)
+        rank, failure = _root_cause(error.failures)
+        if failure.exitcode not in REPORTED_EXIT_CODES:
+            print(f"error: rank {rank} {_describe_exit(failure.exitcode)}", file=sys.stderr)
+        return _exit_status(failure.exitcode)
     except SignalException as error:
         print(f"error: stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval.value
@@ -57,33 +57,33 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
-        where = "" if alone else f" with --master-addr {args.master_addr} --master-port {args.master_port}"
-        print(f"error: the ranks could not be started{where}: {error}", file=sys.stderr)
+        address = "" if single_node else f" with --master-addr {args.master_addr} --master-port {args.master_port}"
+        print(f"error: cannot start the ranks{address}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Pick the cause among the failures, which hold the ranks that were ended after it as well.
+def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Pick the cause among the failures, which include ranks that the launcher terminated afterwards.
 
-    Times are whole seconds. Within one, a rank that lost its peer in a collective ends with 1: any other
-    status is nearer to the cause.
+    Timestamps are whole seconds. Within one second, prefer any status to 1, with which a rank exits if its peer
+    disconnects during a collective.
     """
-    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    terminated = (-signal.SIGTERM, 128 + signal.SIGTERM)
     return min(
         failures.items(),
-        key=lambda item: (item[1].exitcode in ended, item[1].timestamp, item[1].exitcode == 1),
+        key=lambda item: (item[1].exitcode in terminated, item[1].timestamp, item[1].exitcode == 1),
     )
 
 
-def _cause(exitcode: int) -> str:
+def _describe_exit(exitcode: int) -> str:
     if exitcode >= 0:
-        return f"status {exitcode}"
+        return f"exited with status {exitcode}"
     name = signal.Signals(-exitcode).name
-    return f"{name} (out of memory?)" if name == "SIGKILL" else name
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _status(exitcode: int) -> int:
+def _exit_status(exitcode: int) -> int:
     return exitcode if exitcode >= 0 else 128 - exitcode
 
 

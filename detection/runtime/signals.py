@@ -1,4 +1,4 @@
-"""The wish from outside that a run ends: Ctrl-C, SIGTERM from the launcher or the scheduler."""
+"""Graceful shutdown on Ctrl-C, or on SIGTERM from the launcher or the scheduler."""
 
 import ctypes
 import signal
@@ -11,81 +11,84 @@ from typing import Any, Self
 
 import torch
 
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-CHECK_EVERY_S = 1.0
+POLL_INTERVAL_S = 1.0
 
 
-def end_with_parent() -> None:
-    """Have the system send this process SIGTERM when the launcher dies, so that none is left without one."""
+def set_parent_death_signal() -> None:
+    """Make the kernel send SIGTERM to this process when the launcher dies, to leave no orphans."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ends the run."""
+class RunInterrupted(KeyboardInterrupt):
+    """Termination of the run by a signal."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
 
 
-class Interruption:
-    """Takes the signals that end a run, as a context.
+class SignalHandler:
+    """Context that handles SIGINT and SIGTERM.
 
-    They raise Interrupted at once, but for a first one that comes inside of `deferred`: that is noted, for
-    `asked` to tell, so that training can end between two steps and save what it has reached.
+    A signal raises RunInterrupted at once, except for a first one within `deferred`. That one stays pending until
+    `poll` returns it, so that training stops between two steps and saves a checkpoint.
     """
 
     def __init__(self) -> None:
-        self.noted: int | None = None
-        self.defers = False
+        self.pending: int | None = None
+        self.is_deferring = False
         self.steps_left = self.interval = 1
-        self.mark_s = time.monotonic()
+        self.last_poll_s = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def handle(self, signal_number: int, _: FrameType | None) -> None:
-        """Note the signal, or raise Interrupted."""
-        if self.noted is not None or not self.defers:
-            raise Interrupted(signal_number)
-        self.noted = signal_number
+    def on_signal(self, signal_number: int, _: FrameType | None) -> None:
+        """Store the signal as pending, or raise RunInterrupted."""
+        if self.pending is not None or not self.is_deferring:
+            raise RunInterrupted(signal_number)
+        self.pending = signal_number
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let a first signal wait for `asked`."""
-        self.defers = True
+        """Keep a first signal pending until `poll`."""
+        self.is_deferring = True
         try:
             yield
         finally:
-            self.defers = False
+            self.is_deferring = False
 
-    def ignore(self) -> None:
-        """From now on the process ends by itself, with a status of its own, whatever the launcher sends."""
+    def ignore_signals(self) -> None:
+        """Ignore further signals, so that the process exits with its own status."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def asked(self, ranks: Ranks, *, at_once: bool = False) -> int | None:
-        """The signal that any rank has noted; every rank must ask after each step and gets the same answer.
+    def poll(self, ranks: DistContext, *, blocking: bool = False) -> int | None:
+        """Return the pending signal of any rank. Every rank must call this after each step and gets the same result.
 
-        The ranks agree about once a second, not every step, since the answer waits for the device; or `at_once`.
+        Ranks synchronize about once a second instead of every step, since that waits for the device. blocking:
+        synchronize now.
         """
-        if not ranks.together:
-            return self.noted
+        if not ranks.is_distributed:
+            return self.pending
         self.steps_left -= 1
-        if self.steps_left > 0 and not at_once:
+        if self.steps_left > 0 and not blocking:
             return None
         now_s = time.monotonic()
-        facts = torch.tensor([self.noted or 0, (now_s - self.mark_s) / self.interval], device=ranks.device)
-        noted, step_s = ranks.greatest(facts).tolist()
-        self.interval = self.steps_left = min(1000, max(1, int(CHECK_EVERY_S / max(step_s, 1e-6))))
-        self.mark_s = now_s
-        return int(noted) or None
+        local_values = torch.tensor(
+            [self.pending or 0, (now_s - self.last_poll_s) / self.interval], device=ranks.device
+        )
+        pending, step_s = ranks.all_reduce_max(local_values).tolist()
+        self.interval = self.steps_left = min(1000, max(1, int(POLL_INTERVAL_S / max(step_s, 1e-6))))
+        self.last_poll_s = now_s
+        return int(pending) or None

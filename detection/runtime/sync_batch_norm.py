@@ -1,7 +1,7 @@
-"""Batch norm over several ranks: its running statistics as one tensor, and shared statistics for devices without.
+"""Batch norm over several ranks: running statistics as one tensor, and synchronized batch norm for CPUs.
 
-On accelerators torch.nn.SyncBatchNorm does the sharing; it refuses CPU tensors, on which runs are tried out.
-C channels.
+On accelerators, torch.nn.SyncBatchNorm does this. It rejects CPU tensors, which trial runs use.
+C: channels.
 """
 
 from collections.abc import Callable
@@ -11,59 +11,59 @@ import torch
 from torch import Tensor, nn
 
 AllReduce = Callable[[Tensor], Any]
-"""Sums a tensor over ranks, in place."""
+"""Function that sums a tensor over ranks, in place."""
 
 
-def statistics(model: nn.Module) -> Tensor:
-    """All running means and variances of a model, (S,)."""
-    return torch.cat([buffer.flatten() for buffer in running(model)] or [torch.zeros(0)])
+def running_stats(model: nn.Module) -> Tensor:
+    """Return all running means and variances of a model, (S,)."""
+    return torch.cat([buffer.flatten() for buffer in running_buffers(model)] or [torch.zeros(0)])
 
 
-def set_statistics(model: nn.Module, flat: Tensor) -> None:
-    """Put back what `statistics` gave."""
-    buffers = running(model)
+def set_running_stats(model: nn.Module, flat: Tensor) -> None:
+    """Set all running means and variances of a model, in the layout of `running_stats`."""
+    buffers = running_buffers(model)
     if buffers:
         for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
 
 
-def running(model: nn.Module) -> list[Tensor]:
-    """The buffers of batch norm's running means and variances."""
+def running_buffers(model: nn.Module) -> list[Tensor]:
+    """Return the buffers of the running means and variances."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
-def convert(module: nn.Module, all_reduce: AllReduce) -> nn.Module:
-    """Replace each BatchNorm2d of a module, with its parameters and buffers, by one of shared statistics."""
+def convert_cpu_sync_batchnorm(module: nn.Module, all_reduce: AllReduce) -> nn.Module:
+    """Replace each BatchNorm2d of a module by a synchronized one with the same parameters and buffers."""
     for name, child in module.named_children():
-        setattr(module, name, convert(child, all_reduce))
+        setattr(module, name, convert_cpu_sync_batchnorm(child, all_reduce))
     if not isinstance(module, nn.BatchNorm2d):
         return module
-    shared = SharedBatchNorm2d(module.num_features, module.eps, module.momentum, all_reduce=all_reduce)
-    shared.weight, shared.bias = module.weight, module.bias
-    shared.running_mean, shared.running_var = module.running_mean, module.running_var
-    shared.num_batches_tracked = module.num_batches_tracked
-    return shared.train(module.training)
+    sync = CpuSyncBatchNorm2d(module.num_features, module.eps, module.momentum, all_reduce=all_reduce)
+    sync.weight, sync.bias = module.weight, module.bias
+    sync.running_mean, sync.running_var = module.running_mean, module.running_var
+    sync.num_batches_tracked = module.num_batches_tracked
+    return sync.train(module.training)
 
 
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of several ranks, which may have different numbers of them."""
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of several ranks. The number of images may differ between ranks."""
 
     def __init__(self, num_features: int, eps: float, momentum: float | None, *, all_reduce: AllReduce):
         super().__init__(num_features, eps, momentum)
         self.all_reduce = all_reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) normalised, in the type of x; in evaluation like any other batch norm."""
+        """Normalize x (B, C, H, W), keeping its data type. In eval mode, use the running statistics."""
         if not self.training:
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = wide.new_full((1,), x.numel() // x.shape[1])
-        total = SumOverRanks.apply(torch.cat([wide.sum(dim=(0, 2, 3)), count]), self.all_reduce)
+        x_upcast = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x_upcast.new_full((1,), x.numel() // x.shape[1])
+        total = AllReduceSum.apply(torch.cat([x_upcast.sum(dim=(0, 2, 3)), count]), self.all_reduce)
         num_values = total[-1]
         mean = total[:-1] / num_values
-        centred = wide - mean[:, None, None]
-        # In two passes: the mean of squares less the square of the mean cancels.
-        variance = SumOverRanks.apply(centred.square().sum(dim=(0, 2, 3)), self.all_reduce) / num_values
+        centered = x_upcast - mean[:, None, None]
+        # Use two passes, since the mean of squares minus the squared mean loses precision by cancellation.
+        variance = AllReduceSum.apply(centered.square().sum(dim=(0, 2, 3)), self.all_reduce) / num_values
         assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -73,15 +73,15 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks of a tensor; its gradient is the sum over ranks of the gradients."""
+class AllReduceSum(torch.autograd.Function):
+    """Sum of a tensor over ranks. Its gradient is the sum of the gradients over ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, all_reduce: AllReduce) -> Tensor:
-        """Sum, leaving `tensor` as it is."""
+        """Return the sum and keep `tensor` unchanged."""
         ctx.all_reduce = all_reduce
         total = tensor.clone()
         all_reduce(total)

@@ -1,4 +1,4 @@
-"""Ends a rank that hangs, after it has said where."""
+"""Watchdog that aborts a hung rank after dumping its stack traces."""
 
 import faulthandler
 import os
@@ -9,56 +9,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-# A rank that hangs makes the others wait for it until they hang, too. Each is to say where before the launcher,
-# which ends them all as soon as one has ended, gets to it.
-LAST_WORDS_S = 5.0
-PATIENCE = 10.0  # an evaluation may take as many times as long as a step
+# A hung rank also blocks the others. All of them need time to dump their stack traces, since the launcher terminates
+# every rank as soon as one exits.
+STACK_DUMP_GRACE_S = 5.0
+EVAL_TIMEOUT_FACTOR = 10.0  # ratio of the time limits of an evaluation and a step
 
 
 class Watchdog:
-    """A thread that ends the process when no step was made in `timeout_s`, as a context."""
+    """Context with a thread that aborts the process if no step completes within `timeout_s`."""
 
     def __init__(self, rank: int, timeout_s: float):
         self.rank, self.timeout_s = rank, timeout_s
-        self.allowed_s = timeout_s
-        self.over = threading.Event()
-        self.beat()
+        self.current_timeout_s = timeout_s
+        self.stopped = threading.Event()
+        self.heartbeat()
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._loop, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.over.set()
+        self.stopped.set()
 
-    def beat(self) -> None:
-        """A step was made."""
-        self.beat_s = time.monotonic()
+    def heartbeat(self) -> None:
+        """Report a completed step."""
+        self.last_heartbeat_s = time.monotonic()
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Allow for what takes longer than a step."""
-        self.allowed_s = PATIENCE * self.timeout_s
+    def extended(self) -> Iterator[None]:
+        """Extend the time limit for work that takes longer than a step."""
+        self.current_timeout_s = EVAL_TIMEOUT_FACTOR * self.timeout_s
         try:
             yield
         finally:
-            self.beat()
-            self.allowed_s = self.timeout_s
+            self.heartbeat()
+            self.current_timeout_s = self.timeout_s
 
-    def watch(self) -> None:
-        """Wait for the end of the run, or for a beat that does not come."""
-        while not self.over.wait(min(1.0, self.timeout_s / 4)):
-            if time.monotonic() - self.beat_s > self.allowed_s:
-                self.end()
+    def _loop(self) -> None:
+        """Wait until the run stops or a heartbeat is overdue."""
+        while not self.stopped.wait(min(1.0, self.timeout_s / 4)):
+            if time.monotonic() - self.last_heartbeat_s > self.current_timeout_s:
+                self.abort()
 
-    def end(self) -> None:
-        """Print the stack of every thread and end the process, whatever it is doing."""
+    def abort(self) -> None:
+        """Print the stack traces of all threads and exit the process immediately."""
         print(
-            f"error: rank {self.rank} has made no step for {self.allowed_s:g} s (--step-timeout-s). "
-            "It is here, the most recent call first:",
+            f"error: rank {self.rank} completed no step within {self.current_timeout_s:g} s (--step-timeout-s). "
+            "Stack traces, most recent call first:",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        time.sleep(LAST_WORDS_S)
+        time.sleep(STACK_DUMP_GRACE_S)
         os._exit(1)

@@ -1,1 +1,1 @@
-"""Generated data sets in COCO's layout."""
+"""Generated data sets in COCO 2017's layout."""

@@ -1,7 +1,8 @@
-"""Which settings train fastest on this machine: tried one after the other for a bounded time, and written to a file.
+"""Search for the fastest training settings of this machine.
 
-`python -m BENCHMARK.tune --autotune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of the
-config file and the flags. Each direction is followed as long as it gains; what is out of memory ends it.
+`python -m BENCHMARK.tune --autotune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of
+the config file and the flags, times trials until the budget is used up, and writes a config file. It follows each
+search axis while that makes training faster.
 """
 
 import math
@@ -15,60 +16,68 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from detection.config.run_config import RunConfig
-from detection.config.settings import InputError, Resolved, System, read_system
+from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, read_launch_layout
 from detection.data import num_classes
 from detection.preflight import run_checks
-from detection.preflight.run_checks import Checks
+from detection.preflight.run_checks import PreflightSpec
 from detection.runtime import device
-from detection.tuning import config_file, trial
-from detection.tuning.config_file import SystemFile
-from detection.tuning.trial import Trial
+from detection.tuning import config_file
+from detection.tuning.config_file import ConfigFile
+from detection.tuning.trial import Trial, measure_training
 from mlperf import recipes
 from mlperf.recipes import Recipe
 
 Config = TypeVar("Config", bound=RunConfig)
 Settings = Mapping[str, str]
 
-SECONDS = 300
-TUNED = ("batch_size", "grad_accum_steps", "num_workers", "precision", "compile", "image_cache", "jpeg_decoder")
-GAIN = 1.03  # less may be chance
-WORKERS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 20, 24, 32)
-STEPS, MOST_STEPS = 3, 50
-FOLDER = Path()  # config files are where ./run_and_time.sh is
+DEFAULT_SECONDS = 300
+TUNED_SETTINGS = (
+    "batch_size",
+    "grad_accum_steps",
+    "num_workers",
+    "precision",
+    "compile",
+    "image_cache",
+    "jpeg_decoder",
+)
+MIN_SPEEDUP = 1.03  # a smaller gain may be noise
+WORKER_COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 20, 24, 32)
+FIRST_STEPS, MAX_STEPS = 3, 50
+CONFIG_DIR = Path()  # the folder of ./run_and_time.sh
 
 
 @dataclass(frozen=True)
-class Subject(Generic[Config]):
-    """What differs between benchmarks: what trains, prefix and checks of the settings, and a recipe as these."""
+class TuneTarget(Generic[Config]):
+    """What to tune: a benchmark's training module, settings prefix, preflight checks and recipe as settings."""
 
     module: str
     prefix: str
-    checks: Checks[Config]
-    settings: Callable[[Recipe], dict[str, str]]
+    preflight: PreflightSpec[Config]
+    recipe_settings: Callable[[Recipe], dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the user asks for: how long, the name of the file or none, and whether it may replace one; other flags."""
+class TuneRequest:
+    """Command line of a search: time budget, name of the config file, permission to overwrite it, other flags."""
 
-    seconds: int = SECONDS
+    seconds: int = DEFAULT_SECONDS
     name: str = ""
     force: bool = False
     flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Direction:
-    """Values of one setting, tried in turn until one gains nothing. chosen: whether the best of them is taken over."""
+class SearchAxis:
+    """Values of one setting, tried in order until one is not faster. adopt: whether to keep the fastest."""
 
     setting: str
     values: tuple[str, ...]
-    chosen: bool = True
+    adopt: bool = True
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What was found: the first trial, the best, and what a run with its settings takes, in training alone."""
+class TuneResult:
+    """First and best trial, and the expected epochs and training time of a run with the best settings."""
 
     first: Trial
     best: Trial
@@ -77,298 +86,310 @@ class Outcome:
 
 
 @dataclass
-class Bench:
-    """Measures settings until its time is over.
+class Searcher:
+    """Search for the fastest settings within a time budget.
 
-    measure: settings, steps, warm-up steps and the seconds that it may take. cost: what is to be least.
+    measure: called with settings, steps, warm-up steps and a time limit in seconds. cost: the quantity to minimize.
     """
 
     measure: Callable[[Settings, int, int, float], Trial]
     cost: Callable[[Trial], float]
     end_s: float
-    steps: int = STEPS
+    steps: int = FIRST_STEPS
     trials: list[Trial] = field(default_factory=list)
 
-    def try_out(self, settings: Settings, *, warmup: int = 1) -> Trial | None:
-        """Measure once; None where a trial like those before would not end in time."""
+    def run_trial(self, settings: Settings, *, warmup: int = 1) -> Trial | None:
+        """Time one trial. Return None if the remaining time is shorter than the longest trial so far."""
         left_s = self.end_s - time.monotonic()
-        if self.trials and left_s < 1.1 * max(one.spent_s for one in self.trials if one.ending != "out of time"):
+        if self.trials and left_s < 1.1 * max(
+            trial.elapsed_s for trial in self.trials if trial.status != "out of time"
+        ):
             return None
         self.trials.append(self.measure(settings, self.steps, warmup, max(left_s, 1)))
-        print(row(self.trials[-1]), flush=True)
+        print(table_row(self.trials[-1]), flush=True)
         return self.trials[-1]
 
-    def follow(self, best: Trial, direction: Direction) -> Trial:
-        """The best of a direction, from the best so far."""
-        leader = best
-        for value in direction.values:
-            one = self.try_out({**best.settings, direction.setting: value})
-            if one is None or one.ending != "measured" or self.cost(one) * GAIN > self.cost(leader):
+    def hill_climb(self, best: Trial, axis: SearchAxis) -> Trial:
+        """Return the fastest trial along an axis, starting from the best one so far."""
+        fastest = best
+        for value in axis.values:
+            trial = self.run_trial({**best.settings, axis.setting: value})
+            if trial is None or trial.status != "measured" or self.cost(trial) * MIN_SPEEDUP > self.cost(fastest):
                 break
-            leader = one
-        return leader if direction.chosen else best
+            fastest = trial
+        return fastest if axis.adopt else best
 
 
-def main(argv: Sequence[str], subject: Subject[Config]) -> int:
-    """Measure, print the table and write the config file; returns the exit status."""
+def main(argv: Sequence[str], target: TuneTarget[Config]) -> int:
+    """Search, print the table, write the config file, and return the exit status."""
     try:
-        order = read(argv)
+        request = parse_request(argv)
         start_s = time.monotonic()
-        resolved = subject.checks.load(order.flags)
-        ranks = found_ranks(resolved.config, read_system())
-        system = replace(read_system(), ranks_per_node=ranks)
-        path = target(order, resolved.config, hardware(resolved.config), system)
-        tune(order, resolved, subject, system, path, start_s)
+        resolved = target.preflight.load(request.flags)
+        num_ranks = local_ranks(resolved.config, read_launch_layout())
+        layout = replace(read_launch_layout(), ranks_per_node=num_ranks)
+        path = output_path(request, resolved.config, hardware_name(resolved.config), layout)
+        tune(request, resolved, target, layout, path, start_s)
     except InputError as error:
-        print("\n".join(f"error: {mistake}" for mistake in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {message}" for message in str(error).splitlines()), file=sys.stderr)
         return 2
     return 0
 
 
-def read(argv: Sequence[str]) -> Order:
-    """Take the words of tuning out of the flags; raises InputError."""
-    order, flags, words = Order(), [], list(argv)
+def parse_request(argv: Sequence[str]) -> TuneRequest:
+    """Separate the flags of the search from those of the run. Raises InputError."""
+    request, flags, words = TuneRequest(), [], list(argv)
     while words:
         word = words.pop(0)
         if word == "--autotune":
             if words and not words[0].startswith("-"):
                 seconds = words.pop(0)
                 if not seconds.isdecimal() or int(seconds) < 1:
-                    raise InputError(f"--autotune {seconds}: should be a whole number of seconds")
-                order = replace(order, seconds=int(seconds))
+                    raise InputError(f"--autotune {seconds}: should be a positive whole number of seconds")
+                request = replace(request, seconds=int(seconds))
         elif word == "--force":
-            order = replace(order, force=True)
+            request = replace(request, force=True)
         elif word == "--name" or word.startswith("--name="):
             name = word.partition("=")[2] if "=" in word else words.pop(0) if words else ""
             if not re.fullmatch(r"[\w.-]+", name):
-                raise InputError(f"--name {name}: should be of letters, digits, dots, dashes and underscores")
-            order = replace(order, name=name)
+                raise InputError(f"--name {name}: should contain only letters, digits, dots, dashes and underscores")
+            request = replace(request, name=name)
         else:
             flags.append(word)
-    return replace(order, flags=tuple(flags))
+    return replace(request, flags=tuple(flags))
 
 
-def found_ranks(config: RunConfig, system: System) -> int:
-    """Ranks on this machine: its accelerators, or on the CPU as many as the config file says."""
-    on = device.choose(config.device, 0)
-    return system.ranks_per_node if on.type == "cpu" else device.module(on).device_count()
+def local_ranks(config: RunConfig, layout: LaunchLayout) -> int:
+    """Return the number of ranks on this machine: its accelerators, or the config file's number on a CPU."""
+    torch_device = device.select_device(config.device, 0)
+    return layout.ranks_per_node if torch_device.type == "cpu" else device.backend_module(torch_device).device_count()
 
 
-def hardware(config: RunConfig) -> str:
-    """What this machine computes on, for people."""
-    on = device.choose(config.device, 0)
-    return f"CPU, {len(os.sched_getaffinity(0))} cores" if on.type == "cpu" else device.describe(on)
+def hardware_name(config: RunConfig) -> str:
+    """Return the name of the accelerator, or the number of CPU cores."""
+    torch_device = device.select_device(config.device, 0)
+    return (
+        f"CPU, {len(os.sched_getaffinity(0))} cores" if torch_device.type == "cpu" else device.device_name(torch_device)
+    )
 
 
-def target(order: Order, config: RunConfig, hardware: str, system: System) -> Path:
-    """The file that is to be written; raises InputError where it is there and is not to be replaced."""
-    named = re.sub(r"[^\w.-]+", "-", hardware.removeprefix("NVIDIA ").replace(", ", ""))
-    name = order.name or f"{named}_{system.nodes}x{system.ranks_per_node}"
+def output_path(request: TuneRequest, config: RunConfig, hardware: str, layout: LaunchLayout) -> Path:
+    """Return the path of the config file. Raises InputError if it exists and --force is not given."""
+    default_name = re.sub(r"[^\w.-]+", "-", hardware.removeprefix("NVIDIA ").replace(", ", ""))
+    name = request.name or f"{default_name}_{layout.num_nodes}x{layout.ranks_per_node}"
     suffix = "" if config.benchmark == "ssd" else f"_{config.benchmark}"
-    path = FOLDER / f"config_{name}{suffix}.sh"
-    if path.exists() and not order.force:
-        raise InputError(f"{path} is there already: pass another --name, or --force to write over it")
+    path = CONFIG_DIR / f"config_{name}{suffix}.sh"
+    if path.exists() and not request.force:
+        raise InputError(f"{path}: already exists. Pass another --name, or --force to overwrite it")
     return path
 
 
 def tune(
-    order: Order,
-    resolved: Resolved[Config],
-    subject: Subject[Config],
-    system: System,
+    request: TuneRequest,
+    resolved: ResolvedSettings[Config],
+    target: TuneTarget[Config],
+    layout: LaunchLayout,
     path: Path,
     start_s: float,
 ) -> None:
-    """Measure as long as the order says, and write the file; raises InputError where not even the first trial runs."""
+    """Search within the time budget and write the config file. Raises InputError if the first trial fails."""
     config = resolved.config
-    num_images = count_images(config, system, subject.checks)
-    published = is_published(config)
+    num_images = count_train_images(config, layout, target.preflight)
+    has_recipes = uses_published_recipes(config)
 
     def epochs(settings: Settings) -> float:
-        batch = int(settings["batch_size"]) * system.world_size
-        known = recipes.reference_epochs(config.benchmark, config.ruleset, batch) if published else None
-        return known or config.epochs
+        batch = int(settings["batch_size"]) * layout.world_size
+        reference = recipes.reference_epochs(config.benchmark, config.ruleset, batch) if has_recipes else None
+        return reference or config.epochs
 
-    def train_s(one: Trial) -> float:
-        return epochs(one.settings) * num_images / (one.images_per_s * system.nodes)
+    def train_s(trial: Trial) -> float:
+        return epochs(trial.settings) * num_images / (trial.images_per_s * layout.num_nodes)
 
-    common = [*order.flags, "--num-classes", str(num_classes.followed(config).num_classes)]
+    flags = [*request.flags, "--num-classes", str(num_classes.resolve_num_classes(config).num_classes)]
 
     def measure(settings: Settings, steps: int, warmup: int, limit_s: float) -> Trial:
-        return trial.run(
-            subject.module,
-            common,
+        return measure_training(
+            target.module,
+            flags,
             settings,
-            ranks=system.ranks_per_node,
+            ranks=layout.ranks_per_node,
             steps=steps,
             warmup=warmup,
             limit_s=limit_s,
         )
 
-    bench = Bench(measure, train_s, start_s + order.seconds)
-    print(heading(), flush=True)
-    first = begin(bench, {name: str(getattr(config, name)) for name in TUNED})
+    searcher = Searcher(measure, train_s, start_s + request.seconds)
+    print(table_header(), flush=True)
+    first = find_baseline(searcher, {name: str(getattr(config, name)) for name in TUNED_SETTINGS})
     best = first
-    for direction in directions(best, config, system, num_images, published):
-        best = bench.follow(best, direction)
-    memories = ("host",) if device.choose(config.device, 0).type == "cpu" else ("host", "device")
-    steps_per_epoch = num_images // (int(best.settings["batch_size"]) * system.world_size)
-    best = try_cache(bench, best, max(1, steps_per_epoch), memories)
-    write(Outcome(first, best, epochs(best.settings), train_s(best)), order, resolved, subject, system, path)
+    for axis in search_axes(best, config, layout, num_images, has_recipes):
+        best = searcher.hill_climb(best, axis)
+    memories = ("host",) if device.select_device(config.device, 0).type == "cpu" else ("host", "device")
+    steps_per_epoch = num_images // (int(best.settings["batch_size"]) * layout.world_size)
+    best = try_image_cache(searcher, best, max(1, steps_per_epoch), memories)
+    write_config(TuneResult(first, best, epochs(best.settings), train_s(best)), request, resolved, target, layout, path)
 
 
-def count_images(config: Config, system: System, checks: Checks[Config]) -> int:
-    """Training images of an epoch, drawn first where they are to be; raises InputError."""
-    if drawing := run_checks.due(config):
-        drawing()
-    splits, _ = run_checks.check_data(config, system, segmentations=checks.segmentations)
-    return len(splits["train"].with_boxes())
+def count_train_images(config: Config, layout: LaunchLayout, preflight: PreflightSpec[Config]) -> int:
+    """Return the number of training images per epoch. Generates a missing synthetic data set first."""
+    if generate := run_checks.pending_synthetic_data(config):
+        generate()
+    splits, _ = run_checks.check_data(config, layout, segmentations=preflight.segmentations)
+    return len(splits["train"].drop_empty_images())
 
 
-def is_published(config: RunConfig) -> bool:
-    """Whether recipes that were published for other global batches hold for this run, too."""
+def uses_published_recipes(config: RunConfig) -> bool:
+    """Return whether published recipes of other global batches apply to this run."""
     return config.division == "closed" and config.dataset == "coco2017"
 
 
-def begin(bench: Bench, settings: dict[str, str]) -> Trial:
-    """Measure what the settings say, in more parts where it is out of memory, and in more steps where they are short.
+def find_baseline(searcher: Searcher, settings: dict[str, str]) -> Trial:
+    """Time the initial settings.
 
-    Raises InputError where it cannot be measured.
+    Doubles the number of micro-batches while memory is insufficient, and repeats short steps more often.
+    Raises InputError if no trial succeeds.
     """
-    one = bench.try_out(settings)
-    while one and one.ending == "out of memory":
-        parts = 2 * int(settings["grad_accum_steps"])
-        if int(settings["batch_size"]) % parts:
-            raise InputError(f"batch_size {settings['batch_size']} does not fit: pass a smaller --batch-size")
-        settings = {**settings, "grad_accum_steps": str(parts)}
-        one = bench.try_out(settings)
-    if one is None or one.ending == "out of time":
-        raise InputError("the first trial did not end in time: give --autotune more seconds")
-    if one.ending == "failed":
-        raise InputError(f"the first trial failed: {one.why.removeprefix('error: ')}")
-    of_a_trial_s = (bench.end_s - time.monotonic()) / 20
-    steps = min(MOST_STEPS, int(of_a_trial_s / (one.step_ms / 1000)))
-    if steps < 2 * STEPS:
-        return one
-    bench.steps = steps
-    again = bench.try_out(settings)
-    return again if again and again.ending == "measured" else one
+    trial = searcher.run_trial(settings)
+    while trial and trial.status == "out of memory":
+        micro_batches = 2 * int(settings["grad_accum_steps"])
+        if int(settings["batch_size"]) % micro_batches:
+            raise InputError(f"batch_size {settings['batch_size']} does not fit in memory. Pass a smaller --batch-size")
+        settings = {**settings, "grad_accum_steps": str(micro_batches)}
+        trial = searcher.run_trial(settings)
+    if trial is None or trial.status == "out of time":
+        raise InputError("the first trial did not finish in time. Give --autotune more seconds")
+    if trial.status == "failed":
+        raise InputError(f"the first trial failed: {trial.reason.removeprefix('error: ')}")
+    trial_budget_s = (searcher.end_s - time.monotonic()) / 20
+    steps = min(MAX_STEPS, int(trial_budget_s / (trial.step_ms / 1000)))
+    if steps < 2 * FIRST_STEPS:
+        return trial
+    searcher.steps = steps
+    longer = searcher.run_trial(settings)
+    return longer if longer and longer.status == "measured" else trial
 
 
-def directions(first: Trial, config: RunConfig, system: System, num_images: int, published: bool) -> list[Direction]:
-    """What is tried, in order: precision, workers, the compiler, batch sizes.
+def search_axes(
+    first: Trial, config: RunConfig, layout: LaunchLayout, num_images: int, has_recipes: bool
+) -> list[SearchAxis]:
+    """Return the axes to search, in order.
 
-    A recipe that is no published one holds for its own batch size alone: others are measured, and not taken over.
+    A published recipe exists for several batch sizes, which come first. Any other recipe is only valid for its own
+    batch size, so other sizes come last and are timed but not adopted.
     """
-    on = device.choose(config.device, 0)
-    precisions = ("bf16", "fp32") if on.type == "cpu" else ("bf16", "fp16", "tf32")
+    torch_device = device.select_device(config.device, 0)
+    precisions = ("bf16", "fp32") if torch_device.type == "cpu" else ("bf16", "fp16", "tf32")
     workers = int(first.settings["num_workers"])
-    most = max(1, len(os.sched_getaffinity(0)) // system.ranks_per_node)
-    compiled = device.compiles(config.compile, on)
-    size = int(first.settings["batch_size"])
-    sizes = [size * 2**power for power in range(1, 12) if size * 2**power * system.world_size <= num_images]
-    if published:
-        sizes = [
-            one
-            for one in sizes
-            if recipes.reference_epochs(config.benchmark, config.ruleset, one * system.world_size) is not None
-        ]
-    batches = Direction("batch_size", tuple(map(str, sizes)), chosen=published)
-    others = [
-        *(Direction("precision", (name,)) for name in precisions if name != first.precision),
-        Direction("num_workers", tuple(str(count) for count in WORKERS if workers < count <= most)),
-        Direction("num_workers", tuple(str(count) for count in reversed(WORKERS) if count < workers)),
+    max_workers = max(1, len(os.sched_getaffinity(0)) // layout.ranks_per_node)
+    is_compiled = device.should_compile(config.compile, torch_device)
+    first_batch = int(first.settings["batch_size"])
+    batch_sizes = [
+        first_batch * 2**power for power in range(1, 12) if first_batch * 2**power * layout.world_size <= num_images
     ]
-    if device.decodes_jpeg(on):
-        others.append(Direction("jpeg_decoder", ("gpu",)))
+    if has_recipes:
+        batch_sizes = [
+            batch_size
+            for batch_size in batch_sizes
+            if recipes.reference_epochs(config.benchmark, config.ruleset, batch_size * layout.world_size) is not None
+        ]
+    batch_axis = SearchAxis("batch_size", tuple(map(str, batch_sizes)), adopt=has_recipes)
+    axes = [
+        *(SearchAxis("precision", (name,)) for name in precisions if name != first.precision),
+        SearchAxis("num_workers", tuple(str(count) for count in WORKER_COUNTS if workers < count <= max_workers)),
+        SearchAxis("num_workers", tuple(str(count) for count in reversed(WORKER_COUNTS) if count < workers)),
+    ]
+    if device.supports_jpeg_decode(torch_device):
+        axes.append(SearchAxis("jpeg_decoder", ("gpu",)))
     if device.CAN_COMPILE:
-        others.append(Direction("compile", ("off" if compiled else "on",)))
-    return [batches, *others] if published else [*others, batches]
+        axes.append(SearchAxis("compile", ("off" if is_compiled else "on",)))
+    return [batch_axis, *axes] if has_recipes else [*axes, batch_axis]
 
 
-def try_cache(bench: Bench, best: Trial, steps_per_epoch: int, memories: Sequence[str]) -> Trial:
-    """Measure decoded images kept in each memory, after the epoch that fills it, where there is time for that."""
+def try_image_cache(searcher: Searcher, best: Trial, steps_per_epoch: int, memories: Sequence[str]) -> Trial:
+    """Time the image cache in each memory, after the epoch that fills it, if the remaining time allows."""
     if best.settings["image_cache"] != "none":
         return best
-    plain, settings = best, best.settings
+    uncached, settings = best, best.settings
     for memory in memories:
-        fill_s = plain.spent_s + steps_per_epoch * plain.step_ms / 1000
-        if fill_s > bench.end_s - time.monotonic():
-            print(f"decoded images kept by the {memory} are not measured: the epoch before takes some {fill_s:.0f} s")
+        fill_s = uncached.elapsed_s + steps_per_epoch * uncached.step_ms / 1000
+        if fill_s > searcher.end_s - time.monotonic():
+            print(f"image_cache {memory}: not measured. Filling it takes one epoch, about {fill_s:.0f} s")
             return best
         decoder = settings["jpeg_decoder"] if memory == "device" else "cpu"
-        one = bench.try_out({**settings, "image_cache": memory, "jpeg_decoder": decoder}, warmup=steps_per_epoch)
-        if one and one.ending == "measured" and bench.cost(one) * GAIN < bench.cost(best):
-            best = one
+        trial = searcher.run_trial({**settings, "image_cache": memory, "jpeg_decoder": decoder}, warmup=steps_per_epoch)
+        if trial and trial.status == "measured" and searcher.cost(trial) * MIN_SPEEDUP < searcher.cost(best):
+            best = trial
     return best
 
 
 COLUMNS = (
     "batch",
-    "parts",
+    "accum",
     "workers",
     "precision",
     "compile",
     "cache",
     "jpeg_decoder",
     "img/s",
-    "ms a step",
-    "waits for data",
+    "ms/step",
+    "data wait",
 )
 
 
-def heading() -> str:
-    """The first line of the table."""
+def table_header() -> str:
+    """Return the first line of the table."""
     return "  ".join(f"{title:>9}" for title in COLUMNS)
 
 
-def row(one: Trial) -> str:
-    """A trial as a line of the table."""
-    cells = [one.settings[name] for name in TUNED]
-    if one.ending == "measured":
-        cells[3] = one.precision
-        cells += [f"{one.images_per_s:.1f}", f"{one.step_ms:.0f}", f"{one.data_share:.0%}"]
+def table_row(trial: Trial) -> str:
+    """Format a trial as a line of the table."""
+    cells = [trial.settings[name] for name in TUNED_SETTINGS]
+    if trial.status == "measured":
+        cells[3] = trial.precision
+        cells += [f"{trial.images_per_s:.1f}", f"{trial.step_ms:.0f}", f"{trial.data_fraction:.0%}"]
     else:
-        cells.append(f"{one.ending}{f': {one.why}' if one.ending == 'failed' else ''}")
+        cells.append(f"{trial.status}{f': {trial.reason}' if trial.status == 'failed' else ''}")
     return "  ".join(f"{cell:>9}" for cell in cells)
 
 
-def write(
-    found: Outcome,
-    order: Order,
-    resolved: Resolved[Config],
-    subject: Subject[Config],
-    system: System,
+def write_config(
+    result: TuneResult,
+    request: TuneRequest,
+    resolved: ResolvedSettings[Config],
+    target: TuneTarget[Config],
+    layout: LaunchLayout,
     path: Path,
 ) -> None:
-    """Write the settings of the best trial, and the recipe of its global batch, with what is to be expected."""
-    old, best = resolved.config, found.best
-    published = is_published(old)
-    batch = int(best.settings["batch_size"]) * system.world_size
+    """Write the config file: the best settings, the recipe of their global batch, and the expected training time."""
+    start, best = resolved.config, result.best
+    has_recipes = uses_published_recipes(start)
+    batch = int(best.settings["batch_size"]) * layout.world_size
     settings = dict(best.settings)
     if best.settings["precision"] == "auto":
         settings["precision"] = best.precision
-    of_old = old.global_batch_size(read_system().world_size)
-    source = f"config_{old.system}.sh's own, for its {of_old} images a step"
-    if not published and batch != of_old:
-        source += f", its learning rate scaled to {batch}"
-    if published and batch != of_old:
-        recipe = recipes.recipe(old.benchmark, batch)
-        settings |= subject.settings(recipe)
+    start_batch = start.global_batch_size(read_launch_layout().world_size)
+    source = f"config_{start.system}.sh, for {start_batch} images per step"
+    if not has_recipes and batch != start_batch:
+        source += f", with the learning rate scaled to {batch}"
+    if has_recipes and batch != start_batch:
+        recipe = recipes.interpolate_recipe(start.benchmark, batch)
+        settings |= target.recipe_settings(recipe)
         source = recipe.source
-        if found.epochs > 0.9 * old.epochs:
-            settings["epochs"] = str(5 * math.ceil(1.3 * found.epochs / 5))
-    final = subject.checks.load([*order.flags, *config_file.flags(settings)])
-    judged = run_checks.judge(final.config, subject.checks.recipe(final.config, system.world_size), system.world_size)
-    verdict = f"forbids {len(judged[1])} of its values (--dry-run names them)" if judged[1] else "allows it"
-    remarks = [
-        f"measured: {best.images_per_s:.1f} img/s on {system.ranks_per_node} ranks, "
-        f"{best.images_per_s / found.first.images_per_s:.2f} times what config_{old.system}.sh gave",
-        f"recipe: {source}; MLPerf {old.ruleset} {old.division} {verdict}",
-        f"expected: {found.epochs:g} epochs{'' if published else ' at most'}, {found.train_s / 60:.1f} minutes of "
-        "training, evaluation not counted" + (f", if {system.nodes} nodes scale linearly" if system.nodes > 1 else ""),
+        if result.epochs > 0.9 * start.epochs:
+            settings["epochs"] = str(5 * math.ceil(1.3 * result.epochs / 5))
+    final = target.preflight.load([*request.flags, *config_file.to_flags(settings)])
+    rule_values = target.preflight.rule_values(final.config, layout.world_size)
+    _, violations = run_checks.check_rules(final.config, rule_values, layout.world_size)
+    verdict = f"forbids {len(violations)} of its values (--dry-run lists them)" if violations else "allows it"
+    comments = [
+        f"measured: {best.images_per_s:.1f} img/s on {layout.ranks_per_node} ranks, "
+        f"{best.images_per_s / result.first.images_per_s:.2f} times config_{start.system}.sh",
+        f"recipe: {source}; MLPerf {start.ruleset} {start.division} {verdict}",
+        f"expected: {'' if has_recipes else 'at most '}{result.epochs:g} epochs, {result.train_s / 60:.1f} minutes of "
+        "training without evaluation"
+        + (f", if {layout.num_nodes} nodes scale linearly" if layout.num_nodes > 1 else ""),
     ]
-    title = f"{system.nodes}×{system.ranks_per_node} {hardware(old)}, by ./run_and_time.sh --autotune"
-    always = (*TUNED[:4], "compile")
-    SystemFile(title, remarks, system, 1.5 * found.train_s, always).write(path, final, subject.prefix)
-    print("\n".join([*remarks, f"wrote {path}: DGXSYSTEM={path.stem.removeprefix('config_')} ./run_and_time.sh"]))
+    title = f"{layout.num_nodes}×{layout.ranks_per_node} {hardware_name(start)}, from ./run_and_time.sh --autotune"
+    always_written = (*TUNED_SETTINGS[:4], "compile")
+    ConfigFile(title, comments, layout, 1.5 * result.train_s, always_written).write(path, final, target.prefix)
+    print("\n".join([*comments, f"wrote {path}: DGXSYSTEM={path.stem.removeprefix('config_')} ./run_and_time.sh"]))

@@ -1,4 +1,4 @@
-"""One measurement of training with certain settings: the mode bench-train in processes of its own."""
+"""One timing of training with given settings: `--mode bench-train` in separate processes."""
 
 import json
 import os
@@ -16,33 +16,33 @@ from typing import Literal
 from detection.runtime.device import is_out_of_memory
 from detection.tuning import config_file
 
-Ending = Literal["measured", "out of memory", "out of time", "failed"]
+TrialStatus = Literal["measured", "out of memory", "out of time", "failed"]
 
-END_S = 40  # the launcher itself gives its ranks 30 s
+TERMINATE_TIMEOUT_S = 40  # the launcher waits 30 s for its ranks
 
-# A rank has its share of the cores, unless the user says otherwise: torchrun would give each of several one thread.
-SHARE_CORES = 'export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$1}; shift; exec "$@"'
+# Divide the cores among the ranks unless the user sets OMP_NUM_THREADS: torchrun would give each rank one thread.
+SET_OMP_THREADS = 'export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$1}; shift; exec "$@"'
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a measurement.
+    """Result of one timing.
 
-    images_per_s: of all ranks, the median of the steps. step_ms: the median. data_share: of a step's time that is spent
-    waiting for data. precision: what "auto" came to. spent_s: from start to end of its processes. why: it failed.
+    images_per_s: over all ranks, median of the steps. step_ms: median. data_fraction: fraction of a step that waits for
+    data. precision: the resolved value of "auto". elapsed_s: from start to end of the processes. reason: of a failure.
     """
 
     settings: Mapping[str, str]
-    ending: Ending
-    spent_s: float
+    status: TrialStatus
+    elapsed_s: float
     images_per_s: float = 0.0
     step_ms: float = 0.0
-    data_share: float = 0.0
+    data_fraction: float = 0.0
     precision: str = ""
-    why: str = ""
+    reason: str = ""
 
 
-def run(
+def measure_training(
     module: str,
     flags: Sequence[str],
     settings: Mapping[str, str],
@@ -52,15 +52,15 @@ def run(
     warmup: int,
     limit_s: float,
 ) -> Trial:
-    """Measure `steps` steps of a benchmark's training module on this machine, after `warmup` others.
+    """Time `steps` training steps of a module on this machine, after `warmup` steps.
 
-    flags: of the run. settings: those that are tried, by name. After limit_s it is ended, with all its processes.
+    flags: of the run. settings: the tried ones, by name. Terminates all processes after limit_s seconds.
     """
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         summary = Path(folder, "summary.json")
-        tried = config_file.flags(settings)
-        measured = ["--mode", "bench-train", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
-        measured += [
+        trial_flags = config_file.to_flags(settings)
+        measure_flags = ["--mode", "bench-train", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
+        measure_flags += [
             "--benchmark-warmup",
             str(warmup),
             "--summary-json",
@@ -73,48 +73,48 @@ def run(
         start_s = time.monotonic()
         with Path(folder, "stderr").open("w+", errors="replace") as stderr:
             process = subprocess.Popen(
-                ["bash", "-c", SHARE_CORES, "tune", str(cores), *launch, *flags, *tried, *measured],
+                ["bash", "-c", SET_OMP_THREADS, "tune", str(cores), *launch, *flags, *trial_flags, *measure_flags],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
             )
             try:
-                status = process.wait(limit_s)
+                exit_status = process.wait(limit_s)
             except subprocess.TimeoutExpired:
-                return Trial(settings, "out of time", limit_s, why=f"stopped after {limit_s:.0f} s")
+                return Trial(settings, "out of time", limit_s, reason=f"stopped after {limit_s:.0f} s")
             finally:
-                end(process)
+                terminate(process)
             stderr.seek(0)
-            said = stderr.read()
-        spent_s = time.monotonic() - start_s
-        if status:
-            killed = status == 128 + signal.SIGKILL
-            ending: Ending = "out of memory" if killed or is_out_of_memory(said) else "failed"
-            return Trial(settings, ending, spent_s, why=cause(said, status))
-        found = json.loads(summary.read_text())
-    (result,) = found["results"]
+            stderr_text = stderr.read()
+        elapsed_s = time.monotonic() - start_s
+        if exit_status:
+            is_killed = exit_status == 128 + signal.SIGKILL
+            trial_status: TrialStatus = "out of memory" if is_killed or is_out_of_memory(stderr_text) else "failed"
+            return Trial(settings, trial_status, elapsed_s, reason=last_error(stderr_text, exit_status))
+        measured = json.loads(summary.read_text())
+    (result,) = measured["results"]
     return Trial(
         settings,
         "measured",
-        spent_s,
+        elapsed_s,
         images_per_s=result["images_per_s"]["median"],
         step_ms=result["latency_ms"]["median"],
-        data_share=result["share"]["data"],
-        precision=found["precision"],
+        data_fraction=result["time_fraction"]["data"],
+        precision=measured["precision"],
     )
 
 
-def cause(said: str, status: int) -> str:
-    """The last line about an error but the launcher's own, which only names the rank."""
-    errors = [line.strip() for line in said.splitlines() if "rror" in line]
-    return ([line for line in errors if not line.startswith("error: rank ")] or errors or [f"status {status}"])[-1]
+def last_error(stderr_text: str, exit_status: int) -> str:
+    """Return the last line about an error. Skips the launcher's lines, which only name the rank."""
+    errors = [line.strip() for line in stderr_text.splitlines() if "rror" in line]
+    return ([line for line in errors if not line.startswith("error: rank ")] or errors or [f"status {exit_status}"])[-1]
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher, which ends the ranks: these are in sessions of their own."""
+def terminate(process: subprocess.Popen[bytes]) -> None:
+    """Terminate the launcher, which terminates its ranks. Each rank has its own session."""
     process.terminate()
     try:
-        process.wait(END_S)
+        process.wait(TERMINATE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Benchmarks of Mask R-CNN's parts."""
+"""Benchmarks of Mask R-CNN."""

@@ -21,13 +21,13 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.data.rle import CompressedMask
-from detection.evaluation.coco_metric import MaskMetric
+from detection.data.rle import CocoRle
+from detection.evaluation.coco_metric import CocoMaskMetric
 from maskrcnn import masks
 from maskrcnn.backbone import STAGES
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
-from maskrcnn.evaluator import Found, both, together
+from maskrcnn.evaluator import CocoDetections, box_and_mask_metrics, concat
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 """torchvision's names, in the order of `maskrcnn.model.LOSSES`."""
@@ -43,7 +43,7 @@ class Target(NamedTuple):
     """What torchvision's model is told of a batch: images (3, h, w) float32 from 0 to 1, and what is in each."""
 
     images: list[Tensor]
-    truth: list[dict[str, Tensor]]
+    gt: list[dict[str, Tensor]]
 
 
 class Scene(NamedTuple):
@@ -91,7 +91,7 @@ def to_target(batch: Batch) -> Target:
         there = batch.labels[index] > 0
         side = max(height, width)
         whole = torch.tensor([0.0, 0.0, side, side], device=batch.edges.device).expand(int(there.sum()), 4)
-        bitmaps = masks.rasterise(batch.edges[index, there], whole, side)[:, :height, :width]
+        bitmaps = masks.rasterize_edges(batch.edges[index, there], whole, side)[:, :height, :width]
         images.append(batch.images[index, :, :height, :width].contiguous() / 255)
         truth.append(
             {
@@ -109,7 +109,7 @@ def make_step(model: nn.Module, target: Target) -> Callable[[], Tensor]:
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
     def step() -> Tensor:
-        losses = model(list(target.images), target.truth)
+        losses = model(list(target.images), target.gt)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -118,27 +118,27 @@ def make_step(model: nn.Module, target: Target) -> Callable[[], Tensor]:
     return step
 
 
-def paste(probabilities: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> list[CompressedMask]:
+def paste(probabilities: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> list[CocoRle]:
     """Lay masks (D, S, S) onto their image, each as COCO's compressed run lengths; boxes_xyxy: (D, 4) pixels."""
     whole = (paste_masks_in_image(probabilities[:, None], boxes_xyxy, size_hw) > 0.5).cpu().numpy()
     encoded = [mask_api.encode(np.array(mask[0, :, :, None], dtype=np.uint8, order="F"))[0] for mask in whole]
     return [{"size": list(size_hw), "counts": rle["counts"].decode()} for rle in encoded]
 
 
-def paste_scene(scene: Scene, device: torch.device) -> list[CompressedMask]:
+def paste_scene(scene: Scene, device: torch.device) -> list[CocoRle]:
     """The same of made-up detections."""
     probabilities, boxes_xyxy = (torch.from_numpy(part).to(device) for part in (scene.masks, scene.boxes_xyxy))
     return paste(probabilities, boxes_xyxy, scene.size_hw)
 
 
-def evaluate(scenes: Sequence[Scene], metric: MaskMetric, device: torch.device) -> dict[str, float]:
+def evaluate(scenes: Sequence[Scene], metric: CocoMaskMetric, device: torch.device) -> dict[str, float]:
     """COCO's figures of the detections of many images, for boxes and for masks, which are laid on by the device."""
-    return both(metric, together([found(scene, device) for scene in scenes]))
+    return box_and_mask_metrics(metric, concat([detections_of(scene, device) for scene in scenes]))
 
 
-def found(scene: Scene, device: torch.device) -> Found:
+def detections_of(scene: Scene, device: torch.device) -> CocoDetections:
     """The detections of an image as the metric takes them."""
     low, high = np.split(scene.boxes_xyxy.astype(np.float64), 2, axis=1)
     ids = np.full(len(low), scene.image_id)
     rows = np.column_stack([ids, low, high - low, scene.scores, scene.category_ids])
-    return Found(rows, paste_scene(scene, device))
+    return CocoDetections(rows, paste_scene(scene, device))

@@ -11,75 +11,75 @@ from numpy.typing import NDArray
 from torch import nn
 
 from detection.data.coco import Split
-from detection.data.prefetch import move
-from detection.data.rle import CompressedMask
-from detection.evaluation.coco_metric import MaskMetric
+from detection.data.prefetch import to_device
+from detection.data.rle import CocoRle
+from detection.evaluation.coco_metric import CocoMaskMetric
 from maskrcnn import masks
 from maskrcnn.config import Config
-from maskrcnn.data import EvalBatch, MaskRCNNEvalData
-from maskrcnn.evaluator import Evaluation
+from maskrcnn.data import EvalBatch, MaskRCNNEvalSource
+from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.postprocess import Detections
 from maskrcnn.roi_heads import MASK_SIZE
-from perf.harness import Bench, Result
+from perf.harness import BenchContext, Result
 from perf.maskrcnn import baseline, training
 from perf.maskrcnn.baseline import Scene
-from perf.maskrcnn.training import Sides, few
-from perf.photos import make_up_truth
+from perf.maskrcnn.training import VariantPair, slow_rounds
+from perf.photos import synthesize_gt
 from perf.ssd.predictions import make_rows
-from perf.timing import Side
+from perf.timing import Variant
 
 DETECTIONS_PER_IMAGE = 100
 PASTED_IMAGES = 4
 
 
-def time_paste(bench: Bench) -> Iterator[Result]:
+def time_paste(bench: BenchContext) -> Iterator[Result]:
     """Mask R-CNN's masks onto their images as run lengths, 100 an image, beside torchvision's and pycocotools'."""
-    ours, plain = paste_sides(make_scenes(masked_truth(bench, PASTED_IMAGES), bench.seed), bench.device)
-    yield from bench.compare("maskrcnn_paste", ours, *bench.plain(plain))
+    ours, plain = paste_variants(make_scenes(gt_with_masks(bench, PASTED_IMAGES), bench.seed), bench.device)
+    yield from bench.compare("maskrcnn_paste", ours, *bench.baselines(plain))
 
 
-def paste_sides(scenes: list[Scene], device: torch.device) -> Sides:
+def paste_variants(scenes: list[Scene], device: torch.device) -> VariantPair:
     """Masks of made-up detections to run lengths; each gives those of every image."""
 
-    def ours() -> list[list[CompressedMask]]:
-        return [masks.paste(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
+    def ours() -> list[list[CocoRle]]:
+        return [masks.paste_masks(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
 
-    def torchvision() -> list[list[CompressedMask]]:
+    def torchvision() -> list[list[CocoRle]]:
         return [baseline.paste_scene(scene, device) for scene in scenes]
 
-    return Sides(
-        Side(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
-        (Side("torchvision's, whole images", torchvision, len(scenes)),),
+    return VariantPair(
+        Variant(f"one thread, {DETECTIONS_PER_IMAGE} an image", ours, len(scenes)),
+        (Variant("torchvision's, whole images", torchvision, len(scenes)),),
     )
 
 
-def time_evaluation(bench: Bench) -> Iterator[Result]:
+def time_evaluation(bench: BenchContext) -> Iterator[Result]:
     """Mask R-CNN's evaluation from made-up detections, 100 an image, to COCO's figures, beside torchvision's."""
-    ours, plain = evaluation_sides(bench)
+    ours, plain = evaluation_variants(bench)
     yield from bench.compare(
         "maskrcnn_evaluation",
         ours,
-        *bench.plain(plain),
+        *bench.baselines(plain),
         requirement="maskrcnn evaluation",
-        rounds=few(bench),
+        rounds=slow_rounds(bench),
         warm=False,
     )
 
 
-def evaluation_sides(bench: Bench) -> Sides:
+def evaluation_variants(bench: BenchContext) -> VariantPair:
     """Detections to the figures of boxes and masks, which each gives; network and files take no part."""
     config = training.configured(bench, "--no-legacy-boxes")  # as torchvision writes them
-    truth = masked_truth(bench, bench.scale.maskrcnn_eval_images)
+    truth = gt_with_masks(bench, bench.size.maskrcnn_eval_images)
     scenes = make_scenes(truth, bench.seed)
-    official = MaskMetric(truth.annotation_file)
-    data = MadeUpData(truth, scenes, config, bench.device)
-    evaluation = Evaluation(config, bench.ranks, data.answer)
+    official = CocoMaskMetric(truth.annotation_file)
+    data = SyntheticDetectionData(truth, scenes, config, bench.device)
+    evaluation = MaskRCNNEvaluator(config, bench.ranks, data.answer)
     no_network = nn.Identity()
     what = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
-    return Sides(
-        Side(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
+    return VariantPair(
+        Variant(f"{max(1, config.num_workers)} threads, {what}", lambda: evaluation(no_network, data), len(scenes)),
         (
-            Side(
+            Variant(
                 f"torchvision's paste, pycocotools, {what}",
                 lambda: baseline.evaluate(scenes, official, bench.device),
                 len(scenes),
@@ -88,12 +88,12 @@ def evaluation_sides(bench: Bench) -> Sides:
     )
 
 
-class MadeUpData(MaskRCNNEvalData):
+class SyntheticDetectionData(MaskRCNNEvalSource):
     """Evaluation data whose images nobody looks at, and the answers to them."""
 
     def __init__(self, truth: Split, scenes: list[Scene], config: Config, device: torch.device):
         self.val, self.eval_samples, self.categories = truth, len(truth), truth.categories
-        self.metric = MaskMetric(truth.annotation_file, config.coco_eval_backend)
+        self.metric = CocoMaskMetric(truth.annotation_file, config.coco_eval_backend)
         label_of = {category.id: label for label, category in enumerate(truth.categories, 1)}
         self.batches: list[EvalBatch] = []
         self.answers: dict[int, Detections] = {}
@@ -107,7 +107,9 @@ class MadeUpData(MaskRCNNEvalData):
                 torch.from_numpy(np.stack(parts))
                 for parts in zip(*((s.boxes_xyxy, s.scores, s.masks) for s in together), strict=True)
             )
-            self.answers[together[0].image_id] = move(Detections(boxes, scores, torch.tensor(labels), seen), device)
+            self.answers[together[0].image_id] = to_device(
+                Detections(boxes, scores, torch.tensor(labels), seen), device
+            )
 
     def eval_batches(self) -> Iterator[EvalBatch]:
         """All of them."""
@@ -150,6 +152,6 @@ def blots(count: int, rng: np.random.Generator) -> NDArray[np.float32]:
     return probabilities
 
 
-def masked_truth(bench: Bench, num_images: int) -> Split:
+def gt_with_masks(bench: BenchContext, num_images: int) -> Split:
     """Outlines of as many images, without their pictures."""
-    return make_up_truth(bench.scratch / f"outlines_{num_images}", num_images, bench.seed, segmentations=True)
+    return synthesize_gt(bench.scratch / f"outlines_{num_images}", num_images, bench.seed, segmentations=True)

@@ -26,25 +26,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detection.config.settings import InputError, read_topology
-from detection.data.batch import Share
-from detection.data.prefetch import move
+from detection.config.settings import InputError, read_rank_info
+from detection.data.batch import RankBatch
+from detection.data.prefetch import to_device
 from detection.engine import entrypoint, train_loop
-from detection.runtime.device import choose
-from detection.runtime.distributed import Ranks, connect
+from detection.runtime.device import select_device
+from detection.runtime.distributed import DistContext, init_process_group
 from perf.machine import machine
 from perf.table import align
-from perf.timing import Side, seconds, spread
+from perf.timing import Variant, quartiles, time_calls
 from ssd.config import Config
-from ssd.evaluator import Evaluation
+from ssd.evaluator import SSDEvaluator
 from ssd.model import SSD300
-from ssd.train import make_benchmark
+from ssd.train import make_workload
 
 # In the kernel's struct tcp_info, since Linux 4.1: tcpi_bytes_received.
 TCP_INFO_BYTES, RECEIVED_AT = 256, 128
 
-PLAIN, DDP, KEPT = "without DDP", "DDP", "DDP, gradient kept"
-ROUNDED, ALONE = "DDP, gradient in bf16", "all-reduce alone"
+NO_DDP, DDP, KEPT = "without DDP", "DDP", "DDP, gradient kept"
+ROUNDED, LOCAL = "DDP, gradient in bf16", "all-reduce alone"
 
 
 def main(argv: list[str]) -> int:
@@ -59,42 +59,42 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--precision", default="auto", help="as in a run")
     parser.add_argument("--out", type=Path, help="a .json file for the figures")
     arguments = parser.parse_args(argv)
-    topology = read_topology()
+    topology = read_rank_info()
     try:
         config = Config(batch_size=arguments.batch_size, precision=arguments.precision, seed=0, compile="off")
-        device = choose("auto", topology.local_rank)
-        with connect(topology, device, timeout_s=600, even_alone=True) as ranks:
+        device = select_device("auto", topology.local_rank)
+        with init_process_group(topology, device, timeout_s=600, force=True) as ranks:
             figures = measure(config, ranks, arguments.rounds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if ranks.is_first:
-        print(show(figures))
+    if ranks.is_main:
+        print(print_result(figures))
         if arguments.out:
             record = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(device), **figures}
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
-def measure(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
+def measure(config: Config, ranks: DistContext, rounds: int) -> dict[str, Any]:
     """Times of the kinds of steps, in seconds, and bytes that came to this rank in each; what follows from both."""
-    plain, shared, rounded = (Training(config, ranks.device) for _ in range(3))
-    shared.state.model = ranks.wrap(shared.state.model, even_alone=True)
-    rounded.state.model = ranks.wrap(rounded.state.model, "bf16", even_alone=True)
+    plain, shared, rounded = (DdpProbe(config, ranks.device) for _ in range(3))
+    shared.state.model = ranks.wrap_ddp(shared.state.model, force=True)
+    rounded.state.model = ranks.wrap_ddp(rounded.state.model, "bf16", force=True)
     gradient = torch.zeros(sum(p.numel() for p in plain.state.model.parameters()), device=ranks.device)
 
     def kept_step() -> None:
         with ranks.no_sync(shared.state.model):
             shared.step()
 
-    kinds: dict[str, tuple[Callable[[], object], Training]] = {
-        PLAIN: (plain.step, plain),
+    kinds: dict[str, tuple[Callable[[], object], DdpProbe]] = {
+        NO_DDP: (plain.step, plain),
         DDP: (shared.step, shared),
         KEPT: (kept_step, shared),
         ROUNDED: (rounded.step, rounded),
-        ALONE: (lambda: ranks.mean(gradient), plain),
+        LOCAL: (lambda: ranks.all_reduce_mean(gradient), plain),
     }
-    samples = in_turns(kinds, ranks, rounds)
+    samples = interleave(kinds, ranks, rounds)
     return {
         "ranks": ranks.world_size,
         "batch_size": config.batch_size,
@@ -102,41 +102,41 @@ def measure(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
         "gradient_bytes": gradient.nbytes,
         "kinds": {
             name: {
-                "time_s": asdict(spread([one.time_s for one in of_kind])),
-                "after_backward_s": asdict(spread([one.after_backward_s for one in of_kind])),
+                "time_s": asdict(quartiles([one.time_s for one in of_kind])),
+                "after_backward_s": asdict(quartiles([one.after_backward_s for one in of_kind])),
                 "received_bytes": statistics.mean(one.received_bytes for one in of_kind),
             }
             for name, of_kind in samples.items()
         },
-        **conclude(samples, gradient.nbytes, ranks),
+        **summarize(samples, gradient.nbytes, ranks),
     }
 
 
-class Training:
+class DdpProbe:
     """SSD300 in training on a made-up batch, alone as yet; knows when its last backward pass was over."""
 
     def __init__(self, config: Config, device: torch.device):
         torch.manual_seed(0)
-        self.config, self.alone = config, Ranks(0, 1, device)
-        evaluation = Evaluation(config, self.alone)
-        self.benchmark = make_benchmark(config, self.alone, 0, SSD300(config.num_classes), evaluation)
-        self.state = train_loop.build(self.benchmark, config, self.alone)
-        share = Share(self.benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size)
-        self.share = move(share, device)
+        self.config, self.alone = config, DistContext(0, 1, device)
+        evaluation = SSDEvaluator(config, self.alone)
+        self.benchmark = make_workload(config, self.alone, 0, SSD300(config.num_classes), evaluation)
+        self.state = train_loop.build_state(self.benchmark, config, self.alone)
+        share = RankBatch(self.benchmark.dummy_batch(), config.batch_size, 1 / config.batch_size)
+        self.share = to_device(share, device)
         self.last_gradient_s = self.optimiser_s = 0.0
         for parameter in self.state.model.parameters():
-            parameter.register_post_accumulate_grad_hook(self.gradient_arrived)
-        self.state.optimizer.register_step_pre_hook(self.optimiser_begins)
+            parameter.register_post_accumulate_grad_hook(self.on_gradient)
+        self.state.optimizer.register_step_pre_hook(self.on_optimizer_step)
 
     def step(self) -> None:
         """One optimiser step."""
         train_loop.train_step(self.state, self.share, 0.0, self.benchmark, self.config, self.alone)
 
-    def gradient_arrived(self, _: Tensor) -> None:
+    def on_gradient(self, _: Tensor) -> None:
         """A gradient is computed."""
         self.last_gradient_s = time.perf_counter()
 
-    def optimiser_begins(self, *_: object) -> None:
+    def on_optimizer_step(self, *_: object) -> None:
         """All gradients have been shared."""
         self.optimiser_s = time.perf_counter()
 
@@ -151,8 +151,8 @@ class Sample(NamedTuple):
     received_bytes: int
 
 
-def in_turns(
-    kinds: dict[str, tuple[Callable[[], object], Training]], ranks: Ranks, rounds: int
+def interleave(
+    kinds: dict[str, tuple[Callable[[], object], DdpProbe]], ranks: DistContext, rounds: int
 ) -> dict[str, list[Sample]]:
     """A sample of each kind of step in each round, the first round left out.
 
@@ -163,32 +163,32 @@ def in_turns(
         for name, (step, training) in kinds.items():
             ranks.barrier()
             before = received_bytes()
-            mine_s = seconds(Side(name, step), 1, ranks.device)
+            mine_s = time_calls(Variant(name, step), 1, ranks.device)
             received = received_bytes() - before
             after_s = training.optimiser_s - training.last_gradient_s
-            slowest_s, least = ranks.greatest(torch.tensor([mine_s, -after_s], device=ranks.device)).tolist()
+            slowest_s, least = ranks.all_reduce_max(torch.tensor([mine_s, -after_s], device=ranks.device)).tolist()
             if number:
                 samples[name].append(Sample(slowest_s, -least, received))
     return samples
 
 
-def conclude(samples: dict[str, list[Sample]], gradient_bytes: int, ranks: Ranks) -> dict[str, Any]:
+def summarize(samples: dict[str, list[Sample]], gradient_bytes: int, ranks: DistContext) -> dict[str, Any]:
     """Ratios, round by round: cost of DDP, share of the all-reduce that is hidden; bytes against the ideal's.
 
     The cost is that of DDP itself: with several ranks, of steps that share nothing. Hidden is what does not come after
     the backward pass; an accelerator is still at work when its host is not, so that this is not known there. The ideal
     is a ring's: each rank receives 2(n-1)/n of one gradient.
     """
-    shared, kept, rounded, alone = (samples[name] for name in (DDP, KEPT, ROUNDED, ALONE))
-    ours = kept if ranks.together else shared
-    costs = [one.time_s / plain.time_s for one, plain in zip(ours, samples[PLAIN], strict=True)]
-    found: dict[str, Any] = {"ddp_cost": asdict(spread(costs))}
-    if not ranks.together:
+    shared, kept, rounded, alone = (samples[name] for name in (DDP, KEPT, ROUNDED, LOCAL))
+    ours = kept if ranks.is_distributed else shared
+    costs = [one.time_s / plain.time_s for one, plain in zip(ours, samples[NO_DDP], strict=True)]
+    found: dict[str, Any] = {"ddp_cost": asdict(quartiles(costs))}
+    if not ranks.is_distributed:
         return found
     if ranks.device.type == "cpu":
         rows = zip(shared, kept, alone, strict=True)
         hidden = [1 - (s.after_backward_s - k.after_backward_s) / a.time_s for s, k, a in rows]
-        found["hidden_share"] = asdict(spread(hidden))
+        found["hidden_share"] = asdict(quartiles(hidden))
     if any(one.received_bytes for one in shared):
         ideal = 2 * (ranks.world_size - 1) / ranks.world_size * gradient_bytes
         found["bytes_of_ideal"] = {
@@ -212,7 +212,7 @@ def received_bytes() -> int:
     return total
 
 
-def show(figures: dict[str, Any]) -> str:
+def print_result(figures: dict[str, Any]) -> str:
     """The figures as a table, and what follows from them."""
     rows = [("a step", "median", "range", "after the backward pass", "received")]
     for name, kind in figures["kinds"].items():
@@ -222,7 +222,7 @@ def show(figures: dict[str, Any]) -> str:
                 name,
                 f"{1000 * time_s['median']:.1f} ms",
                 f"{1000 * time_s['min']:.1f} to {1000 * time_s['max']:.1f}",
-                "" if name == ALONE else f"{1000 * after_s['median']:.1f} ms",
+                "" if name == LOCAL else f"{1000 * after_s['median']:.1f} ms",
                 f"{kind['received_bytes'] / 2**20:.1f} MiB",
             )
         )
@@ -243,4 +243,4 @@ def show(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    entrypoint.end(main(sys.argv[1:]))
+    entrypoint.hard_exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ DGX_2H = System("DGX-2H", 16, 150 * IN_NODE, 100 * ON_NETWORK, cores=3)
 DGX_1 = System("DGX-1", 8, 150 * IN_NODE, 0, cores=5)
 
 
-class Published(NamedTuple):
+class PublishedRun(NamedTuple):
     """A published result: the median of its epochs' times, and its score in minutes (the mean of the middle runs).
 
     clock: of its accelerators, over that of those of its generation.
@@ -44,8 +44,8 @@ class Generation(NamedTuple):
     """
 
     name: str
-    fitted: tuple[Published, ...]
-    others: tuple[Published, ...] = ()
+    fitted: tuple[PublishedRun, ...]
+    others: tuple[PublishedRun, ...] = ()
 
 
 _NF5488 = replace(DGX_A100, name="NF5488")
@@ -57,41 +57,41 @@ GENERATIONS = (
     Generation(
         "A100, v1.1 (2021)",
         (
-            Published("NVIDIA", DGX_A100, Layout(1, 8, 114), 9.572, 8.258),
-            Published("NVIDIA", DGX_A100, Layout(8, 8, 24, 2), 1.537, 1.524),
-            Published("NVIDIA", DGX_A100, Layout(128, 8, 3, 8), 0.309, 0.454),
+            PublishedRun("NVIDIA", DGX_A100, Layout(1, 8, 114), 9.572, 8.258),
+            PublishedRun("NVIDIA", DGX_A100, Layout(8, 8, 24, 2), 1.537, 1.524),
+            PublishedRun("NVIDIA", DGX_A100, Layout(128, 8, 3, 8), 0.309, 0.454),
         ),
         (
-            Published("Inspur", replace(_NF5488, name="NF5488A5"), Layout(1, 8, 114), 9.271, 7.979),
-            Published("Dell", _XE8545, Layout(2, 4, 114), 9.827, 8.735),
-            Published("Azure", replace(DGX_A100, name="ND96amsr"), Layout(8, 8, 24, 2), 1.566, 1.517),
-            Published("Azure", replace(DGX_A100, name="ND96amsr"), Layout(128, 8, 3, 8), 0.305, 0.455),
+            PublishedRun("Inspur", replace(_NF5488, name="NF5488A5"), Layout(1, 8, 114), 9.271, 7.979),
+            PublishedRun("Dell", _XE8545, Layout(2, 4, 114), 9.827, 8.735),
+            PublishedRun("Azure", replace(DGX_A100, name="ND96amsr"), Layout(8, 8, 24, 2), 1.566, 1.517),
+            PublishedRun("Azure", replace(DGX_A100, name="ND96amsr"), Layout(128, 8, 3, 8), 0.305, 0.455),
         ),
     ),
     Generation(
         "A100, v0.7 (2020)",
         (
-            Published("NVIDIA", DGX_A100, Layout(1, 8, 114), 11.948, 10.215),
-            Published("NVIDIA", DGX_A100, Layout(2, 8, 56), 6.534, 5.678),
-            Published("NVIDIA", DGX_A100, Layout(8, 8, 24), 2.157, 2.250),
-            Published("NVIDIA", DGX_A100, Layout(64, 8, 4, 4), 0.765, 0.891),
+            PublishedRun("NVIDIA", DGX_A100, Layout(1, 8, 114), 11.948, 10.215),
+            PublishedRun("NVIDIA", DGX_A100, Layout(2, 8, 56), 6.534, 5.678),
+            PublishedRun("NVIDIA", DGX_A100, Layout(8, 8, 24), 2.157, 2.250),
+            PublishedRun("NVIDIA", DGX_A100, Layout(64, 8, 4, 4), 0.765, 0.891),
         ),
-        (Published("Inspur", _NF5488, Layout(1, 8, 114), 12.263, 10.482),),
+        (PublishedRun("Inspur", _NF5488, Layout(1, 8, 114), 12.263, 10.482),),
     ),
     Generation(
         "V100 450 W, v0.7 (2020)",
         (
-            Published("NVIDIA", DGX_2H, Layout(1, 16, 56), 11.172, 9.655),
-            Published("NVIDIA", DGX_2H, Layout(4, 16, 24), 3.656, 3.934),
-            Published("NVIDIA", DGX_2H, Layout(64, 16, 2, 8), 0.970, 1.135),
+            PublishedRun("NVIDIA", DGX_2H, Layout(1, 16, 56), 11.172, 9.655),
+            PublishedRun("NVIDIA", DGX_2H, Layout(4, 16, 24), 3.656, 3.934),
+            PublishedRun("NVIDIA", DGX_2H, Layout(64, 16, 2, 8), 0.970, 1.135),
         ),
         # The DGX-1's V100 are of 300 W, at 1.5 instead of 1.7 GHz.
-        (Published("NVIDIA", DGX_1, Layout(1, 8, 120), 24.378, 20.690, clock=1.5 / 1.7),),
+        (PublishedRun("NVIDIA", DGX_1, Layout(1, 8, 120), 24.378, 20.690, clock=1.5 / 1.7),),
     ),
 )
 
 
-def fit(network: Network, published: Sequence[Published]) -> Accelerator:
+def fit(network: Network, published: Sequence[PublishedRun]) -> Accelerator:
     """The accelerator that explains published steps best: least squares of the relative errors, two runs or more.
 
     What depends on the links is taken off first; what of it is hidden depends on what is found, hence the rounds.
@@ -112,7 +112,7 @@ def fit(network: Network, published: Sequence[Published]) -> Accelerator:
 class Check(NamedTuple):
     """A published run beside the model's, which is fitted to others: `widths` are their numbers of accelerators."""
 
-    published: Published
+    published: PublishedRun
     run: Run
     widths: tuple[int, ...]
 

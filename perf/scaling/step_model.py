@@ -29,7 +29,7 @@ EPOCHS = {1024: 50.0, 1536: 55.0, 2048: 65.1, 4096: 87.0}
 EVAL_INTERVAL = 5  # epochs, in rulesets 1.0 and 1.1
 
 # How large a batch norm's batch is at least, by sharing: that of the published runs on 1,024 accelerators is 16 to 24.
-LEAST_SPAN = 16
+MIN_SPAN = 16
 
 # DistributedDataParallel's defaults: gradients travel in buckets, the first of them small.
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
@@ -59,22 +59,22 @@ class Network(NamedTuple):
     of them a kernel or more.
     """
 
-    arrivals: tuple[tuple[float, int], ...]
-    forward_share: float
+    grad_ready_times: tuple[tuple[float, int], ...]
+    forward_fraction: float
     batch_norms: int
     operations: int
 
     @property
     def elements(self) -> int:
         """Of one gradient: the network's parameters."""
-        return sum(elements for _, elements in self.arrivals)
+        return sum(elements for _, elements in self.grad_ready_times)
 
 
 class Accelerator(NamedTuple):
     """What is fitted: images/s in the limit of a large batch, and the part of a step that every batch takes."""
 
     images_per_s: float
-    fixed_s: float
+    overhead_s: float
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def count_network(num_classes: int = 81) -> Network:
         torch.autograd.backward([output.sum() for output in outputs])
     total = flops.get_total_flops()
     return Network(
-        arrivals=tuple(((done - forward) / (total - forward), elements) for done, elements in arrived),
-        forward_share=forward / total,
+        grad_ready_times=tuple(((done - forward) / (total - forward), elements) for done, elements in arrived),
+        forward_fraction=forward / total,
         batch_norms=sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()),
         operations=operations.count,
     )
@@ -187,18 +187,18 @@ def step(network: Network, accelerator: Accelerator, system: System, layout: Lay
     images = layout.batch_size / accelerator.images_per_s
     shared = shared_s(network, system, layout)
     # What is fixed is spread over the step as the rest is.
-    backward_s = (1 - network.forward_share) * (accelerator.fixed_s + images)
+    backward_s = (1 - network.forward_fraction) * (accelerator.overhead_s + images)
     gradient = exposed_s(network, system, layout, backward_s)
     data = layout.batch_size / (system.cores * IMAGES_PER_CORE_S)
-    spent = accelerator.fixed_s + images + gradient + shared
-    return Step(accelerator.fixed_s, images, gradient, shared, max(0.0, data - spent))
+    spent = accelerator.overhead_s + images + gradient + shared
+    return Step(accelerator.overhead_s, images, gradient, shared, max(0.0, data - spent))
 
 
 def run(network: Network, accelerator: Accelerator, system: System, layout: Layout) -> Run:
     """A run to the target: as many epochs as the reference needs, each five of them evaluated."""
     a_step = step(network, accelerator, system, layout)
     images = math.ceil(EVAL_IMAGES / layout.ranks)
-    evaluation_s = (accelerator.fixed_s + images / accelerator.images_per_s) / EVALUATION_SPEED + system.metric_s
+    evaluation_s = (accelerator.overhead_s + images / accelerator.images_per_s) / EVALUATION_SPEED + system.metric_s
     return Run(
         layout=layout,
         step=a_step,
@@ -209,7 +209,13 @@ def run(network: Network, accelerator: Accelerator, system: System, layout: Layo
 
 
 def best_run(
-    network: Network, accelerator: Accelerator, system: System, ranks: int, *, most: int = 228, global_most: int = 4096
+    network: Network,
+    accelerator: Accelerator,
+    system: System,
+    ranks: int,
+    *,
+    max_ranks: int = 228,
+    max_global_batch_size: int = 4096,
 ) -> Run:
     """The fastest run on so many accelerators, over the batch sizes that fit: at most `most` images a rank.
 
@@ -217,8 +223,8 @@ def best_run(
     """
     nodes = max(1, ranks // system.per_node)
     runs = []
-    for batch_size in range(1, min(most, global_most // ranks) + 1):
-        group = min(ranks, 2 ** math.ceil(math.log2(max(1, LEAST_SPAN / batch_size))))
+    for batch_size in range(1, min(max_ranks, max_global_batch_size // ranks) + 1):
+        group = min(ranks, 2 ** math.ceil(math.log2(max(1, MIN_SPAN / batch_size))))
         layout = Layout(nodes, ranks // nodes, batch_size, group)
         runs.append(run(network, accelerator, system, layout))
     return min(runs, key=lambda found: found.minutes)
@@ -260,7 +266,7 @@ def buckets(network: Network) -> list[tuple[float, int]]:
     """The gradient as DistributedDataParallel sends it: share of the backward pass after which it can, elements."""
     found: list[tuple[float, int]] = []
     elements, limit = 0, FIRST_BUCKET_BYTES
-    for share, count in network.arrivals:
+    for share, count in network.grad_ready_times:
         elements += count
         if 4 * elements >= limit:
             found.append((share, elements))

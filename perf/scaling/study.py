@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 
 from detection.config.settings import InputError
-from perf.page import fill, place
+from perf.page import update_marker, update_table
 from perf.scaling import gradient
 from perf.scaling.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit
 from perf.scaling.step_model import Accelerator, Network, Run, Step, System, best_run, count_network
@@ -30,7 +30,7 @@ from perf.table import align
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-WIDTHS = tuple(2**power for power in range(11))
+DEVICE_COUNTS = tuple(2**power for power in range(11))
 COMPARED = (8, 64, 512, 1024)
 SLOW_GB_S = 12.5 * ON_NETWORK
 PYCOCOTOOLS_S = 61.7  # 5,000 images with 200 detections each, measured
@@ -38,12 +38,12 @@ PYCOCOTOOLS_S = 61.7  # 5,000 images with 200 detections each, measured
 Machine = tuple[Accelerator, System]
 
 # What could be otherwise, one thing at a time.
-VARIANTS: tuple[tuple[str, Callable[[Accelerator, System], Machine]], ...] = (
+WHAT_IF: tuple[tuple[str, Callable[[Accelerator, System], Machine]], ...] = (
     ("as above", lambda one, system: (one, system)),
     ("gradients in fp32", lambda one, system: (one, replace(system, gradient_bytes=4))),
     ("gradients sent after the backward pass", lambda one, system: (one, replace(system, overlaps=False))),
     ("fp32 over 100 Gb/s a node", lambda one, system: (one, replace(system, gradient_bytes=4, network_gb_s=SLOW_GB_S))),
-    ("half of what is fixed", lambda one, system: (one._replace(fixed_s=one.fixed_s / 2), system)),
+    ("half of what is fixed", lambda one, system: (one._replace(overhead_s=one.overhead_s / 2), system)),
     ("evaluation beside training", lambda one, system: (one, replace(system, evaluates=False))),
     ("COCO's figures by pycocotools", lambda one, system: (one, replace(system, metric_s=PYCOCOTOOLS_S))),
     ("one core for each accelerator", lambda one, system: (one, replace(system, cores=1))),
@@ -81,25 +81,29 @@ def report(arguments: argparse.Namespace) -> None:
         raise InputError("--rate should be more than 0, --fixed-ms at least 0.")
     if arguments.docs:
         for name in PLACES:
-            place(arguments.docs / PAGE, name)
+            update_marker(arguments.docs / PAGE, name)
     network = count_network()
     own = Accelerator(arguments.rate, arguments.fixed_ms / 1000) if arguments.rate else None
     accelerator = own or fit(network, GENERATIONS[0].fitted)
     checks = [(generation.name, one) for generation in GENERATIONS for one in check(network, generation)]
-    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in WIDTHS]
+    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in DEVICE_COUNTS]
     tables = {
         "published": published_rows(checks),
         "widths": width_rows(runs),
-        "otherwise": variant_rows(network, accelerator),
+        "otherwise": what_if_rows(network, accelerator),
     }
     for rows in tables.values():
         print(f"{align(rows)}\n")
     measured = measure() if arguments.measure else []
     if arguments.docs:
         for name, rows in tables.items():
-            fill(arguments.docs / PAGE, name, markdown(rows))
+            update_table(arguments.docs / PAGE, name, markdown(rows))
         if measured:
-            fill(arguments.docs / PAGE, "measured", "\n\n".join(f"```\n{gradient.show(one)}\n```" for one in measured))
+            update_table(
+                arguments.docs / PAGE,
+                "measured",
+                "\n\n".join(f"```\n{gradient.print_result(one)}\n```" for one in measured),
+            )
         draw(network, checks, runs, arguments.docs / PLOT)
     if arguments.out:
         record = to_record(network, accelerator, checks, runs) | {"measured": measured}
@@ -177,10 +181,10 @@ def width_rows(runs: Sequence[Run]) -> Rows:
     return rows
 
 
-def variant_rows(network: Network, accelerator: Accelerator) -> Rows:
+def what_if_rows(network: Network, accelerator: Accelerator) -> Rows:
     """Minutes to the target if one thing were otherwise, at some widths."""
     rows: Rows = [("minutes to the target", *(f"{ranks:,}" for ranks in COMPARED))]
-    for name, change in VARIANTS:
+    for name, change in WHAT_IF:
         runs = [best_run(network, *change(accelerator, DGX_A100), ranks) for ranks in COMPARED]
         rows.append((name, *(f"{one.minutes:.2f}" for one in runs)))
     return rows
@@ -230,13 +234,13 @@ def draw(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[R
     for generation in GENERATIONS:
         system = generation.fitted[0].system
         accelerator = fit(network, generation.fitted)
-        model = [best_run(network, accelerator, system, ranks).minutes for ranks in WIDTHS]
-        (line,) = time.plot(WIDTHS, model, label=f"model: {generation.name}")
+        model = [best_run(network, accelerator, system, ranks).minutes for ranks in DEVICE_COUNTS]
+        (line,) = time.plot(DEVICE_COUNTS, model, label=f"model: {generation.name}")
         points = [one.published for name, one in checks if name == generation.name]
         time.plot([one.layout.ranks for one in points], [one.minutes for one in points], "o", color=line.get_color())
-    time.plot(WIDTHS, [runs[0].minutes / ranks for ranks in WIDTHS], ":", color="grey", label="ideal")
+    time.plot(DEVICE_COUNTS, [runs[0].minutes / ranks for ranks in DEVICE_COUNTS], ":", color="grey", label="ideal")
     time.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="minutes to the target", title="dots: published")
-    time.set_xticks(WIDTHS, [f"{ranks:,}" for ranks in WIDTHS], rotation=45, minor=False)
+    time.set_xticks(DEVICE_COUNTS, [f"{ranks:,}" for ranks in DEVICE_COUNTS], rotation=45, minor=False)
     time.legend(frameon=False, fontsize=8)
     time.grid(alpha=0.3)
     names = [f"{one.layout.ranks:,}" for one in runs]

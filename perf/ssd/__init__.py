@@ -1,1 +1,1 @@
-"""Benchmarks of SSD300's parts."""
+"""Benchmarks of SSD300."""

@@ -35,18 +35,18 @@ from ssd.augment import (
     MAX_CROP_ASPECT,
     MIN_CROP_SIDE,
     WHOLE_IMAGE,
-    Floats,
-    centres_inside,
+    FloatArray,
+    centers_inside,
+    crop_box_iou,
     crop_boxes,
-    iou_with,
 )
 from ssd.box_coder import POSITIVE_IOU, decode, to_deltas
 from ssd.loss import NEGATIVES_PER_POSITIVE
-from ssd.model import Backbone, make_extras, map_channels
+from ssd.model import Backbone, feature_map_channels, make_extras
 from ssd.postprocess import Detections
 
 resize = transforms.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX))
-recolour = transforms.Compose(
+color_jitter = transforms.Compose(
     [transforms.ColorJitter(*JITTER_RANGES), transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 )
 """A picture to (3, 300, 300) float32, normalised; jittered with Pillow before."""
@@ -68,7 +68,7 @@ def decode_jpeg(encoded: bytes) -> Image.Image:
     return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
-def draw_crop(boxes_xyxy: Floats, max_samples: int = 1) -> Floats:
+def draw_crop(boxes_xyxy: FloatArray, max_samples: int = 1) -> FloatArray:
     """Draw the random IoU crop (4,) for boxes (G, 4), all normalised: one try after another, until one is accepted."""
     while True:
         minimum = random.choice(CROP_OPTIONS)
@@ -81,13 +81,13 @@ def draw_crop(boxes_xyxy: Floats, max_samples: int = 1) -> Floats:
             left, top = random.uniform(0, 1 - width), random.uniform(0, 1 - height)
             crop = np.array([left, top, left + width, top + height], dtype=np.float32)
             # "Any" overlap is an overlap of 0 as well.
-            if minimum and not (iou_with(crop, boxes_xyxy) > minimum).all():
+            if minimum and not (crop_box_iou(crop, boxes_xyxy) > minimum).all():
                 continue
-            if centres_inside(crop, boxes_xyxy).any():
+            if centers_inside(crop, boxes_xyxy).any():
                 return crop
 
 
-def flip(image: Image.Image, boxes_xyxy: Floats) -> tuple[Image.Image, Floats]:
+def flip(image: Image.Image, boxes_xyxy: FloatArray) -> tuple[Image.Image, FloatArray]:
     """Mirror every second picture left to right, with its boxes (G, 4), normalised."""
     if random.random() < 0.5:
         return image, boxes_xyxy
@@ -124,9 +124,9 @@ class Samples(Dataset[Sample]):
         image, boxes, labels = self.crop(index, image)
         image, boxes = flip(image, boxes)
         encoded = encode(torch.from_numpy(boxes), torch.from_numpy(labels), self.anchors)
-        return Sample(recolour(resize(image)), *encoded)
+        return Sample(color_jitter(resize(image)), *encoded)
 
-    def crop(self, index: int, image: Image.Image) -> tuple[Image.Image, Floats, NDArray[np.int64]]:
+    def crop(self, index: int, image: Image.Image) -> tuple[Image.Image, FloatArray, NDArray[np.int64]]:
         """A random part of image `index`, with the boxes (G, 4), normalised, and labels (G,) that lie in it."""
         boxes = np.divide(self.split.boxes(index), image.size * 2, dtype=np.float32)
         labels = self.split.image_labels(index)
@@ -200,14 +200,14 @@ def make_loader(
     )
 
 
-class PlainSSD300(nn.Module):
+class BaselineSSD300(nn.Module):
     """The same network with one convolution for boxes and one for classes on each map."""
 
     def __init__(self, num_classes: int = 81) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = Backbone()
-        channels = map_channels("resnet34")
+        channels = feature_map_channels("resnet34")
         self.extras = make_extras(channels)
         sizes = list(zip(channels, ANCHORS_PER_CELL, strict=True))
         self.loc = nn.ModuleList(nn.Conv2d(c, 4 * n, kernel_size=3, padding=1) for c, n in sizes)
@@ -243,7 +243,7 @@ def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: T
 
 def make_step(device: torch.device, num_classes: int = 81) -> Callable[[Sample], Tensor]:
     """A training step, from a batch of samples on the device to updated weights, as a function that gives the loss."""
-    model = PlainSSD300(num_classes).to(device).train()
+    model = BaselineSSD300(num_classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
 
     def step(batch: Sample) -> Tensor:
@@ -295,7 +295,7 @@ def detect(deltas: Tensor, logits: Tensor, anchors: Anchors) -> Detections:
 
 
 def detect_one(
-    boxes_xyxy: Tensor, scores: Tensor, threshold: float = 0.05, nms_threshold: float = 0.5, most: int = 200
+    boxes_xyxy: Tensor, scores: Tensor, threshold: float = 0.05, nms_threshold: float = 0.5, max_detections: int = 200
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (D, 4), labels (D,) and scores (D,) of one image, best first, of boxes (A, 4) and scores (A, K)."""
     boxes, labels, confidences = [boxes_xyxy[:0]], [scores.new_zeros(0, dtype=torch.int64)], [scores[:0, 0]]
@@ -304,14 +304,14 @@ def detect_one(
         (candidates,) = (of_class > threshold).nonzero(as_tuple=True)
         if not len(candidates):
             continue
-        order = of_class[candidates].argsort(descending=True, stable=True)[:most]
+        order = of_class[candidates].argsort(descending=True, stable=True)[:max_detections]
         candidates = candidates[order]
         kept = candidates[suppress(boxes_xyxy[candidates], nms_threshold)]
         boxes.append(boxes_xyxy[kept])
         labels.append(torch.full_like(kept, label))
         confidences.append(of_class[kept])
     together = torch.cat(confidences)
-    order = together.argsort(descending=True, stable=True)[:most]
+    order = together.argsort(descending=True, stable=True)[:max_detections]
     return torch.cat(boxes)[order], torch.cat(labels)[order], together[order]
 
 

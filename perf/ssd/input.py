@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 from detection.data import device_cache, image_io
-from detection.data.image_pipeline import Original, Originals, Part
-from detection.data.prefetch import move, prefetch
-from detection.runtime.device import decodes_jpeg
-from perf.harness import Bench, Result
+from detection.data.image_pipeline import CropSpec, DeviceBatchInput, SourceImage
+from detection.data.prefetch import prefetch, to_device
+from detection.runtime.device import supports_jpeg_decode
+from perf.harness import BenchContext, Result
 from perf.photos import Photos
-from perf.roofline import Work, moved
+from perf.roofline import Work, bytes_moved
 from perf.ssd import baseline
-from perf.timing import Side, spread, threads
+from perf.timing import Variant, limit_threads, quartiles
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.box_coder import encode
-from ssd.data import SIZE_HW, Batch, SSDData, TrainImages, box_px
-from ssd.train import prepare
+from ssd.data import SIZE_HW, Batch, SSDTrainDataset, SSDTrainSource, crop_to_px
+from ssd.train import prepare_batch
 
 # Photos that are held decoded, at .8 MB each.
 DECODED_PHOTOS = 64
@@ -42,22 +42,24 @@ BATCHES_PER_WORKER = 4
 READINGS = 10
 MEMORY_BATCH = 32
 # The plain way takes about so much longer, and is given fewer images.
-PLAIN_SLOWER = 4
+BASELINE_SLOWDOWN = 4
 
 
-def time_decode(bench: Bench) -> Iterator[Result]:
+def time_decode(bench: BenchContext) -> Iterator[Result]:
     """Decode JPEG files, on one core; then by the accelerator, where it has a decoder."""
     name = "Pillow" if image_io.decode is image_io.decode_with_pillow else "torchcodec"
     for photos in bench.sources:
         encoded = photos.encoded()
-        ours = Side(f"{name}, {photos.name}", each(image_io.decode, encoded), len(encoded))
-        plain = Side(f"Pillow, {photos.name}", each(baseline.decode_jpeg, encoded), len(encoded))
-        with threads(1):
-            yield from bench.compare("decode", ours, *bench.plain([plain]))
-        if decodes_jpeg(bench.device):
+        ours = Variant(f"{name}, {photos.name}", each(image_io.decode, encoded), len(encoded))
+        plain = Variant(f"Pillow, {photos.name}", each(baseline.decode_jpeg, encoded), len(encoded))
+        with limit_threads(1):
+            yield from bench.compare("decode", ours, *bench.baselines([plain]))
+        if supports_jpeg_decode(bench.device):
             files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in encoded]
-            there = Side(
-                f"the accelerator, {photos.name}", partial(image_io.decode_there, files, bench.device), len(files)
+            there = Variant(
+                f"the accelerator, {photos.name}",
+                partial(image_io.decode_jpeg_on_device, files, bench.device),
+                len(files),
             )
             yield from bench.compare("decode", there)
 
@@ -72,14 +74,14 @@ def each(decode: Callable[[bytes], object], encoded: list[bytes]) -> Callable[[]
     return run
 
 
-def time_resize(bench: Bench) -> Iterator[Result]:
+def time_resize(bench: BenchContext) -> Iterator[Result]:
     """Draw the IoU crop, cut it out and resize it, on one core."""
     for photos in bench.sources:
-        with threads(1):
+        with limit_threads(1):
             yield from resize_of(bench, photos)
 
 
-def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
+def resize_of(bench: BenchContext, photos: Photos) -> Iterator[Result]:
     """Crop and resize of some photos, decoded before."""
     dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
     encoded = photos.encoded()[:DECODED_PHOTOS]
@@ -91,8 +93,10 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
         epoch = next(epochs)
         for index, image in enumerate(tensors):
             size_hw = image.shape[1], image.shape[2]
-            draw, _, _ = dataset.draw(epoch, index, *size_hw)
-            dataset.pixels.make(Part(Original(index, size_hw, image), box_px(draw.crop_xyxy, size_hw), SIZE_HW))
+            draw, _, _ = dataset.sample_params(epoch, index, *size_hw)
+            dataset.pixels.transform(
+                CropSpec(SourceImage(index, size_hw, image), crop_to_px(draw.crop_xyxy, size_hw), SIZE_HW)
+            )
 
     def plain() -> None:
         for index, picture in enumerate(pictures):
@@ -100,63 +104,65 @@ def resize_of(bench: Bench, photos: Photos) -> Iterator[Result]:
 
     yield from bench.compare(
         "resize",
-        Side(f"tries at once, torch, {photos.name}", ours, len(encoded)),
-        *bench.plain([Side(f"try by try, Pillow, {photos.name}", plain, len(encoded))]),
+        Variant(f"tries at once, torch, {photos.name}", ours, len(encoded)),
+        *bench.baselines([Variant(f"try by try, Pillow, {photos.name}", plain, len(encoded))]),
     )
     if bench.device.type != "cpu":
-        yield from bench.compare("resize", resampled(bench, dataset), unit="img/s")
+        yield from bench.compare("resize", device_resize_variant(bench, dataset), unit="img/s")
 
 
-def resampled(bench: Bench, dataset: TrainImages) -> Side:
+def device_resize_variant(bench: BenchContext, dataset: SSDTrainDataset) -> Variant:
     """Batches cut and resized on the device, of images that it holds."""
-    size = bench.scale.batch_size
+    size = bench.size.batch_size
     config = bench.config(compile="auto", image_cache="device", image_cache_gib=1)
-    worker, cache = device_cache.make(config, dataset.split, bench.ranks)
+    worker, cache = device_cache.build(config, dataset.split, bench.ranks)
     assert cache
-    held = TrainImages(
+    held = SSDTrainDataset(
         dataset.split, seed=bench.seed, crop=True, jitter=True, flip="horizontal", max_samples=1, pixels=worker
     )
 
-    def batch(epoch: int) -> Originals:
+    def batch(epoch: int) -> DeviceBatchInput:
         made = held.__getitems__([(epoch, index % len(dataset.split)) for index in range(size)])
         assert isinstance(made, Batch)
-        originals: Originals = made.images
+        originals: DeviceBatchInput = made.images
         return originals
 
-    cache.images(batch(1))
+    cache.assemble_batch(batch(1))
     host = batch(2)
-    assert not len(host.sent)
-    ready = move(host, bench.device)._replace(sent=host.sent)  # which the rank reads without waiting for the device
-    return Side(f"batch of {size} on the device, of images held there", lambda: cache.images(ready), size)
+    assert not len(host.uploaded)
+    ready = to_device(host, bench.device)._replace(
+        uploaded=host.uploaded
+    )  # which the rank reads without waiting for the device
+    return Variant(f"batch of {size} on the device, of images held there", lambda: cache.assemble_batch(ready), size)
 
 
-def time_jitter(bench: Bench) -> Iterator[Result]:
+def time_jitter(bench: BenchContext) -> Iterator[Result]:
     """Colour jitter and normalisation of 300×300 pixels: of a batch on the device, or on one core of a CPU."""
-    batch = move(first_batch(bench, bench.scale.batch_size), bench.device)
+    batch = to_device(first_batch(bench, bench.size.batch_size), bench.device)
     pictures = [Image.fromarray(pixels) for pixels in batch.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()]
 
     def ours() -> Tensor:
-        jittered = augment.jitter(augment.to_unit(batch.images), batch.jitter, batch.jitter_order)
-        return augment.normalise(jittered)
+        jittered = augment.color_jitter(augment.to_float(batch.images), batch.jitter, batch.jitter_order)
+        return augment.normalize(jittered)
 
     def plain() -> None:
         for picture in pictures:
-            baseline.recolour(picture)
+            baseline.color_jitter(picture)
 
-    with threads(1):
+    with limit_threads(1):
         yield from bench.compare(
             "jitter",
-            Side(f"batch of {len(pictures)}", ours, len(pictures)),
-            *bench.plain([Side("torchvision on Pillow, one core", plain, len(pictures))]),
-            work=Work(bytes=moved(batch.images, ours()) / len(pictures)),
-            limits=bench.limits(num_threads=1),
+            Variant(f"batch of {len(pictures)}", ours, len(pictures)),
+            *bench.baselines([Variant("torchvision on Pillow, one core", plain, len(pictures))]),
+            work=Work(bytes=bytes_moved(batch.images, ours()) / len(pictures)),
+            limits=bench.roofline(num_threads=1),
         )
 
 
-def time_encode(bench: Bench) -> Iterator[Result]:
+def time_encode(bench: BenchContext) -> Iterator[Result]:
     """Ground truth to targets: of a batch on the device, or on one core of a CPU."""
-    batch = first_batch(bench, bench.scale.batch_size)
-    _, boxes, labels, *_ = move(batch, bench.device)
+    batch = first_batch(bench, bench.size.batch_size)
+    _, boxes, labels, *_ = to_device(batch, bench.device)
     anchors, anchors_cpu = make_anchors(bench.device), make_anchors("cpu")
     alone = [
         (b[is_box], k[is_box]) for b, k, is_box in zip(batch.boxes_xyxy, batch.labels, batch.labels > 0, strict=True)
@@ -169,26 +175,26 @@ def time_encode(bench: Bench) -> Iterator[Result]:
         for boxes_of_one, labels_of_one in alone:
             baseline.encode(boxes_of_one, labels_of_one, anchors_cpu)
 
-    with threads(1):
+    with limit_threads(1):
         yield from bench.compare(
             "encode",
-            Side(f"batch of {len(alone)}", ours, len(alone)),
-            *bench.plain([Side("image by image, one core", plain, len(alone))]),
-            work=Work(bytes=moved(boxes, labels, *ours()) / len(alone)),
-            limits=bench.limits(num_threads=1),
+            Variant(f"batch of {len(alone)}", ours, len(alone)),
+            *bench.baselines([Variant("image by image, one core", plain, len(alone))]),
+            work=Work(bytes=bytes_moved(boxes, labels, *ours()) / len(alone)),
+            limits=bench.roofline(num_threads=1),
         )
 
 
-def time_input(bench: Bench) -> Iterator[Result]:
+def time_input(bench: BenchContext) -> Iterator[Result]:
     """From files to what the network sees and is to say: on one core, then by the number of workers."""
     for photos in bench.sources:
-        with threads(1):
-            yield from input_per_core(bench, photos)
-        for num_workers in bench.scale.workers:
-            yield from input_by_workers(bench, photos, num_workers)
+        with limit_threads(1):
+            yield from per_core_throughput(bench, photos)
+        for num_workers in bench.size.workers:
+            yield from worker_throughput(bench, photos, num_workers)
 
 
-def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
+def per_core_throughput(bench: BenchContext, photos: Photos) -> Iterator[Result]:
     """All that is done to an image, in this process: a worker's part and the device's; then a worker's alone."""
     dataset = train_images(bench.open_data(photos, len(photos.photos), num_workers=0))
     samples, v2_samples = baseline.Samples(dataset.split), baseline.V2Samples(dataset.split)
@@ -199,7 +205,7 @@ def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
 
     def ours() -> None:
         for batch in batches():
-            prepare(batch, anchors)
+            prepare_batch(batch, anchors)
 
     def batches() -> Iterator[Batch]:
         epoch = next(epochs)
@@ -217,73 +223,73 @@ def input_per_core(bench: Bench, photos: Photos) -> Iterator[Result]:
             default_collate([dataset[index] for index in chunk])
 
     where = f"one core, {photos.name}"
-    pillow = Side(f"Pillow and torchvision, {where}", lambda: plain(samples), len(samples))
-    v2 = Side(f"torchvision v2 without targets, {where}", lambda: plain(v2_samples), len(samples))
+    pillow = Variant(f"Pillow and torchvision, {where}", lambda: plain(samples), len(samples))
+    v2 = Variant(f"torchvision v2 without targets, {where}", lambda: plain(v2_samples), len(samples))
     yield from bench.compare(
         "input",
-        Side(where, ours, len(samples)),
-        *bench.plain([pillow, v2]),
+        Variant(where, ours, len(samples)),
+        *bench.baselines([pillow, v2]),
         unit="img/s",
         requirement="input per core",
     )
     for kept in ("", ", decoded images kept"):
-        alone = Side(f"a worker's part alone{kept}, {where}", worker, len(samples))
-        yield from bench.compare("input", alone, *bench.plain([pillow]), unit="img/s")
+        alone = Variant(f"a worker's part alone{kept}, {where}", worker, len(samples))
+        yield from bench.compare("input", alone, *bench.baselines([pillow]), unit="img/s")
         host = bench.config(image_cache="host", image_cache_gib=1)
-        dataset.pixels, _ = device_cache.make(host, dataset.split, bench.ranks)
+        dataset.pixels, _ = device_cache.build(host, dataset.split, bench.ranks)
 
 
-def input_by_workers(bench: Bench, photos: Photos, num_workers: int) -> Iterator[Result]:
+def worker_throughput(bench: BenchContext, photos: Photos, num_workers: int) -> Iterator[Result]:
     """Epochs of the run's own loader, made ready for the network on the device."""
-    size = bench.scale.batch_size
+    size = bench.size.batch_size
     data = bench.open_data(photos, sample_images(bench, size, num_workers), num_workers=num_workers)
     anchors = make_anchors(bench.device)
     epochs = count(1)
 
     def ours() -> None:
-        for share in prefetch(data.shares(next(epochs)), bench.device):
-            prepare(share.batch, anchors)
+        for share in prefetch(data.train_batches(next(epochs)), bench.device):
+            prepare_batch(share.batch, anchors)
 
     def plain() -> None:
         for _ in prefetch(loader, bench.device):
             pass
 
     small = min(size, SMALL_BATCH)
-    num_plain = small * ceil(data.train_samples / PLAIN_SLOWER / small)
+    num_plain = small * ceil(data.train_samples / BASELINE_SLOWDOWN / small)
     samples = Subset(baseline.Samples(train_images(data).split), range(num_plain))
     loader = baseline.make_loader(samples, small, num_workers, bench.device)
     where = f"{num_workers} workers, {photos.name}"
     yield from bench.compare(
         "input",
-        Side(where, ours, data.train_samples),
-        *bench.plain([Side(f"Pillow and torchvision, {where}", plain, num_plain)]),
+        Variant(where, ours, data.train_samples),
+        *bench.baselines([Variant(f"Pillow and torchvision, {where}", plain, num_plain)]),
         unit="img/s",
     )
 
 
-def sample_images(bench: Bench, batch_size: int, num_workers: int) -> int:
+def sample_images(bench: BenchContext, batch_size: int, num_workers: int) -> int:
     """Images of a sample of the input: whole batches, so many for each worker."""
-    wanted = bench.scale.input_images * max(1, num_workers)
+    wanted = bench.size.input_images * max(1, num_workers)
     return batch_size * max(ceil(wanted / batch_size), BATCHES_PER_WORKER * num_workers)
 
 
-def time_memory(bench: Bench) -> Iterator[Result]:
+def time_memory(bench: BenchContext) -> Iterator[Result]:
     """Memory of a worker after few and after many images: its own, and its part of what it shares (PSS)."""
     before = set(active_children())
-    data = bench.open_data(bench.photos, bench.scale.read_images[1], num_workers=1, batch_size=MEMORY_BATCH)
+    data = bench.open_data(bench.photos, bench.size.read_images[1], num_workers=1, batch_size=MEMORY_BATCH)
     worker: BaseProcess | None = None
     read, readings = 0, []
-    for share in data.shares(1):
+    for share in data.train_batches(1):
         (worker,) = [worker] if worker else set(active_children()) - before
-        read += share.num_images
+        read += share.global_batch_size
         assert worker.pid
         readings.append((read, proportional_set_mib(worker.pid)))
-    few, many = bench.scale.read_images
+    few, many = bench.size.read_images
     early = [mib for images, mib in readings if images >= few][:READINGS]
     late = [mib for _, mib in readings][-READINGS:]
-    yield Result("memory", f"worker after {few} images", "MiB", spread(early))
-    yield Result("memory", f"worker after {many} images", "MiB", spread(late))
-    growth = spread([after / median(early) for after in late])
+    yield Result("memory", f"worker after {few} images", "MiB", quartiles(early))
+    yield Result("memory", f"worker after {many} images", "MiB", quartiles(late))
+    growth = quartiles([after / median(early) for after in late])
     yield Result("memory", "growth between", "×", growth, requirement="memory of a worker")
 
 
@@ -294,15 +300,15 @@ def proportional_set_mib(pid: int) -> float:
     return kib / 1024
 
 
-def first_batch(bench: Bench, batch_size: int) -> Batch:
+def first_batch(bench: BenchContext, batch_size: int) -> Batch:
     """A batch of photos as a worker makes it."""
     data = bench.open_data(bench.photos, batch_size, batch_size=batch_size, num_workers=0)
-    batch: Batch = next(data.shares(1)).batch
+    batch: Batch = next(data.train_batches(1)).batch
     return batch
 
 
-def train_images(data: SSDData) -> TrainImages:
+def train_images(data: SSDTrainSource) -> SSDTrainDataset:
     """The data set that the workers of a run read."""
     dataset = data.train_loader.dataset
-    assert isinstance(dataset, TrainImages)
+    assert isinstance(dataset, SSDTrainDataset)
     return dataset

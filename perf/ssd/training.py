@@ -9,29 +9,29 @@ import numpy as np
 
 from detection.data.prefetch import prefetch
 from detection.engine import train_loop
-from detection.runtime.device import decodes_jpeg
-from perf.harness import Bench, Result
-from perf.roofline import count_network
+from detection.runtime.device import supports_jpeg_decode
+from perf.harness import BenchContext, Result
+from perf.roofline import count_flop
 from perf.ssd import baseline
 from perf.ssd.input import SMALL_BATCH, train_images
-from perf.ssd.network import build, in_precision, plain_side, whole_step
-from perf.timing import Side, threads
+from perf.ssd.network import baseline_variant, build, in_precision, whole_step
+from perf.timing import Variant, limit_threads
 from ssd.config import Config
 from ssd.model import SSD300
 
 # float32 and channels first take twice the memory of a run's step.
-PLAIN_BATCH = 128
+BASELINE_BATCH = 128
 
 
-def time_end_to_end(bench: Bench) -> Iterator[Result]:
+def time_end_to_end(bench: BenchContext) -> Iterator[Result]:
     """Epochs from files to weights: of a run, the plain way, and of the run's step alone, on a batch that is there."""
-    size = bench.scale.batch_size
-    work = count_network(SSD300, bench.precision.dtype, backward=True, batch_size=size)
-    step = Side("its step alone", whole_step(bench, run_config(bench, size)), size)
+    size = bench.size.batch_size
+    work = count_flop(SSD300, bench.precision.dtype, backward=True, batch_size=size)
+    step = Variant("its step alone", whole_step(bench, run_config(bench, size)), size)
     results = bench.compare(
         "end-to-end",
         epochs(bench, size, bench.num_workers),
-        *bench.plain(plain_epochs(bench)),
+        *bench.baselines(baseline_epochs(bench)),
         step,
         unit="img/s",
         work=work,
@@ -39,26 +39,26 @@ def time_end_to_end(bench: Bench) -> Iterator[Result]:
     )
     yield replace(next(results), requirement="end to end rate")
     yield from results
-    for settings in memories(bench):
+    for settings in cache_variants(bench):
         kept = epochs(bench, size, bench.num_workers, **settings)
         yield from bench.compare("end-to-end", kept, step, unit="img/s", work=work)
 
 
-def memories(bench: Bench) -> list[dict[str, Any]]:
+def cache_variants(bench: BenchContext) -> list[dict[str, Any]]:
     """Where decoded images can be kept, and who else can decode them, as settings."""
     found: list[dict[str, Any]] = [{"image_cache": "host"}]
     if bench.device.type != "cpu":
         found.append({"image_cache": "device"})
-    if decodes_jpeg(bench.device):
+    if supports_jpeg_decode(bench.device):
         found.append({"jpeg_decoder": "gpu"})
     return found
 
 
-def time_scaling(bench: Bench) -> Iterator[Result]:
+def time_scaling(bench: BenchContext) -> Iterator[Result]:
     """Epochs from files to weights by batch size and workers, beside the usual ones; the input by data size."""
-    size = bench.scale.batch_size
-    sizes = [other for other in bench.scale.batch_sizes if other != size]
-    workers = [other for other in bench.scale.workers if other != bench.num_workers]
+    size = bench.size.batch_size
+    sizes = [other for other in bench.size.batch_sizes if other != size]
+    workers = [other for other in bench.size.workers if other != bench.num_workers]
     yield from bench.compare(
         "scaling",
         epochs(bench, size, bench.num_workers),
@@ -66,15 +66,15 @@ def time_scaling(bench: Bench) -> Iterator[Result]:
         *(epochs(bench, size, other) for other in workers),
         unit="img/s",
     )
-    for num_images in bench.scale.data_sizes:
+    for num_images in bench.size.data_sizes:
         yield from data_of(bench, num_images)
 
 
-def data_of(bench: Bench, num_images: int) -> Iterator[Result]:
+def data_of(bench: BenchContext, num_images: int) -> Iterator[Result]:
     """Opening a data set of so many images, and reading of it here and there on one core."""
     variant = f"of {num_images} images"
-    bench.lay_out(bench.photos, num_images)
-    opening = Side(f"open a data set {variant}", lambda: bench.open_data(bench.photos, num_images, num_workers=0))
+    bench.make_data_dir(bench.photos, num_images)
+    opening = Variant(f"open a data set {variant}", lambda: bench.open_data(bench.photos, num_images, num_workers=0))
     yield from bench.compare("scaling", opening, unit="s")
     dataset = train_images(bench.open_data(bench.photos, num_images, num_workers=0))
     rng = np.random.default_rng(bench.seed)
@@ -82,18 +82,18 @@ def data_of(bench: Bench, num_images: int) -> Iterator[Result]:
     def read() -> None:
         dataset.__getitems__([(1, int(index)) for index in rng.integers(0, num_images, SMALL_BATCH)])
 
-    with threads(1):
-        yield from bench.compare("scaling", Side(f"one core, {variant}", read, SMALL_BATCH), unit="img/s")
+    with limit_threads(1):
+        yield from bench.compare("scaling", Variant(f"one core, {variant}", read, SMALL_BATCH), unit="img/s")
 
 
-def run_config(bench: Bench, batch_size: int, **settings: Any) -> Config:
+def run_config(bench: BenchContext, batch_size: int, **settings: Any) -> Config:
     """A run's settings, compiled where a run would be."""
     return bench.config(num_classes=bench.photos.num_classes, batch_size=batch_size, compile="auto", **settings)
 
 
-def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> Side:
+def epochs(bench: BenchContext, batch_size: int, num_workers: int, **settings: Any) -> Variant:
     """Epochs of a run, one a call, through its own data, loader, prefetch and step."""
-    num_images = max(1, bench.scale.epoch_images // batch_size) * batch_size
+    num_images = max(1, bench.size.epoch_images // batch_size) * batch_size
     config = run_config(bench, batch_size, num_workers=num_workers, **settings)
     benchmark, state = build(bench, config)
     data = bench.open_data(bench.photos, num_images, batch_size=batch_size, num_workers=num_workers, **settings)
@@ -101,21 +101,21 @@ def epochs(bench: Bench, batch_size: int, num_workers: int, **settings: Any) -> 
 
     def run() -> None:
         epoch = next(numbers)
-        for share in prefetch(data.shares(epoch), bench.device):
+        for share in prefetch(data.train_batches(epoch), bench.device):
             train_loop.train_step(
-                state, share, benchmark.learning_rate(state.step, epoch), benchmark, config, bench.ranks
+                state, share, benchmark.lr_schedule(state.step, epoch), benchmark, config, bench.ranks
             )
 
     where = {"none": "", "host": ", decoded images kept", "device": ", decoded images kept by the device"}
     kept = where[config.image_cache] + ", decoded by the device" * (config.jpeg_decoder == "gpu")
     variant = f"{config.precision}, batch {batch_size}, {num_workers} workers, {bench.photos.name}{kept}"
-    return Side(variant, in_precision(config.precision, bench, run), num_images)
+    return Variant(variant, in_precision(config.precision, bench, run), num_images)
 
 
-def plain_epochs(bench: Bench) -> Iterator[Side]:
+def baseline_epochs(bench: BenchContext) -> Iterator[Variant]:
     """Epochs of the plain way."""
-    size = min(bench.scale.batch_size, PLAIN_BATCH)
-    num_images = max(1, bench.scale.epoch_images_plain // size) * size
+    size = min(bench.size.batch_size, BASELINE_BATCH)
+    num_images = max(1, bench.size.baseline_epoch_images // size) * size
     split = train_images(bench.open_data(bench.photos, num_images, num_workers=0)).split
     loader = baseline.make_loader(baseline.Samples(split), size, bench.num_workers, bench.device)
     step = baseline.make_step(bench.device, bench.photos.num_classes)
@@ -124,4 +124,4 @@ def plain_epochs(bench: Bench) -> Iterator[Side]:
         for batch in prefetch(loader, bench.device):
             step(batch)
 
-    yield plain_side(bench, f"plain, float32, batch {size}, {bench.num_workers} workers", run, num_images)
+    yield baseline_variant(bench, f"plain, float32, batch {size}, {bench.num_workers} workers", run, num_images)

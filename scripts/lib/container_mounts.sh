@@ -1,75 +1,75 @@
 # shellcheck shell=bash
-# What a container sees of this machine: sourced by run_with_docker.sh and run.sub, which hand it to docker or pyxis.
-# The caller has `die`, and check_series of scripts/lib/experiments.sh.
+# Mounts of a container, sourced by run_with_docker.sh and run.sub, which pass them to docker or pyxis.
+# The caller defines `die` and sources scripts/lib/experiments.sh.
 
-mounts=() # source, target, and ro or rw: three words each
-inside=() # the flags, with the names that files have in there
+mounts=()          # three words each: source, target, and ro or rw
+container_flags=() # flags with file names as the container sees them
 
-# folder NAME PATH: the absolute path of a folder that is there.
-folder() {
-  (cd "$2" 2>/dev/null && pwd) || die "$1=$2 is no folder"
+# require_dir NAME PATH: prints the absolute path of an existing folder.
+require_dir() {
+  (cd "$2" 2>/dev/null && pwd) || die "$1=$2 is not a folder"
 }
 
-# file NAME PATH: the absolute path of a file that is there.
-file() {
-  [[ -f $2 ]] || die "$1 $2 is no file"
+# require_file NAME PATH: prints the absolute path of an existing file.
+require_file() {
+  [[ -f $2 ]] || die "$1 $2 is not a file"
   realpath --no-symlinks "$2"
 }
 
-# mount SOURCE TARGET ro|rw
-mount() {
-  [[ $1 != *[,:]* ]] || die "$1: a name with a comma or a colon cannot be mounted. Give it another"
+# add_mount SOURCE TARGET ro|rw
+add_mount() {
+  [[ $1 != *[,:]* ]] || die "$1: a path with a comma or a colon cannot be mounted. Rename it"
   mounts+=("$@")
 }
 
-# mount_flag FLAG VALUE: appends them to `inside` as they are in there.
+# mount_flag FLAG VALUE: mounts the file or folder and appends the flag to `container_flags`.
 mount_flag() {
   local source target=/own/${1#--}
   if [[ -z $2 ]]; then
-    inside+=("$1" "$2")
+    container_flags+=("$1" "$2")
     return
   fi
   case $1 in
     --train-images | --val-images)
-      source=$(folder "$1" "$2")
-      mount "$source" "$target" ro
+      source=$(require_dir "$1" "$2")
+      add_mount "$source" "$target" ro
       ;;
     --summary-json)
-      mkdir -p "$(dirname "$2")" || die "$1 $2: its folder cannot be made"
-      source=$(folder "$1" "$(dirname "$2")")
-      mount "$source" "$target" rw
+      mkdir -p "$(dirname "$2")" || die "$1 $2: cannot create its folder"
+      source=$(require_dir "$1" "$(dirname "$2")")
+      add_mount "$source" "$target" rw
       target+=/$(basename "$2")
       ;;
     *)
-      target+=/$(basename "$2") # the name is shown and logged, and says what kind of file it is
-      source=$(file "$1" "$2")
-      mount "$source" "$target" ro
+      target+=/$(basename "$2") # keep the name: it is logged, and its suffix tells the file type
+      source=$(require_file "$1" "$2")
+      add_mount "$source" "$target" ro
       ;;
   esac
-  inside+=("$1" "$target")
+  container_flags+=("$1" "$target")
 }
 
-# plan_mounts RESULTS DATASET DATA [FLAG ...]: sets `mounts`, `inside`, and `data_inside`, the DATADIR in there.
-# RESULTS: folder of the run folders. DATASET: its name in the recipe. DATA: its folder.
+# plan_mounts RESULTS DATASET DATA [FLAG ...]: sets `mounts`, `container_flags` and `container_data_dir` (DATADIR there).
+# RESULTS: folder of the run folders. DATASET: value of the dataset setting. DATA: its folder.
 plan_mounts() {
   local results=$1 dataset=$2 data=$3 pretrained=${PRETRAINED_DIR:-data}
   shift 3
-  mount "$results" /results rw
-  data_inside=/data
+  add_mount "$results" /results rw
+  container_data_dir=/data
   if [[ $dataset == toy ]]; then
     # shellcheck disable=SC2034 # read by the caller
-    data_inside=/tmp/toy # drawn in the container
+    container_data_dir=/tmp/toy # generated in the container
   elif [[ $dataset == synthetic_coco ]]; then
-    mkdir -p "$data" || die "DATADIR=$data cannot be made"
-    data=$(folder DATADIR "$data")
-    mount "$data" /data rw # drawn once
-  elif ! value_of --train-images "$@" >/dev/null; then
-    data=$(folder DATADIR "$data")
-    mount "$data" /data ro
+    mkdir -p "$data" || die "cannot create DATADIR=$data"
+    data=$(require_dir DATADIR "$data")
+    add_mount "$data" /data rw # generated once
+  elif ! flag_value --train-images "$@" >/dev/null; then
+    data=$(require_dir DATADIR "$data")
+    add_mount "$data" /data ro
   fi
   if [[ -d $pretrained ]]; then
-    pretrained=$(folder PRETRAINED_DIR "$pretrained")
-    mount "$pretrained" /pretrained ro
+    pretrained=$(require_dir PRETRAINED_DIR "$pretrained")
+    add_mount "$pretrained" /pretrained ro
   fi
   while (($#)); do
     case $1 in
@@ -82,7 +82,7 @@ plan_mounts() {
         mount_flag "$1" "$2"
         shift
         ;;
-      *) inside+=("$1") ;;
+      *) container_flags+=("$1") ;;
     esac
     shift
   done

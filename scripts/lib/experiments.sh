@@ -1,165 +1,166 @@
 # shellcheck shell=bash
-# NEXP experiments in one run folder: sourced by run_and_time.sh, run.sub and run_with_docker.sh, which say how one is
-# started. All three leave, for the experiments from 0 on,
-#   RUN/experiment_0/  what it leaves: its log, config.json, metrics.jsonl, checkpoints/, detections.json
-#   RUN/result_0.txt   a link to its log, beside those of the others
-# The caller has `die`, NEXP, BENCHMARK, and end_step SIGNAL, which ends what runs in the background.
+# NEXP experiments in one run folder, sourced by run_and_time.sh, run.sub and run_with_docker.sh. Each of them defines
+# how one experiment starts. All three leave, for the experiments from 0 on,
+#   RUN/experiment_0/  its files: MLPerf log, config.json, metrics.jsonl, checkpoints/, detections.json
+#   RUN/result_0.txt   a link to its MLPerf log, next to the other logs
+# The caller defines `die`, NEXP, BENCHMARK, and stop_job SIGNAL, which ends the background job.
 
-signalled=false step='' seed=''
+signaled=false job_pid='' seed=''
 
-# value_of FLAG [WORD ...]: prints the value that the words give a flag, the last one; fails where they give none.
-value_of() {
-  local flag=$1 value found=1
+# flag_value FLAG [WORD ...]: prints the last value that the words give the flag. Fails if they give none.
+flag_value() {
+  local flag=$1 value status=1
   shift
   while (($#)); do
     if [[ $1 == "$flag="* ]]; then
-      value=${1#*=} found=0
+      value=${1#*=} status=0
     elif [[ $1 == "$flag" ]] && (($# > 1)); then
-      value=$2 found=0
+      value=$2 status=0
       shift
     fi
     shift
   done
-  if ((found == 0)); then printf '%s\n' "$value"; fi
-  return "$found"
+  if ((status == 0)); then printf '%s\n' "$value"; fi
+  return "$status"
 }
 
-# check_series [FLAG ...]: refuses what one experiment would take from another, and sets `seed`, that of the first,
-# where the flags or the variable of the recipe give one; the caller may have set it, from a config file.
-check_series() {
+# check_experiments [FLAG ...]: rejects flags that experiments cannot share. Sets `seed`, the seed of the first one,
+# from the flags or the benchmark's variable. The caller may have set it before, from a config file.
+check_experiments() {
   local flag value variable=${BENCHMARK^^}_SEED
-  [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is no number of experiments"
+  [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is not a valid number of experiments"
   for flag in --run-dir --log-dir --run-index; do
-    if value=$(value_of "$flag" "$@"); then
-      die "$flag $value: each experiment has a folder and a number of its own. Name the folder of all by RUN_DIR or LOGDIR"
+    if value=$(flag_value "$flag" "$@"); then
+      die "$flag $value: each experiment has its own folder and number. Name the common folder with RUN_DIR or LOGDIR"
     fi
   done
-  if value=$(value_of --resume "$@") && [[ $value != auto && $value != none ]] && ((NEXP > 1)); then
-    die "--resume $value: is of one experiment, and there are NEXP=$NEXP. Pass --resume auto, or NEXP=1"
+  if value=$(flag_value --resume "$@") && [[ $value != auto && $value != none ]] && ((NEXP > 1)); then
+    die "--resume $value: names one experiment, but NEXP=$NEXP. Pass --resume auto, or NEXP=1"
   fi
   if [[ -z $seed ]]; then seed=${!variable:-}; fi
-  if value=$(value_of --seed "$@"); then seed=$value; fi
+  if value=$(flag_value --seed "$@"); then seed=$value; fi
   if [[ $seed =~ ^[0-9]{1,10}$ ]] && ((NEXP > 1)); then
-    ((10#$seed + NEXP <= 2 ** 32)) || die "seed $seed: NEXP=$NEXP experiments take it and those that follow, up to 4294967295"
-    echo "The seeds are $seed to $((10#$seed + NEXP - 1)): one for each experiment"
+    ((10#$seed + NEXP <= 2 ** 32)) || die "seed $seed: NEXP=$NEXP experiments use consecutive seeds, and the maximum is 4294967295"
+    echo "Seeds: $seed to $((10#$seed + NEXP - 1)), one per experiment"
   fi
 }
 
-# flags_of RUN NUMBER [FLAG ...]: sets `own`, the flags that are this experiment's alone, which follow the others.
-flags_of() {
+# experiment_flags RUN NUMBER [FLAG ...]: sets `extra_flags`, which only this experiment gets, after the common ones.
+experiment_flags() {
   local folder=$1/experiment_$2 number=$2 summary
   shift 2
-  own=()
-  if [[ $seed =~ ^[0-9]{1,10}$ ]]; then own+=(--seed $((10#$seed + number))); fi
-  if summary=$(value_of --summary-json "$@") && [[ -n $summary ]] && ((NEXP > 1)); then
-    own+=(--summary-json "${summary%.json}_$number.json")
+  extra_flags=()
+  if [[ $seed =~ ^[0-9]{1,10}$ ]]; then extra_flags+=(--seed $((10#$seed + number))); fi
+  if summary=$(flag_value --summary-json "$@") && [[ -n $summary ]] && ((NEXP > 1)); then
+    extra_flags+=(--summary-json "${summary%.json}_$number.json")
   fi
-  if [[ -d $folder ]]; then own+=(--resume auto); fi
+  if [[ -d $folder ]]; then extra_flags+=(--resume auto); fi
 }
 
-# status_of LOG: prints the status of a run that has come to its end, as the end of its last epoch tells.
-status_of() {
+# finished_status LOG: prints the exit status of a finished run. A finished log has run_stop with an epoch number.
+finished_status() {
   local stop
   stop=$(grep -hs '"key": "run_stop".*"epoch_num"' "$1") || return
   if [[ $stop == *'"status": "success"'* ]]; then echo 0; else echo 3; fi
 }
 
-# Passed on once: a second signal would break into the ending of the first.
+# Forward only the first signal: a second one would interrupt the shutdown.
 # shellcheck disable=SC2329 # called by the traps
-pass_on() {
+forward_signal() {
   trap '' INT TERM HUP USR1
-  signalled=true
-  echo "SIG$1: ending the run, and no other begins" >&"$said"
-  if [[ -n $step ]]; then end_step "$1" || true; fi
+  signaled=true
+  echo "SIG$1: stopping the run, no other experiment starts" >&"$stdout_fd"
+  if [[ -n $job_pid ]]; then stop_job "$1" || true; fi
 }
 
-take_signals() {
+install_signal_traps() {
   local signal
-  exec {said}>&1 # where a signal comes in the midst of what has its output elsewhere
+  exec {stdout_fd}>&1 # the trap may run while stdout is redirected
   for signal in INT TERM HUP USR1; do
-    # shellcheck disable=SC2064 # the name of now
-    trap "pass_on $signal" "$signal"
+    # shellcheck disable=SC2064 # expand the name now
+    trap "forward_signal $signal" "$signal"
   done
 }
 
-# in_background COMMAND ...: its status. It is in a process group of its own, so that only end_step ends it.
-in_background() {
+# run_job COMMAND ...: returns its status. The job has its own process group, so that only stop_job ends it.
+run_job() {
   local result=143
-  if $signalled; then return "$result"; fi
+  if $signaled; then return "$result"; fi
   set -m
   "$@" </dev/null &
-  step=$!
+  job_pid=$!
   set +m
-  if $signalled; then end_step TERM || true; fi # it came between those lines
-  wait "$step" && result=0 || result=$?
-  # A wait that a signal broke off has the signal's status, not the run's.
-  if $signalled; then wait "$step" && result=0 || result=$?; fi
-  step=''
+  if $signaled; then stop_job TERM || true; fi # the signal arrived between the lines above
+  wait "$job_pid" && result=0 || result=$?
+  # An interrupted wait returns the signal's status, not the run's.
+  if $signaled; then wait "$job_pid" && result=0 || result=$?; fi
+  job_pid=''
   return "$result"
 }
 
-# run_series RUN START [FLAG ...]: START NUMBER [FLAG ...] for each experiment that has not come to its end, then a
-# line about each. Sets `status` to that of the first that failed.
-run_series() {
-  local run=$1 start=$2 number result ended=() outcomes=()
+# run_experiments RUN START [FLAG ...]: calls START NUMBER [FLAG ...] for each unfinished experiment, then prints the
+# summary. Sets `status` to that of the first experiment that failed.
+run_experiments() {
+  local run=$1 start=$2 number result finished=() statuses=()
   shift 2
-  # All of them now: nodes that begin together see the same, and an experiment begins when all have.
+  # Check all of them first: nodes that start together must agree, and an experiment starts only on all nodes.
   for ((number = 0; number < NEXP; number++)); do
     [[ ! -e $run/result_$number.txt || -L $run/result_$number.txt ]] ||
-      die "$run holds the log of a run alone, result_$number.txt: name another folder for NEXP=$NEXP experiments"
-    ended[number]=$(status_of "$run/experiment_$number/result_$number.txt") || ended[number]=''
+      die "$run contains the log of a single run, result_$number.txt. Name another folder for NEXP=$NEXP experiments"
+    finished[number]=$(finished_status "$run/experiment_$number/result_$number.txt") || finished[number]=''
   done
   status=0
   for ((number = 0; number < NEXP; number++)); do
-    result=${ended[number]}
+    result=${finished[number]}
     if [[ -n $result ]]; then
-      echo "experiment $((number + 1)) of $NEXP had come to its end, with status $result"
+      echo "experiment $((number + 1)) of $NEXP is already finished, with status $result"
     else
-      flags_of "$run" "$number" "$@"
+      experiment_flags "$run" "$number" "$@"
       echo "experiment $((number + 1)) of $NEXP, in $run/experiment_$number"
       result=0
-      "$start" "$number" "$@" "${own[@]}" || result=$?
-      echo "experiment $((number + 1)) of $NEXP ended with status $result"
+      "$start" "$number" "$@" "${extra_flags[@]}" || result=$?
+      echo "experiment $((number + 1)) of $NEXP finished with status $result"
     fi
-    outcomes[number]=$result
+    statuses[number]=$result
     if [[ -e $run/experiment_$number/result_$number.txt ]]; then
       ln -sfn "experiment_$number/result_$number.txt" "$run/result_$number.txt"
     fi
     if ((status == 0)); then status=$result; fi
-    if $signalled; then break; fi
-    # Bad configuration, and what cannot be started, would be so every time; or a signal has come to the run alone.
+    if $signaled; then break; fi
+    # A bad configuration or a command that cannot start would fail every time. The others mean that only the run got
+    # a signal.
     case $result in 2 | 125 | 126 | 127 | 129 | 130 | 138 | 143) break ;; esac
   done
-  trap '' INT TERM HUP USR1 # nothing is left to be ended
-  summarise "$run" "${outcomes[@]}"
+  trap '' INT TERM HUP USR1 # no job is left to stop
+  print_summary "$run" "${statuses[@]}"
 }
 
-# summarise RUN STATUS ...: a line about each experiment; those that were not begun have no status.
-summarise() {
+# print_summary RUN STATUS ...: prints one line per experiment. Experiments that did not start have no status.
+print_summary() {
   local run=$1 number log
   shift
   printf '%-12s %6s %8s %6s  %s\n' experiment status seconds epochs log
   for ((number = 0; number < NEXP; number++)); do
     log=$run/experiment_$number/result_$number.txt
-    printf '%-12s %6s %8s %6s  %s\n' "$((number + 1)) of $NEXP" "${1:--}" "$(seconds "$log")" "$(epochs "$log")" \
+    printf '%-12s %6s %8s %6s  %s\n' "$((number + 1)) of $NEXP" "${1:--}" "$(run_seconds "$log")" "$(num_epochs "$log")" \
       "$([[ -e $log ]] && echo "$run/result_$number.txt" || echo -)"
     if (($#)); then shift; fi
   done
 }
 
-# moment KEY LOG: the time of the last such event, in ms.
-moment() {
+# event_time_ms KEY LOG: prints the time of the last event with this key, in ms.
+event_time_ms() {
   sed -n "s/.*\"time_ms\": \([0-9]*\),.*\"key\": \"$1\".*/\1/p" "$2" 2>/dev/null | tail -n 1
 }
 
-# seconds LOG: on the clock of the MLPerf log; one that was resumed has its breaks in it.
-seconds() {
+# run_seconds LOG: prints the time by the MLPerf log. A resumed run includes its interruptions.
+run_seconds() {
   local start stop
-  start=$(moment run_start "$1") stop=$(moment run_stop "$1")
+  start=$(event_time_ms run_start "$1") stop=$(event_time_ms run_stop "$1")
   if [[ -n $start && -n $stop ]]; then echo $(((stop - start + 500) / 1000)); else echo -; fi
 }
 
-# epochs LOG: those that came to their end.
-epochs() {
+# num_epochs LOG: prints the number of completed epochs.
+num_epochs() {
   if [[ -e $1 ]]; then grep --count '"key": "epoch_stop"' "$1" || true; else echo -; fi
 }

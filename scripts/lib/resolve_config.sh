@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# Which file is a system's: sourced by run_and_time.sh, run_with_docker.sh and run.sub. The caller has `die`.
+# Config file of a system, sourced by run_and_time.sh, run_with_docker.sh and run.sub. The caller defines `die`.
 
-# find_system FOLDER: of BENCHMARK and DGXSYSTEM sets `config`, the file in FOLDER, and `result`, MLPerf's name of the
-# benchmark.
-# shellcheck disable=SC2034 # result is read by the caller
-find_system() {
+# resolve_config FOLDER: from BENCHMARK and DGXSYSTEM, sets `config`, the name of the config file in FOLDER, and
+# `mlperf_name`, MLPerf's name of the benchmark.
+# shellcheck disable=SC2034 # mlperf_name is read by the caller
+resolve_config() {
   local suffix='' files
   export BENCHMARK=${BENCHMARK:-ssd} DGXSYSTEM=${DGXSYSTEM:-toy}
   case $BENCHMARK in
-    ssd) result=SINGLE_STAGE_DETECTOR ;;
-    maskrcnn) result=OBJECT_DETECTION suffix=_maskrcnn ;;
-    *) die "BENCHMARK=$BENCHMARK: there is no such benchmark. There are: ssd, maskrcnn" ;;
+    ssd) mlperf_name=SINGLE_STAGE_DETECTOR ;;
+    maskrcnn) mlperf_name=OBJECT_DETECTION suffix=_maskrcnn ;;
+    *) die "BENCHMARK=$BENCHMARK: unknown benchmark. Use ssd or maskrcnn" ;;
   esac
   config=config_$DGXSYSTEM$suffix.sh
   files=$(cd "$1" && printf '%s ' config_*"$suffix".sh)
-  [[ -f $1/$config ]] || die "DGXSYSTEM=$DGXSYSTEM: there is no $config. There are: $files"
+  [[ -f $1/$config ]] || die "DGXSYSTEM=$DGXSYSTEM: $config does not exist. Available: $files"
 }

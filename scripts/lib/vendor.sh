@@ -1,68 +1,68 @@
 # shellcheck shell=bash disable=SC2154
-# Sourced by setup.sh --vendor: system packages, SDK installers and wheels that a vendor of accelerators hands out.
+# Vendor software, sourced by setup.sh --vendor: system packages, SDK installers and wheels of an accelerator vendor.
 
-marks=$root/.vendor # what is done, and the output of each installer
+stamp_dir=$root/.vendor # stamps of finished installers, and their output
 installers=() wheels=()
 
-# check_vendor: tells every mistake before anything is installed.
+# check_vendor: reports every mistake before anything is installed.
 check_vendor() {
   case $vendor in
-    nvidia | cpu) ;; # the torch of the package index is theirs
+    nvidia | cpu) ;; # the package index has torch for these
     iluvatar | cambricon | amd)
       [[ -n $packages ]] || die "--vendor $vendor: the package index has no torch for it. Pass --packages DIR, the folder with its installers and wheels"
       ;;
-    *) die "--vendor $vendor: there is none of that name. There are: iluvatar cambricon nvidia amd cpu" ;;
+    *) die "--vendor $vendor: unknown vendor. Use one of: iluvatar cambricon nvidia amd cpu" ;;
   esac
   if [[ -z $packages ]]; then return; fi
-  [[ -d $packages ]] || die "--packages $packages is no folder"
+  [[ -d $packages ]] || die "--packages $packages is not a folder"
   packages=$(realpath "$packages")
   mapfile -t installers < <(find "$packages" -maxdepth 1 -type f \( -name '*.run' -o -name '*.sh' \) | LC_ALL=C sort)
   mapfile -t wheels < <(find "$packages" -maxdepth 1 -type f -name '*.whl' | LC_ALL=C sort)
   case $vendor in
     nvidia | cpu) ;;
-    *) [[ ${wheels[*]} == */torch-*.whl* ]] || die "--packages $packages holds no torch-*.whl, which --vendor $vendor needs" ;;
+    *) [[ ${wheels[*]} == */torch-*.whl* ]] || die "--packages $packages contains no torch-*.whl, which --vendor $vendor needs" ;;
   esac
 }
 
-# install_vendor_software: what belongs to the machine and not to the environment, once.
+# install_vendor_software: installs what belongs to the machine rather than the environment, once.
 install_vendor_software() {
   local file name words
-  mkdir -p "$marks"
+  mkdir -p "$stamp_dir"
   file=$packages/apt-packages.txt
   if [[ -f $file ]]; then
     mapfile -t words < <(grep --invert-match '^ *#' "$file" | tr --squeeze-repeats ' \t' '\n' | grep .)
-    once "$file" apt-get install --yes "${words[@]}"
+    run_once "$file" apt-get install --yes "${words[@]}"
   fi
   for file in "${installers[@]}"; do
-    name=$(arguments_of "$file")
+    name=$(installer_args_var "$file")
     read -r -a words <<<"${!name:-}"
-    once "$file" bash "$file" "${words[@]}"
+    run_once "$file" bash "$file" "${words[@]}"
   done
 }
 
-# arguments_of FILE: the variable with the arguments of an installer, by the first word of its name:
-# INSTALL_ARGS_COREX of corex-installer-4.1.run.
-arguments_of() {
+# installer_args_var FILE: prints the name of the variable with an installer's arguments, from the first word of its
+# file name: INSTALL_ARGS_COREX for corex-installer-4.1.run.
+installer_args_var() {
   [[ $(basename "$1") =~ ^[[:alnum:]]* ]] && tr '[:lower:]' '[:upper:]' <<<"INSTALL_ARGS_${BASH_REMATCH[0]}"
 }
 
-# once FILE COMMAND ...: runs what a file asks for; that is done until the file or its arguments change.
-once() {
+# run_once FILE COMMAND ...: runs the command unless it has succeeded before with the same file and arguments.
+run_once() {
   local name state status log
   name=$(basename "$1")
   state="$(stat --format '%s %Y' "$1") ${*:2}"
-  log=$marks/$name.log
-  if [[ -f $marks/$name.done && $(<"$marks/$name.done") == "$state" ]]; then
-    echo "setup.sh: $name is done already"
+  log=$stamp_dir/$name.log
+  if [[ -f $stamp_dir/$name.done && $(<"$stamp_dir/$name.done") == "$state" ]]; then
+    echo "setup.sh: $name is already done"
     return
   fi
   echo "setup.sh: $name: ${*:2}"
   "${@:2}" </dev/null &>"$log" && status=0 || status=$?
   if ((status)); then
     tail -n 20 "$log" >&2
-    die "$name ended with status $status; all that it said is in $log. Mend that and call this again: what is done stays done" 1
+    die "$name failed with status $status. Its output is in $log. Fix the cause and run this again: finished steps are skipped" 1
   fi
-  printf '%s\n' "$state" >"$marks/$name.done"
+  printf '%s\n' "$state" >"$stamp_dir/$name.done"
 }
 
 wheels_installed() {
@@ -73,7 +73,7 @@ install_wheels() {
   if wheels_installed; then return; fi
   echo "setup.sh: installing $(basename --multiple "${wheels[@]}" | paste --serial --delimiters ' ')"
   if ! "$python" -m pip install --disable-pip-version-check --no-input "${wheels[@]}"; then
-    die "pip could not install the wheels of $packages (its reason is above). They must be for $("$python" -V)" 1
+    die "pip could not install the wheels in $packages (see its message above). They must be built for $("$python" -V)" 1
   fi
   pin_torch
   stat --format '%n %s %Y' "${wheels[@]}" >"$venv/.wheels"

@@ -21,21 +21,21 @@ def folder(tmp_path: Path) -> Path:
     return data_folder(tmp_path)
 
 
-def test_a_split_holds_images_in_file_order_and_boxes_by_image(folder: Path) -> None:
+def test_split_has_images_in_file_order_and_boxes_grouped_by_image(folder: Path) -> None:
     split = read(folder, content())
     assert len(split) == 3
     assert split.image_ids.tolist() == [20, 10, 30]
     assert split.sizes_hw.tolist() == [[50, 100], [48, 64], [200, 300]]
-    assert split.box_starts.tolist() == [0, 1, 1, 3]
+    assert split.box_offsets.tolist() == [0, 1, 1, 3]
     assert split.boxes(0).tolist() == [[0, 0, 100, 50]]
     assert split.boxes(1).shape == (0, 4)
     assert split.boxes(2).tolist() == [[10, 20, 40.5, 60], [1, 2, 4, 6]]
-    assert split.crowd.tolist() == [False, False, True]
+    assert split.is_crowd.tolist() == [False, False, True]
     assert split.image_path(1) == folder / "train2017" / "000000000010.jpg"
-    assert (split.dropped_boxes, split.clipped_boxes, split.missing_images) == (0, 0, 0)
+    assert (split.num_dropped_boxes, split.num_clipped_boxes, split.num_missing_images) == (0, 0, 0)
 
 
-def test_labels_follow_the_ascending_category_ids(folder: Path) -> None:
+def test_labels_follow_ascending_category_ids(folder: Path) -> None:
     split = read(folder, content())
     assert split.categories == (
         coco.Category(1, "person"),
@@ -46,19 +46,19 @@ def test_labels_follow_the_ascending_category_ids(folder: Path) -> None:
     assert split.labels.tolist() == [1, 3, 2]
 
 
-def test_the_arrays_have_the_types_that_the_docstring_names(folder: Path) -> None:
+def test_arrays_have_the_documented_types(folder: Path) -> None:
     split = read(folder, content())
-    assert split.image_ids.dtype == split.box_starts.dtype == split.labels.dtype == np.int64
+    assert split.image_ids.dtype == split.box_offsets.dtype == split.labels.dtype == np.int64
     assert split.sizes_hw.dtype == np.int32
     assert split.boxes_xyxy.dtype == np.float32
-    assert split.crowd.dtype == np.bool_
+    assert split.is_crowd.dtype == np.bool_
     assert split.file_names.dtype.kind == "S"
 
 
-def test_images_without_boxes_are_left_out_of_training_but_crowds_stay(folder: Path) -> None:
+def test_drop_empty_images_keeps_images_with_only_crowds(folder: Path) -> None:
     data = content()
     data["annotations"] = data["annotations"][1:]
-    split = read(folder, data).with_boxes()
+    split = read(folder, data).drop_empty_images()
     assert split.image_ids.tolist() == [20, 30]
     assert split.image_path(1).name == "000000000030.jpg"
     assert split.boxes(0).tolist() == [[0, 0, 100, 50]]
@@ -70,8 +70,8 @@ def test_boxes_of_zero_size_are_dropped_and_counted(folder: Path, bbox: list[flo
     data = content()
     data["annotations"].insert(0, annotation(4, bbox=bbox))
     split = read(folder, data)
-    assert split.dropped_boxes == 1
-    assert split.clipped_boxes == 0
+    assert split.num_dropped_boxes == 1
+    assert split.num_clipped_boxes == 0
     assert split.boxes(0).tolist() == [[0, 0, 100, 50]]
 
 
@@ -79,53 +79,53 @@ def test_boxes_past_the_border_are_clipped_and_counted(folder: Path) -> None:
     data = content()
     data["annotations"].append(annotation(4, image_id=10, bbox=[-5, 40, 100, 100]))
     split = read(folder, data)
-    assert split.clipped_boxes == 1
+    assert split.num_clipped_boxes == 1
     assert split.boxes(1).tolist() == [[0, 40, 64, 48]]
 
 
-def test_a_rounding_past_the_border_is_clipped_but_not_counted(folder: Path) -> None:
+def test_rounding_error_past_the_border_is_clipped_but_not_counted(folder: Path) -> None:
     data = content()
     data["annotations"].append(annotation(4, image_id=10, bbox=[33.34, 8, 30.67, 40]))
     split = read(folder, data)
-    assert split.clipped_boxes == 0
+    assert split.num_clipped_boxes == 0
     assert split.boxes(1)[0, 2] == 64
 
 
-def test_all_mistakes_come_in_one_message(folder: Path) -> None:
+def test_all_errors_are_reported_in_one_message(folder: Path) -> None:
     data = content()
     data["images"][1]["id"] = 20
     data["annotations"][0]["bbox"] = [float("nan"), 0, 1, 1]
     data["annotations"][1]["category_id"] = 2
     data["annotations"][2]["bbox"] = [500, 0, 1, 1]
     (folder / "train2017" / "000000000010.jpg").unlink()
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as raised:
         read(folder, data)
-    first, *mistakes = str(refusal.value).splitlines()
-    assert first.endswith("5 mistakes:")
-    for mistake, expected in zip(
-        mistakes, ["not in train2017/", "id is taken", "category_id", "NaN", "outside"], strict=True
+    first, *errors = str(raised.value).splitlines()
+    assert first.endswith("5 errors:")
+    for error, expected in zip(
+        errors, ["not in train2017/", "duplicate id", "category_id", "NaN", "outside"], strict=True
     ):
-        assert expected in mistake
+        assert expected in error
 
 
-def test_absent_images_are_refused_with_their_number_and_what_to_do(folder: Path) -> None:
+def test_missing_images_are_an_error_with_count_and_hint(folder: Path) -> None:
     (folder / "train2017" / "000000000010.jpg").unlink()
-    message = r"names 3 images, 1 of them are not in train2017/ \(first: 000000000010.jpg\).*--skip-missing-images"
+    message = r"1 of its 3 images are not in train2017/ \(first: 000000000010.jpg\).*--skip-missing-images"
     with pytest.raises(InputError, match=message):
         read(folder, content())
 
 
-def test_absent_images_are_left_out_with_their_boxes_when_allowed(folder: Path) -> None:
+def test_skip_missing_images_drops_them_with_their_boxes(folder: Path) -> None:
     (folder / "train2017" / "000000000020.jpg").unlink()
     split = read(folder, content(), skip_missing_images=True)
     assert split.image_ids.tolist() == [10, 30]
-    assert split.missing_images == 1
-    assert split.box_starts.tolist() == [0, 0, 2]
+    assert split.num_missing_images == 1
+    assert split.box_offsets.tolist() == [0, 0, 2]
     assert split.labels.tolist() == [3, 2]
     assert split.image_path(1).name == "000000000030.jpg"
 
 
-def test_a_folder_without_any_of_the_images_is_refused_even_when_absence_is_allowed(folder: Path) -> None:
+def test_folder_without_any_image_is_an_error_even_with_skip_missing_images(folder: Path) -> None:
     for path in (folder / "train2017").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="none of its 3 images"):
@@ -140,40 +140,40 @@ def test_images_in_subfolders_are_found(folder: Path) -> None:
     assert read(folder, data).image_path(0) == folder / "train2017" / "more" / "20.jpg"
 
 
-def test_a_missing_or_empty_data_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_or_empty_data_folder_is_an_error_with_hint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent: No such file or directory\. Run \./init_datasets\.sh"):
-        coco.layout(tmp_path / "absent", "train")
+        coco.standard_paths(tmp_path / "absent", "train")
     with pytest.raises(InputError, match=r"the folder is empty\. Run \./init_datasets\.sh"):
-        coco.layout(tmp_path, "train")
+        coco.standard_paths(tmp_path, "train")
 
 
-def test_a_missing_annotation_file_or_image_folder_is_refused_by_name(folder: Path) -> None:
+def test_missing_annotation_file_or_image_folder_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"annotations/instances_train2017\.json is missing"):
-        coco.layout(folder, "train")
+        coco.standard_paths(folder, "train")
     read(folder, content())
     (folder / "annotations" / "instances_val2017.json").write_text("{}")
     with pytest.raises(InputError, match=r": val2017 is missing"):
-        coco.layout(folder, "val")
-    with pytest.raises(InputError, match="no folder of images"):
+        coco.standard_paths(folder, "val")
+    with pytest.raises(InputError, match="image folder unreadable"):
         coco.read(folder / "annotations" / "instances_train2017.json", folder / "absent")
     with pytest.raises(InputError, match="cannot be read"):
         coco.read(folder / "absent.json", folder / "train2017")
 
 
-def test_shrunken_annotations_are_taken_for_training_only(folder: Path) -> None:
+def test_box_only_annotations_are_used_for_training_only(folder: Path) -> None:
     read(folder, content())
     annotations = folder / "annotations"
     (folder / "val2017").mkdir()
     for name in ("instances_val", "bbox_only_instances_train", "bbox_only_instances_val"):
         (annotations / f"{name}2017.json").write_text("{}")
-    assert coco.layout(folder, "train")[0] == annotations / "bbox_only_instances_train2017.json"
-    assert coco.layout(folder, "val") == (annotations / "instances_val2017.json", folder / "val2017")
-    assert coco.layout(folder, "train", segmentations=True)[0] == annotations / "instances_train2017.json"
+    assert coco.standard_paths(folder, "train")[0] == annotations / "bbox_only_instances_train2017.json"
+    assert coco.standard_paths(folder, "val") == (annotations / "instances_val2017.json", folder / "val2017")
+    assert coco.standard_paths(folder, "train", segmentations=True)[0] == annotations / "instances_train2017.json"
 
 
 @given(st.lists(st.tuples(st.sampled_from([10, 20, 30]), st.sampled_from([1, 7, 90])), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_each_image_gets_its_own_boxes_in_file_order(
+def test_each_image_has_its_own_boxes_in_file_order(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int]]
 ) -> None:
     data = content()
@@ -187,24 +187,24 @@ def test_each_image_gets_its_own_boxes_in_file_order(
         (folder / "train2017" / image["file_name"]).touch()
     split = read(folder, data)
     for index, image_id in enumerate([20, 10, 30]):
-        of_image = [(i / 8, category) for i, (image, category) in enumerate(rows) if image == image_id]
+        image_rows = [(i / 8, category) for i, (image, category) in enumerate(rows) if image == image_id]
         labels = split.image_labels(index)
-        assert split.boxes(index)[:, 0].tolist() == [x for x, _ in of_image]
-        assert [split.categories[label - 1].id for label in labels] == [category for _, category in of_image]
+        assert split.boxes(index)[:, 0].tolist() == [x for x, _ in image_rows]
+        assert [split.categories[label - 1].id for label in labels] == [category for _, category in image_rows]
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["coco-tiny", "bccd"])
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_real_annotations_are_read_as_they_are(name: str, part: Any) -> None:
+@pytest.mark.parametrize("split_name", ["train", "val"])
+def test_split_matches_a_real_annotation_file(name: str, split_name: Any) -> None:
     if not (SHARED_DATA / name).is_dir():
-        pytest.skip(f"needs shared/data/{name} beside the repository")
-    annotation_file, image_folder = coco.layout(SHARED_DATA / name, part)
-    split = coco.read(annotation_file, image_folder)
+        pytest.skip(f"needs ../shared/data/{name}")
+    annotation_file, image_dir = coco.standard_paths(SHARED_DATA / name, split_name)
+    split = coco.read(annotation_file, image_dir)
     data = json.loads(annotation_file.read_text())
     assert split.image_ids.tolist() == [image["id"] for image in data["images"]]
-    assert len(split.labels) + split.dropped_boxes == len(data["annotations"])
-    assert split.crowd.sum() == sum(row["iscrowd"] for row in data["annotations"])
+    assert len(split.labels) + split.num_dropped_boxes == len(data["annotations"])
+    assert split.is_crowd.sum() == sum(row["iscrowd"] for row in data["annotations"])
     names = {category["id"]: category["name"] for category in data["categories"]}
     for index, image_id in enumerate(split.image_ids):
         rows = [row for row in data["annotations"] if row["image_id"] == image_id]
@@ -215,11 +215,11 @@ def test_real_annotations_are_read_as_they_are(name: str, part: Any) -> None:
         labels = split.image_labels(index)
         assert [split.categories[i - 1].name for i in labels] == [names[row["category_id"]] for row in rows]
         assert split.image_path(index).is_file()
-    assert (np.diff(split.with_boxes().box_starts) > 0).all()
+    assert (np.diff(split.drop_empty_images().box_offsets) > 0).all()
     assert re.fullmatch(r"S\d+", split.file_names.dtype.str[1:])
 
 
-def test_the_categories_alone_are_those_of_the_whole_file(tmp_path):
+def test_read_categories_matches_the_full_file(tmp_path):
     file = tmp_path / "instances.json"
     content = {"images": [], "annotations": [{}], "categories": [{"id": 7, "name": "b"}, {"id": 2, "name": "a"}]}
     file.write_text(json.dumps(content))

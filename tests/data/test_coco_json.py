@@ -22,7 +22,7 @@ def with_value(table: str, key: str, value: Any) -> Callable[[dict[str, Any]], N
     return lambda data: data[table][1].update({key: value})
 
 
-MISTAKES = {
+INVALID_FILES = {
     "nan": (
         with_value("annotations", "bbox", [0, 0, float("nan"), 1]),
         r"boxes with NaN or infinity: 1 of 3",
@@ -35,14 +35,14 @@ MISTAKES = {
         with_value("annotations", "bbox", [9, 9, -2, 1]),
         r"negative width or height: 1 of 3.*annotation 2",
     ),
-    "right of it": (with_value("annotations", "bbox", [100, 0, 5, 5]), r"wholly outside their image: 1 of 3"),
-    "above it": (with_value("annotations", "bbox", [5, -5, 5, 5]), r"wholly outside their image: 1 of 3"),
+    "right of the image": (with_value("annotations", "bbox", [100, 0, 5, 5]), r"entirely outside their image: 1 of 3"),
+    "above the image": (with_value("annotations", "bbox", [5, -5, 5, 5]), r"entirely outside their image: 1 of 3"),
     "three numbers": (
         with_value("annotations", "bbox", [5, 5, 5]),
         r"'bbox' that is not 4 numbers.*annotations\[1\]",
     ),
     "text in a box": (with_value("annotations", "bbox", [5, 5, 5, "5"]), r"'bbox' that is not 4 numbers"),
-    "no list": (with_value("annotations", "bbox", None), r"'bbox' that is not a list"),
+    "not a list": (with_value("annotations", "bbox", None), r"'bbox' that is not a list"),
     "huge": (with_value("annotations", "bbox", [10**400, 1, 1, 1]), r"'bbox' of more than 64 bits"),
     "unknown category": (
         with_value("annotations", "category_id", 5),
@@ -50,14 +50,14 @@ MISTAKES = {
     ),
     "unknown image": (with_value("annotations", "image_id", 11), r"unknown image_id: 1 of 3.*image_id 11"),
     "huge id": (with_value("annotations", "image_id", 2**64), r"'image_id' of more than 64 bits"),
-    "float id": (with_value("images", "id", 1.5), r"'id' that is not a whole number \(first: images\[1\]\)"),
-    "image id twice": (with_value("images", "id", 20), r"images whose id is taken: 1 of 3 \(first: 20\)"),
+    "float id": (with_value("images", "id", 1.5), r"'id' that is not an integer \(first: images\[1\]\)"),
+    "image id twice": (with_value("images", "id", 20), r"images with a duplicate id: 1 of 3 \(first: 20\)"),
     "category id twice": (
         lambda data: data["categories"].append({"id": 90, "name": "again"}),
-        r"categories whose id is taken: 1 of 4 \(first: 90\)",
+        r"categories with a duplicate id: 1 of 4 \(first: 90\)",
     ),
-    "annotation id twice": (with_value("annotations", "id", 1), r"annotations whose id is taken: 1 of 3"),
-    "no height": (with_value("images", "height", 0), r"not in 1 to 65535: 1 of 3 \(first: image 10, 64×0\)"),
+    "annotation id twice": (with_value("annotations", "id", 1), r"annotations with a duplicate id: 1 of 3"),
+    "no height": (with_value("images", "height", 0), r"outside 1 to 65535: 1 of 3 \(first: image 10, 64×0\)"),
     "name is a number": (with_value("images", "file_name", 7), r"'file_name' that is not text"),
     "no file_name": (
         without("images", "file_name"),
@@ -71,38 +71,38 @@ MISTAKES = {
     "no images": (lambda data: data["images"].clear(), r"'images' is empty"),
     "no boxes": (lambda data: data["annotations"].clear(), r"'annotations' is empty"),
     "no categories": (lambda data: data.pop("categories"), r"'categories' is missing"),
-    "no table": (lambda data: data.update(images="none"), r"'images' is no list"),
-    "no rows": (lambda data: data["images"].append(3), r"1 of 4 images are no JSON objects"),
+    "no table": (lambda data: data.update(images="none"), r"'images' is not a list"),
+    "no rows": (lambda data: data["images"].append(3), r"1 of 4 images are not JSON objects"),
     "only empty boxes": (
         lambda data: [row.update(bbox=[1, 1, 0, 0]) for row in data["annotations"]],
-        r"nothing to learn",
+        r"nothing to train on",
     ),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_annotations_is_refused_by_name_and_place(folder: Path, mistake: str) -> None:
-    change, message = MISTAKES[mistake]
+@pytest.mark.parametrize("error", INVALID_FILES)
+def test_invalid_annotations_are_reported_with_their_position(folder: Path, error: str) -> None:
+    change, message = INVALID_FILES[error]
     data = content()
     change(data)
-    with pytest.raises(InputError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as raised:
         read(folder, data)
-    assert str(refusal.value).startswith(str(folder / "annotations" / "instances_train2017.json"))
-    assert "\n" not in str(refusal.value)
+    assert str(raised.value).startswith(str(folder / "annotations" / "instances_train2017.json"))
+    assert "\n" not in str(raised.value)
 
 
-def test_broken_json_is_refused_with_line_and_column(folder: Path) -> None:
+def test_broken_json_is_reported_with_line_and_column(folder: Path) -> None:
     with pytest.raises(InputError, match=r"instances_train2017\.json, line 2, column 10: broken JSON"):
         read(folder, '{"info": {},\n"images" 3}')
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", "", '{"images": ' + "[" * 100_000, '{"images": ' + "9" * 5000 + "}"])
-def test_a_file_of_other_content_is_refused(folder: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"broken JSON|a JSON object is expected"):
+def test_file_with_other_content_is_an_error(folder: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"broken JSON|expected a JSON object"):
         read(folder, text)
 
 
-def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
+def test_binary_file_is_an_error(folder: Path) -> None:
     file = folder / "binary.json"
     file.write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(InputError, match="broken JSON"):

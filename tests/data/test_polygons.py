@@ -19,38 +19,38 @@ def folder(tmp_path: Path) -> Path:
     return data_folder(tmp_path)
 
 
-def lines(split: coco.Split, box: int) -> list[list[list[float]]]:
-    """The lines of a box's mask, each as its points."""
-    outlines = split.outlines
-    assert outlines is not None
-    numbers = range(outlines.line_starts[box], outlines.line_starts[box + 1])
-    starts = outlines.point_starts
-    return [outlines.points_xy[starts[i] : starts[i + 1]].tolist() for i in numbers]
+def box_rings(split: coco.Split, box: int) -> list[list[list[float]]]:
+    """Return the rings of a box's mask, each as a list of points."""
+    polygons = split.polygons
+    assert polygons is not None
+    rings = range(polygons.ring_offsets[box], polygons.ring_offsets[box + 1])
+    offsets = polygons.point_offsets
+    return [polygons.points_xy[offsets[i] : offsets[i + 1]].tolist() for i in rings]
 
 
-def test_masks_are_kept_on_request_only(folder: Path) -> None:
-    assert read(folder, content()).outlines is None
-    outlines = read(folder, content(), segmentations=True).outlines
-    assert outlines is not None
-    assert outlines.points_xy.dtype == np.float32
-    assert outlines.line_starts.dtype == outlines.point_starts.dtype == np.int64
+def test_masks_are_read_only_on_request(folder: Path) -> None:
+    assert read(folder, content()).polygons is None
+    polygons = read(folder, content(), segmentations=True).polygons
+    assert polygons is not None
+    assert polygons.points_xy.dtype == np.float32
+    assert polygons.ring_offsets.dtype == polygons.point_offsets.dtype == np.int64
 
 
-def test_polygons_of_several_parts_are_closed_and_go_with_their_box(folder: Path) -> None:
+def test_multi_part_polygons_are_closed_and_belong_to_their_box(folder: Path) -> None:
     data = content()
     data["annotations"][0]["segmentation"] = [[1, 2, 3.5, 4, 5, 6], *SQUARE]
     split = read(folder, data, segmentations=True)
-    assert lines(split, 0) == [[[5, 5], [15, 5], [15, 15], [5, 5]]]
-    assert lines(split, 1) == [
+    assert box_rings(split, 0) == [[[5, 5], [15, 5], [15, 15], [5, 5]]]
+    assert box_rings(split, 1) == [
         [[1, 2], [3.5, 4], [5, 6], [1, 2]],
         [[5, 5], [15, 5], [15, 15], [5, 15], [5, 5]],
     ]
-    assert lines(split, 2) == []
+    assert box_rings(split, 2) == []
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_run_lengths_become_upright_borders(folder: Path, compressed: bool) -> None:
-    """Of an image of 4×5 the second column from its third pixel, the third column whole, the fourth to its first."""
+def test_rle_becomes_vertical_edges(folder: Path, compressed: bool) -> None:
+    """The mask of a 4×5 image covers column 2 from row 3, all of column 3, and row 1 of column 4."""
     data = content()
     data["images"][1].update(width=4, height=5)
     mask = {"size": [5, 4], "counts": [7, 2, 1, 6, 4]}
@@ -58,115 +58,117 @@ def test_run_lengths_become_upright_borders(folder: Path, compressed: bool) -> N
         mask["counts"] = mask_api.frPyObjects(mask, 5, 4)["counts"].decode()
     row = annotation(4, image_id=10, bbox=[1, 0, 3, 5], segmentation=mask)
     data["annotations"].append(row)
-    found = lines(read(folder, data, segmentations=True), 1)
+    edges = box_rings(read(folder, data, segmentations=True), 1)
     down = [[1, 2], [1, 4]], [[2, 0], [2, 5]], [[3, 0], [3, 1]]
     up = [[2, 4], [2, 2]], [[3, 5], [3, 0]], [[4, 1], [4, 0]]
-    assert sorted(found) == sorted([list(line) for line in (*down, *up)])
+    assert sorted(edges) == sorted([list(edge) for edge in (*down, *up)])
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_mask_of_run_lengths_is_given_back(folder: Path, compressed: bool) -> None:
+def test_rle_mask_round_trips(folder: Path, compressed: bool) -> None:
     data = content()
     data["images"][1].update(width=4, height=5)
     mask = {"size": [5, 4], "counts": [1, 2, 4, 9, 1, 1, 2]}
-    whole = mask_api.frPyObjects(mask, 5, 4)
+    expected = mask_api.frPyObjects(mask, 5, 4)
     if compressed:
-        mask["counts"] = whole["counts"].decode()
+        mask["counts"] = expected["counts"].decode()
     data["annotations"].append(annotation(4, image_id=10, bbox=[0, 0, 4, 5], segmentation=mask))
-    (found,) = read(folder, data, segmentations=True).masks(1)
-    assert found == {"size": [5, 4], "counts": whole["counts"].decode()}
+    (actual,) = read(folder, data, segmentations=True).masks(1)
+    assert actual == {"size": [5, 4], "counts": expected["counts"].decode()}
 
 
-def check_masks(annotation_file: Path, image_folder: Path) -> None:
-    """Hold the masks of all boxes against those of pycocotools."""
-    split = coco.read(annotation_file, image_folder, skip_missing_images=True, segmentations=True)
+def check_masks(annotation_file: Path, image_dir: Path) -> None:
+    """Compare the masks of all boxes with those of pycocotools."""
+    split = coco.read(annotation_file, image_dir, skip_missing_images=True, segmentations=True)
     official = COCO(str(annotation_file))
-    seen = 0
+    num_masks = 0
     for index, image_id in enumerate(split.image_ids.tolist()):
         rows = [row for row in official.imgToAnns[image_id] if min(row["bbox"][2:]) > 0]
         for mask, row in zip(split.masks(index), rows, strict=True):
             assert (mask is None) == row["iscrowd"]
             if mask:
-                seen += 1
+                num_masks += 1
                 assert mask["counts"] == official.annToRLE(row)["counts"].decode()
-    assert seen > 10
+    assert num_masks > 10
 
 
-def test_masks_are_those_of_pycocotools(tiny_toy: Path) -> None:
-    check_masks(*coco.layout(tiny_toy, "val", segmentations=True))
+def test_masks_match_pycocotools(small_toy: Path) -> None:
+    check_masks(*coco.standard_paths(small_toy, "val", segmentations=True))
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_masks_of_photos_are_those_of_pycocotools(split: Literal["train", "val"]) -> None:
-    check_masks(*coco.layout(shared("data/coco-tiny"), split, segmentations=True))
+def test_masks_of_photos_match_pycocotools(split: Literal["train", "val"]) -> None:
+    check_masks(*coco.standard_paths(shared("data/coco-tiny"), split, segmentations=True))
 
 
-def test_crowds_are_left_out_on_request_and_have_no_outline(folder: Path) -> None:
+def test_drop_crowds_removes_crowds_which_have_no_rings(folder: Path) -> None:
     data = content()
-    spots = {"size": [200, 300], "counts": [5, 10, 59_985]}
-    data["annotations"].insert(0, annotation(4, image_id=30, iscrowd=1, segmentation=spots))
+    crowd_rle = {"size": [200, 300], "counts": [5, 10, 59_985]}
+    data["annotations"].insert(0, annotation(4, image_id=30, iscrowd=1, segmentation=crowd_rle))
     data["annotations"].append(annotation(5, image_id=30, segmentation=SQUARE))
     split = read(folder, data, segmentations=True)
-    assert [split.crowd[1], split.crowd[3]] == [True, True]
-    assert lines(split, 1) == lines(split, 3) == []
-    left = split.without_crowds()
-    assert left.image_ids.tolist() == [20, 10, 30]
-    assert left.box_starts.tolist() == [0, 1, 1, 3]
-    assert left.labels.tolist() == [1, 3, 1]
-    assert left.boxes(2).tolist() == [[10, 20, 40.5, 60], [5, 5, 15, 15]]
-    assert not left.crowd.any()
-    assert [len(lines(left, box)) for box in range(3)] == [1, 1, 1]
-    assert lines(left, 2) == lines(split, 4)
-    assert read(folder, data).without_crowds().outlines is None
+    assert [split.is_crowd[1], split.is_crowd[3]] == [True, True]
+    assert box_rings(split, 1) == box_rings(split, 3) == []
+    without_crowds = split.drop_crowds()
+    assert without_crowds.image_ids.tolist() == [20, 10, 30]
+    assert without_crowds.box_offsets.tolist() == [0, 1, 1, 3]
+    assert without_crowds.labels.tolist() == [1, 3, 1]
+    assert without_crowds.boxes(2).tolist() == [[10, 20, 40.5, 60], [5, 5, 15, 15]]
+    assert not without_crowds.is_crowd.any()
+    assert [len(box_rings(without_crowds, box)) for box in range(3)] == [1, 1, 1]
+    assert box_rings(without_crowds, 2) == box_rings(split, 4)
+    assert read(folder, data).drop_crowds().polygons is None
 
 
-BAD_MASKS = {
-    "odd": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 coordinates, which is odd"),
-    "two points": ([*SQUARE, [1, 2, 3, 4]], "a polygon of 2 points, where 3 are the least"),
-    "none": (None, "it is missing"),
-    "empty": ([], "no polygon is in it"),
-    "text": ("masks/2.png", "neither polygons nor run lengths"),
-    "text in it": ([[1, 2, 3, 4, 5, "6"]], "neither polygons nor run lengths"),
-    "no counts": ({"size": [50, 100]}, "neither polygons nor run lengths"),
-    "another size": ({"size": [100, 50], "counts": [5000]}, "run lengths of 50×100 pixels, and the image has 100×50"),
-    "too few": ({"size": [50, 100], "counts": [10, 20]}, "run lengths that do not add up to 100×50 pixels"),
-    "negative": ({"size": [50, 100], "counts": [6000, -1000]}, "run lengths that do not add up"),
-    "too few in text": ({"size": [50, 100], "counts": "d0"}, "run lengths that do not add up"),
-    "foreign text": ({"size": [50, 100], "counts": "~é"}, "run lengths in a text that is not COCO's"),
-    "endless text": ({"size": [50, 100], "counts": "o" * 99}, "run lengths in a text that is not COCO's"),
-    "broken text": ({"size": [50, 100], "counts": "PP"}, "run lengths in a text that breaks off"),
+INVALID_MASKS = {
+    "odd": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 coordinates, an odd number"),
+    "two points": ([*SQUARE, [1, 2, 3, 4]], "a polygon of 2 points, fewer than 3"),
+    "missing": (None, "it is missing"),
+    "empty": ([], "it has no polygon"),
+    "text": ("masks/2.png", "neither polygons nor RLE"),
+    "text in it": ([[1, 2, 3, 4, 5, "6"]], "neither polygons nor RLE"),
+    "no counts": ({"size": [50, 100]}, "neither polygons nor RLE"),
+    "another size": ({"size": [100, 50], "counts": [5000]}, "RLE of 50×100 pixels, but the image has 100×50"),
+    "too few": ({"size": [50, 100], "counts": [10, 20]}, "RLE that does not add up to 100×50 pixels"),
+    "negative": ({"size": [50, 100], "counts": [6000, -1000]}, "RLE that does not add up"),
+    "too few in text": ({"size": [50, 100], "counts": "d0"}, "RLE that does not add up"),
+    "invalid text": ({"size": [50, 100], "counts": "~é"}, "RLE text that is not in COCO's format"),
+    "endless text": ({"size": [50, 100], "counts": "o" * 99}, "RLE text that is not in COCO's format"),
+    "truncated text": ({"size": [50, 100], "counts": "PP"}, "RLE text that is truncated"),
     "infinite": ([[1, 2, 3, 4, 5, float("inf")]], "a polygon with NaN or infinity"),
 }
 
 
-@pytest.mark.parametrize("mistake", BAD_MASKS)
-def test_a_bad_mask_is_refused_by_its_annotation(folder: Path, mistake: str) -> None:
-    segmentation, message = BAD_MASKS[mistake]
+@pytest.mark.parametrize("error", INVALID_MASKS)
+def test_invalid_mask_is_reported_with_its_annotation(folder: Path, error: str) -> None:
+    segmentation, message = INVALID_MASKS[error]
     data = content()
     data["annotations"][1]["segmentation"] = segmentation
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as raised:
         read(folder, data, segmentations=True)
-    assert str(refusal.value).startswith(str(folder / "annotations" / "instances_train2017.json"))
-    where = "segmentation is no mask: 1 of 3 (first: annotation 2, image_id 20: "
-    assert where + message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    assert len(read(folder, data)) == 3  # boxes alone need none
+    assert str(raised.value).startswith(str(folder / "annotations" / "instances_train2017.json"))
+    prefix = "annotations with an invalid segmentation: 1 of 3 (first: annotation 2, image_id 20: "
+    assert prefix + message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(read(folder, data)) == 3  # boxes alone need no mask
 
 
-def test_annotations_without_masks_are_refused_and_counted(folder: Path) -> None:
+def test_annotations_without_masks_are_counted_as_errors(folder: Path) -> None:
     data = content()
     for row in data["annotations"]:
         del row["segmentation"]
-    with pytest.raises(InputError, match=r"no mask: 3 of 3 \(first: annotation 2, image_id 20: it is missing\)"):
+    with pytest.raises(
+        InputError, match=r"invalid segmentation: 3 of 3 \(first: annotation 2, image_id 20: it is missing\)"
+    ):
         read(folder, data, segmentations=True)
 
 
-def test_masks_are_the_same_where_the_file_is_read_by_the_slow_way(folder: Path) -> None:
+def test_masks_of_the_slow_reader_match_the_fast_one(folder: Path) -> None:
     data = content()
-    wanted = read(folder, data, segmentations=True)
-    data["images"][0]["id"] = True  # a number to Python's reader alone
+    expected = read(folder, data, segmentations=True)
+    data["images"][0]["id"] = True  # only Python's JSON reader accepts it as a number
     for row in data["annotations"]:
         row["image_id"] = {20: 1}.get(row["image_id"], row["image_id"])
-    got = read(folder, data, segmentations=True)
-    assert [lines(got, box) for box in range(3)] == [lines(wanted, box) for box in range(3)]
+    actual = read(folder, data, segmentations=True)
+    assert [box_rings(actual, box) for box in range(3)] == [box_rings(expected, box) for box in range(3)]

@@ -1,4 +1,4 @@
-"""prepare-json.py, run as its users run it."""
+"""Tests of prepare-json.py as a command."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from paths import ROOT
 SCRIPT = ROOT / "prepare-json.py"
 
 ANNOTATIONS: dict[str, Any] = {
-    "info": {"description": "made up"},
+    "info": {"description": "synthetic"},
     "licenses": [{"id": 1, "name": "none"}],
     "images": [
         {"id": 7, "file_name": "000000000007.jpg", "width": 640, "height": 480, "flickr_url": "http://…"},
@@ -56,7 +56,7 @@ def full(tmp_path: Path) -> Path:
     return path
 
 
-def shrunken(full: Path, *flags: str) -> dict[str, Any]:
+def reduce(full: Path, *flags: str) -> dict[str, Any]:
     output = full.with_name("bbox_only.json")
     result = prepare(full, output, *flags)
     assert result.returncode == 0, result.stderr
@@ -64,43 +64,43 @@ def shrunken(full: Path, *flags: str) -> dict[str, Any]:
     return data
 
 
-def test_areas_crowds_boxes_and_ids_stay_as_they_were(full: Path) -> None:
+def test_areas_crowds_boxes_and_ids_are_unchanged(full: Path) -> None:
     kept = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    wanted = [{key: box[key] for key in kept} for box in ANNOTATIONS["annotations"]]
-    assert shrunken(full)["annotations"] == wanted
+    expected = [{key: box[key] for key in kept} for box in ANNOTATIONS["annotations"]]
+    assert reduce(full)["annotations"] == expected
 
 
-def test_images_and_categories_lose_only_what_detection_does_not_read(full: Path) -> None:
-    data = shrunken(full)
+def test_images_and_categories_lose_only_unused_keys(full: Path) -> None:
+    data = reduce(full)
     assert data["images"][1] == {"id": 9, "file_name": "000000000009.jpg", "width": 320, "height": 240}
     assert data["categories"] == [{"id": 3, "name": "car", "supercategory": "vehicle"}]
 
 
-def test_where_the_data_comes_from_and_its_licence_stay(full: Path) -> None:
-    data = shrunken(full)
+def test_info_and_licenses_are_kept(full: Path) -> None:
+    data = reduce(full)
     assert (data["info"], data["licenses"]) == (ANNOTATIONS["info"], ANNOTATIONS["licenses"])
 
 
-def test_keep_keys_drops_the_outlines_and_nothing_else(full: Path) -> None:
-    data = shrunken(full, "-k")
+def test_keep_keys_drops_only_the_segmentations(full: Path) -> None:
+    data = reduce(full, "-k")
     assert data["images"] == ANNOTATIONS["images"]
     assert data["annotations"][0]["note"] == "é"
     assert all("segmentation" not in box for box in data["annotations"])
 
 
-def test_pretty_print_changes_the_layout_and_not_the_data(full: Path) -> None:
-    plain = shrunken(full)
+def test_pretty_print_changes_only_the_layout(full: Path) -> None:
+    compact = reduce(full)
     size = full.with_name("bbox_only.json").stat().st_size
-    assert shrunken(full, "-p") == plain
+    assert reduce(full, "-p") == compact
     assert full.with_name("bbox_only.json").stat().st_size > size
 
 
-def test_the_counts_of_images_and_boxes_are_printed(full: Path) -> None:
+def test_numbers_of_images_and_boxes_are_printed(full: Path) -> None:
     output = full.with_name("out.json")
     assert f"{output}: 2 images, 2 boxes" in prepare(full, output).stdout
 
 
-def test_the_input_can_be_replaced_by_the_output(full: Path) -> None:
+def test_output_can_replace_the_input(full: Path) -> None:
     assert prepare(full, full).returncode == 0
     assert "segmentation" not in full.read_text(encoding="utf-8")
 
@@ -109,13 +109,13 @@ def test_the_input_can_be_replaced_by_the_output(full: Path) -> None:
     ("text", "message"),
     [
         ('{"images": [', "line 1, column 13"),
-        ("[]", "no list 'images': this is no COCO annotation file"),
+        ("[]", "no list 'images': not a COCO annotation file"),
         ('{"images": [], "annotations": {}}', "no list 'annotations'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "images[0] has no 'file_name'"),
         ('{"images": [3], "annotations": [], "categories": []}', "images[0] has no 'id'"),
     ],
 )
-def test_what_is_no_annotation_file_is_refused_with_the_place(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_file_is_reported_with_the_position(tmp_path: Path, text: str, message: str) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text(text, encoding="utf-8")
     result = prepare(broken, tmp_path / "out.json")
@@ -126,26 +126,26 @@ def test_what_is_no_annotation_file_is_refused_with_the_place(tmp_path: Path, te
     assert not (tmp_path / "out.json").exists()
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_binary_file_is_an_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_bytes(b'{"images": "\xff"}')
     result = prepare(broken, tmp_path / "out.json")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
-def test_an_absent_input_is_refused(tmp_path: Path) -> None:
+def test_missing_input_is_an_error(tmp_path: Path) -> None:
     result = prepare(tmp_path / "absent.json", tmp_path / "out.json")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: {tmp_path / 'absent.json'}: No such file or directory\n"
 
 
-def test_an_output_folder_that_is_not_there_is_refused(full: Path, tmp_path: Path) -> None:
+def test_missing_output_folder_is_an_error(full: Path, tmp_path: Path) -> None:
     result = prepare(full, tmp_path / "absent" / "out.json")
     assert result.returncode == 2
     assert "cannot be written: No such file or directory" in result.stderr
 
 
-def test_a_disk_without_room_leaves_no_half_file(full: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_file(full: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     command = f'trap "" XFSZ; ulimit -f 0; exec "{sys.executable}" "{SCRIPT}" "{full}" "{output}" 2>&1 | cat'
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

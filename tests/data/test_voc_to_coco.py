@@ -12,12 +12,14 @@ OBJECT = """<object><name>{name}</name><pose>Left</pose>{extra}<bndbox><xmin>{0}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures of 100×50: two to train on, one to evaluate."""
+    """Three images of 100×50: two for training, one for evaluation."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tmp_path / "voc" / name).mkdir(parents=True)
-    put(tmp_path / "voc", "000001", ("dog", (1, 1, 100, 50), ""), ("cat", (11, 21, 30, 40), "<difficult>1</difficult>"))
-    put(tmp_path / "voc", "000002")
-    put(tmp_path / "voc", "a name", ("bird", (0, 0, 120.5, 10), "<difficult>0</difficult>"))
+    add_image(
+        tmp_path / "voc", "000001", ("dog", (1, 1, 100, 50), ""), ("cat", (11, 21, 30, 40), "<difficult>1</difficult>")
+    )
+    add_image(tmp_path / "voc", "000002")
+    add_image(tmp_path / "voc", "a name", ("bird", (0, 0, 120.5, 10), "<difficult>0</difficult>"))
     sets = tmp_path / "voc/ImageSets/Main"
     (sets / "train.txt").write_text("000001\n000002\n")
     (sets / "val.txt").write_text("a name -1\n\n")
@@ -25,10 +27,10 @@ def folder(tmp_path):
     return tmp_path / "voc"
 
 
-def put(folder, key, *things, size="<size><width>100</width><height>50</height></size>"):
-    objects = "".join(OBJECT.format(*box, name=name, extra=extra) for name, box, extra in things)
+def add_image(folder, key, *objects, size="<size><width>100</width><height>50</height></size>"):
+    objects_xml = "".join(OBJECT.format(*box, name=name, extra=extra) for name, box, extra in objects)
     name = f"<filename>{key}.jpg</filename>"
-    (folder / f"Annotations/{key}.xml").write_text(f"<annotation>{name}{size}{objects}</annotation>")
+    (folder / f"Annotations/{key}.xml").write_text(f"<annotation>{name}{size}{objects_xml}</annotation>")
     Image.new("RGB", (100, 50)).save(folder / f"JPEGImages/{key}.jpg")
 
 
@@ -37,7 +39,7 @@ def convert(folder, capsys):
     return status, *capsys.readouterr()
 
 
-def test_boxes_that_count_from_1_and_include_their_last_pixel_become_coco(folder, capsys):
+def test_inclusive_boxes_from_1_become_coco_boxes(folder, capsys):
     status, out, _ = convert(folder, capsys)
     assert status == 0
     assert sorted(path.name for path in (folder.parent / "out").iterdir()) == [
@@ -56,22 +58,22 @@ def test_boxes_that_count_from_1_and_include_their_last_pixel_become_coco(folder
     assert f"--val-annotations {folder.parent / 'out/instances_val.json'}" in out
 
 
-def test_what_is_written_is_read_as_training_data(folder, capsys):
+def test_converted_files_are_valid_training_data(folder, capsys):
     convert(folder, capsys)
     split = coco.read(folder.parent / "out/instances_train.json", folder / "JPEGImages")
-    assert (len(split), split.num_classes, split.crowd.tolist()) == (2, 4, [False, True])
-    assert (split.dropped_boxes, split.clipped_boxes) == (0, 0)
+    assert (len(split), split.num_classes, split.is_crowd.tolist()) == (2, 4, [False, True])
+    assert (split.num_dropped_boxes, split.num_clipped_boxes) == (0, 0)
 
 
-def test_a_folder_without_lists_is_one_set(folder, capsys):
+def test_folder_without_image_sets_becomes_one_set(folder, capsys):
     for path in (folder / "ImageSets/Main").iterdir():
         path.unlink()
     assert convert(folder, capsys)[0] == 0
     assert len(json.loads((folder.parent / "out/instances_all.json").read_text())["images"]) == 3
 
 
-def test_a_picture_is_found_by_the_name_of_its_annotation_and_measured_where_that_is_silent(folder, capsys):
-    put(folder, "000002", ("dog", (1, 1, 5, 5), ""), size="<size><width>0</width></size>")
+def test_image_is_found_by_annotation_name_and_measured_if_its_size_is_missing(folder, capsys):
+    add_image(folder, "000002", ("dog", (1, 1, 5, 5), ""), size="<size><width>0</width></size>")
     (folder / "JPEGImages/000002.jpg").rename(folder / "JPEGImages/000002.PNG")
     assert convert(folder, capsys)[0] == 0
     images = json.loads((folder.parent / "out/instances_train.json").read_text())["images"]
@@ -79,10 +81,10 @@ def test_a_picture_is_found_by_the_name_of_its_annotation_and_measured_where_tha
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("text", "message"),
     [
-        ("<annotation>", "broken XML"),
-        ("<?xml version='1.0' encoding='nonsense'?><annotation/>", "broken XML"),
+        ("<annotation>", "invalid XML"),
+        ("<?xml version='1.0' encoding='nonsense'?><annotation/>", "invalid XML"),
         ("<annotation><object><name>dog</name></object></annotation>", "bndbox/xmin is '', not a number"),
         (f"<annotation>{OBJECT.format('x', 1, 2, 3, name='a', extra='')}</annotation>", "bndbox/xmin is 'x'"),
         (f"<annotation>{OBJECT.format('nan', 1, 2, 3, name='a', extra='')}</annotation>", "bndbox/xmin is 'nan'"),
@@ -91,8 +93,8 @@ def test_a_picture_is_found_by_the_name_of_its_annotation_and_measured_where_tha
         ("<annotation><size><width>50</width><height>100</height></size></annotation>", "the size is 50×100"),
     ],
 )
-def test_a_broken_annotation_is_named_and_nothing_is_written(folder, capsys, broken, message):
-    (folder / "Annotations/000002.xml").write_text(broken)
+def test_error_names_an_invalid_annotation_and_nothing_is_written(folder, capsys, text, message):
+    (folder / "Annotations/000002.xml").write_text(text)
     status, _, err = convert(folder, capsys)
     assert status == 2
     assert message in err
@@ -100,37 +102,37 @@ def test_a_broken_annotation_is_named_and_nothing_is_written(folder, capsys, bro
     assert not (folder.parent / "out").exists()
 
 
-def test_what_is_not_there_is_named(folder, capsys, tmp_path):
+def test_errors_name_missing_files(folder, capsys, tmp_path):
     (folder / "JPEGImages/000001.jpg").unlink()
     (folder / "Annotations/a name.xml").unlink()
     status, _, err = convert(folder, capsys)
     assert status == 2
-    assert "000001.xml: its picture, 000001.*, is not in JPEGImages/" in err
+    assert "000001.xml: its image 000001.* is not in JPEGImages/" in err
     assert "a name.xml: cannot be read (No such file" in err
     assert voc_to_coco.main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
-    assert "there is no folder JPEGImages/" in capsys.readouterr().err
+    assert "no folder JPEGImages/" in capsys.readouterr().err
 
 
 @pytest.mark.data
-def test_the_real_boxes_of_a_voc_data_set_agree_with_their_conversion_by_others(tmp_path, capsys):
-    """BCCD was published as VOC and is here as COCO: written as VOC again, it converts to what it was."""
+def test_real_voc_boxes_match_an_independent_conversion(tmp_path, capsys):
+    """BCCD was published as VOC. Its COCO version, written as VOC again, converts back to itself."""
     data = shared("data/bccd")
-    wanted = json.loads((data / "annotations/instances_val2017.json").read_text())
-    names = {category["id"]: category["name"] for category in wanted["categories"]}
+    expected = json.loads((data / "annotations/instances_val2017.json").read_text())
+    names = {category["id"]: category["name"] for category in expected["categories"]}
     folder = tmp_path / "voc"
     (folder / "Annotations").mkdir(parents=True)
     (folder / "JPEGImages").symlink_to(data / "val2017")
-    for image in wanted["images"]:
-        things = [
+    for image in expected["images"]:
+        objects = [
             OBJECT.format(x + 1, y + 1, x + w, y + h, name=names[a["category_id"]], extra="")
-            for a in wanted["annotations"]
+            for a in expected["annotations"]
             if a["image_id"] == image["id"]
             for x, y, w, h in [a["bbox"]]
         ]
         key = image["file_name"].removesuffix(".jpg")
-        (folder / f"Annotations/{key}.xml").write_text(f"<annotation>{''.join(things)}</annotation>")
+        (folder / f"Annotations/{key}.xml").write_text(f"<annotation>{''.join(objects)}</annotation>")
     assert convert(folder, capsys)[0] == 0
-    one = coco.read(tmp_path / "out/instances_all.json", folder / "JPEGImages")
-    other = coco.read(data / "annotations/instances_val2017.json", data / "val2017")
-    boxes = [sorted(map(tuple, split.boxes_xyxy.tolist())) for split in (one, other)]
+    actual = coco.read(tmp_path / "out/instances_all.json", folder / "JPEGImages")
+    original = coco.read(data / "annotations/instances_val2017.json", data / "val2017")
+    boxes = [sorted(map(tuple, split.boxes_xyxy.tolist())) for split in (actual, original)]
     assert boxes[0] == boxes[1]

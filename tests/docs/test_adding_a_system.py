@@ -56,24 +56,24 @@ def test_the_commands_are_read():
     assert [command.split()[-1] for command in COMMANDS] == ["mine", "config_mine.sh", "--dry-run", "--preflight", "20"]
 
 
-def test_a_copied_file_is_what_a_dry_run_shows(clone, handful):
+def test_a_copied_file_is_what_a_dry_run_shows(clone, four_image_coco):
     copy, dry_run = COMMANDS[1:3]
-    assert run(dry_run, clone, handful).returncode == 2  # nothing is copied yet
-    assert run(copy, clone, handful).returncode == 0
-    done = run(dry_run, clone, handful)
+    assert run(dry_run, clone, four_image_coco).returncode == 2  # nothing is copied yet
+    assert run(copy, clone, four_image_coco).returncode == 0
+    done = run(dry_run, clone, four_image_coco)
     assert done.returncode == 0, done.stderr
     for part in ("batch_size          114 images", "MLPerf 1.1.0 closed: reference_convergence", "launch:"):
         assert part in done.stdout
-    done = run(f"{dry_run} --lr-decay-epochs 3,5", clone, handful)
+    done = run(f"{dry_run} --lr-decay-epochs 3,5", clone, four_image_coco)
     assert done.returncode == 2
     assert "forbids opt_learning_rate_decay_boundary_epochs" in done.stderr
     assert "launch:" not in done.stdout
 
 
 @pytest.mark.slow
-def test_the_preflight_of_a_copied_file_checks_the_machine_and_starts_no_run(clone, handful):
-    run(COMMANDS[1], clone, handful)
-    done = run(f"{COMMANDS[3]} {SMALL} --pretrained-backbone ''", clone, handful)
+def test_the_preflight_of_a_copied_file_checks_the_machine_and_starts_no_run(clone, four_image_coco):
+    run(COMMANDS[1], clone, four_image_coco)
+    done = run(f"{COMMANDS[3]} {SMALL} --pretrained-backbone ''", clone, four_image_coco)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("ready: ")
     assert "STARTING" not in done.stdout
@@ -86,20 +86,20 @@ def test_the_preflight_of_a_copied_file_checks_the_machine_and_starts_no_run(clo
 
 
 @pytest.mark.slow
-def test_the_speed_of_a_copied_file_is_measured(clone, handful):
-    run(COMMANDS[1], clone, handful)
-    done = run(COMMANDS[4].replace("20", "1") + f" {SMALL} {FEW_STEPS}", clone, handful)
+def test_the_speed_of_a_copied_file_is_measured(clone, four_image_coco):
+    run(COMMANDS[1], clone, four_image_coco)
+    done = run(COMMANDS[4].replace("20", "1") + f" {SMALL} {FEW_STEPS}", clone, four_image_coco)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "img/s" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_measured_file_passes_a_dry_run(clone, handful):
+def test_a_measured_file_passes_a_dry_run(clone, four_image_coco):
     command = f"DATADIR=DIR {COMMANDS[0].replace('300', '60')} --backbone resnet18 --batch-size 2 --num-workers 0"
-    done = run(command, clone, handful)
+    done = run(command, clone, four_image_coco)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (clone / "config_mine.sh").is_file()
-    done = run(COMMANDS[2], clone, handful)
+    done = run(COMMANDS[2], clone, four_image_coco)
     assert done.returncode == 0, done.stderr
 
 

@@ -60,7 +60,7 @@ def test_the_tables_and_the_blocks_are_read():
 @pytest.mark.parametrize("command", BENCHES)
 def test_the_bench_takes_the_flags_and_names_of_the_readme(command):
     arguments = perf_run.parse(parts(command)[1][3:])
-    assert perf_run.chosen_parts(arguments, on_cpu=True)
+    assert perf_run.select_parts(arguments, on_cpu=True)
 
 
 @pytest.mark.parametrize("command", [command for command in RUNS if "--help" not in command])
@@ -86,7 +86,7 @@ def test_a_run_of_the_readme_is_what_it_would_start(command, tmp_path):
 def test_a_script_of_the_readme_runs(command, tmp_path):
     """For real, up to where it would need what is not here: a registry, a cluster, an SDK."""
     folder = tmp_path / "folder"
-    toy.draw(folder / "pictures", toy.Drawing(train_images=1, val_images=1, seed=1))
+    toy.generate(folder / "pictures", toy.ToySpec(train_images=1, val_images=1, seed=1))
     (folder / "corex-1.0.run").write_text('echo "installer $1"; exit 9\n')
     (folder / "torch-1-py3-none-any.whl").touch()
     for name in ("docker", "sbatch"):

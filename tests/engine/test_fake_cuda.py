@@ -1,4 +1,4 @@
-"""A step and an evaluation on an accelerator that is none: nothing meets the CPU there, and the host does not wait."""
+"""Training and evaluation on a fake CUDA device: no mixed devices, and no unexpected host synchronization."""
 
 from pathlib import Path
 
@@ -13,84 +13,86 @@ import maskrcnn.train
 import ssd.config
 import ssd.evaluator
 import ssd.train
-from detection.data.device_cache import DeviceCache
-from detection.data.image_pipeline import Part
-from detection.data.prefetch import move
+from detection.data.batch import RankBatch
+from detection.data.device_cache import DeviceImageCache
+from detection.data.image_pipeline import CropSpec
+from detection.data.prefetch import to_device
 from detection.engine import train_loop
-from detection.runtime.distributed import Ranks
-from fake_cuda import CUDA, pretend
+from detection.runtime.distributed import DistContext
+from fake_cuda import CUDA, fake_cuda_device
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(torch._C, "_set_only_lift_cpu_tensors"), reason=f"torch {torch.__version__} copies constants unseen"
+    not hasattr(torch._C, "_set_only_lift_cpu_tensors"), reason=f"torch {torch.__version__} hides copies of constants"
 )
 
-RANKS = Ranks(rank=0, world_size=1, device=CUDA)
+RANKS = DistContext(rank=0, world_size=1, device=CUDA)
 COMMON = ("--num-classes", "5", "--batch-size", "2", "--eval-batch-size", "2", "--compile", "off")
 SMALL = ("--backbone", "resnet18", "--min-image-size", "96", "--max-image-size", "128", "--rpn-post-nms-top-n", "50")
 
 
-def ssd_benchmark(*flags):
+def ssd_workload(*flags):
     config = ssd.config.load([*COMMON, *flags], {}).config
-    evaluation = ssd.evaluator.Evaluation(config, RANKS)
-    return ssd.train.make_benchmark(config, RANKS, 0, ssd.train.make_model(config), evaluation), config
+    evaluation = ssd.evaluator.SSDEvaluator(config, RANKS)
+    return ssd.train.make_workload(config, RANKS, 0, ssd.train.make_model(config), evaluation), config
 
 
-def maskrcnn_benchmark(*flags):
+def maskrcnn_workload(*flags):
     config = maskrcnn.config.load([*COMMON, *SMALL, *flags], {}).config
-    detect = maskrcnn.train.detect
-    evaluation = maskrcnn.evaluator.Evaluation(config, RANKS, detect)
-    return maskrcnn.train.make_benchmark(config, RANKS, 0, maskrcnn.train.make_model(config), evaluation), config
+    detect = maskrcnn.train.predict
+    evaluation = maskrcnn.evaluator.MaskRCNNEvaluator(config, RANKS, detect)
+    return maskrcnn.train.make_workload(config, RANKS, 0, maskrcnn.train.make_model(config), evaluation), config
 
 
-def training_waits(waits, benchmark, config):
-    """What two steps wait for, the second time."""
-    state = train_loop.build(benchmark, config, RANKS)
-    assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")  # the other's regions vary at each step
-    share = move(train_loop.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+def training_syncs(syncs, workload, config):
+    """Return the synchronizations of the second of two training steps."""
+    state = train_loop.build_state(workload, config, RANKS)
+    # Mask R-CNN has a new number of regions at each step.
+    assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")
+    rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     for _ in range(2):
-        waits.taken()
-        loss = train_loop.train_step(state, share, 0.1, benchmark, config, RANKS)
+        syncs.take()
+        loss = train_loop.train_step(state, rank_batch, 0.1, workload, config, RANKS)
     assert loss.device == CUDA
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     assert all(parameter.grad.device == CUDA for parameter in trained)
     assert len(state.optimizer.state) == len(trained)
-    return waits.taken()
+    return syncs.take()
 
 
-def detection_waits(waits, benchmark, config):
-    """What a batch waits for, and what is detected."""
-    state = train_loop.build(benchmark, config, RANKS)
+def prediction_syncs(syncs, workload, config):
+    """Return the synchronizations of a prediction, its batch, and its detections."""
+    state = train_loop.build_state(workload, config, RANKS)
     state.model.eval()
-    batch = move(benchmark.made_up_eval_batch(), CUDA)
-    waits.taken()
+    batch = to_device(workload.dummy_eval_batch(), CUDA)
+    syncs.take()
     with torch.inference_mode(), state.precision.autocast(CUDA):
-        found = benchmark.detect(state.model, batch)
-    return waits.taken(), batch, found
+        detections = workload.predict(state.model, batch)
+    return syncs.take(), batch, detections
 
 
-def test_what_mixes_devices_is_refused_there_and_what_waits_is_counted():
-    with pretend() as waits:
-        there = torch.zeros(4, device=CUDA)
+def test_fake_device_rejects_mixed_devices_and_counts_synchronizations():
+    with fake_cuda_device() as syncs:
+        on_device = torch.zeros(4, device=CUDA)
         with pytest.raises(RuntimeError, match="device"):
-            there + torch.zeros(4)
+            on_device + torch.zeros(4)
         with pytest.raises(RuntimeError, match="device"):
-            train_loop.move(there, CUDA).add_(torch.zeros(4))
-        assert waits.taken() == {}
-        for wait, name in (
-            (lambda: there.sum().item(), "aten::_local_scalar_dense"),
-            (lambda: bool(there.any()), "aten::_local_scalar_dense"),
-            (there.tolist, "tolist"),
-            (there.cpu, "from cuda to cpu"),
+            to_device(on_device, CUDA).add_(torch.zeros(4))
+        assert syncs.take() == {}
+        for operation, name in (
+            (lambda: on_device.sum().item(), "aten::_local_scalar_dense"),
+            (lambda: bool(on_device.any()), "aten::_local_scalar_dense"),
+            (on_device.tolist, "tolist"),
+            (on_device.cpu, "from cuda to cpu"),
             (lambda: torch.tensor([1.0], device=CUDA), "from cpu to cuda"),
-            (lambda: there.new_tensor([1.0]), "from cpu to cuda"),
-            (there.nonzero, "aten::nonzero"),
-            (lambda: there[there > 0], "aten::index"),
-            (there.unique, "aten::_unique2"),
-            (lambda: torch.equal(there, there), "aten::equal"),
-            (lambda: move(torch.zeros(2), CUDA), "from cpu to cuda"),
+            (lambda: on_device.new_tensor([1.0]), "from cpu to cuda"),
+            (on_device.nonzero, "aten::nonzero"),
+            (lambda: on_device[on_device > 0], "aten::index"),
+            (on_device.unique, "aten::_unique2"),
+            (lambda: torch.equal(on_device, on_device), "aten::equal"),
+            (lambda: to_device(torch.zeros(2), CUDA), "from cpu to cuda"),
         ):
-            wait()
-            assert [what for _, what in waits.taken()] == [name]
+            operation()
+            assert [recorded for _, recorded in syncs.take()] == [name]
     assert fake_cuda.ANCHORS[0]().boxes_xyxy.device.type == "cpu"
 
 
@@ -103,41 +105,41 @@ def test_what_mixes_devices_is_refused_there_and_what_waits_is_counted():
         ("--precision", "bf16", "--network", "ssd300-r50", "--bias-lr-factor", "2", "--freeze-batch-norm"),
     ],
 )
-def test_a_training_step_of_ssd_waits_for_nothing(flags):
-    with pretend() as waits:
-        assert training_waits(waits, *ssd_benchmark(*flags)) == {}
+def test_ssd_training_step_never_synchronizes(flags):
+    with fake_cuda_device() as syncs:
+        assert training_syncs(syncs, *ssd_workload(*flags)) == {}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_training_step_of_ssd_on_a_gpu_that_is_one_waits_for_nothing(precision):
-    benchmark, config = ssd_benchmark("--precision", precision)
-    state = train_loop.build(benchmark, config, RANKS)
-    share = move(train_loop.Share(benchmark.made_up_batch(), config.batch_size, 1 / config.batch_size), CUDA)
-    train_loop.train_step(state, share, 0.0, benchmark, config, RANKS)
+def test_ssd_training_step_never_synchronizes_on_a_real_gpu(precision):
+    workload, config = ssd_workload("--precision", precision)
+    state = train_loop.build_state(workload, config, RANKS)
+    rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
+    train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_loop.train_step(state, share, 0.0, benchmark, config, RANKS)
+        train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_ssd_waits_for_its_detections_however_many_images_there_are_alike(precision):
+def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
     by_size = []
     for size in ("2", "5"):
-        with pretend() as waits:
-            waited, batch, found = detection_waits(
-                waits, *ssd_benchmark("--precision", precision, "--eval-batch-size", size)
+        with fake_cuda_device() as syncs:
+            counts, batch, detections = prediction_syncs(
+                syncs, *ssd_workload("--precision", precision, "--eval-batch-size", size)
             )
             category_ids = torch.zeros(5, dtype=torch.int64, device=CUDA)
-            waits.taken()
-            rows = ssd.evaluator.to_rows(found, batch.image_ids, batch.sizes_wh, category_ids)
-            assert (rows.device, rows.dtype, waits.taken()) == (CUDA, torch.float64, {})
-        by_size.append(waited)
-        # Candidates and what stays of them are counted, and suppression goes on until nothing changes.
-        assert {place.split(" ")[0] for place, _ in waited} == {"ssd/postprocess.py"}
-        assert sum(waited.values()) < 40
+            syncs.take()
+            rows = ssd.evaluator.to_result_rows(detections, batch.image_ids, batch.sizes_wh, category_ids)
+            assert (rows.device, rows.dtype, syncs.take()) == (CUDA, torch.float64, {})
+        by_size.append(counts)
+        # Counts candidates and kept boxes, and repeats suppression until nothing changes.
+        assert {function.split(" ")[0] for function, _ in counts} == {"ssd/postprocess.py"}
+        assert sum(counts.values()) < 40
     assert by_size[0] == by_size[1]
 
 
@@ -150,41 +152,43 @@ def test_ssd_waits_for_its_detections_however_many_images_there_are_alike(precis
         ("--precision", "bf16", "--grad-accum-steps", "2", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5"),
     ],
 )
-def test_a_training_step_of_mask_rcnn_waits_for_each_suppression_and_twice_more(flags):
-    with pretend() as waits:
-        benchmark, config = maskrcnn_benchmark(*flags)
-        waited = training_waits(waits, benchmark, config)
-    assert waited == {
-        ("maskrcnn/rpn.py nms_there", "torchvision::nms"): 5 * config.batch_size,  # of each level of each image
-        ("maskrcnn/model.py MaskRCNN.sample", "aten::nonzero"): config.grad_accum_steps,  # the regions to learn from
-        ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.grad_accum_steps,  # those with a mask
+def test_mask_rcnn_training_step_synchronizes_for_each_nms_and_twice_more(flags):
+    with fake_cuda_device() as syncs:
+        workload, config = maskrcnn_workload(*flags)
+        counts = training_syncs(syncs, workload, config)
+    assert counts == {
+        # Each level of each image.
+        ("maskrcnn/postprocess.py nms_with_cpu_fallback", "torchvision::nms"): 5 * config.batch_size,
+        ("maskrcnn/model.py MaskRCNN.sample_rois", "aten::nonzero"): config.grad_accum_steps,  # sampled regions
+        ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.grad_accum_steps,  # regions with a mask
     }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mask_rcnn_waits_for_its_detections_a_few_times_a_batch_and_for_each_suppression(precision):
-    with pretend() as waits:
-        waited, _, found = detection_waits(waits, *maskrcnn_benchmark("--precision", precision))
-        assert {tensor.device for tensor in found} == {CUDA}
-    suppressed = waited.pop(("maskrcnn/rpn.py nms_there", "torchvision::nms"))
-    assert suppressed == 2 * (5 + 5)  # levels of the pyramid, and classes
-    assert waited == {
-        ("maskrcnn/model.py MaskRCNN.detect", "aten::nonzero"): 3,  # proposals, candidates, detections
-        ("maskrcnn/model.py MaskRCNN.detect", "tolist"): 1,  # candidates of each class
+def test_mask_rcnn_prediction_synchronizes_for_each_nms_and_four_times_more(precision):
+    with fake_cuda_device() as syncs:
+        counts, _, detections = prediction_syncs(syncs, *maskrcnn_workload("--precision", precision))
+        assert {tensor.device for tensor in detections} == {CUDA}
+    suppressed = counts.pop(("maskrcnn/postprocess.py nms_with_cpu_fallback", "torchvision::nms"))
+    assert suppressed == 2 * (5 + 5)  # pyramid levels, and classes
+    assert counts == {
+        ("maskrcnn/model.py MaskRCNN.detect", "aten::nonzero"): 2,  # proposals, detections
+        ("maskrcnn/postprocess.py select_detections", "aten::nonzero"): 1,  # candidates
+        ("maskrcnn/postprocess.py select_detections", "tolist"): 1,  # candidates of each class
     }
 
 
-def test_images_that_the_device_holds_are_made_there_without_waiting(monkeypatch):
+def test_cached_images_are_resized_on_the_device_without_synchronization(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     sizes_hw = np.array([[48, 64], [64, 48], [50, 50]], dtype=np.int32)
-    with pretend() as waits:
-        cache = DeviceCache(sizes_hw, 2**20, Path, CUDA, device_decodes=False, compiled=False)
-        cache.worker.held[:] = 1
-        originals = [cache.worker.read(image, Path("not there")) for image in (2, 0)]
-        sent = cache.worker.lay_out([Part(original, (4, 5, 40, 47), (30, 20)) for original in originals])
-        waits.taken()
-        images = cache.images(sent)
+    with fake_cuda_device() as syncs:
+        cache = DeviceImageCache(sizes_hw, 2**20, Path, CUDA, device_decodes=False, compiled=False)
+        cache.pipeline.is_cached[:] = 1
+        sources = [cache.pipeline.read(image, Path("absent")) for image in (2, 0)]
+        sent = cache.pipeline.collate([CropSpec(source, (4, 5, 40, 47), (30, 20)) for source in sources])
+        syncs.take()
+        images = cache.assemble_batch(sent)
         assert (images.device, images.shape, images.dtype) == (CUDA, (2, 3, 30, 20), torch.uint8)
-        assert waits.taken() == {
+        assert syncs.take() == {
             ("detection/data/prefetch.py move", "from cpu to cuda"): 12
-        }  # from pinned memory, in a run
+        }  # from pinned memory in a real run

@@ -1,4 +1,4 @@
-"""--model-summary: the network's layers, in both benchmarks."""
+"""Layer tables of --model-summary for both benchmarks."""
 
 import re
 
@@ -10,7 +10,7 @@ import maskrcnn.preflight
 import ssd.config
 import ssd.model
 import ssd.preflight
-from detection.engine.model_summary import describe
+from detection.engine.model_summary import summarize_model
 from detection.engine.optim import freeze_batch_norm
 
 SSD, MASKRCNN = (ssd.config, ssd.model), (maskrcnn.config, maskrcnn.model)
@@ -19,17 +19,17 @@ SMALL = (*CLASSES, "--backbone", "resnet18")
 
 
 def rows_of(table):
-    """name, kind, weights, number of parameters, and whether they are trained."""
+    """Parse a table into kind, shapes, number of parameters and status, by layer name."""
     rows = [re.split(r" {2,}", line) for line in table.splitlines()[1:-2]]
     return {row[0]: (row[1], row[2], int(row[3].replace(",", "")), row[4]) for row in rows}
 
 
 @pytest.mark.parametrize(("benchmark", "flags"), [(SSD, CLASSES), (MASKRCNN, (*SMALL, "--batch-norm-eps", "1e-5"))])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_every_parameter_is_counted_once_as_what_it_is(benchmark, flags, freeze):
+def test_every_parameter_is_counted_once(benchmark, flags, freeze):
     config, model = benchmark
     settings = config.load([*flags, f"--{'' if freeze else 'no-'}freeze-batch-norm"], {}).config
-    table = describe(model.make_model, settings)
+    table = summarize_model(model.make_model, settings)
     real = model.make_model(settings)
     if freeze:
         freeze_batch_norm(real)
@@ -37,16 +37,16 @@ def test_every_parameter_is_counted_once_as_what_it_is(benchmark, flags, freeze)
     for parameter in real.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     rows = rows_of(table)
-    for state, trained in (("trained", True), ("frozen", False)):
-        assert sum(row[2] for row in rows.values() if row[3] == state) == counts[trained]
+    for status, requires_grad in (("trained", True), ("frozen", False)):
+        assert sum(row[2] for row in rows.values() if row[3] == status) == counts[requires_grad]
     assert table.splitlines()[-1] == (
         f"{settings.network_name} for 5 classes: {len(rows)} layers, {sum(counts.values()):,} parameters, "
-        f"{counts[True]:,} of them trained and {counts[False]:,} frozen"
+        f"{counts[True]:,} trained and {counts[False]:,} frozen"
     )
 
 
-def test_a_layer_has_its_name_kind_and_shapes():
-    rows = rows_of(describe(maskrcnn.model.make_model, maskrcnn.config.load(SMALL, {}).config))
+def test_rows_have_name_kind_and_shapes():
+    rows = rows_of(summarize_model(maskrcnn.model.make_model, maskrcnn.config.load(SMALL, {}).config))
     assert rows["backbone.body.conv1"] == ("Conv2d", "64×3×7×7", 64 * 3 * 49, "frozen")
     assert rows["box_head.predictor.cls_score"] == ("Linear", "5×1024 + 5", 5 * 1025, "trained")
     assert rows["backbone.body.layer4.1.bn1"] == ("BatchNorm2d", "512 + 512", 1024, "frozen")
@@ -54,7 +54,7 @@ def test_a_layer_has_its_name_kind_and_shapes():
 
 @pytest.mark.parametrize("preflight", [ssd.preflight, maskrcnn.preflight])
 @pytest.mark.parametrize(("dataset", "classes"), [("coco2017", 81), ("toy", 4), ("synthetic_coco", 81)])
-def test_the_layers_are_known_before_the_data_are_there(preflight, dataset, classes, tmp_path, monkeypatch, capsys):
+def test_summary_needs_no_data_set(preflight, dataset, classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "none"))
     assert preflight.main(["--model-summary", "--dataset", dataset]) == 0
     out, err = capsys.readouterr()
@@ -63,13 +63,13 @@ def test_the_layers_are_known_before_the_data_are_there(preflight, dataset, clas
     assert not (tmp_path / "none").exists()
 
 
-def test_classes_follow_the_annotations(handful, monkeypatch, capsys):
-    monkeypatch.setenv("DATADIR", str(handful))
+def test_number_of_classes_comes_from_the_annotations(four_image_coco, monkeypatch, capsys):
+    monkeypatch.setenv("DATADIR", str(four_image_coco))
     assert ssd.preflight.main(["--model-summary", "--dataset", "mine"]) == 0
     assert "for 4 classes" in capsys.readouterr().out
 
 
-def test_a_mistake_in_the_settings_is_one_message(tmp_path, monkeypatch, capsys):
+def test_settings_error_is_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "none"))
     for flags, message in (
         (["--batch-sise", "4"], "--batch-sise"),

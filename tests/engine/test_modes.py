@@ -1,4 +1,4 @@
-"""The modes beside training: what they print and leave, and that they use the loop's own parts."""
+"""Output and files of the modes evaluate, bench-train and bench-infer."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.engine import throughput, train_loop
-from detection.evaluation.coco_metric import FIGURES
+from detection.evaluation.coco_metric import COCO_STATS
 from detection.synthetic import toy
 from ssd import checkpoint_names, preflight, train
 from ssd.model import SSD300
@@ -22,38 +22,38 @@ BENCHMARK += ("--score-threshold", "0.5")
 
 
 @pytest.fixture
-def environment(handful, tmp_path, monkeypatch):
+def environment(four_image_coco, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
         monkeypatch.delenv(name)
-    values = {"DATADIR": handful, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
+    values = {"DATADIR": four_image_coco, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
     for name, value in (values | {"SSD_DEVICE": "cpu", "SSD_NUM_WORKERS": "0", "SSD_BACKBONE": "resnet18"}).items():
         monkeypatch.setenv(name, str(value))
 
 
 @pytest.fixture(scope="module")
 def state():
-    """Random weights, but the second anchor of the cells of the 19x19 map is sure of squares, as large as it is."""
+    """Random weights, except that the second anchor of the 19x19 map always detects a square of its size."""
     torch.manual_seed(3)
     state = SSD300(4, "resnet18").state_dict()
     per_anchor = [state[f"heads.1.{kind}"].unflatten(0, (6, 8)) for kind in ("weight", "bias")]
-    for part in per_anchor:
-        part[1] = 0
+    for tensor in per_anchor:
+        tensor[1] = 0
     per_anchor[1][1, 4 + 2] = 5
     return state
 
 
-def nothing_of_mlperf(run, shown):
+def has_no_mlperf_log(run, shown):
     assert ":::MLLOG" not in shown
     assert "RESULT" not in shown
     assert "compliance" not in shown
     return not list(run.glob("result_*"))
 
 
-def test_a_public_checkpoint_is_evaluated_to_the_figures_of_its_detections(
-    environment, state, handful, tmp_path, monkeypatch, capsys
+def test_public_checkpoint_evaluates_to_the_metrics_of_its_detections(
+    environment, state, four_image_coco, tmp_path, monkeypatch, capsys
 ):
-    data = tmp_path / "val_alone"  # whoever evaluates needs no training images
-    shutil.copytree(handful, data, ignore=shutil.ignore_patterns("train2017", "instances_train2017.json"))
+    data = tmp_path / "val_only"  # evaluation needs no training images
+    shutil.copytree(four_image_coco, data, ignore=shutil.ignore_patterns("train2017", "instances_train2017.json"))
     monkeypatch.setenv("DATADIR", str(data))
     torch.save({"model": checkpoint_names.to_reference(state)}, tmp_path / "reference.pt")
     summary = tmp_path / "summary.json"
@@ -62,24 +62,22 @@ def test_a_public_checkpoint_is_evaluated_to_the_figures_of_its_detections(
     assert capsys.readouterr().out.splitlines()[2] == "evaluate"
     assert train.main(list(flags)) == 0
     shown = capsys.readouterr().out
-    assert nothing_of_mlperf(tmp_path / "run", shown)
+    assert has_no_mlperf_log(tmp_path / "run", shown)
     assert "checkpoint of the MLPerf reference" in shown
     metrics = json.loads(summary.read_text())["metrics"]
-    assert tuple(metrics) == FIGURES
+    assert tuple(metrics) == COCO_STATS
     for name, value in metrics.items():
         assert f"{name} {value:6.4f}" in shown
-    truth = COCO(str(data / "annotations" / "instances_val2017.json"))
-    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "run" / "detections.json")), "bbox")
+    coco_gt = COCO(str(data / "annotations" / "instances_val2017.json"))
+    evaluation = COCOeval(coco_gt, coco_gt.loadRes(str(tmp_path / "run" / "detections.json")), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     np.testing.assert_allclose(list(metrics.values()), evaluation.stats, atol=1e-3)
-    assert metrics["AR100"] > 0, "nothing was found, so nothing is compared"
+    assert metrics["AR100"] > 0, "no detections to compare"
 
 
-def test_training_starts_from_a_checkpoint_and_its_own_evaluates_to_the_same_figures(
-    environment, state, tmp_path, monkeypatch
-):
+def test_checkpoint_of_a_run_evaluates_to_the_metrics_of_the_run(environment, state, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "start.pt")
     flags = ("--batch-size", "4", "--epochs", "1", "--base-lr", "1e-12", "--target", "0", "--division", "open")
     start = ("--weights", str(tmp_path / "start.pt"), "--pretrained-backbone", "absent.pth")
@@ -92,25 +90,25 @@ def test_training_starts_from_a_checkpoint_and_its_own_evaluates_to_the_same_fig
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "again"))
     again = ("--mode", "evaluate", "--weights", str(saved), "--summary-json", str(tmp_path / "again.json"))
     assert train.main(list(again)) == 0
-    figures = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("trained.json", "again.json")]
-    assert figures[0] == figures[1]
+    metrics = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("trained.json", "again.json")]
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize(
     ("mode", "phases"),
     [
-        ("bench-train", ["data", "forward", "backward", "optimiser"]),
+        ("bench-train", ["data", "forward", "backward", "optimizer"]),
         ("bench-infer", ["data", "forward", "detection"]),
     ],
 )
-def test_a_benchmark_mode_times_the_steps_of_the_loop(environment, tmp_path, monkeypatch, capsys, mode, phases):
-    made, real_step, summary = [], train_loop.train_step, tmp_path / "summary.json"
-    monkeypatch.setattr(train_loop, "train_step", lambda *args: (made.append(args[1]), real_step(*args))[1])
+def test_throughput_modes_time_the_steps_of_the_training_loop(environment, tmp_path, monkeypatch, capsys, mode, phases):
+    steps, real_step, summary = [], train_loop.train_step, tmp_path / "summary.json"
+    monkeypatch.setattr(train_loop, "train_step", lambda *args: (steps.append(args[1]), real_step(*args))[1])
     assert train.main([*BENCHMARK, "--mode", mode, "--summary-json", str(summary)]) == 0
     shown = capsys.readouterr().out
-    assert nothing_of_mlperf(tmp_path / "run", shown)
-    # Of each input: one measured, one by phases; and one on noise before all of them.
-    assert len(made) == (5 if mode == "bench-train" else 0)
+    assert has_no_mlperf_log(tmp_path / "run", shown)
+    # Per input: one timed step and one with phases. Before them, one warm-up step.
+    assert len(steps) == (5 if mode == "bench-train" else 0)
     values = json.loads(summary.read_text())
     assert [result["input"] for result in values["results"]] == ["real", "synthetic"]
     for result in values["results"]:
@@ -118,16 +116,16 @@ def test_a_benchmark_mode_times_the_steps_of_the_loop(environment, tmp_path, mon
         assert rate["min"] <= rate["average"] <= rate["max"]
         assert rate["average"] == pytest.approx(2 / (latency["average"] / 1000))
         assert latency["median"] <= latency["p95"] <= latency["max"]
-        assert list(result["share"]) == phases
-        assert sum(result["share"].values()) == pytest.approx(1)
-        assert result["share"]["forward"] > 0.1
+        assert list(result["time_fraction"]) == phases
+        assert sum(result["time_fraction"].values()) == pytest.approx(1)
+        assert result["time_fraction"]["forward"] > 0.1
         assert f"average {rate['average']:.1f}" in shown
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["run_start", "summary"]
     assert events[1]["results"] == values["results"]
 
 
-def test_made_up_input_needs_no_data(environment, tmp_path, monkeypatch, capsys):
+def test_synthetic_input_needs_no_data_set(environment, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
     flags = [*BENCHMARK, "--mode", "bench-infer", "--benchmark-input", "synthetic", "--dataset", "coco2017"]
     assert preflight.main(flags) == 0
@@ -136,16 +134,16 @@ def test_made_up_input_needs_no_data(environment, tmp_path, monkeypatch, capsys)
     assert "real input" not in capsys.readouterr().out
 
 
-def test_figures_of_two_ranks_are_those_of_their_sum_and_of_the_slower():
+def test_timings_add_throughput_and_take_the_slowest_latency():
     ranks = np.array([[[8, 1.0], [8, 2.0], [8, 1.0]], [[8, 2.0], [4, 1.0], [8, 1.0]]])
-    found = throughput.figures(ranks)
-    assert found["images_per_s"] == pytest.approx({"average": 24 / 4 + 20 / 4, "median": 12, "min": 8, "max": 16})
-    assert found["latency_ms"] == pytest.approx({"average": 5000 / 3, "median": 2000, "p95": 2000, "max": 2000})
+    result = throughput.summarize_timings(ranks)
+    assert result["images_per_s"] == pytest.approx({"average": 24 / 4 + 20 / 4, "median": 12, "min": 8, "max": 16})
+    assert result["latency_ms"] == pytest.approx({"average": 5000 / 3, "median": 2000, "p95": 2000, "max": 2000})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
-def test_two_ranks_measure_together(environment, tmp_path, mode):
+def test_two_ranks_measure_jointly(environment, tmp_path, mode):
     summary = tmp_path / "summary.json"
     done = launch(2, tmp_path / "run", *BENCHMARK, "--mode", mode, "--summary-json", str(summary))
     assert done.returncode == 0, done.stderr
@@ -153,7 +151,7 @@ def test_two_ranks_measure_together(environment, tmp_path, mode):
     assert [result["input"] for result in json.loads(summary.read_text())["results"]] == ["real", "synthetic"]
 
 
-def test_weights_of_another_network_end_before_the_clock(environment, state, tmp_path, capsys):
+def test_weights_of_another_network_are_rejected_before_the_timer_starts(environment, state, tmp_path, capsys):
     torch.save(state, tmp_path / "four.pt")
     for main in (preflight.main, train.main):
         assert main(["--mode", "evaluate", "--weights", str(tmp_path / "four.pt"), "--network", "ssd300-r50"]) == 2
@@ -163,10 +161,10 @@ def test_weights_of_another_network_end_before_the_clock(environment, state, tmp
         assert "Traceback" not in shown.err
 
 
-def test_ssd300_v1_1_trains_on_an_epoch_that_ends_with_one_image(environment, tmp_path, monkeypatch):
-    toy.draw(tmp_path / "three", toy.Drawing(train_images=3, val_images=1, seed=1))
+def test_ssd300_v1_1_trains_on_a_last_batch_of_one_image(environment, tmp_path, monkeypatch):
+    toy.generate(tmp_path / "three", toy.ToySpec(train_images=3, val_images=1, seed=1))
     monkeypatch.setenv("DATADIR", str(tmp_path / "three"))
-    flags = ("--network", "ssd300-r50", "--no-decay-biases", "--epochs", "1", "--target", "0")
+    flags = ("--network", "ssd300-r50", "--no-weight-decay-on-bias-and-norm", "--epochs", "1", "--target", "0")
     assert train.main([*flags, "--batch-size", "2", "--division", "open", "--log-every", "1"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [np.isfinite(line["loss"]) for line in lines if line["event"] == "step"] == [True, True]

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces joined by a switch, each a node of torchrun's."""
+"""Multi-node runs on one machine: each network namespace is a node of torchrun."""
 
 import itertools
 import os
@@ -19,9 +19,9 @@ from paths import ROOT
 
 pytestmark = pytest.mark.hosts
 
-Nodes = list[subprocess.Popen[str]]  # in the order of hosts
+Nodes = list[subprocess.Popen[str]]  # one per host
 
-SAME = ("--bn-group", "0", "--log-every", "1", "--checkpoint-every", "1 steps")
+COMMON = ("--bn-group", "0", "--log-every", "1", "--checkpoint-every", "1 steps")
 NUMBERS = itertools.count()
 BATCH_OF_TWO = ("--batch-size", "4")
 HANG_S = 10.0
@@ -32,12 +32,12 @@ def ip(*words: str) -> str:
 
 
 class Hosts:
-    """Hosts in namespaces of their own, with the addresses 10.77.0.1, .2, ...: a context."""
+    """Context of hosts in separate network namespaces, with the addresses 10.77.0.1, 10.77.0.2, ..."""
 
     def __init__(self, count: int):
         self.switch = f"dt{os.getpid()}n{next(NUMBERS)}"
         self.names = [f"{self.switch}h{number}" for number in range(count)]
-        self.made: list[str] = []
+        self.created: list[str] = []
 
     def __enter__(self) -> Self:
         if os.geteuid() or not shutil.which("ip"):
@@ -45,7 +45,7 @@ class Hosts:
         try:
             self.make(self.switch)
         except subprocess.CalledProcessError:
-            pytest.skip("a network namespace cannot be made here")
+            pytest.skip("cannot create a network namespace")
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
         for number, name in enumerate(self.names):
@@ -59,42 +59,42 @@ class Hosts:
 
     def __exit__(self, *_: Any) -> None:
         for number, name in enumerate(self.names):
-            if name in self.made:
+            if name in self.created:
                 self.kill(number)
-        for name in self.made:
+        for name in self.created:
             ip("netns", "delete", name)
 
     def make(self, name: str) -> None:
         ip("netns", "add", name)
-        self.made.append(name)
+        self.created.append(name)
         ip("-n", name, "link", "set", "lo", "up")
 
     def address(self, number: int) -> str:
         return f"10.77.0.{number + 1}"
 
     def kill(self, number: int) -> None:
-        """What a kernel that dies does to its processes; the others are told that their connections are closed."""
+        """Kill all processes of a host. The other hosts see their connections close."""
         for pid in ip("netns", "pids", self.names[number]).split():
             os.kill(int(pid), signal.SIGKILL)
 
-    def cut_off(self, number: int) -> None:
-        """Pull the cable out of the switch: nobody is told."""
+    def disconnect(self, number: int) -> None:
+        """Disconnect a host without closing its connections."""
         ip("-n", self.switch, "link", "set", f"port{number}", "down")
 
-    def plug_in(self, number: int) -> None:
+    def reconnect(self, number: int) -> None:
         ip("-n", self.switch, "link", "set", f"port{number}", "up")
 
     def start(self, run: Path, *flags: str, rendezvous: str = "static", restarts: int = 0, **extra: str) -> Nodes:
-        """One rank on each host."""
+        """Start one rank on each host."""
         nodes = []
         for number, name in enumerate(self.names):
             launch = ["--nnodes", str(len(self.names)), "--max-restarts", str(restarts)]
-            if rendezvous == "static":  # as ./run_and_time.sh does
+            if rendezvous == "static":  # as in ./run_and_time.sh
                 launch += ["--node-rank", str(number), "--master-addr", self.address(0), "--master-port", "29500"]
-            else:  # torch goes by the machine's name, which is the same in all namespaces
+            else:  # torch would compare host names, which are the same in all namespaces
                 launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.address(0)}:29500", "--rdzv-id", "run"]
                 launch += ["--rdzv-conf", f"is_host={number == 0}", "--local-addr", self.address(number)]
-            rank = processes.command(run, *SAME, *flags, ranks=1, launch=tuple(launch))
+            rank = processes.command(run, *COMMON, *flags, ranks=1, launch=tuple(launch))
             nodes.append(
                 subprocess.Popen(
                     ["ip", "netns", "exec", name, *rank],
@@ -109,7 +109,7 @@ class Hosts:
         return nodes
 
     def run(self, run: Path, *flags: str, rendezvous: str = "static") -> None:
-        """A run that all hosts come to the end of."""
+        """Run to the end on all hosts."""
         for status, _, err in finish(self.start(run, *flags, rendezvous=rendezvous)):
             assert status == 3, err
 
@@ -125,17 +125,17 @@ def two() -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="module")
-def whole(two, tmp_path_factory):
-    """A run over two hosts that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted_run(two, tmp_path_factory):
+    """Folder of an uninterrupted run on two hosts."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     two.run(folder, *BATCH_OF_TWO)
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    status, _, err = processes.run(folder, *SAME, "--batch-size", "8")
+def single_rank_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single_rank") / "run"
+    status, _, err = processes.run(folder, *COMMON, "--batch-size", "8")
     assert status == 3, err
     return folder
 
@@ -143,47 +143,47 @@ def alone(tmp_path_factory):
 def wait_for_step(run: Path, step: int, nodes: Nodes) -> None:
     """Wait for the checkpoint of a step."""
     end = time.monotonic() + 60
-    while not any(saved.step >= step for saved in run_dir.checkpoints(run)):
+    while not any(saved.step >= step for saved in run_dir.list_checkpoints(run)):
         assert time.monotonic() < end
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.02)
 
 
-def test_two_hosts_train_as_one_process_does(whole, alone):
-    assert len(processes.losses(whole)) == 9
-    np.testing.assert_allclose(processes.losses(whole), processes.losses(alone), rtol=1e-4)
+def test_two_hosts_match_one_process(uninterrupted_run, single_rank_run):
+    assert len(processes.losses(uninterrupted_run)) == 9
+    np.testing.assert_allclose(processes.losses(uninterrupted_run), processes.losses(single_rank_run), rtol=1e-4)
 
 
-def test_four_hosts_that_meet_at_an_address_train_as_one_process_does(tmp_path, alone):
-    """The rendezvous that numbers the hosts as they come."""
+def test_four_hosts_with_c10d_rendezvous_match_one_process(tmp_path, single_rank_run):
+    """Let the c10d rendezvous assign node ranks in the order of arrival."""
     with Hosts(4) as four:
         four.run(tmp_path, "--batch-size", "2", rendezvous="c10d")
-    np.testing.assert_allclose(processes.losses(tmp_path), processes.losses(alone), rtol=1e-4)
+    np.testing.assert_allclose(processes.losses(tmp_path), processes.losses(single_rank_run), rtol=1e-4)
 
 
-def test_a_host_that_is_cut_off_ends_the_run_on_both_sides_and_it_goes_on(two, whole, tmp_path):
+def test_disconnected_host_ends_the_run_on_both_sides_and_it_resumes(two, uninterrupted_run, tmp_path):
     nodes = two.start(tmp_path, *BATCH_OF_TWO, "--step-s", "0.5", "--step-timeout-s", str(HANG_S))
     wait_for_step(tmp_path, 4, nodes)
-    two.cut_off(1)
-    cut_s = time.monotonic()
+    two.disconnect(1)
+    disconnect_s = time.monotonic()
     try:
         ended = finish(nodes)
     finally:
-        two.plug_in(1)
-    assert time.monotonic() - cut_s < HANG_S + 15
+        two.reconnect(1)
+    assert time.monotonic() - disconnect_s < HANG_S + 15
     for rank, (status, _, err) in enumerate(ended):
         assert status == 1
-        assert f"rank {rank} has made no step for {HANG_S:g} s" in err
-        assert "all_reduce" in err or "backward" in err, "where it waits for the other"
-    saved = run_dir.checkpoints(tmp_path)[-1].step
+        assert f"rank {rank} completed no step within {HANG_S:g} s" in err
+        assert "all_reduce" in err or "backward" in err, "where it waits for the other rank"
+    saved = run_dir.list_checkpoints(tmp_path)[-1].step
     assert 4 <= saved < 9
     two.run(tmp_path, *BATCH_OF_TWO, "--resume", "auto")
-    assert processes.steps(tmp_path) == processes.steps(whole)
-    assert processes.equal(processes.weights(tmp_path), processes.weights(whole))
+    assert processes.steps(tmp_path) == processes.steps(uninterrupted_run)
+    assert processes.bit_identical(processes.load_tensors(tmp_path), processes.load_tensors(uninterrupted_run))
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_host_that_dies_is_missed_by_the_other_at_once_and_the_run_goes_on(two, whole, tmp_path, dies):
+def test_dead_host_ends_the_run_within_seconds_and_it_resumes(two, uninterrupted_run, tmp_path, dies):
     nodes = two.start(tmp_path, *BATCH_OF_TWO, "--step-s", "0.5")
     wait_for_step(tmp_path, 4, nodes)
     two.kill(dies)
@@ -191,17 +191,17 @@ def test_a_host_that_dies_is_missed_by_the_other_at_once_and_the_run_goes_on(two
     status, _, err = finish(nodes)[1 - dies]
     assert time.monotonic() - died_s < 15
     assert status == 1
-    assert "another rank has ended or cannot be reached" in err
+    assert "another rank ended or is unreachable" in err
     assert "Traceback" not in err
-    assert run_dir.checkpoints(tmp_path)[-1].step < 9
+    assert run_dir.list_checkpoints(tmp_path)[-1].step < 9
     two.run(tmp_path, *BATCH_OF_TWO, "--resume", "auto")
-    assert processes.equal(processes.weights(tmp_path), processes.weights(whole))
+    assert processes.bit_identical(processes.load_tensors(tmp_path), processes.load_tensors(uninterrupted_run))
 
 
-def test_the_launchers_start_the_ranks_of_both_hosts_again_when_one_of_them_died(two, whole, tmp_path):
+def test_launchers_restart_the_ranks_of_both_hosts(two, uninterrupted_run, tmp_path):
     run, mark = tmp_path / "run", tmp_path / "mark"
     flags = (*BATCH_OF_TWO, "--resume", "auto", "--step-timeout-s", str(HANG_S))
     ended = finish(two.start(run, *flags, restarts=1, FAULT="kill 1 5", FAULT_MARK=str(mark)))
     assert [status for status, _, _ in ended] == [3, 3], ended[1][2]
     assert "resuming from" in ended[0][1]
-    assert processes.equal(processes.weights(run), processes.weights(whole))
+    assert processes.bit_identical(processes.load_tensors(run), processes.load_tensors(uninterrupted_run))

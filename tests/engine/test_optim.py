@@ -18,66 +18,66 @@ SCHEDULE = {
 
 
 def test_warm_up_is_linear_from_zero_to_the_peak():
-    rates = [optim.learning_rate(step, 1, **SCHEDULE) for step in (0, 325, 649, 650, 5000)]
+    rates = [optim.mlperf_ssd_lr(step, 1, **SCHEDULE) for step in (0, 325, 649, 650, 5000)]
     assert rates == pytest.approx([0, 0.045, 0.09 * 649 / 650, 0.09, 0.09])
 
 
-def test_the_warm_up_factor_says_where_it_starts():
-    rate = optim.learning_rate(0, 1, **(SCHEDULE | {"warmup_factor": 1.0}))
+def test_warm_up_factor_sets_the_first_rate():
+    rate = optim.mlperf_ssd_lr(0, 1, **(SCHEDULE | {"warmup_factor": 1.0}))
     assert rate == pytest.approx(0.045)
 
 
-def test_the_rate_falls_after_the_decay_epochs_not_in_them():
-    rates = [optim.learning_rate(10**6, epoch, **SCHEDULE) for epoch in (44, 45, 55, 56)]
+def test_rate_decays_after_the_decay_epochs():
+    rates = [optim.mlperf_ssd_lr(10**6, epoch, **SCHEDULE) for epoch in (44, 45, 55, 56)]
     assert rates == pytest.approx([0.09, 0.009, 0.009, 0.0009])
 
 
-def test_no_warm_up_starts_at_the_peak():
-    assert optim.learning_rate(0, 1, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
+def test_without_warm_up_training_starts_at_the_peak():
+    assert optim.mlperf_ssd_lr(0, 1, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
 
 
-def test_frozen_batch_norm_neither_trains_nor_moves():
+def test_frozen_batch_norm_is_constant():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     optim.freeze_batch_norm(model)
     mean = model[1].running_mean.clone()
     model(torch.randn(2, 3, 5, 5)).sum().backward()
     assert torch.equal(model[1].running_mean, mean)
-    trained = optim.make_sgd(model, kernels="torch", momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
+    trained = optim.build_sgd(model, backend="torch", momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
     assert [p.shape for p in trained] == [model[0].weight.shape, model[0].bias.shape]
 
 
-@pytest.mark.parametrize("lacking", [None, "has no such kernel"])
-def test_the_update_is_fused_where_the_device_does_that(monkeypatch, lacking):
-    if lacking:
+@pytest.mark.parametrize("error", [None, "has no such kernel"])
+def test_update_is_fused_if_the_device_supports_it(monkeypatch, error):
+    if error:
 
         def missing(*_, **__):
-            raise NotImplementedError(lacking)
+            raise NotImplementedError(error)
 
         monkeypatch.setattr(torch, "_fused_sgd_", missing)
-    optimizer = optim.make_sgd(nn.Linear(2, 2), kernels="torch", momentum=0.9, weight_decay=0.1)
-    assert optimizer.defaults["fused"] is (lacking is None)
+    optimizer = optim.build_sgd(nn.Linear(2, 2), backend="torch", momentum=0.9, weight_decay=0.1)
+    assert optimizer.defaults["fused"] is (error is None)
 
 
-def test_apex_is_asked_for_only_by_name_and_said_to_be_missing(monkeypatch):
+def test_missing_apex_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     model = nn.Linear(2, 2)
     with pytest.raises(InputError, match="--optimizer-backend apex"):
-        optim.make_sgd(model, kernels="apex", momentum=0.9, weight_decay=0.0)
+        optim.build_sgd(model, backend="apex", momentum=0.9, weight_decay=0.0)
 
 
-def test_a_users_apex_makes_the_optimizer(monkeypatch):
-    made = types.ModuleType("apex.optimizers")
-    made.FusedSGD = torch.optim.SGD
+def test_installed_apex_is_used(monkeypatch):
+    fake_apex = types.ModuleType("apex.optimizers")
+    fake_apex.FusedSGD = torch.optim.SGD
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.optimizers", made)
-    optimizer = optim.make_sgd(nn.Linear(2, 2), kernels="apex", momentum=0.9, weight_decay=0.1)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", fake_apex)
+    optimizer = optim.build_sgd(nn.Linear(2, 2), backend="apex", momentum=0.9, weight_decay=0.1)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0.1)
 
 
-def test_biases_and_batch_norm_can_be_left_without_decay():
+def test_weight_decay_can_exclude_biases_and_batch_norm():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = optim.make_sgd(
-        model, kernels="torch", momentum=0.0, weight_decay=0.5, weight_decay_on_bias_and_norm=False
+    optimizer = optim.build_sgd(
+        model, backend="torch", momentum=0.0, weight_decay=0.5, weight_decay_on_bias_and_norm=False
     )
     for parameter in model.parameters():
         nn.init.ones_(parameter)
@@ -89,17 +89,17 @@ def test_biases_and_batch_norm_can_be_left_without_decay():
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_a_first_step_that_is_skipped_leaves_nothing_behind(momentum):
-    """As in fp16, whose scale is too large at first."""
+def test_skipped_first_step_leaves_no_uninitialized_momentum(momentum):
+    """In fp16 the first steps are often skipped, because the loss scale is too large."""
     weights = []
     for skipped in (True, False):
         layer = torch.nn.Linear(1000, 1, bias=False)
         torch.nn.init.ones_(layer.weight)
-        sgd = optim.make_sgd(layer, kernels="torch", momentum=momentum, weight_decay=0.1)
+        sgd = optim.build_sgd(layer, backend="torch", momentum=momentum, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         optim.set_learning_rate(sgd, 0.1)
-        junk = [torch.full((1, 1000), 7e9) for _ in range(50)]  # what the memory may hold
-        del junk
+        garbage = [torch.full((1, 1000), 7e9) for _ in range(50)]  # uninitialized memory
+        del garbage
         for factor in (float("inf"), 1.0, 2.0) if skipped else (1.0, 2.0):
             sgd.zero_grad(set_to_none=True)
             scaler.scale(layer(torch.ones(1, 1000)).sum() * factor).backward()

@@ -1,4 +1,4 @@
-"""docs/RECOVERY.md: its commands, by the real script with the stand-in for the network, and the tests that it names."""
+"""Commands of docs/RECOVERY.md, run with the real script and a dummy workload, and the tests that it names."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from paths import ROOT
 
 PAGE = (ROOT / "docs/RECOVERY.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
-# The environment's python: no preflight, and the stand-in for ssd.train.
+# Python of the environment: skips preflight, and runs the dummy workload in place of ssd.train.
 PYTHON = """#!/usr/bin/env bash
 if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
 for word in "$@"; do
-  [[ $word == ssd.train ]] && words[-1]={stand_in} || words+=("$word")
+  [[ $word == ssd.train ]] && words[-1]={dummy_workload} || words+=("$word")
 done
 exec {python} "${{words[@]}}"
 """
@@ -27,13 +27,14 @@ exec {python} "${{words[@]}}"
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with the script, and an environment whose python trains the stand-in."""
+    """Folder with the scripts, and an environment whose python runs the dummy workload."""
     for script in ("run_and_time.sh", "scripts/lib/experiments.sh", "scripts/lib/resolve_config.sh"):
-        shutil.copy(ROOT / script, tmp_path)
+        (tmp_path / script).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / script, tmp_path / script)
     (tmp_path / "config_toy.sh").write_text("export DGXNNODES=1 DGXNGPU=1\n")
     for name, text in (
         ("setup.sh", "#!/bin/sh\n"),
-        ("venv/bin/python", PYTHON.format(stand_in=processes.STAND_IN, python=sys.executable)),
+        ("venv/bin/python", PYTHON.format(dummy_workload=processes.DUMMY_WORKLOAD, python=sys.executable)),
     ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def project(tmp_path):
 
 
 def page(word: str) -> str:
-    """The one command that has a word, with checkpoints as often as a run of nine steps needs them."""
+    """Return the command with a word, adapted to a run of nine steps."""
     (command,) = (command for command in COMMANDS if word in command)
     return command.replace("500 steps", "1 steps").replace("--step-timeout-s 120", "--step-timeout-s 5")
 
@@ -55,7 +56,7 @@ def start(project: Path, command: str, **extra: str) -> subprocess.Popen[str]:
         VENV="venv",
         CLEAR_CACHES="0",
         PYTHONPATH=str(ROOT),
-        **{f"STANDIN_{name}": value for name, value in settings.items()},
+        **{f"DUMMY_{name}": value for name, value in settings.items()},
         **extra,
     )
     return subprocess.Popen(
@@ -70,7 +71,7 @@ def start(project: Path, command: str, **extra: str) -> subprocess.Popen[str]:
     )
 
 
-def test_every_command_of_the_page_is_run_here():
+def test_every_command_on_the_page_is_tested():
     assert len(COMMANDS) == 6
     words = ("=results/mine ./run_and_time.sh --checkpoint-every", "kill -TERM", "--resume auto", "NAME.pt")
     for word in (*words[:2], "results/mine ./run_and_time.sh --resume", words[3], "MAX_RESTARTS", "--step-timeout-s"):
@@ -78,31 +79,32 @@ def test_every_command_of_the_page_is_run_here():
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(test_\w+\.py::test_\w+)`", PAGE))
-def test_a_test_that_the_page_names_is_there(name):
+def test_tests_named_on_the_page_exist(name):
     file, function = name.split("::")
-    assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text()
+    (path,) = (ROOT / "tests").rglob(file)
+    assert f"\ndef {function}(" in path.read_text()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_goes_on_by_the_commands_of_the_page(project):
+def test_terminated_run_resumes_by_the_commands_on_the_page(project):
     mine = project / "results/mine"
-    process = start(project, page("results/mine ./run_and_time.sh --checkpoint-every"), STANDIN_STEP_S="0.3")
+    process = start(project, page("results/mine ./run_and_time.sh --checkpoint-every"), DUMMY_STEP_S="0.3")
     processes.wait_for(mine / "result_0.txt", "run_start")
     subprocess.run(["bash", "-c", page("kill").replace("PID", str(process.pid))], check=True)
     status, out, err = processes.finish(process)
     assert status == 143, err
-    assert "SIGTERM: ending the run" in err
+    assert "SIGTERM: stopping the run" in err
     assert "RESULT" not in out
-    first = run_dir.checkpoints(mine)[-1]
+    first = run_dir.list_checkpoints(mine)[-1]
     assert 0 < first.step < 9
     assert {"result_0.txt", "metrics.jsonl", "config.json", "checkpoints"} <= {path.name for path in mine.iterdir()}
 
     copy = project / "kept.pt"
     shutil.copy(first.path, copy)
     status, out, _ = processes.finish(start(project, page("results/mine ./run_and_time.sh --resume")))
-    assert status == 3, "the stand-in reaches no target"
+    assert status == 3, "the dummy workload never reaches its target"
     assert f"resuming from results/mine/checkpoints/{first.path.name}" in out
-    assert run_dir.checkpoints(mine)[-1].step == 9
+    assert run_dir.list_checkpoints(mine)[-1].step == 9
 
     os.replace(copy, mine / "checkpoints" / first.path.name)
     elsewhere = page("NAME.pt").replace("NAME.pt", first.path.name)
@@ -112,41 +114,41 @@ def test_a_run_that_is_told_to_end_goes_on_by_the_commands_of_the_page(project):
 
 
 @pytest.mark.slow
-def test_ranks_that_die_start_again_by_the_command_of_the_page(project):
+def test_dead_ranks_restart_by_the_command_on_the_page(project):
     mark = project / "mark"
     process = start(project, page("MAX_RESTARTS"), FAULT="exit 0 4", FAULT_MARK=str(mark))
     status, out, err = processes.finish(process)
     assert status == 3, err
-    assert mark.exists(), "the rank has died"
+    assert mark.exists(), "the rank died"
     assert "resuming from results/restarts/checkpoints/" in out
-    assert run_dir.checkpoints(project / "results/restarts")[-1].step == 9
+    assert run_dir.list_checkpoints(project / "results/restarts")[-1].step == 9
 
 
 @pytest.mark.slow
-def test_a_hang_ends_by_the_command_of_the_page(project):
+def test_hang_ends_by_the_command_on_the_page(project):
     status, _, err = processes.finish(start(project, page("--step-timeout-s"), FAULT="hang 0 4"))
     assert status == 1
-    assert "rank 0 has made no step for 5 s" in err
+    assert "rank 0 completed no step within 5 s" in err
 
 
 @pytest.mark.slow
-def test_a_series_that_is_told_to_end_in_its_second_run_goes_on_there(project):
+def test_series_terminated_in_its_second_run_resumes_there(project):
     series = project / "results/two"
     command = "RUN_DIR=results/two NEXP=2 ./run_and_time.sh --seed 7"
-    process = start(project, command, STANDIN_STEP_S="0.3")
+    process = start(project, command, DUMMY_STEP_S="0.3")
     processes.wait_for(series / "experiment_1/metrics.jsonl", "run_start")
     first = (series / "result_0.txt").read_text()
     process.terminate()
     status, out, err = processes.finish(process)
-    assert status == 3, "of the first run, which failed first"
-    assert "SIGTERM: ending the run" in err
-    assert "To go on: RUN_DIR=results/two NEXP=2" in out
+    assert status == 3, "status of the first run, which failed first"
+    assert "SIGTERM: stopping the run" in err
+    assert "To continue: RUN_DIR=results/two NEXP=2" in out
 
     status, out, _ = processes.finish(start(project, command))
     assert status == 3
-    assert "experiment 1 of 2 had come to its end, with status 3" in out
+    assert "experiment 1 of 2 is already finished, with status 3" in out
     assert "resuming from results/two/experiment_1/checkpoints/" in out
     assert (series / "result_0.txt").read_text() == first
     for number in (0, 1):
         assert f'"key": "seed", "value": {7 + number},' in (series / f"result_{number}.txt").read_text()
-        assert run_dir.checkpoints(series / f"experiment_{number}")[-1].step == 9
+        assert run_dir.list_checkpoints(series / f"experiment_{number}")[-1].step == 9

@@ -1,4 +1,4 @@
-"""Whole runs: what they log, how they end, and that more ranks train the same."""
+"""Complete runs: logs, exit status, and equality across numbers of ranks."""
 
 import json
 from collections import defaultdict
@@ -16,7 +16,7 @@ from mlperf import check
 from mlperf.log import read
 from perf import record
 from ssd import train
-from ssd.evaluator import Evaluation
+from ssd.evaluator import SSDEvaluator
 from ssd.model import SSD300
 from torchrun import launch
 
@@ -24,18 +24,18 @@ FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """4 training pictures, 4 to evaluate."""
-    folder = tmp_path_factory.mktemp("pictures") / "data"
-    toy.draw(folder, toy.Drawing(train_images=4, val_images=4, seed=1))
+def toy_data(tmp_path_factory):
+    """Toy data set of 4 training and 4 evaluation images."""
+    folder = tmp_path_factory.mktemp("toy_data") / "data"
+    toy.generate(folder, toy.ToySpec(train_images=4, val_images=4, seed=1))
     return folder
 
 
 @pytest.fixture
-def environment(pictures, tmp_path, monkeypatch):
-    """The variables that config_toy.sh and ./run_and_time.sh would export, for a run in tmp_path."""
+def environment(toy_data, tmp_path, monkeypatch):
+    """Variables that config_toy.sh and ./run_and_time.sh export, for a run in tmp_path."""
     values = {
-        "DATADIR": str(pictures),
+        "DATADIR": str(toy_data),
         "RUN_DIR": str(tmp_path / "run"),
         "SSD_DATASET": "toy",
         "SSD_DIVISION": "open",
@@ -54,7 +54,7 @@ def keys(folder: Path):
     return [event.key for event in events(folder)]
 
 
-def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment, tmp_path, capsys):
+def test_run_that_reaches_its_target_logs_all_events_in_order(environment, tmp_path, capsys):
     assert train.main([*FEW_STEPS, "--epochs", "2", "--eval-epochs", "1,2", "--target", "0"]) == 0
     run = tmp_path / "run"
     order = [
@@ -76,13 +76,13 @@ def test_a_run_that_meets_its_target_logs_every_event_at_its_moment(environment,
     shown = capsys.readouterr().out
     assert "MLPerf compliance (1.1.0): PASS" in shown
     assert "above the target 0.0" in shown
-    assert "after epoch 1, target 0.0: the target is reached" in shown
-    assert "pycocotools confirms the last figures" in shown
+    assert "after epoch 1, target 0.0: target reached" in shown
+    assert "pycocotools confirms the final metrics" in shown
     assert str(run) in shown
     assert shown.count(":::MLLOG") == len(events(run))
 
 
-def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, tmp_path):
+def test_run_folder_has_config_metrics_checkpoint_and_detections(environment, tmp_path):
     train.main([*FEW_STEPS, "--target", "0"])
     run = tmp_path / "run"
     assert json.loads((run / "config.json").read_text())["batch_size"] == 2
@@ -103,13 +103,13 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_detections(environment, 
     assert sum(row["objects"] for row in classes) > 0
     summary = record.outcome(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
-    assert sample_predictions.make(run) > 0
+    assert sample_predictions.render_all(run) > 0
 
 
-def test_data_of_any_classes_are_trained_on_by_four_paths_and_nothing_else(pictures, tmp_path, monkeypatch):
+def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch):
     annotations = {}
-    for split in ("train", "val"):  # ids with gaps, not in order, and two classes
-        content = json.loads((pictures / f"annotations/instances_{split}2017.json").read_text())
+    for split in ("train", "val"):  # unordered ids with gaps, and two classes
+        content = json.loads((toy_data / f"annotations/instances_{split}2017.json").read_text())
         content["categories"] = [{"id": 70, "name": "round"}, {"id": 9, "name": "with corners"}]
         for annotation in content["annotations"]:
             annotation["category_id"] = 70 if annotation["category_id"] == 1 else 9
@@ -119,24 +119,24 @@ def test_data_of_any_classes_are_trained_on_by_four_paths_and_nothing_else(pictu
     monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
     flags = ["--run-dir", str(tmp_path / "run"), "--target", "0"]
     for split, file in annotations.items():
-        flags += [f"--{split}-images", str(pictures / f"{split}2017"), f"--{split}-annotations", str(file)]
+        flags += [f"--{split}-images", str(toy_data / f"{split}2017"), f"--{split}-annotations", str(file)]
     assert train.main([*FEW_STEPS, *flags]) == 0
     (path,) = (tmp_path / "run/checkpoints").iterdir()
     state = torch.load(path, weights_only=True)
     assert state["categories"] == [{"id": 9, "name": "with corners"}, {"id": 70, "name": "round"}]
     SSD300(3).load_state_dict(state["model"])
     assert {event.value for event in events(tmp_path / "run") if event.key == "dataset"} == {"custom"}
-    found = json.loads((tmp_path / "run/detections.json").read_text())
-    assert {detection["category_id"] for detection in found} <= {9, 70}
+    detections = json.loads((tmp_path / "run/detections.json").read_text())
+    assert {detection["category_id"] for detection in detections} <= {9, 70}
 
 
-def test_a_wrong_number_of_classes_ends_a_run_without_preflight_too(environment, capsys):
+def test_wrong_number_of_classes_is_rejected_without_preflight(environment, capsys):
     assert train.main([*FEW_STEPS, "--num-classes", "7"]) == 2
     assert "num_classes is 4, not 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])
-def test_a_closed_run_is_refused_by_the_official_checker_only_for_its_accuracy(environment, tmp_path, ruleset):
+def test_official_checker_rejects_a_short_closed_run_only_for_its_accuracy(environment, tmp_path, ruleset):
     decay = ("--lr-decay-epochs", "44,55", "--ruleset", ruleset, "--division", "closed")
     assert train.main([*FEW_STEPS, *decay, "--target", "0"]) == 0
     verdict = check.check(tmp_path / "run" / "result_0.txt", ruleset)
@@ -145,13 +145,13 @@ def test_a_closed_run_is_refused_by_the_official_checker_only_for_its_accuracy(e
     assert "eval_accuracy" in verdict.messages[0]
 
 
-def test_a_run_below_its_target_exits_3_and_is_logged_as_aborted(environment, tmp_path):
+def test_run_below_its_target_exits_with_3_and_is_logged_as_aborted(environment, tmp_path):
     assert train.main([*FEW_STEPS, "--target", "0.99"]) == 3
     assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"
 
 
 @pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
-def test_a_network_that_cannot_be_compiled_is_refused_or_trained_as_it_is(environment, tmp_path, capsys, monkeypatch):
+def test_compilation_failure_is_rejected_or_falls_back_to_eager(environment, tmp_path, capsys, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -159,20 +159,20 @@ def test_a_network_that_cannot_be_compiled_is_refused_or_trained_as_it_is(enviro
     monkeypatch.setattr(torch, "compile", lambda function, *_, **__: compiled(function, backend=broken))
     assert train.main([*FEW_STEPS, "--compile", "on"]) == 2
     shown = capsys.readouterr().err
-    assert "error: --compile on: that is not possible here (" in shown
+    assert "error: --compile on: not possible on this machine (" in shown
     assert "no compiler here" in shown
-    monkeypatch.setattr(device, "compiles", lambda choice, device: True)
+    monkeypatch.setattr(device, "should_compile", lambda choice, device: True)
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "auto"))
     try:
         assert train.main([*FEW_STEPS, "--target", "0"]) == 0
     finally:
         torch.compiler.set_stance("default")
-    assert "not compiled, since that is not possible here" in capsys.readouterr().out
+    assert "not compiled: not possible on this machine" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
-def test_compiled_training_is_that_of_the_plain_network(environment, tmp_path, monkeypatch, capsys):
+def test_compiled_training_matches_eager_training(environment, tmp_path, monkeypatch, capsys):
     for choice in ("off", "on"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / choice))
         same = ("--seed", "3", "--precision", "fp32", "--batch-size", "3", "--epochs", "2", "--eval-epochs", "2")
@@ -180,16 +180,16 @@ def test_compiled_training_is_that_of_the_plain_network(environment, tmp_path, m
     assert "s, compiled" in capsys.readouterr().out
     on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
     np.testing.assert_allclose(on[:3], off[:3], rtol=1e-3)
-    np.testing.assert_allclose(on, off, rtol=0.05)  # a rounding becomes another choice of hard negatives
+    np.testing.assert_allclose(on, off, rtol=0.05)  # rounding changes the choice of hard negatives
 
 
-def test_figures_that_pycocotools_does_not_confirm_are_a_failure(environment, capsys, monkeypatch):
-    monkeypatch.setattr(Evaluation, "confirm", lambda self: {"AP": 0.123})
+def test_metrics_that_pycocotools_does_not_confirm_fail_the_run(environment, capsys, monkeypatch):
+    monkeypatch.setattr(SSDEvaluator, "verify_official", lambda self: {"AP": 0.123})
     assert train.main([*FEW_STEPS, "--target", "0"]) == 1
-    assert "pycocotools says AP 0.123" in capsys.readouterr().err
+    assert "pycocotools computes AP 0.123" in capsys.readouterr().err
 
 
-def test_a_diverged_loss_stops_the_run_as_aborted(environment, tmp_path, capsys):
+def test_non_finite_loss_aborts_the_run(environment, tmp_path, capsys):
     state = train.SSD300(4).backbone.state_dict()
     state["conv1.weight"] = torch.full_like(state["conv1.weight"], float("nan"))
     np.savez(tmp_path / "poison.npz", **{name: t.numpy() for name, t in state.items()})
@@ -198,19 +198,19 @@ def test_a_diverged_loss_stops_the_run_as_aborted(environment, tmp_path, capsys)
     assert (last.key, last.metadata["status"]) == ("run_stop", "aborted")
     assert "eval_start" not in keys(tmp_path / "run")
     shown = capsys.readouterr()
-    assert "The loss is nan at step 0 of epoch 1" in shown.err
+    assert "non-finite loss: nan at step 0 of epoch 1" in shown.err
     assert "Traceback" not in shown.err
 
 
-def test_a_log_that_exists_is_not_overwritten(environment, tmp_path, capsys):
+def test_existing_log_is_not_overwritten(environment, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result_0.txt").write_text("precious\n")
     assert train.main([*FEW_STEPS]) == 2
     assert (tmp_path / "run" / "result_0.txt").read_text() == "precious\n"
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
-def test_seeds_differ_unless_one_is_given(environment, tmp_path, monkeypatch):
+def test_seeds_are_random_unless_set(environment, tmp_path, monkeypatch):
     seeds = []
     for name, flags in (("a", ()), ("b", ()), ("c", ("--seed", "5")), ("d", ("--seed", "5"))):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
@@ -234,19 +234,17 @@ def losses(run: Path):
 
 
 def scores(run: Path):
-    """Number of detections and their mean score for each image that has any."""
+    """Return the number of detections and their mean score for each image with detections."""
     by_image = defaultdict(list)
     for detection in json.loads((run / "detections.json").read_text()):
         by_image[detection["image_id"]].append(detection["score"])
-    return np.array([[len(found), np.mean(found)] for _, found in sorted(by_image.items())])
+    return np.array([[len(values), np.mean(values)] for _, values in sorted(by_image.items())])
 
 
 @pytest.mark.parametrize("batch_size", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_two_ranks_train_like_one_of_twice_the_batch_and_like_one_in_parts(
-    environment, tmp_path, monkeypatch, batch_size
-):
+def test_two_ranks_match_one_rank_and_gradient_accumulation(environment, tmp_path, monkeypatch, batch_size):
     data = tmp_path / "data"
-    toy.draw(data, toy.Drawing(train_images=2 * batch_size, val_images=2, seed=2))
+    toy.generate(data, toy.ToySpec(train_images=2 * batch_size, val_images=2, seed=2))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-4", "--epochs", "1")
     same += ("--backbone", "resnet18") if batch_size == 2 else ()
@@ -266,16 +264,16 @@ def test_two_ranks_train_like_one_of_twice_the_batch_and_like_one_in_parts(
             torch.testing.assert_close(
                 weights(tmp_path / name)[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}"
             )
-    found = {name: scores(tmp_path / name) for name in ("one", "two", "parts")}
-    assert len(found["one"]) == 2, "every evaluation image is counted once"
+    results = {name: scores(tmp_path / name) for name in ("one", "two", "parts")}
+    assert len(results["one"]) == 2, "every evaluation image counts once"
     for name in ("two", "parts"):
-        np.testing.assert_allclose(found[name], found["one"], atol=1e-3)
+        np.testing.assert_allclose(results[name], results["one"], atol=1e-3)
 
 
 @pytest.mark.slow
 def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
-    toy.draw(data, toy.Drawing(train_images=2, val_images=1, seed=1))
+    toy.generate(data, toy.ToySpec(train_images=2, val_images=1, seed=1))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--epochs", "1", "--num-workers", "0")
     same += ("--backbone", "resnet18")
@@ -288,10 +286,10 @@ def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, mo
     torch.testing.assert_close(weights(tmp_path / "2")[name], weights(tmp_path / "1")[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, monkeypatch):
+def test_corrupt_image_is_named_and_stops_every_rank(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
-    toy.draw(data, toy.Drawing(train_images=4, val_images=1, seed=1))
-    broken = coco.read(*coco.layout(data, "train")).with_boxes().image_path(0)
+    toy.generate(data, toy.ToySpec(train_images=4, val_images=1, seed=1))
+    broken = coco.read(*coco.standard_paths(data, "train")).drop_empty_images().image_path(0)
     broken.write_bytes(broken.read_bytes()[:700])
     monkeypatch.setenv("DATADIR", str(data))
     done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1")
@@ -303,7 +301,7 @@ def test_a_corrupt_photo_stops_every_rank_and_is_named(environment, tmp_path, mo
 
 
 @pytest.mark.gpu
-def test_the_accelerator_trains_a_step_in_every_precision(environment, tmp_path, monkeypatch):
+def test_accelerator_trains_in_every_precision(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("SSD_DEVICE", "auto")
     for precision in ("fp32", "tf32", "bf16", "fp16"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / precision))

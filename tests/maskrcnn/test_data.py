@@ -10,32 +10,32 @@ import torch
 from detection.config.settings import InputError
 from detection.data import coco, image_io
 from detection.engine import train_loop
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.config import Config
-from maskrcnn.data import MaskRCNNData, resized_hw
+from maskrcnn.data import MaskRCNNTrainSource, resized_hw
 from paths import shared
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
+SINGLE_RANK = DistContext(0, 1, CPU)
 SIZES = {"min_image_size": 128, "max_image_size": 160}
 
 
-def open_data(folder, ranks=ALONE, seed=5, **settings):
+def make_source(folder, ranks=SINGLE_RANK, seed=5, **settings):
     known = {"dataset": "toy", "num_classes": 4, "batch_size": 4, "eval_batch_size": 3, "num_workers": 0}
     known["legacy_boxes"] = False
-    return MaskRCNNData(Config(data_dir=folder, **known | SIZES | settings), ranks, seed)
+    return MaskRCNNTrainSource(Config(data_dir=folder, **known | SIZES | settings), ranks, seed)
 
 
-def samples(data, epoch=1):
-    """Each image that is trained on in an epoch, by its index: what the batches hold of it."""
+def samples_by_index(data, epoch=1):
+    """Return the rows of an epoch's batches by image index."""
     keys = [key for step in data.sampler for key in step]
-    rows = [row for share in data.shares(epoch) for row in zip(*share.batch, strict=True)]
+    rows = [row for rank_batch in data.train_batches(epoch) for row in zip(*rank_batch.batch, strict=True)]
     return {index: row for (_, index), row in zip(keys, rows, strict=True)}
 
 
 @pytest.mark.parametrize(
-    ("size_hw", "wanted"),
+    ("size_hw", "expected"),
     [
         ((480, 640), (800, 1066)),
         ((640, 480), (1066, 800)),
@@ -47,21 +47,21 @@ def samples(data, epoch=1):
         ((1, 5000), (1, 1333)),
     ],
 )
-def test_sizes_are_rounded_as_by_the_reference(size_hw, wanted):
-    assert resized_hw(size_hw, 800, 1333) == wanted
+def test_sizes_round_as_in_the_reference(size_hw, expected):
+    assert resized_hw(size_hw, 800, 1333) == expected
 
 
-def test_a_batch_holds_each_image_resized_in_its_corner_and_zeros_around_it(tiny_toy):
-    data = open_data(tiny_toy, flip=False)
+def test_batch_holds_resized_images_padded_with_zeros(small_toy):
+    data = make_source(small_toy, flip=False)
     split = data.train_loader.dataset.split
-    seen = samples(data)
-    assert len(seen) == data.train_samples
-    for index, (pixels, size_hw, boxes, labels, *_) in seen.items():
+    samples = samples_by_index(data)
+    assert len(samples) == data.train_samples
+    for index, (pixels, size_hw, boxes, labels, *_) in samples.items():
         original = image_io.read(split.image_path(index))
-        wanted_hw = resized_hw(original.shape[1:], 128, 160)
+        expected_hw = resized_hw(original.shape[1:], 128, 160)
         height, width = size_hw.tolist()
-        assert (height, width) == wanted_hw
-        assert torch.equal(pixels[:, :height, :width], image_io.resize(original, wanted_hw))
+        assert (height, width) == expected_hw
+        assert torch.equal(pixels[:, :height, :width], image_io.resize(original, expected_hw))
         assert not pixels[:, height:].any()
         assert not pixels[:, :, width:].any()
         assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0
@@ -72,152 +72,154 @@ def test_a_batch_holds_each_image_resized_in_its_corner_and_zeros_around_it(tiny
         assert not labels[count:].any()
 
 
-def test_images_are_no_larger_than_the_largest_of_their_batch_needs_and_lie_channels_last(tiny_toy):
-    for share in open_data(tiny_toy).shares(1):
-        most = share.batch.sizes_hw.amax(dim=0)
-        assert list(share.batch.images.shape[2:]) == [-(-side // 32) * 32 for side in most.tolist()]
-        assert share.batch.images.dtype == torch.uint8
-        assert share.batch.images.is_contiguous(memory_format=torch.channels_last)
+def test_batch_has_the_size_of_its_largest_image_in_channels_last_layout(small_toy):
+    for batch, *_ in make_source(small_toy).train_batches(1):
+        max_hw = batch.sizes_hw.amax(dim=0)
+        assert list(batch.images.shape[2:]) == [-(-side // 32) * 32 for side in max_hw.tolist()]
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_loop_can_cut_a_batch_along_its_images(tiny_toy):
-    batch = next(open_data(tiny_toy).shares(1)).batch
-    halves = train_loop.split(batch, 2)
+def test_batch_splits_into_micro_batches(small_toy):
+    batch = next(make_source(small_toy).train_batches(1)).batch
+    halves = train_loop.split_micro_batches(batch, 2)
     assert [len(half[0]) for half in halves] == [2, 2]
     for whole, parts in zip(batch, zip(*halves, strict=True), strict=True):
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_masks_follow_their_image_in_size_and_place(tiny_toy):
-    """Drawn over the whole of the resized image, a mask is as large as annotated, and touches its box's sides."""
-    data = open_data(tiny_toy)
+def test_masks_scale_with_their_image(small_toy):
+    """Rasterized over the whole resized image, a mask has the annotated area and touches its box's sides."""
+    data = make_source(small_toy)
     split = data.train_loader.dataset.split
     areas = {
         (a["image_id"], round(a["bbox"][0], 2)): a["area"]
         for a in json.loads(split.annotation_file.read_text())["annotations"]
     }
-    for index, (_, size_hw, boxes, labels, edges, _) in samples(data).items():
+    for index, (_, size_hw, boxes, labels, edges, _) in samples_by_index(data).items():
         height, width = size_hw.tolist()
         whole = torch.tensor([[0.0, 0, width, height]]).expand(len(edges), 4)
-        drawn = masks.rasterise(edges, whole, size=320)
+        bitmaps = masks.rasterize_edges(edges, whole, size=320)
         scale = np.prod(split.sizes_hw[index]) / 320**2
-        for place, box in enumerate(split.boxes(index)):
+        for number, box in enumerate(split.boxes(index)):
             area = areas[int(split.image_ids[index]), round(float(box[0]), 2)]
-            assert float(drawn[place].sum()) * scale == pytest.approx(area, rel=0.02, abs=8)
-            y, x = drawn[place].nonzero().T / 320
+            assert float(bitmaps[number].sum()) * scale == pytest.approx(area, rel=0.02, abs=8)
+            y, x = bitmaps[number].nonzero().T / 320
             x, y = x * width, y * height
-            around = [x.min(), y.min(), x.max(), y.max()]
-            assert boxes[place].tolist() == pytest.approx([float(side) for side in around], abs=1)
-        assert not drawn[labels == 0].any()
+            extent = [x.min(), y.min(), x.max(), y.max()]
+            assert boxes[number].tolist() == pytest.approx([float(side) for side in extent], abs=1)
+        assert not bitmaps[labels == 0].any()
 
 
-def test_a_mirrored_image_has_its_boxes_and_masks_mirrored(tiny_toy):
-    plain, chance = samples(open_data(tiny_toy, flip=False)), samples(open_data(tiny_toy, flip=True))
-    mirrored = [i for i in plain if not torch.equal(plain[i][0], chance[i][0])]
-    assert 0.2 < len(mirrored) / len(plain) < 0.8
-    for index in mirrored:
-        pixels, size_hw, boxes, labels, edges, _ = plain[index]
+def test_flip_applies_to_boxes_and_masks(small_toy):
+    originals, samples = (samples_by_index(make_source(small_toy, flip=flip)) for flip in (False, True))
+    flipped = [i for i in originals if not torch.equal(originals[i][0], samples[i][0])]
+    assert 0.2 < len(flipped) / len(originals) < 0.8
+    for index in flipped:
+        pixels, size_hw, boxes, labels, edges, _ = originals[index]
         height, width = size_hw.tolist()
-        got = chance[index]
-        assert torch.equal(got[0][:, :height, :width], pixels[:, :height, :width].flip(2))
-        there = labels > 0
-        torch.testing.assert_close(got[2][there][:, [2, 0]], width - boxes[there][:, [0, 2]])
-        assert torch.equal(got[2][:, [1, 3]], boxes[:, [1, 3]])
-        assert torch.equal(got[3], labels)
-        drawn = masks.rasterise(edges[there], boxes[there])
-        apart = masks.rasterise(got[4][there], got[2][there]) != drawn.flip(2)
-        assert apart.float().mean() < 0.01
-        assert drawn.mean() > 0.3
+        actual = samples[index]
+        assert torch.equal(actual[0][:, :height, :width], pixels[:, :height, :width].flip(2))
+        valid = labels > 0
+        torch.testing.assert_close(actual[2][valid][:, [2, 0]], width - boxes[valid][:, [0, 2]])
+        assert torch.equal(actual[2][:, [1, 3]], boxes[:, [1, 3]])
+        assert torch.equal(actual[3], labels)
+        bitmaps = masks.rasterize_edges(edges[valid], boxes[valid])
+        differs = masks.rasterize_edges(actual[4][valid], actual[2][valid]) != bitmaps.flip(2)
+        assert differs.float().mean() < 0.01
+        assert bitmaps.mean() > 0.3
 
 
-def test_a_legacy_box_ends_with_its_last_pixel_before_and_after_it_is_mirrored(tiny_toy):
+def test_legacy_box_ends_with_its_last_pixel_with_and_without_flip(small_toy):
     for flip in (False, True):
-        plain, legacy = (samples(open_data(tiny_toy, flip=flip, legacy_boxes=on)) for on in (False, True))
-        split = open_data(tiny_toy).train_loader.dataset.split
-        for index, (_, size_hw, boxes, labels, edges, _) in plain.items():
-            pixel = size_hw.flip(0) / torch.tensor(split.sizes_hw[index].tolist()).flip(0)  # one of the original
-            there = labels > 0
-            got, wanted = legacy[index][2][there], boxes[there]
-            torch.testing.assert_close(got[:, 2:] - got[:, :2], wanted[:, 2:] - wanted[:, :2] - pixel)
-            whole = torch.equal(legacy[index][4], edges)
-            assert whole
-            moved = got[:, 0] - wanted[:, 0]
-            # Mirrored, it ends where it began: the pixel is lost on its other side, and the last pixel is W - 1.
-            assert (moved.abs() < 1e-3).all() or torch.allclose(moved, pixel[0] - 1, atol=1e-3)
+        exclusive, legacy = (
+            samples_by_index(make_source(small_toy, flip=flip, legacy_boxes=on)) for on in (False, True)
+        )
+        split = make_source(small_toy).train_loader.dataset.split
+        for index, (_, size_hw, boxes, labels, edges, _) in exclusive.items():
+            # A pixel of the original image.
+            pixel = size_hw.flip(0) / torch.tensor(split.sizes_hw[index].tolist()).flip(0)
+            valid = labels > 0
+            actual, expected = legacy[index][2][valid], boxes[valid]
+            torch.testing.assert_close(actual[:, 2:] - actual[:, :2], expected[:, 2:] - expected[:, :2] - pixel)
+            edges_match = torch.equal(legacy[index][4], edges)
+            assert edges_match
+            shift = actual[:, 0] - expected[:, 0]
+            # A flipped box loses the pixel on its left side, and the last pixel is W - 1.
+            assert (shift.abs() < 1e-3).all() or torch.allclose(shift, pixel[0] - 1, atol=1e-3)
 
 
-def test_which_images_are_mirrored_is_drawn_anew_for_each_epoch_and_seed(tiny_toy):
-    def mirrored(seed, epoch):
-        dataset = open_data(tiny_toy, seed=seed).train_loader.dataset
-        return [dataset.draw(epoch, index)[0] for index in range(len(dataset.split))]
+def test_flips_depend_on_epoch_and_seed(small_toy):
+    def flips(seed, epoch):
+        dataset = make_source(small_toy, seed=seed).train_loader.dataset
+        return [dataset.sample_params(epoch, index)[0] for index in range(len(dataset.split))]
 
-    assert mirrored(5, 1) == mirrored(5, 1)
-    assert mirrored(5, 1) != mirrored(5, 2)
-    assert mirrored(5, 1) != mirrored(6, 1)
+    assert flips(5, 1) == flips(5, 1)
+    assert flips(5, 1) != flips(5, 2)
+    assert flips(5, 1) != flips(6, 1)
 
 
-def test_workers_do_not_change_what_is_trained(tiny_toy):
-    loaded = [[share.batch for share in open_data(tiny_toy, num_workers=n).shares(2)] for n in (0, 2)]
+def test_worker_count_does_not_change_batches(small_toy):
+    loaded = [[batch for batch, *_ in make_source(small_toy, num_workers=n).train_batches(2)] for n in (0, 2)]
     assert len(loaded[0]) == len(loaded[1]) > 1
     for one, other in zip(*loaded, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def trained(folder, ranks, **settings):
-    """Pixels and masks of each image, without the padding, that depends on its batch."""
-    seen = Counter()
-    for share in open_data(folder, ranks, **settings).shares(1):
-        for pixels, (height, width), _, labels, edges, seed in zip(*share.batch, strict=True):
+def count_samples(folder, ranks, **settings):
+    """Count pixels, masks and seeds of each image, without the padding, which depends on the batch."""
+    counts = Counter()
+    for batch, *_ in make_source(folder, ranks, **settings).train_batches(1):
+        for pixels, (height, width), _, labels, edges, seed in zip(*batch, strict=True):
             rows = edges[labels > 0].flatten(0, 1)
             rows = rows[rows.any(dim=1)]
-            seen[pixels[:, :height, :width].numpy().tobytes(), rows.numpy().tobytes(), int(seed)] += 1
-    return seen
+            counts[pixels[:, :height, :width].numpy().tobytes(), rows.numpy().tobytes(), int(seed)] += 1
+    return counts
 
 
-def test_neither_ranks_nor_groups_change_which_images_are_trained_nor_how(tiny_toy):
-    whole = trained(tiny_toy, ALONE)
-    assert set(whole.values()) == {1}
-    assert (
-        trained(tiny_toy, Ranks(0, 2, CPU), batch_size=2) + trained(tiny_toy, Ranks(1, 2, CPU), batch_size=2) == whole
-    )
-    assert trained(tiny_toy, ALONE, group_by_aspect_ratio=False) == whole
-    assert trained(tiny_toy, ALONE, seed=6) != whole
+def test_samples_do_not_depend_on_ranks_or_aspect_groups(small_toy):
+    expected = count_samples(small_toy, SINGLE_RANK)
+    assert set(expected.values()) == {1}
+    first, second = (count_samples(small_toy, DistContext(rank, 2, CPU), batch_size=2) for rank in (0, 1))
+    assert first + second == expected
+    assert count_samples(small_toy, SINGLE_RANK, group_by_aspect_ratio=False) == expected
+    assert count_samples(small_toy, SINGLE_RANK, seed=6) != expected
 
 
-def test_batches_are_of_wide_or_of_high_images(tiny_toy):
-    def mixed(**settings):
+def test_batches_group_images_by_aspect_ratio(small_toy):
+    def count_mixed(**settings):
         return sum(
-            0 < (share.batch.sizes_hw[:, 1] >= share.batch.sizes_hw[:, 0]).sum() < len(share.batch.images)
-            for share in open_data(tiny_toy, batch_size=3, **settings).shares(1)
+            0 < (batch.sizes_hw[:, 1] >= batch.sizes_hw[:, 0]).sum() < len(batch.images)
+            for batch, *_ in make_source(small_toy, batch_size=3, **settings).train_batches(1)
         )
 
-    assert mixed(group_by_aspect_ratio=False) > 2 >= mixed()
+    assert count_mixed(group_by_aspect_ratio=False) > 2 >= count_mixed()
 
 
-def test_the_weights_of_an_epoch_make_each_step_a_mean_over_its_images(tiny_toy):
+def test_loss_weights_make_each_step_a_mean_over_its_images(small_toy):
     sums = Counter()
     for rank in range(3):
-        for step, share in enumerate(open_data(tiny_toy, Ranks(rank, 3, CPU)).shares(1)):
-            sums[step] += share.weight * len(share.batch.images) / 3
+        for step, rank_batch in enumerate(make_source(small_toy, DistContext(rank, 3, CPU)).train_batches(1)):
+            sums[step] += rank_batch.loss_weight * len(rank_batch.batch.images) / 3
     assert all(total == pytest.approx(1) for total in sums.values())
 
 
-def test_crowds_are_not_trained_on_and_images_without_boxes_only_evaluated(tiny_toy):
-    data = open_data(tiny_toy)
-    whole = coco.read(*coco.layout(tiny_toy, "train"))
-    assert whole.crowd.any()
-    assert not data.train_loader.dataset.split.crowd.any()
-    assert data.train_samples == len(whole.without_crowds().with_boxes()) < len(whole)
+def test_training_skips_crowds_and_images_without_boxes(small_toy):
+    data = make_source(small_toy)
+    split = coco.read(*coco.standard_paths(small_toy, "train"))
+    assert split.is_crowd.any()
+    assert not data.train_loader.dataset.split.is_crowd.any()
+    assert data.train_samples == len(split.drop_crowds().drop_empty_images()) < len(split)
     ids = torch.cat([batch.image_ids for batch in data.eval_batches()])
-    assert sorted(ids.tolist()) == sorted(coco.read(*coco.layout(tiny_toy, "val")).image_ids.tolist())
+    assert sorted(ids.tolist()) == sorted(coco.read(*coco.standard_paths(small_toy, "val")).image_ids.tolist())
 
 
-def test_each_evaluation_image_is_on_one_rank_with_its_own_sizes(tiny_toy):
-    val = coco.read(*coco.layout(tiny_toy, "val"))
+def test_each_evaluation_image_is_on_one_rank_with_its_sizes(small_toy):
+    val = coco.read(*coco.standard_paths(small_toy, "val"))
     originals = dict(zip(val.image_ids.tolist(), val.sizes_hw.tolist(), strict=True))
     ids = []
     for rank in range(3):
-        for batch in open_data(tiny_toy, Ranks(rank, 3, CPU)).eval_batches():
+        for batch in make_source(small_toy, DistContext(rank, 3, CPU)).eval_batches():
             ids += batch.image_ids.tolist()
             for image_id, size_hw, original_hw in zip(
                 *(t.tolist() for t in batch[2:0:-1]), batch[3].tolist(), strict=True
@@ -227,64 +229,64 @@ def test_each_evaluation_image_is_on_one_rank_with_its_own_sizes(tiny_toy):
     assert sorted(ids) == sorted(originals)
 
 
-def test_evaluation_images_of_like_shape_come_together(tiny_toy):
-    batches = list(open_data(tiny_toy, eval_batch_size=2).eval_batches())
+def test_evaluation_batches_group_images_by_size(small_toy):
+    batches = list(make_source(small_toy, eval_batch_size=2).eval_batches())
     shapes = [tuple(hw) for batch in batches for hw in batch.sizes_hw.tolist()]
     assert len(set(shapes)) > 1
     assert shapes in (sorted(shapes), sorted(shapes, key=lambda hw: hw[::-1]))
 
 
-def test_decoded_images_that_are_kept_train_the_same_without_their_files(tiny_toy, tmp_path):
-    folder = shutil.copytree(tiny_toy, tmp_path / "data")
-    wanted = trained(folder, ALONE)
-    data = open_data(folder, image_cache="host")
-    first = [share.batch for share in data.shares(1)]
+def test_image_cache_yields_the_same_batches_without_files(small_toy, tmp_path):
+    folder = shutil.copytree(small_toy, tmp_path / "data")
+    expected = count_samples(folder, SINGLE_RANK)
+    data = make_source(folder, image_cache="host")
+    first = [batch for batch, *_ in data.train_batches(1)]
     shutil.rmtree(folder / "train2017")
-    again = [share.batch for share in data.shares(1)]
+    second = [batch for batch, *_ in data.train_batches(1)]
     assert all(
-        torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True)
+        torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
     )
-    assert sum(len(batch.images) for batch in first) == sum(wanted.values())
+    assert sum(len(batch.images) for batch in first) == sum(expected.values())
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_corrupt_image_is_named_and_wrapped_in_no_traceback(tiny_toy, tmp_path, num_workers):
-    data = open_data(tiny_toy, num_workers=num_workers)
+def test_corrupt_image_is_named_without_a_traceback(small_toy, tmp_path, num_workers):
+    data = make_source(small_toy, num_workers=num_workers)
     dataset = data.train_loader.dataset
     broken = tmp_path / "broken"
     broken.mkdir()
-    for path in dataset.split.image_folder.iterdir():
+    for path in dataset.split.image_dir.iterdir():
         (broken / path.name).write_bytes(path.read_bytes()[:-500])
-    dataset.split = replace(dataset.split, image_folder=broken)
+    dataset.split = replace(dataset.split, image_dir=broken)
     with pytest.raises(InputError, match=r"broken/0000\d+\.jpg: this image cannot be decoded") as caught:
-        list(data.shares(1))
+        list(data.train_batches(1))
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_number_of_classes_that_the_annotations_do_not_have_is_refused(tiny_toy):
-    with pytest.raises(InputError, match="num_classes is 4, not 7"):
-        open_data(tiny_toy, num_classes=7)
+def test_wrong_number_of_classes_is_rejected(small_toy):
+    with pytest.raises(InputError, match="num_classes 4, not 7"):
+        make_source(small_toy, num_classes=7)
 
 
-def test_a_bad_mask_is_refused_in_either_split(tiny_toy, tmp_path):
+def test_invalid_mask_is_rejected_in_either_split(small_toy, tmp_path):
     for name in ("train", "val"):
-        folder = shutil.copytree(tiny_toy, tmp_path / name)
-        file, _ = coco.layout(folder, name)
+        folder = shutil.copytree(small_toy, tmp_path / name)
+        file, _ = coco.standard_paths(folder, name)
         content = json.loads(file.read_text())
         content["annotations"][-1]["segmentation"] = [[1, 2, 3]]
         file.write_text(json.dumps(content))
         with pytest.raises(InputError, match=rf"instances_{name}2017.json: .*annotation \d+, image_id \d+: .*odd"):
-            open_data(folder)
+            make_source(folder)
 
 
 @pytest.mark.data
-def test_every_real_photo_is_resized_and_keeps_its_masks():
+def test_real_photos_keep_their_masks():
     folder = shared("data/coco-tiny")
-    data = open_data(folder, dataset="coco2017", num_classes=81, batch_size=16, num_workers=0)
-    boxes, filled = 0, []
-    for share in data.shares(1):
-        there = share.batch.labels > 0
-        boxes += int(there.sum())
-        filled.append(masks.rasterise(share.batch.edges[there], share.batch.boxes_xyxy[there]).mean(dim=(1, 2)))
-    assert boxes == 699
-    assert 0.5 < torch.cat(filled).mean() < 0.7  # of its box an object of COCO fills a bit more than a half
+    data = make_source(folder, dataset="coco2017", num_classes=81, batch_size=16, num_workers=0)
+    num_boxes, fill_ratios = 0, []
+    for batch, *_ in data.train_batches(1):
+        valid = batch.labels > 0
+        num_boxes += int(valid.sum())
+        fill_ratios.append(masks.rasterize_edges(batch.edges[valid], batch.boxes_xyxy[valid]).mean(dim=(1, 2)))
+    assert num_boxes == 699
+    assert 0.5 < torch.cat(fill_ratios).mean() < 0.7  # COCO's objects fill a bit more than half of their box

@@ -1,4 +1,4 @@
-"""Evaluation of a network that is made up: it sees what is in the annotations, or less."""
+"""Tests of the evaluator with a dummy network that returns the annotated objects, or some of them."""
 
 import json
 import os
@@ -13,158 +13,162 @@ import torch
 from pycocotools import mask as mask_api
 from torch import nn
 
-from detection.config.settings import read_topology
+from detection.config.settings import read_rank_info
 from detection.data import coco
-from detection.evaluation.coco_metric import FIGURES, to_mask_results, to_results
-from detection.runtime.distributed import Ranks, connect
+from detection.evaluation.coco_metric import COCO_STATS, to_mask_results, to_results
+from detection.runtime.distributed import DistContext, init_process_group
 from maskrcnn import masks
 from maskrcnn.config import Config
-from maskrcnn.data import MaskRCNNEvalData
-from maskrcnn.evaluator import Evaluation
+from maskrcnn.data import MaskRCNNEvalSource
+from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.postprocess import Detections
 from paths import ROOT
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+SINGLE_RANK = DistContext(0, 1, torch.device("cpu"))
 MODEL = nn.Identity()
 
 
-def config_of(folder, **settings):
+def make_config(folder, **settings):
     known = {"dataset": "toy", "num_classes": 4, "eval_batch_size": 3, "num_workers": 0}
     return Config(data_dir=folder, min_image_size=160, max_image_size=200, **known | settings)
 
 
 class Oracle:
-    """Sees the objects of the annotations, of even image ids without the first `blind`, and padding between them."""
+    """Return the annotated objects, amid padding; for even image ids without the first `num_missed`."""
 
-    def __init__(self, split, blind=0, legacy=True):
-        self.split, self.blind = split.without_crowds(), blind
-        self.shorter = torch.tensor([0, 0, legacy, legacy]).float()  # a legacy box ends with its last pixel
+    def __init__(self, split, num_missed=0, legacy=True):
+        self.split, self.num_missed = split.drop_crowds(), num_missed
+        self.last_pixel = torch.tensor([0, 0, legacy, legacy]).float()  # a legacy box ends with its last pixel
         self.index = {image_id: i for i, image_id in enumerate(self.split.image_ids.tolist())}
 
     def __call__(self, model, batch):
         count = 12
         boxes, scores = torch.zeros(len(batch.images), count, 4), torch.zeros(len(batch.images), count)
         labels = torch.zeros(len(batch.images), count, dtype=torch.int64)
-        seen = torch.zeros(len(batch.images), count, 28, 28)
+        bitmaps = torch.zeros(len(batch.images), count, 28, 28)
         for row, image_id in enumerate(batch.image_ids.tolist()):
             index = self.index[image_id]
-            own = torch.from_numpy(self.split.boxes(index)) - self.shorter
-            edges = masks.edges_of(self.split, index)
+            gt_boxes = torch.from_numpy(self.split.boxes(index)) - self.last_pixel
+            edges = masks.mask_edges(self.split, index)
             scale = (batch.sizes_hw[row] / batch.original_sizes_hw[row]).flip(0).repeat(2)
-            for number in range(self.blind if image_id % 2 == 0 else 0, len(own)):
-                place = count - 1 - number  # so that padding comes first
-                boxes[row, place] = own[number] * scale
-                scores[row, place] = 0.9 - 0.01 * number
-                labels[row, place] = int(self.split.image_labels(index)[number])
-                seen[row, place] = masks.rasterise(torch.from_numpy(edges[number])[None], own[None, number])[0]
-        return Detections(boxes, scores, labels, seen)
+            for number in range(self.num_missed if image_id % 2 == 0 else 0, len(gt_boxes)):
+                slot = count - 1 - number  # so that padding comes first
+                boxes[row, slot] = gt_boxes[number] * scale
+                scores[row, slot] = 0.9 - 0.01 * number
+                labels[row, slot] = int(self.split.image_labels(index)[number])
+                gt_edges = torch.from_numpy(edges[number])[None]
+                bitmaps[row, slot] = masks.rasterize_edges(gt_edges, gt_boxes[None, number])[0]
+        return Detections(boxes, scores, labels, bitmaps)
 
 
-def evaluated(folder, ranks=ALONE, blind=0, **settings):
-    """The evaluation of an oracle, and its figures."""
-    config = config_of(folder, **settings)
-    data = MaskRCNNEvalData(config, ranks)
-    evaluation = Evaluation(config, ranks, Oracle(open_val(folder), blind, config.legacy_boxes))
+def evaluate(folder, ranks=SINGLE_RANK, num_missed=0, **settings):
+    """Evaluate an oracle; return the evaluator and its metrics."""
+    config = make_config(folder, **settings)
+    data = MaskRCNNEvalSource(config, ranks)
+    evaluator = MaskRCNNEvaluator(config, ranks, Oracle(read_val(folder), num_missed, config.legacy_boxes))
     with torch.inference_mode():
-        return evaluation, evaluation(MODEL, data)
+        return evaluator, evaluator(MODEL, data)
 
 
-def open_val(folder):
-    return coco.read(*coco.layout(folder, "val"), segmentations=True)
+def read_val(folder):
+    return coco.read(*coco.standard_paths(folder, "val"), segmentations=True)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_toy):
-    return evaluated(tiny_toy)
+def perfect_evaluation(small_toy):
+    return evaluate(small_toy)
 
 
-def test_a_network_that_sees_all_scores_one_and_nearly_so_for_masks(whole):
-    _, figures = whole
-    assert set(figures) == {*FIGURES, *(f"mask_{name}" for name in FIGURES)}
-    assert figures["AP"] == pytest.approx(1, abs=1e-3)
-    assert figures["mask_AP50"] == pytest.approx(1)
-    assert 0.85 < figures["mask_AP"] < 1
+def test_perfect_boxes_score_one_and_masks_nearly_one(perfect_evaluation):
+    _, metrics = perfect_evaluation
+    assert set(metrics) == {*COCO_STATS, *(f"mask_{name}" for name in COCO_STATS)}
+    assert metrics["AP"] == pytest.approx(1, abs=1e-3)
+    assert metrics["mask_AP50"] == pytest.approx(1)
+    assert 0.85 < metrics["mask_AP"] < 1
 
 
-def test_boxes_without_their_last_pixel_score_one_as_well(tiny_toy):
-    _, figures = evaluated(tiny_toy, legacy_boxes=False)
-    assert figures["AP"] == pytest.approx(1, abs=1e-3)
+def test_boxes_without_their_last_pixel_score_one(small_toy):
+    _, metrics = evaluate(small_toy, legacy_boxes=False)
+    assert metrics["AP"] == pytest.approx(1, abs=1e-3)
 
 
-def test_the_official_library_confirms_both(whole):
-    evaluation, figures = whole
-    assert evaluation.confirm() == figures
+def test_pycocotools_confirms_both(perfect_evaluation):
+    evaluator, metrics = perfect_evaluation
+    assert evaluator.verify_official() == metrics
 
 
-def test_masks_lie_where_the_objects_are_in_the_original(whole, tiny_toy):
-    evaluation, _ = whole
-    content = json.loads(coco.layout(tiny_toy, "val")[0].read_text())
+def test_masks_cover_the_objects_of_the_original_image(perfect_evaluation, small_toy):
+    evaluator, _ = perfect_evaluation
+    content = json.loads(coco.standard_paths(small_toy, "val")[0].read_text())
     sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     objects = [a for a in content["annotations"] if not a["iscrowd"]]
-    rows, found = evaluation.found
-    assert len(rows) == len(found) == len(objects)
-    for row, mask in zip(rows, found, strict=True):
+    rows, rles = evaluator.detections
+    assert len(rows) == len(rles) == len(objects)
+    for row, mask in zip(rows, rles, strict=True):
         assert mask["size"] == sizes[row[0]]
-        near = [a for a in objects if a["image_id"] == row[0] and np.allclose(a["bbox"], row[1:5], atol=0.05)]
-        assert [a["category_id"] for a in near] == [row[6]]
-        wanted = mask_api.merge(mask_api.frPyObjects(near[0]["segmentation"], *mask["size"]))
-        assert mask_api.iou([mask], [wanted], [0])[0, 0] > 0.88
+        matches = [a for a in objects if a["image_id"] == row[0] and np.allclose(a["bbox"], row[1:5], atol=0.05)]
+        assert [a["category_id"] for a in matches] == [row[6]]
+        expected = mask_api.merge(mask_api.frPyObjects(matches[0]["segmentation"], *mask["size"]))
+        assert mask_api.iou([mask], [expected], [0])[0, 0] > 0.88
 
 
-def test_labels_become_the_category_ids_of_the_annotations(whole, tiny_toy, tmp_path):
-    folder = shutil.copytree(tiny_toy, tmp_path / "data")
-    file, _ = coco.layout(folder, "val")
+def test_labels_map_to_category_ids(perfect_evaluation, small_toy, tmp_path):
+    folder = shutil.copytree(small_toy, tmp_path / "data")
+    file, _ = coco.standard_paths(folder, "val")
     content = json.loads(file.read_text())
     for row in content["annotations"]:
-        row["category_id"] = 30 - 7 * row["category_id"]  # in another order, too
+        row["category_id"] = 30 - 7 * row["category_id"]  # also reverses the order
     for row in content["categories"]:
         row["id"] = 30 - 7 * row["id"]
     file.write_text(json.dumps(content))
-    evaluation, figures = evaluated(folder)
-    assert figures == pytest.approx(whole[1])
-    assert set(evaluation.found.rows[:, 6]) == {23, 16, 9}
+    evaluator, metrics = evaluate(folder)
+    assert metrics == pytest.approx(perfect_evaluation[1])
+    assert set(evaluator.detections.rows[:, 6]) == {23, 16, 9}
 
 
-def test_what_is_overlooked_costs_both_figures(whole, tiny_toy):
-    _, figures = evaluated(tiny_toy, blind=2)
+def test_missed_objects_lower_both_metrics(perfect_evaluation, small_toy):
+    _, metrics = evaluate(small_toy, num_missed=2)
     for name in ("AP", "mask_AP"):
-        assert figures[name] < whole[1][name] - 0.1
+        assert metrics[name] < perfect_evaluation[1][name] - 0.1
 
 
-def test_a_network_that_sees_nothing_scores_zero(tiny_toy):
-    config = config_of(tiny_toy)
-    evaluation = Evaluation(config, ALONE, lambda model, batch: Detections(*nothing(len(batch.images))))
-    assert set(evaluation(MODEL, MaskRCNNEvalData(config, ALONE)).values()) == {0.0}
+def test_no_detections_score_zero(small_toy):
+    config = make_config(small_toy)
+    evaluator = MaskRCNNEvaluator(
+        config, SINGLE_RANK, lambda model, batch: Detections(*empty_detections(len(batch.images)))
+    )
+    assert set(evaluator(MODEL, MaskRCNNEvalSource(config, SINGLE_RANK)).values()) == {0.0}
 
 
-def nothing(size):
+def empty_detections(size):
     shapes = ((size, 0, 4), (size, 0), (size, 0), (size, 0, 28, 28))
     return [torch.zeros(shape, dtype=torch.int64 if i == 2 else torch.float32) for i, shape in enumerate(shapes)]
 
 
-def test_neither_the_batch_size_nor_the_threads_nor_half_precision_change_the_figures(whole, tiny_toy, monkeypatch):
-    monkeypatch.setattr("maskrcnn.evaluator.WAITING", 1)
-    assert evaluated(tiny_toy, eval_batch_size=8, num_workers=2)[1] == whole[1]
-    config = config_of(tiny_toy)
-    oracle = Oracle(open_val(tiny_toy))
+def test_batch_size_threads_and_half_precision_do_not_change_metrics(perfect_evaluation, small_toy, monkeypatch):
+    monkeypatch.setattr("maskrcnn.evaluator.MAX_PENDING_PER_THREAD", 1)
+    assert evaluate(small_toy, eval_batch_size=8, num_workers=2)[1] == perfect_evaluation[1]
+    config = make_config(small_toy)
+    oracle = Oracle(read_val(small_toy))
 
-    def halved(model, batch):
-        seen = oracle(model, batch)
-        return seen._replace(masks=seen.masks.bfloat16())
+    def predict_bf16(model, batch):
+        detections = oracle(model, batch)
+        return detections._replace(masks=detections.masks.bfloat16())
 
-    assert Evaluation(config, ALONE, halved)(MODEL, MaskRCNNEvalData(config, ALONE)) == whole[1]
+    evaluator = MaskRCNNEvaluator(config, SINGLE_RANK, predict_bf16)
+    assert evaluator(MODEL, MaskRCNNEvalSource(config, SINGLE_RANK)) == perfect_evaluation[1]
 
 
-def test_both_results_files_are_in_cocos_format(whole):
-    rows, found = whole[0].found
-    boxes, outlines = json.loads(json.dumps([to_results(rows), to_mask_results(rows, found)]))
-    assert [set(one) for one in (boxes[0], outlines[0])] == [
+def test_results_are_in_coco_format(perfect_evaluation):
+    rows, rles = perfect_evaluation[0].detections
+    boxes, segmentations = json.loads(json.dumps([to_results(rows), to_mask_results(rows, rles)]))
+    assert [set(row) for row in (boxes[0], segmentations[0])] == [
         {"image_id", "category_id", "bbox", "score"},
         {"image_id", "category_id", "segmentation", "score"},
     ]
 
 
-def test_every_rank_has_the_figures_of_one_alone_and_the_first_has_all_detections(whole, tiny_toy, tmp_path):
+def test_ranks_share_metrics_and_the_first_holds_all_detections(perfect_evaluation, small_toy, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -172,22 +176,24 @@ def test_every_rank_has_the_figures_of_one_alone_and_the_first_has_all_detection
         "--nproc-per-node",
         "2",
         __file__,
-        str(tiny_toy),
+        str(small_toy),
         str(tmp_path),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 0, process.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["figures"] == second["figures"] == whole[1]
-    assert (first["found"], second["found"]) == (len(whole[0].found.rows), 0)
+    assert first["metrics"] == second["metrics"] == perfect_evaluation[1]
+    assert (first["detections"], second["detections"]) == (len(perfect_evaluation[0].detections.rows), 0)
 
 
 def main(data, results):
-    with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
-        evaluation, figures = evaluated(data, ranks)
-        found = {"figures": figures, "found": len(evaluation.found.rows)}
-        (results / f"{ranks.rank}.json").write_text(json.dumps(found))
+    with init_process_group(read_rank_info(), torch.device("cpu"), timeout_s=60) as ranks:
+        evaluator, metrics = evaluate(data, ranks)
+        content = {"metrics": metrics, "detections": len(evaluator.detections.rows)}
+        (results / f"{ranks.rank}.json").write_text(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole runs of Mask R-CNN, on the loop that SSD has: what they log and leave, and that they go on where they were."""
+"""Tests of whole Mask R-CNN runs: logs, results, resume and settings."""
 
 import io
 import json
@@ -12,10 +12,10 @@ import torch
 from pycocotools.coco import COCO
 
 from detection import run_dir
-from detection.preflight.run_checks import judge
+from detection.preflight.run_checks import check_rules
 from maskrcnn import preflight, train
 from maskrcnn.config import load
-from maskrcnn.model import LOSSES
+from maskrcnn.model import LOSS_NAMES
 from mlperf import compliance
 from mlperf.log import read
 from mlperf.rules import hyperparameter_keys, maskrcnn_tensor_names
@@ -23,28 +23,28 @@ from paths import ROOT, shared
 from tiny_maskrcnn import SMALL
 
 
-def set_up(handful, monkeypatch):
-    """The variables of a run on four pictures."""
+def set_environment(four_image_coco, monkeypatch):
+    """Set the environment of a run on four images."""
     for name, value in {f"MASKRCNN_{name}": value for name, value in SMALL.items()}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DATADIR", str(handful))
+    monkeypatch.setenv("DATADIR", str(four_image_coco))
 
 
 @pytest.fixture(scope="module")
-def whole(handful, tmp_path_factory):
-    """The folder of a run that nothing disturbed, which is not to be changed, and what it said."""
-    folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-        set_up(handful, patch)
+def uninterrupted_run(four_image_coco, tmp_path_factory):
+    """Run folder, which tests must not change, and output of an uninterrupted run."""
+    folder, output = tmp_path_factory.mktemp("uninterrupted_run") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        set_environment(four_image_coco, patch)
         patch.setenv("RUN_DIR", str(folder))
         assert train.main([]) == 0
-    return folder, said.getvalue()
+    return folder, output.getvalue()
 
 
 @pytest.fixture
-def run(handful, tmp_path, monkeypatch):
-    """Train on four pictures, in a folder of the name given; returns status and folder."""
-    set_up(handful, monkeypatch)
+def run(four_image_coco, tmp_path, monkeypatch):
+    """Function that trains on four images in a named folder and returns exit status and folder."""
+    set_environment(four_image_coco, monkeypatch)
 
     def main(*flags, name="run"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
@@ -54,11 +54,11 @@ def run(handful, tmp_path, monkeypatch):
 
 
 def weights(folder):
-    return torch.load(run_dir.checkpoints(folder)[-1].path, weights_only=True)["model"]
+    return torch.load(run_dir.list_checkpoints(folder)[-1].path, weights_only=True)["model"]
 
 
-def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(whole, handful):
-    folder, said = whole
+def test_run_writes_the_log_and_results(uninterrupted_run, four_image_coco):
+    folder, output = uninterrupted_run
     events = read(folder / "result_0.txt")
     logged = [event.key for event in events]
     for key in hyperparameter_keys("maskrcnn"):
@@ -67,50 +67,50 @@ def test_a_run_logs_and_leaves_what_the_rules_and_its_user_want(whole, handful):
     assert tuple(tensors) == maskrcnn_tensor_names()
     (accuracy,) = [event.value for event in events if event.key == "eval_accuracy"]
     assert set(accuracy) == {"BBOX", "SEGM"}
-    for ruleset in ("1.0.0", "1.1.0"):  # in 0.7.0 an open run is held to the target
+    for ruleset in ("1.0.0", "1.1.0"):  # 0.7.0 requires the target in the open division, too
         verdict = compliance.check(folder / "result_0.txt", ruleset)
         assert verdict.passed, verdict.messages
 
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in steps if line["event"] == "step"]
-    assert [tuple(step["losses"]) for step in steps] == [LOSSES] * 2
+    assert [tuple(step["losses"]) for step in steps] == [LOSS_NAMES] * 2
     for step in steps:
         assert step["loss"] == pytest.approx(sum(step["losses"].values()), rel=1e-5)
         assert step["loss_median"] > 0
         assert step["memory_gib"] > 0.1
-    truth = COCO(str(handful / "annotations" / "instances_val2017.json"))
+    coco_gt = COCO(str(four_image_coco / "annotations" / "instances_val2017.json"))
     for name in ("bbox.json", "segm.json"):
         rows = json.loads((folder / name).read_text())
-        assert not rows or truth.loadRes(rows).getAnnIds()
-    assert "pycocotools confirms the last figures" in said
-    assert ", mask_AP " in said
+        assert not rows or coco_gt.loadRes(rows).getAnnIds()
+    assert "pycocotools confirms the final metrics" in output
+    assert ", mask_AP " in output
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_weights(whole, run):
-    status, broken = run("--max-steps", "1", name="broken")
+def test_resumed_run_reaches_identical_weights(uninterrupted_run, run):
+    status, folder = run("--max-steps", "1", name="interrupted")
     assert status == 3
-    status, _ = run("--resume", "auto", name="broken")
+    status, _ = run("--resume", "auto", name="interrupted")
     assert status == 0
-    ours, theirs = weights(broken), weights(whole[0])
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert len([event for event in read(broken / "result_0.txt") if event.key == "run_start"]) == 1
+    actual, expected = weights(folder), weights(uninterrupted_run[0])
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert len([event for event in read(folder / "result_0.txt") if event.key == "run_start"]) == 1
 
 
-def test_a_checkpoint_is_evaluated_to_the_same_figures(whole, run, tmp_path):
-    folder, _ = whole
-    checkpoint = run_dir.checkpoints(folder)[-1].path
+def test_checkpoint_evaluates_to_the_same_metrics(uninterrupted_run, run, tmp_path):
+    folder, _ = uninterrupted_run
+    checkpoint = run_dir.list_checkpoints(folder)[-1].path
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
     status, _ = run(*flags, name="evaluation")
     assert status == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = next(line["metrics"] for line in lines if line["event"] == "evaluation")
-    assert json.loads(summary.read_text())["metrics"] == trained
-    assert len(trained) == 24
+    expected = next(line["metrics"] for line in lines if line["event"] == "evaluation")
+    assert json.loads(summary.read_text())["metrics"] == expected
+    assert len(expected) == 24
 
 
 @pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
-def test_the_benchmark_modes_say_how_fast_it_is(run, tmp_path, mode):
+def test_benchmark_modes_report_throughput(run, tmp_path, mode):
     summary = tmp_path / "summary.json"
     flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary-json", str(summary))
     assert run(*flags)[0] == 0
@@ -120,24 +120,24 @@ def test_the_benchmark_modes_say_how_fast_it_is(run, tmp_path, mode):
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_the_same_weights_and_figures(handful, tmp_path):
+def test_two_ranks_train_and_evaluate(four_image_coco, tmp_path):
     environ = os.environ | {f"MASKRCNN_{name}": value for name, value in SMALL.items()}
-    environ |= {"DATADIR": str(handful), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
+    environ |= {"DATADIR": str(four_image_coco), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "maskrcnn.train"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--batch-size", "1"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr
-    assert "pycocotools confirms the last figures" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "pycocotools confirms the final metrics" in process.stdout
 
 
-def test_what_the_settings_get_wrong_is_said_before_the_clock(run, tmp_path, capsys):
+def test_invalid_settings_are_rejected_before_timing(run, tmp_path, capsys):
     assert run("--max-image-size", "64")[0] == 2
     assert "max_image_size 64 should not be below min_image_size 96" in capsys.readouterr().err
     assert run("--anchor-sizes", "32,64")[0] == 2
-    assert "anchor_sizes should be five" in capsys.readouterr().err
+    assert "anchor_sizes should have 5 values" in capsys.readouterr().err
     assert run("--batch-norm-eps", "0")[0] == 2
-    assert "batch norm that is trained needs a batch_norm_eps" in capsys.readouterr().err
+    assert "trained batch norm needs a positive batch_norm_eps" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -162,20 +162,20 @@ def test_every_config_file_passes_a_dry_run_and_the_rules(path):
         (("--rpn-post-nms-top-n", "1500"), "num_image_candidates"),
         (("--mask-target", "0.3"), "mask_target"),
         (("--eval-epochs", "every 2"), "eval_epochs"),
-        (("--pretrained-backbone", ""), "backbone"),
+        (("--pretrained-backbone", ""), "pretrained_backbone"),
         (("--seed", "0"), "seed"),
         (("--no-proposals-per-batch",), "proposals_per_batch"),
     ],
 )
-def test_what_the_closed_division_forbids_is_named(flags, rule):
+def test_closed_division_names_the_broken_rule(flags, rule):
     config = load(["--batch-size", "16", "--pretrained-backbone", "R-50.pkl", *flags], {}).config
-    _, broken = judge(config, preflight.recipe(config, 4), 4)
-    assert len(broken) == 1
-    assert rule in broken[0]
+    _, violations = check_rules(config, preflight.rule_values(config, 4), 4)
+    assert len(violations) == 1
+    assert rule in violations[0]
 
 
 @pytest.mark.slow
-def test_real_photos_load_train_and_are_evaluated(tmp_path, monkeypatch):
+def test_real_photos_train_and_evaluate(tmp_path, monkeypatch):
     for name, value in {f"MASKRCNN_{name}": value for name, value in SMALL.items()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DATADIR", str(shared("data/coco-tiny")))

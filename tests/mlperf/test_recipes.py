@@ -1,10 +1,10 @@
-"""Recipes for any global batch: the published ones, and that what lies between keeps the rules."""
+"""Recipes for any global batch: published ones are reproduced, and interpolated ones follow the rules."""
 
 import pytest
 
 from config_files import exported
 from detection.preflight import run_checks
-from detection.tuning.config_file import flags
+from detection.tuning.config_file import to_flags
 from maskrcnn import config as maskrcnn_config
 from maskrcnn import preflight as maskrcnn_preflight
 from maskrcnn import tune as maskrcnn_tune
@@ -15,55 +15,55 @@ from ssd import tune as ssd_tune
 
 
 @pytest.mark.parametrize(("system", "ranks"), [("CPU", 1), ("DGX1", 8), ("DGXA100", 8), ("DGXA100_multi_2x8x56", 16)])
-def test_a_published_batch_has_the_recipe_of_its_config_file(system, ranks):
-    given = {name: value for name, value in exported(system).items() if name.startswith("SSD_")}
-    config = ssd_config.load([], given).config
-    ours = ssd_tune.settings(recipes.recipe("ssd", config.global_batch_size(ranks)))
-    again = ssd_config.load(flags(ours), {"SSD_BATCH_SIZE": str(config.batch_size)}).config
-    for name in ours:
-        assert getattr(again, name) == getattr(config, name), name
-    assert again.peak_lr(ranks) == config.peak_lr(ranks)
+def test_published_batch_has_recipe_of_its_config_file(system, ranks):
+    env = {name: value for name, value in exported(system).items() if name.startswith("SSD_")}
+    config = ssd_config.load([], env).config
+    settings = ssd_tune.recipe_settings(recipes.interpolate_recipe("ssd", config.global_batch_size(ranks)))
+    tuned = ssd_config.load(to_flags(settings), {"SSD_BATCH_SIZE": str(config.batch_size)}).config
+    for name in settings:
+        assert getattr(tuned, name) == getattr(config, name), name
+    assert tuned.peak_lr(ranks) == config.peak_lr(ranks)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 48, 128, 500, 900, 1000, 1100, 1300, 1536, 1800, 2048, 3000, 4096])
-def test_ssd_keeps_every_rule_with_the_recipe_of_any_batch(batch):
-    words = flags(ssd_tune.settings(recipes.recipe("ssd", batch)))
+def test_ssd_recipe_of_any_batch_follows_every_rule(batch):
+    words = to_flags(ssd_tune.recipe_settings(recipes.interpolate_recipe("ssd", batch)))
     words += ["--batch-size", str(batch), "--eval-epochs", "every 5", "--pretrained-backbone", "resnet34.pth"]
     config = ssd_config.load(words, {}).config
-    assert run_checks.judge(config, ssd_preflight.recipe(config, 1), 1)[1] == []
+    assert run_checks.check_rules(config, ssd_preflight.rule_values(config, 1), 1)[1] == []
 
 
 @pytest.mark.parametrize("batch", [4, 16, 40, 48, 56, 64, 96, 112, 128, 192, 256])
-def test_mask_rcnn_keeps_every_rule_with_the_recipe_of_any_batch(batch):
-    words = flags(maskrcnn_tune.settings(recipes.recipe("maskrcnn", batch)))
+def test_maskrcnn_recipe_of_any_batch_follows_every_rule(batch):
+    words = to_flags(maskrcnn_tune.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
     config = maskrcnn_config.load([*words, "--batch-size", str(batch), "--pretrained-backbone", "R-50.pkl"], {}).config
-    broken = run_checks.judge(config, maskrcnn_preflight.recipe(config, 1), 1)[1]
+    broken = run_checks.check_rules(config, maskrcnn_preflight.rule_values(config, 1), 1)[1]
     assert broken == []
 
 
-def test_mask_rcnn_has_the_steps_of_its_winners():
-    found = {}
+def test_maskrcnn_has_decay_steps_of_submissions():
+    schedules = {}
     for batch in (48, 64, 96):
-        words = flags(maskrcnn_tune.settings(recipes.recipe("maskrcnn", batch)))
+        words = to_flags(maskrcnn_tune.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
         config = maskrcnn_config.load([*words, "--batch-size", str(batch)], {}).config
-        found[batch] = (config.peak_lr(1), config.warmup_steps, config.decay_steps(1))
-    assert found == {
+        schedules[batch] = (config.peak_lr(1), config.warmup_steps, config.decay_steps(1))
+    assert schedules == {
         48: (0.06, 625, (24000, 32000)),
         64: (0.08, 800, (18000, 24000)),
         96: (0.12, 625, (12000, 16000)),
     }
 
 
-def test_between_two_batches_lies_what_is_between_their_recipes_and_it_says_so():
-    found = recipes.recipe("ssd", 1774)  # half way from 1536 to 2048 by logarithm
-    assert found.warmup_steps == pytest.approx((200 + 1489) / 2, abs=3)
-    assert found.base_lr == pytest.approx((2.5e-3 + 4.57e-3) / 2, abs=1e-5)
-    assert found.stretch == 3
-    assert "(1536)" in found.source
-    assert "(2048)" in found.source
-    assert "the nearest" in recipes.recipe("ssd", 8).source
-    assert recipes.recipe("ssd", 8).base_lr == 2.5e-3
-    assert recipes.recipe("ssd", 8192).warmup_steps == 1145
+def test_recipe_between_two_batches_is_interpolated():
+    recipe = recipes.interpolate_recipe("ssd", 1774)  # the logarithmic mean of 1536 and 2048
+    assert recipe.warmup_steps == pytest.approx((200 + 1489) / 2, abs=3)
+    assert recipe.base_lr == pytest.approx((2.5e-3 + 4.57e-3) / 2, abs=1e-5)
+    assert recipe.decay_k == 3
+    assert "(1536)" in recipe.source
+    assert "(2048)" in recipe.source
+    assert "the nearest" in recipes.interpolate_recipe("ssd", 8).source
+    assert recipes.interpolate_recipe("ssd", 8).base_lr == 2.5e-3
+    assert recipes.interpolate_recipe("ssd", 8192).warmup_steps == 1145
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_between_two_batches_lies_what_is_between_their_recipes_and_it_says_so()
     [("1.1.0", 32, 50), ("1.1.0", 1280, 52.5), ("1.0.0", 1536, 56.17), ("1.1.0", 4096, 87), ("1.1.0", 4097, None),
      ("0.7.0", 912, 50)],
 )  # fmt: skip
-def test_expected_epochs_lie_on_the_line_of_the_reference_points(ruleset, batch, epochs):
+def test_expected_epochs_are_interpolated_between_reference_points(ruleset, batch, epochs):
     assert recipes.reference_epochs("ssd", ruleset, batch) == (epochs and pytest.approx(epochs, abs=0.01))

@@ -6,12 +6,12 @@ import pytest
 from mlperf.rules import (
     BENCHMARKS,
     DIVISIONS,
+    NOT_IN_LOG,
     RULESETS,
-    UNLOGGED,
-    Finding,
+    RuleCheck,
+    check_rules,
     hyperparameter_keys,
     init_limit_s,
-    judge,
     maskrcnn_tensor_names,
     scheduled_eval_epochs,
     ssd_tensor_name,
@@ -20,8 +20,8 @@ from recipes_and_checkers import A100, CHECKER, DGX1, RECIPES, checker_yaml, par
 
 
 def logged_values(benchmark: str) -> dict[str, Any]:
-    """The values of a published recipe that a log holds, by key."""
-    return {key: value for key, value in RECIPES[benchmark].items() if key not in UNLOGGED}
+    """Return the logged values of a published recipe by key."""
+    return {key: value for key, value in RECIPES[benchmark].items() if key not in NOT_IN_LOG}
 
 
 def published_tensor_names(benchmark: str) -> list[str]:
@@ -31,15 +31,15 @@ def published_tensor_names(benchmark: str) -> list[str]:
     return names
 
 
-def test_mask_rcnn_has_exactly_the_21_names_of_the_1_1_yaml() -> None:
+def test_maskrcnn_names_match_the_21_of_the_1_1_yaml() -> None:
     assert len(maskrcnn_tensor_names()) == 21
     assert sorted(maskrcnn_tensor_names()) == sorted(published_tensor_names("maskrcnn"))
 
 
-def test_our_parameters_have_exactly_the_119_names_of_the_1_1_yaml() -> None:
-    ours = [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
-    assert len(ours) == 119
-    assert sorted(ours) == sorted(published_tensor_names("ssd"))
+def test_ssd_names_match_the_119_of_the_1_1_yaml() -> None:
+    names = [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
+    assert len(names) == 119
+    assert sorted(names) == sorted(published_tensor_names("ssd"))
 
 
 @pytest.mark.parametrize(
@@ -53,45 +53,45 @@ def test_our_parameters_have_exactly_the_119_names_of_the_1_1_yaml() -> None:
         ("heads.5.weight", "ssd0_convpredictor5_conv0_weight"),
     ],
 )
-def test_a_parameter_has_its_place_in_the_mxnet_network(parameter: str, name: str) -> None:
+def test_parameter_has_its_mxnet_name(parameter: str, name: str) -> None:
     assert ssd_tensor_name(parameter) == name
 
 
 @pytest.mark.parametrize("parameter", ["backbone.layer4.0.conv1.weight", "extras.5.conv1.weight", "fc.weight"])
-def test_a_parameter_of_another_network_is_refused(parameter: str) -> None:
+def test_parameter_of_another_network_is_rejected(parameter: str) -> None:
     with pytest.raises(ValueError, match="not a parameter of ssd300-r34"):
         ssd_tensor_name(parameter)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_hyperparameter_keys_are_those_that_the_checkers_want_exactly_once(benchmark: str) -> None:
-    wanted = {
+def test_hyperparameter_keys_are_those_required_exactly_once(benchmark: str) -> None:
+    required = {
         check["KEY"]["NAME"]
         for ruleset in RULESETS
         for file in (f"closed_{benchmark}", "closed_common")
         for check in checker_yaml(f"training_{ruleset}/{file}.yaml")
         if check.get("KEY", {}).get("REQ") == "EXACTLY_ONE"
     }
-    assert set(hyperparameter_keys(benchmark)) == wanted - {"submission_benchmark"}
+    assert set(hyperparameter_keys(benchmark)) == required - {"submission_benchmark"}
 
 
 @pytest.mark.parametrize("ruleset", RULESETS)
-def test_the_time_for_init_is_the_one_in_the_checker(ruleset: str) -> None:
+def test_init_limit_matches_checker(ruleset: str) -> None:
     assert f"{init_limit_s(ruleset) // 60}*60*1e3" in (CHECKER / f"training_{ruleset}/common.yaml").read_text()
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 @pytest.mark.parametrize("ruleset", RULESETS[1:])
-def test_reference_points_are_those_of_the_official_rcp_checker(ruleset: str, benchmark: str) -> None:
+def test_reference_points_match_official_rcp_checker(ruleset: str, benchmark: str) -> None:
     rcp_checker = pytest.importorskip("mlperf_logging.rcp_checker.rcp_checker")
     checker = rcp_checker.RCP_Checker("training", ruleset, benchmark, False)
     official = checker.rcp_data.values()
-    ours = [point for point in BENCHMARKS[benchmark].reference_points if ruleset in point.rulesets]
-    kept = [point.global_batch_size for point in ours if not point.pruned]
+    points = [point for point in BENCHMARKS[benchmark].reference_points if ruleset in point.rulesets]
+    kept = [point.global_batch_size for point in points if not point.pruned]
     assert kept == [point["BS"] for point in checker.pruned_rcp_data.values()]
-    assert [point.global_batch_size for point in ours] == [point["BS"] for point in official]
-    assert [point.mean_epochs for point in ours] == pytest.approx([p["RCP Mean"] for p in official], abs=0.05)
-    assert [point.min_epochs for point in ours] == pytest.approx([p["Min Epochs"] for p in official], abs=0.05)
+    assert [point.global_batch_size for point in points] == [point["BS"] for point in official]
+    assert [point.mean_epochs for point in points] == pytest.approx([p["RCP Mean"] for p in official], abs=0.05)
+    assert [point.min_epochs for point in points] == pytest.approx([p["Min Epochs"] for p in official], abs=0.05)
 
 
 def test_evaluation_is_at_fixed_epochs_in_0_7_and_every_fifth_from_1_0() -> None:
@@ -102,16 +102,16 @@ def test_evaluation_is_at_fixed_epochs_in_0_7_and_every_fifth_from_1_0() -> None
 
 
 @pytest.mark.parametrize("ruleset", RULESETS)
-def test_the_published_dgx1_recipe_keeps_every_rule(ruleset: str) -> None:
+def test_published_dgx1_recipe_follows_every_rule(ruleset: str) -> None:
     schedule = scheduled_eval_epochs("ssd", ruleset, 80)
-    findings = judge("ssd", ruleset, "closed", DGX1 | {"eval_epochs": schedule})
-    assert [finding for finding in findings if not finding.ok] == []
-    assert {"global_batch_size", "eval_epochs", "dataset", "target"} <= {finding.rule for finding in findings}
+    checks = check_rules("ssd", ruleset, "closed", DGX1 | {"eval_epochs": schedule})
+    assert [check for check in checks if not check.passed] == []
+    assert {"global_batch_size", "eval_epochs", "dataset", "target"} <= {check.rule for check in checks}
 
 
-def broken(ruleset: str, division: str, **changes: object) -> list[str]:
+def ssd_violations(ruleset: str, division: str, **changes: object) -> list[str]:
     recipe = DGX1 | {"eval_epochs": scheduled_eval_epochs("ssd", ruleset, 80)} | changes
-    return [finding.rule for finding in judge("ssd", ruleset, division, recipe) if not finding.ok]
+    return [check.rule for check in check_rules("ssd", ruleset, division, recipe) if not check.passed]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def broken(ruleset: str, division: str, **changes: object) -> list[str]:
         ("dataset", "toy"),
         ("network", "ssd300-r50"),
         ("network", "ssd300-r34 on resnet18"),
-        ("checkpoint", "trained.pt"),
-        ("backbone", "none"),
+        ("weights", "trained.pt"),
+        ("pretrained_backbone", "none"),
         ("seed", 0),
         ("skip_missing_images", True),
         ("eval_epochs", (40, 50, 55)),
@@ -141,18 +141,18 @@ def broken(ruleset: str, division: str, **changes: object) -> list[str]:
         ("opt_weight_decay", None),
     ],
 )
-def test_a_closed_run_that_breaks_one_rule_breaks_that_rule_alone(key: str, value: object) -> None:
-    assert broken("1.1.0", "closed", **{key: value}) == [key]
+def test_closed_run_violates_exactly_one_rule(key: str, value: object) -> None:
+    assert ssd_violations("1.1.0", "closed", **{key: value}) == [key]
 
 
 @pytest.mark.parametrize("epochs", [(40, 50), [44, 55], (48, 60), (60, 75), (80, 100), (36, 45)])
-def test_decay_epochs_are_40_and_50_stretched_by_tenths(epochs: object) -> None:
-    assert broken("0.7.0", "closed", opt_learning_rate_decay_boundary_epochs=epochs) == []
+def test_decay_epochs_are_40_and_50_scaled_by_tenths(epochs: object) -> None:
+    assert ssd_violations("0.7.0", "closed", opt_learning_rate_decay_boundary_epochs=epochs) == []
 
 
-def broken_mask(ruleset: str = "1.1.0", division: str = "closed", **changes: object) -> list[str]:
+def maskrcnn_violations(ruleset: str = "1.1.0", division: str = "closed", **changes: object) -> list[str]:
     recipe = A100 | {"eval_epochs": tuple(range(1, 15))} | changes
-    return [finding.rule for finding in judge("maskrcnn", ruleset, division, recipe) if not finding.ok]
+    return [check.rule for check in check_rules("maskrcnn", ruleset, division, recipe) if not check.passed]
 
 
 @pytest.mark.parametrize("ruleset", RULESETS)
@@ -161,9 +161,9 @@ def broken_mask(ruleset: str = "1.1.0", division: str = "closed", **changes: obj
     [(96, 0.12, (12000, 16000)), (64, 0.08, (18000, 24000)), (48, 0.06, [24000, 32000]), (16, 0.02, (60000, 80000)),
      (128, 0.16, (9000, 12000)), (256, 0.24, (5625, 7500)), (272, 0.24, (5294, 7058)), (272, 0.24, (5295, 7059))],
 )  # fmt: skip
-def test_the_published_recipes_of_mask_rcnn_keep_every_rule(ruleset, batch, lr, steps) -> None:
+def test_published_maskrcnn_recipes_follow_every_rule(ruleset, batch, lr, steps) -> None:
     changes = {"opt_base_learning_rate": lr, "opt_learning_rate_decay_steps": steps, "global_batch_size": batch}
-    assert broken_mask(ruleset, **changes) == []
+    assert maskrcnn_violations(ruleset, **changes) == []
 
 
 @pytest.mark.parametrize(
@@ -190,47 +190,47 @@ def test_the_published_recipes_of_mask_rcnn_keep_every_rule(ruleset, batch, lr, 
         ("mask_target", 0.33),
         ("mask_target", None),
         ("dataset", "toy"),
-        ("checkpoint", "trained.pt"),
-        ("backbone", "none"),
+        ("weights", "trained.pt"),
+        ("pretrained_backbone", "none"),
         ("seed", 7),
         ("skip_missing_images", True),
         ("proposals_per_batch", False),
-        ("soft_masks", True),
+        ("mask_targets", "roi-align"),
         ("rpn_pre_nms_top_n", 1000),
         ("rpn_post_nms_top_n_eval", 500),
         ("eval_epochs", (5, 10)),
     ],
 )
-def test_a_closed_run_of_mask_rcnn_that_breaks_one_rule_breaks_that_rule_alone(key: str, value: object) -> None:
-    assert broken_mask(**{key: value}) == [key]
+def test_closed_maskrcnn_run_violates_exactly_one_rule(key: str, value: object) -> None:
+    assert maskrcnn_violations(**{key: value}) == [key]
 
 
-def test_the_decay_steps_of_mask_rcnn_follow_the_global_batch() -> None:
-    assert broken_mask(global_batch_size=100) == ["opt_learning_rate_decay_steps"]
+def test_maskrcnn_decay_steps_depend_on_global_batch() -> None:
+    assert maskrcnn_violations(global_batch_size=100) == ["opt_learning_rate_decay_steps"]
 
 
-def test_the_open_division_frees_mask_rcnn_but_for_its_targets_in_0_7() -> None:
+def test_open_maskrcnn_run_is_free_except_targets_in_0_7() -> None:
     free = {"target": 0.1, "mask_target": 0.1, "opt_base_learning_rate": 0.0025, "dataset": "toy"}
-    assert broken_mask("0.7.0", "open", **free) == ["target", "mask_target"]
-    assert broken_mask("1.1.0", "open", **free) == []
+    assert maskrcnn_violations("0.7.0", "open", **free) == ["target", "mask_target"]
+    assert maskrcnn_violations("1.1.0", "open", **free) == []
 
 
-def test_every_fifth_epoch_is_the_wrong_schedule_in_0_7() -> None:
-    assert broken("0.7.0", "closed", eval_epochs=(5, 10, 15)) == ["eval_epochs"]
-    assert broken("0.7.0", "closed", eval_epochs=(40, 50)) == []
+def test_every_fifth_epoch_is_wrong_in_0_7() -> None:
+    assert ssd_violations("0.7.0", "closed", eval_epochs=(5, 10, 15)) == ["eval_epochs"]
+    assert ssd_violations("0.7.0", "closed", eval_epochs=(40, 50)) == []
 
 
-def test_gradient_accumulation_is_no_matter_of_0_7() -> None:
-    assert broken("0.7.0", "closed", gradient_accumulation_steps=None) == []
+def test_gradient_accumulation_is_optional_in_0_7() -> None:
+    assert ssd_violations("0.7.0", "closed", gradient_accumulation_steps=None) == []
 
 
-def test_the_open_division_frees_everything_but_the_target_of_0_7() -> None:
+def test_open_ssd_run_is_free_except_target_in_0_7() -> None:
     free = {"dataset": "toy", "max_samples": 7, "eval_epochs": (1, 2), "model_bn_span": None}
     for ruleset in RULESETS:
-        assert broken(ruleset, "open", **free) == []
-    assert broken("0.7.0", "open", target=0.1) == ["target"]
-    assert broken("1.1.0", "open", target=0.1) == []
-    assert broken("1.1.0", "open", target=1.0) == ["target"]
+        assert ssd_violations(ruleset, "open", **free) == []
+    assert ssd_violations("0.7.0", "open", target=0.1) == ["target"]
+    assert ssd_violations("1.1.0", "open", target=0.1) == []
+    assert ssd_violations("1.1.0", "open", target=1.0) == ["target"]
 
 
 @pytest.mark.parametrize(
@@ -243,23 +243,23 @@ def test_the_open_division_frees_everything_but_the_target_of_0_7() -> None:
         (4096, "batch 4096: 87 epochs, runs must average at least 84.5"),
     ],
 )
-def test_a_closed_run_is_told_which_reference_it_is_held_to(batch: int, text: str) -> None:
-    assert text in note_on_convergence(batch).text
-    assert note_on_convergence(batch).ok
+def test_closed_run_names_its_reference_points(batch: int, text: str) -> None:
+    assert text in convergence_check(batch).message
+    assert convergence_check(batch).passed
 
 
-def test_a_batch_beyond_every_reference_point_does_not_pass() -> None:
-    assert not note_on_convergence(8192).ok
+def test_batch_above_all_reference_points_fails() -> None:
+    assert not convergence_check(8192).passed
 
 
-def note_on_convergence(batch: int) -> Finding:
-    findings = judge("ssd", "1.1.0", "closed", {"global_batch_size": batch})
-    (note,) = (finding for finding in findings if finding.rule == "reference_convergence")
+def convergence_check(batch: int) -> RuleCheck:
+    checks = check_rules("ssd", "1.1.0", "closed", {"global_batch_size": batch})
+    (note,) = (check for check in checks if check.rule == "reference_convergence")
     return note
 
 
 @pytest.mark.parametrize("names", [("yolo", "1.1.0", "open"), ("ssd", "2.0.0", "open"), ("ssd", "1.1.0", "half")])
-def test_an_unknown_benchmark_ruleset_or_division_is_refused(names: tuple[str, str, str]) -> None:
+def test_unknown_benchmark_ruleset_or_division_is_rejected(names: tuple[str, str, str]) -> None:
     with pytest.raises(ValueError, match=r"unknown .* choose one of"):
-        judge(*names, {})
+        check_rules(*names, {})
     assert DIVISIONS == ("closed", "open")

@@ -1,4 +1,4 @@
-"""Runs of a result together: its score and spread, the official checkers of them all, and the command's table."""
+"""Score and spread of a result, joint official checks, and the table of the command."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import pytest
 from mlperf import check, rcp
 from mlperf.check import main
 from mlperf.compliance import Verdict
-from mlperf.published import PUBLISHED, of
+from mlperf.published import PUBLISHED_RESULTS, for_benchmark
 from mlperf.rules import BENCHMARKS
 from mlperf.score import read_run, score
 from paths import shared
@@ -25,41 +25,41 @@ def runs(folder, minutes, **changes):
 
 
 def seeds_and_convergence(logs, ruleset="1.1.0", division="closed"):
-    return [found.passed for found in rcp.check([run.path for run in logs], ruleset, division)]
+    return [joint_check.passed for joint_check in rcp.check([run.path for run in logs], ruleset, division)]
 
 
 @pytest.mark.parametrize(
     ("folder", "minutes", "images_per_s"), [("dgx1_ngc20.06_pytorch", 20.69, 4811), ("nf5488_pytorch", 10.48, 9560)]
 )
-def test_the_published_logs_give_the_published_score_and_speed(folder, minutes, images_per_s):
+def test_published_logs_give_published_score_and_speed(folder, minutes, images_per_s):
     logs = [read_run(path) for path in sorted((shared("logs") / folder / "ssd").glob("result_*.txt"))]
     scored = score(logs)
     assert round(scored.seconds / 60, 2) == minutes
     assert sorted(round(run.images_per_s) for run in logs)[2] == images_per_s
-    published = [other for other in of("ssd") if other.minutes == minutes]
+    published = [other for other in for_benchmark("ssd") if other.minutes == minutes]
     assert [other.epochs for other in published] == [logs[0].epochs]
 
 
-def test_of_five_runs_the_fastest_and_the_slowest_are_left_out_and_the_spread_is_of_all(tmp_path):
+def test_score_of_five_runs_drops_fastest_and_slowest_and_spread_includes_them(tmp_path):
     scored = score(runs(tmp_path, [10, 1, 30, 12, 14]))
     assert scored.seconds == 12 * 60
     assert (scored.fastest_s, scored.slowest_s, scored.mean_s) == (60, 1800, pytest.approx(13.4 * 60))
-    assert scored.deviation_s == pytest.approx(10.5262 * 60, rel=1e-4)
-    half_s = 2.776445 * 10.5262 * 60 / 5**0.5  # t of 4 degrees of freedom, from the tables
+    assert scored.stddev_s == pytest.approx(10.5262 * 60, rel=1e-4)
+    half_s = 2.776445 * 10.5262 * 60 / 5**0.5  # t with 4 degrees of freedom, from the tables
     assert scored.interval_s == pytest.approx((13.4 * 60 - half_s, 13.4 * 60 + half_s), abs=0.01)
 
 
-def test_a_run_below_the_target_is_the_slowest_once_and_twice_leaves_no_score(tmp_path):
+def test_one_failed_run_is_the_slowest_and_two_leave_no_score(tmp_path):
     good = runs(tmp_path / "good", [10, 11, 12, 13])
-    (lost,) = runs(tmp_path / "lost", [1], status="aborted")
-    assert score([*good, lost]).seconds == 12 * 60
-    scored = score([*good[:3], lost, lost])
+    (failed,) = runs(tmp_path / "failed", [1], status="aborted")
+    assert score([*good, failed]).seconds == 12 * 60
+    scored = score([*good[:3], failed, failed])
     assert scored.seconds is None
     assert "2 of 5 runs did not reach" in scored.why
-    assert score([good[0], lost]).seconds is None
+    assert score([good[0], failed]).seconds is None
 
 
-def test_a_log_that_does_not_comply_has_no_time(tmp_path):
+def test_log_that_does_not_comply_has_no_time(tmp_path):
     five = runs(tmp_path, [10, 11, 12, 13, 14])
     assert score(five, failed=[five[0].path]).seconds == 13 * 60
     assert score(five, failed=[five[0].path, five[1].path]).seconds is None
@@ -72,16 +72,16 @@ def test_fewer_than_five_runs_are_averaged_and_one_has_no_interval(tmp_path):
     assert (score(three[:1]).seconds, score(three[:1]).interval_s) == (600, None)
 
 
-def test_a_run_that_broke_off_has_no_time(tmp_path):
+def test_incomplete_run_has_no_time(tmp_path):
     run = read_run(write_run(tmp_path / "log.txt", without="run_stop"))
     assert (run.seconds, run.reached, run.epochs) == (None, False, 50)
     assert score([run]).seconds is None
 
 
-def test_a_log_whose_values_are_no_numbers_is_not_scored_and_says_so(tmp_path, capsys):
+def test_log_with_invalid_values_is_not_scored_and_reports_it(tmp_path, capsys):
     log = write_run(tmp_path / "log.txt", global_batch_size="many")  # which the official checker lets pass
     assert main([str(log)]) == 0
-    assert f"not scored: {log}: global_batch_size is no number" in capsys.readouterr().out
+    assert f"not scored: {log}: global_batch_size is not a number" in capsys.readouterr().out
     odd = write_run(tmp_path / "odd.txt")
     odd.write_text(odd.read_text().replace('"value": 117266', '"value": "all"'))
     assert read_run(odd).images_per_s is None
@@ -92,51 +92,51 @@ def test_a_log_whose_values_are_no_numbers_is_not_scored_and_says_so(tmp_path, c
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 @pytest.mark.parametrize("ruleset", ["1.0.0", "1.1.0"])
-def test_the_official_checkers_accept_runs_that_converge_as_the_reference(tmp_path, benchmark, ruleset):
+def test_official_checkers_accept_runs_that_converge_like_reference(tmp_path, benchmark, ruleset):
     assert seeds_and_convergence(runs(tmp_path, [10] * 5, benchmark=benchmark), ruleset) == [True, True]
 
 
-def test_runs_that_converge_too_fast_are_refused_and_slightly_faster_ones_are_scaled(tmp_path):
+def test_runs_that_converge_too_fast_are_rejected_and_slightly_faster_ones_are_scaled(tmp_path):
     assert seeds_and_convergence(runs(tmp_path / "a", [10] * 5, epochs=45)) == [True, False]
     faster = runs(tmp_path / "b", [10] * 5, benchmark="maskrcnn", epochs=13, global_batch_size=64)
-    _, found = rcp.check([run.path for run in faster], "1.1.0", "closed")
-    assert found.passed
-    assert "multiplied by 1.0769" in found.text
+    _, convergence = rcp.check([run.path for run in faster], "1.1.0", "closed")
+    assert convergence.passed
+    assert "multiplied by 1.0769" in convergence.text
 
 
-def test_a_seed_used_twice_is_refused_and_nothing_is_printed(tmp_path, capfd):
+def test_repeated_seed_is_rejected_and_nothing_is_printed(tmp_path, capfd):
     same = [read_run(write_run(tmp_path / f"result_{i}.txt", seed=7)) for i in range(5)]
     seeds, _ = rcp.check([run.path for run in same], "1.1.0", "closed")
     assert not seeds.passed
     assert "logs seed 7" in seeds.text
     assert capfd.readouterr() == ("", "")
-    assert logging.getLogger().handlers == [h for h in logging.getLogger().handlers if "Gather" not in repr(h)]
+    assert logging.getLogger().handlers == [h for h in logging.getLogger().handlers if "ErrorCollector" not in repr(h)]
 
 
-def test_one_run_below_the_target_converges_and_two_do_not(tmp_path):
+def test_one_failed_run_converges_and_two_do_not(tmp_path):
     good = runs(tmp_path / "good", [10] * 4)
-    lost = runs(tmp_path / "lost", [10] * 6, status="aborted")[4:]
-    assert seeds_and_convergence([*good, lost[0]]) == [True, True]
-    assert seeds_and_convergence([*good[:3], *lost])[1] is False
+    failed = runs(tmp_path / "failed", [10] * 6, status="aborted")[4:]
+    assert seeds_and_convergence([*good, failed[0]]) == [True, True]
+    assert seeds_and_convergence([*good[:3], *failed])[1] is False
 
 
-def test_neither_is_asked_for_in_0_7_nor_in_the_open_division_nor_convergence_of_four(tmp_path):
+def test_joint_checks_do_not_apply_to_0_7_open_division_or_four_runs(tmp_path):
     five = runs(tmp_path, [10] * 5)
     assert seeds_and_convergence(five, "0.7.0") == [None, None]
     assert seeds_and_convergence(five, division="open") == [None, None]
     assert seeds_and_convergence(five[:4]) == [True, None]
 
 
-def test_a_log_that_breaks_the_official_checker_is_told(tmp_path):
+def test_crash_of_official_checker_is_reported(tmp_path):
     five = runs(tmp_path, [10] * 5)
     text = five[0].path.read_text()
     five[0].path.write_text(text.replace('"value": "ssd"', '"value": "chess"'))
-    seeds, found = rcp.check([run.path for run in five], "1.1.0", "closed")
-    assert (seeds.passed, found.passed) == (True, False)
-    assert "broke off" in found.text
+    seeds, convergence = rcp.check([run.path for run in five], "1.1.0", "closed")
+    assert (seeds.passed, convergence.passed) == (True, False)
+    assert "crashed" in convergence.text
 
 
-def test_the_command_scores_a_folder_and_writes_json(tmp_path, capsys):
+def test_command_scores_folder_and_writes_json(tmp_path, capsys):
     runs(tmp_path / "runs", [10, 11, 12, 13, 14], config={"ruleset": "1.0.0"})
     assert main([str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
@@ -149,14 +149,14 @@ def test_the_command_scores_a_folder_and_writes_json(tmp_path, capsys):
     assert [verdict["passed"] for verdict in result["verdicts"]] == [True] * 5
 
 
-@pytest.mark.parametrize(("images_per_s", "shown"), [(4.31, "4.3"), (99.96, "100.0"), (9560.4, "9,560"), (None, "-")])
-def test_a_slow_machines_rate_has_a_digit_behind_the_point(tmp_path, images_per_s, shown):
+@pytest.mark.parametrize(("images_per_s", "text"), [(4.31, "4.3"), (99.96, "100.0"), (9560.4, "9,560"), (None, "-")])
+def test_low_throughput_has_a_decimal_place(tmp_path, images_per_s, text):
     two = [replace(run, images_per_s=images_per_s) for run in runs(tmp_path, [10, 11])]
-    lines = check.table(check.judge([(run, Verdict(True, "0.7.0", [])) for run in two]))
-    assert [line.split()[2] for line in lines[2:4]] == [shown] * 2
+    lines = check.format_table(check.score_entry([(run, Verdict(True, "0.7.0", [])) for run in two]))
+    assert [line.split()[2] for line in lines[2:4]] == [text] * 2
 
 
-def test_the_command_fails_runs_that_pass_one_by_one_but_not_together(tmp_path, capsys):
+def test_command_fails_runs_that_pass_individually_but_not_jointly(tmp_path, capsys):
     runs(tmp_path / "runs", [10] * 5, epochs=45)
     assert main([str(tmp_path / "runs")]) == 1
     assert "convergence: FAIL" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_runs_of_two_systems_or_batches_are_two_results(tmp_path, capsys):
     assert ("score 15.00 minutes" in out, "score 35.00 minutes" in out) == (True, True)
 
 
-def test_runs_on_other_data_are_scored_and_not_held_against_published_ones(tmp_path, capsys):
+def test_runs_on_other_data_are_scored_without_published_results(tmp_path, capsys):
     runs(tmp_path / "runs", [10, 20], dataset="toy", division="open")
     assert main([str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
@@ -179,14 +179,14 @@ def test_runs_on_other_data_are_scored_and_not_held_against_published_ones(tmp_p
     assert "DGX-1" not in out
 
 
-def test_a_folder_without_logs_and_a_file_that_cannot_be_written_end_with_2(tmp_path, capsys):
+def test_folder_without_logs_and_unwritable_file_exit_with_2(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "there is no result_*.txt in it" in capsys.readouterr().err
+    assert "contains no result_*.txt" in capsys.readouterr().err
     log = write_run(tmp_path / "log.txt")
     assert main([str(log), "--json", str(tmp_path / "absent" / "out.json")]) == 2
-    assert "name a file that can be written" in capsys.readouterr().err
+    assert "Name a writable file" in capsys.readouterr().err
 
 
-def test_every_published_result_is_of_a_benchmark_and_has_a_source():
-    assert {other.benchmark for other in PUBLISHED} == set(BENCHMARKS)
-    assert all(other.source for other in PUBLISHED)
+def test_every_published_result_has_a_known_benchmark_and_a_source():
+    assert {other.benchmark for other in PUBLISHED_RESULTS} == set(BENCHMARKS)
+    assert all(other.source for other in PUBLISHED_RESULTS)

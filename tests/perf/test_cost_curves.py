@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from detection.config.settings import InputError
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from paths import ROOT
 from perf import curves, footprint, growth
-from perf.page import place
+from perf.page import update_marker
 from ssd.config import Config
-from ssd.data import SSDData
+from ssd.data import SSDTrainSource
 
 NAMES = [axis.name for axis in curves.axes()]
 
@@ -48,12 +48,12 @@ def allocate(mib):
 
 def test_the_peak_of_memory_is_that_of_the_call_and_not_of_what_came_before():
     bytearray(512 * 2**20)
-    assert footprint.in_a_process(allocate, 64)["memory"] == pytest.approx(64, abs=8)
+    assert footprint.run_in_subprocess(allocate, 64)["memory"] == pytest.approx(64, abs=8)
 
 
 @pytest.mark.parametrize("candidates", [1, 100, 10_000, 100_000])
 def test_the_made_up_logits_have_as_many_candidates(candidates):
-    scores = curves.made_up_logits(candidates).softmax(dim=-1)[..., 1:]
+    scores = curves.synthetic_logits(candidates).softmax(dim=-1)[..., 1:]
     assert (scores > 0.05).sum(dim=(1, 2)).tolist() == [candidates] * curves.BATCH_SIZE
 
 
@@ -105,18 +105,18 @@ def test_a_mistake_is_one_message_before_anything_is_measured(flags, message, tm
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "page.md").write_text("<!-- boxes -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="no place for a table: <!-- images -->"):
-        place(tmp_path / "page.md", "images")
+        update_marker(tmp_path / "page.md", "images")
 
 
-def test_workers_have_no_copy_of_the_annotations(tiny_toy):
-    ranks = Ranks(0, 1, torch.device("cpu"))
+def test_workers_have_no_copy_of_the_annotations(small_toy):
+    ranks = DistContext(0, 1, torch.device("cpu"))
     private = []
     for extra_mib in (0, 200):
-        data = SSDData(Config(data_dir=tiny_toy, num_classes=4, batch_size=4, num_workers=1), ranks, seed=0)
+        data = SSDTrainSource(Config(data_dir=small_toy, num_classes=4, batch_size=4, num_workers=1), ranks, seed=0)
         images = data.train_loader.dataset
         more = np.ones((extra_mib * 2**16, 4), dtype=np.float32)
         images.split = replace(images.split, boxes_xyxy=np.concatenate([images.split.boxes_xyxy, more]))
-        shares = data.shares(1)
+        shares = data.train_batches(1)
         next(shares)
         (worker,) = multiprocessing.active_children()
         private.append(footprint.memory_mib("smaps_rollup", "Private_Clean", "Private_Dirty", process=worker.pid))

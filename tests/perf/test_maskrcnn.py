@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from detection.evaluation.coco_metric import FIGURES
-from maskrcnn.roi_heads import BOX_CELLS
-from perf.harness import Bench, quick
+from detection.evaluation.coco_metric import COCO_STATS
+from maskrcnn.roi_heads import BOX_POOL_SIZE
+from perf.harness import BenchContext, quick_size
 from perf.maskrcnn import baseline, evaluation
 from perf.maskrcnn import training as parts
-from perf.timing import threads
+from perf.timing import limit_threads
 
 CPU = torch.device("cpu")
 ALL = "100000"  # so many samples that nothing is left to chance
@@ -19,7 +19,7 @@ ALL = "100000"  # so many samples that nothing is left to chance
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    with threads(1):
+    with limit_threads(1):
         yield
 
 
@@ -27,15 +27,15 @@ def one_thread():
 def bench(tmp_path_factory):
     """For two images of 128 × 192 pixels with their padding: multiples of 64, at which both have the same anchors."""
     sizes = {"maskrcnn_batch_size": 2, "maskrcnn_image_px": (128, 192), "maskrcnn_eval_images": 6}
-    scale = replace(quick(on_cpu=True), photos=4, **sizes)
+    scale = replace(quick_size(on_cpu=True), photos=4, **sizes)
     folder = tmp_path_factory.mktemp("bench")
-    return Bench(device=CPU, precision_name="fp32", seed=0, scale=scale, scratch=folder)
+    return BenchContext(device=CPU, precision_name="fp32", seed=0, size=scale, scratch=folder)
 
 
 def test_both_steps_have_the_same_losses_however_many_are_timed(bench):
     flags = ("--variant", "torchvision", "--backbone", "resnet18", "--precision", "fp32", "--rpn-post-nms-top-n", "200")
     config = parts.configured(bench, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
-    ours, (theirs,) = parts.step_sides(bench, config)
+    ours, (theirs,) = parts.step_variants(bench, config)
     first = ours.run()
     assert first.shape == (len(baseline.LOSSES),)
     assert torch.isfinite(first).all()
@@ -46,7 +46,7 @@ def test_both_steps_have_the_same_losses_however_many_are_timed(bench):
 
 
 def test_both_trunks_have_the_same_features(bench):
-    ours, theirs = parts.trunk_sides(
+    ours, theirs = parts.backbone_variants(
         bench, parts.configured(bench, "--variant", "torchvision", "--backbone", "resnet18")
     )
     features = ours.run()
@@ -57,14 +57,14 @@ def test_both_trunks_have_the_same_features(bench):
 
 
 def test_both_cut_the_same_regions_and_have_the_same_gradient(bench):
-    ours, (theirs,) = parts.align_sides(bench, BOX_CELLS, 24)
+    ours, (theirs,) = parts.align_variants(bench, BOX_POOL_SIZE, 24)
     for got, wanted in zip(ours.run(), theirs.run(), strict=True):
         assert got.abs().sum() > 0
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_both_make_the_same_proposals(bench):
-    ours, (theirs,) = parts.proposal_sides(bench)
+    ours, (theirs,) = parts.proposal_variants(bench)
     got, wanted = ours.run(), theirs.run()
     assert len(got) > 50
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
@@ -72,7 +72,7 @@ def test_both_make_the_same_proposals(bench):
 
 def test_one_class_has_the_loss_that_it_has_among_all(bench, monkeypatch):
     monkeypatch.setattr(parts, "MASK_REGIONS", 3)
-    ours, theirs = parts.mask_head_sides(bench)
+    ours, theirs = parts.mask_head_variants(bench)
     got = ours.run()
     for side in theirs:
         for mine, wanted in zip(got, side.run(), strict=True):
@@ -81,8 +81,8 @@ def test_one_class_has_the_loss_that_it_has_among_all(bench, monkeypatch):
 
 def test_both_paste_the_same_pixels(bench, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 15)
-    scenes = evaluation.make_scenes(evaluation.masked_truth(bench, 3), seed=1)
-    ours, (theirs,) = evaluation.paste_sides(scenes, CPU)
+    scenes = evaluation.make_scenes(evaluation.gt_with_masks(bench, 3), seed=1)
+    ours, (theirs,) = evaluation.paste_variants(scenes, CPU)
     got = ours.run()
     assert got == theirs.run()
     assert [len(of_image) for of_image in got] == [15] * 3
@@ -90,16 +90,16 @@ def test_both_paste_the_same_pixels(bench, monkeypatch):
 
 def test_both_evaluations_have_the_same_figures(bench, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 20)
-    ours, (theirs,) = evaluation.evaluation_sides(bench)
+    ours, (theirs,) = evaluation.evaluation_variants(bench)
     got = ours.run()
     assert got == pytest.approx(theirs.run(), abs=1e-9)
-    assert set(got) == {*FIGURES, *(f"mask_{name}" for name in FIGURES)}
+    assert set(got) == {*COCO_STATS, *(f"mask_{name}" for name in COCO_STATS)}
     assert 0.01 < got["AP"] < 1
     assert 0.01 < got["mask_AP50"] < 1
 
 
 def test_made_up_detections_lie_on_their_images(bench):
-    for scene in evaluation.make_scenes(evaluation.masked_truth(bench, 3), seed=2):
+    for scene in evaluation.make_scenes(evaluation.gt_with_masks(bench, 3), seed=2):
         height, width = scene.size_hw
         assert (scene.boxes_xyxy >= 0).all()
         assert (scene.boxes_xyxy <= [width, height, width, height]).all()

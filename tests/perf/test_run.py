@@ -8,18 +8,18 @@ import torch
 
 from detection.config.settings import InputError
 from perf import table
-from perf.harness import Result, Scale, quick, whole
+from perf.harness import BenchSize, Result, full_size, quick_size
 from perf.maskrcnn import training
-from perf.roofline import count_network
-from perf.run import PARTS, chosen_parts, main, parse
+from perf.roofline import count_flop
+from perf.run import PARTS, main, parse, select_parts
 from perf.table import REQUIREMENTS, check, compare, read
-from perf.timing import Side, Spread, in_turns, spread, threads
+from perf.timing import Quartiles, Variant, interleave, limit_threads, quartiles
 from ssd.model import SSD300
-from tiny_ssd import Trunk
+from tiny_ssd import TinyBackbone
 
 CPU = torch.device("cpu")
 configured = training.configured
-TINY = Scale(
+TINY = BenchSize(
     rounds=1,
     limit_s=0,
     warm=False,
@@ -33,9 +33,9 @@ TINY = Scale(
     full_metric_rounds=1,
     eval_images=4,
     eval_batch_size=2,
-    eval_images_plain=2,
+    baseline_eval_images=2,
     epoch_images=2,
-    epoch_images_plain=2,
+    baseline_epoch_images=2,
     maskrcnn_batch_size=1,
     maskrcnn_image_px=(64, 96),
     maskrcnn_eval_images=2,
@@ -49,14 +49,14 @@ TINY = Scale(
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, tiny_toy):
+def measured(tmp_path_factory, small_toy):
     """What a run of all parts leaves: its results by part, and its file."""
     file = tmp_path_factory.mktemp("perf") / "tiny.json"
-    argv = ["--out", str(file), "--photos", str(tiny_toy), "--profile", "--precision", "fp32"]
-    with pytest.MonkeyPatch.context() as patch, threads(1):
+    argv = ["--out", str(file), "--photos", str(small_toy), "--profile", "--precision", "fp32"]
+    with pytest.MonkeyPatch.context() as patch, limit_threads(1):
         patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call a sample
-        patch.setattr("ssd.model.Backbone", Trunk)
-        patch.setattr("perf.ssd.baseline.Backbone", Trunk)
+        patch.setattr("ssd.model.Backbone", TinyBackbone)
+        patch.setattr("perf.ssd.baseline.Backbone", TinyBackbone)
         patch.setattr("perf.ssd.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
         for name in ("maskrcnn.BOX_REGIONS", "maskrcnn.MASK_REGIONS", "maskrcnn_evaluation.DETECTIONS_PER_IMAGE"):
             patch.setattr(f"perf.{name}", 4)
@@ -124,41 +124,41 @@ def test_the_file_says_what_was_measured_on(measured):
 
 
 def test_the_work_of_the_network_is_that_of_the_paper_sums():
-    forward = count_network(SSD300, torch.bfloat16, backward=False, batch_size=2)
-    both = count_network(SSD300, torch.bfloat16, backward=True, batch_size=2)
+    forward = count_flop(SSD300, torch.bfloat16, backward=False, batch_size=2)
+    both = count_flop(SSD300, torch.bfloat16, backward=True, batch_size=2)
     assert forward.flop / 1e9 == pytest.approx(31.72, abs=0.01)
     assert both.flop / 1e9 == pytest.approx(94.75, abs=0.01)
     assert 2 * forward.bytes < both.bytes < 4 * forward.bytes
-    single = count_network(SSD300, None, backward=False, batch_size=2)
+    single = count_flop(SSD300, None, backward=False, batch_size=2)
     assert single.bytes == pytest.approx(2 * forward.bytes, rel=0.02)
 
 
 def test_sides_take_turns_and_their_first_calls_do_not_count(monkeypatch):
     calls = []
-    sides = [Side(name, lambda name=name: calls.append(name), images=2) for name in "ab"]
+    sides = [Variant(name, lambda name=name: calls.append(name), images=2) for name in "ab"]
     monkeypatch.setattr("perf.timing.SAMPLE_S", 0.0)
-    samples = in_turns(sides, CPU, rounds=3)
+    samples = interleave(sides, CPU, rounds=3)
     assert "".join(calls) == "ab" + "ababab"
     assert [len(mine) for mine in samples] == [3, 3]
 
 
 def test_a_comparison_ends_early_but_not_before_three_rounds(monkeypatch):
     monkeypatch.setattr("perf.timing.SAMPLE_S", 0.0)
-    sides = [Side("", lambda: None)]
-    assert len(in_turns(sides, CPU, rounds=50, limit_s=0)[0]) == 3
-    assert len(in_turns(sides, CPU, rounds=2, limit_s=0)[0]) == 2
+    sides = [Variant("", lambda: None)]
+    assert len(interleave(sides, CPU, rounds=50, limit_s=0)[0]) == 3
+    assert len(interleave(sides, CPU, rounds=2, limit_s=0)[0]) == 2
 
 
 def test_the_spread_of_one_sample_and_of_more():
-    assert spread([2.0]) == Spread(1, 2, 2, 2, 2, 2)
-    assert spread([1.0, 2, 3, 4, 5]) == Spread(5, 3, 1, 2, 4, 5)
+    assert quartiles([2.0]) == Quartiles(1, 2, 2, 2, 2, 2)
+    assert quartiles([1.0, 2, 3, 4, 5]) == Quartiles(5, 3, 1, 2, 4, 5)
 
 
 def results_of(**medians):
     """Made-up results that answer the requirements on a CPU with these numbers."""
     return [
         Result(
-            "x", name, "×", spread([number]), requirement=name.replace("_", " ").replace("detection ", "detection, ")
+            "x", name, "×", quartiles([number]), requirement=name.replace("_", " ").replace("detection ", "detection, ")
         )
         for name, number in medians.items()
     ]
@@ -195,15 +195,15 @@ def test_a_check_fails_where_one_is_short_or_absent(name):
 
 
 def test_the_ratio_to_the_plain_way_is_what_counts_not_the_rate():
-    result = Result("step", "plain", "img/s", spread([100.0]), beside=True, times=spread([2.0, 4.5, 9.0]))
-    assert table.Requirement("", "step", on_cpu=True, least=4).is_met(result)
-    assert not table.Requirement("", "step", on_cpu=True, least=5).is_met(result)
+    result = Result("step", "plain", "img/s", quartiles([100.0]), is_baseline=True, speedup=quartiles([2.0, 4.5, 9.0]))
+    assert table.Requirement("", "step", on_cpu=True, min=4).passed(result)
+    assert not table.Requirement("", "step", on_cpu=True, min=5).passed(result)
 
 
 def test_an_accelerator_has_to_reach_a_rate():
-    fast = Result("end-to-end", "", "img/s", spread([4100.0]), requirement="end to end rate")
+    fast = Result("end-to-end", "", "img/s", quartiles([4100.0]), requirement="end to end rate")
     assert check([fast], on_cpu=False)[1]
-    assert not check([replace(fast, value=spread([3900.0]))], on_cpu=False)[1]
+    assert not check([replace(fast, value=quartiles([3900.0]))], on_cpu=False)[1]
 
 
 def write(path, *results):
@@ -212,11 +212,11 @@ def write(path, *results):
 
 
 def test_two_files_are_set_side_by_side(tmp_path, capsys):
-    rate = Result("step", "bf16", "img/s", spread([10.0]))
-    time = Result("loss", "one sort", "ms/img", spread([4.0]))
-    only = Result("decode", "gone", "ms/img", spread([4.0]))
+    rate = Result("step", "bf16", "img/s", quartiles([10.0]))
+    time = Result("loss", "one sort", "ms/img", quartiles([4.0]))
+    only = Result("decode", "gone", "ms/img", quartiles([4.0]))
     first = write(tmp_path / "a.json", rate, time, only)
-    second = write(tmp_path / "b.json", replace(rate, value=spread([15.0])), replace(time, value=spread([8.0])))
+    second = write(tmp_path / "b.json", replace(rate, value=quartiles([15.0])), replace(time, value=quartiles([8.0])))
     assert main(["--compare", str(first), str(second)]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines()}
@@ -264,15 +264,15 @@ def test_the_list_names_all_parts(capsys):
 
 
 def test_scales_are_for_the_device():
-    for scale in (whole, quick):
+    for scale in (full_size, quick_size):
         assert scale(True).batch_size in scale(True).batch_sizes
         assert scale(False).epoch_images % scale(False).batch_size == 0
-    assert max(whole(True).metric_images) == 5000
+    assert max(full_size(True).metric_images) == 5000
 
 
 def test_quick_is_ssds_parts_and_a_benchmark_can_be_named():
     def parts(*argv):
-        return chosen_parts(parse(list(argv)), on_cpu=True)
+        return select_parts(parse(list(argv)), on_cpu=True)
 
     of_maskrcnn = [name for name in PARTS if name.startswith("maskrcnn_")]
     assert parts("maskrcnn") == of_maskrcnn

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from paths import ROOT, shared
 from perf.scaling import gradient, study
 from perf.scaling.published_runs import DGX_A100, GENERATIONS, check, fit
@@ -144,8 +144,8 @@ def test_published_epochs_are_predicted(network):
 
 
 def test_wider_is_faster_and_less_efficient_within_the_batches_that_are_known_to_converge(network):
-    runs = [best_run(network, A100, DGX_A100, ranks) for ranks in study.WIDTHS]
-    assert [one.layout.ranks for one in runs] == list(study.WIDTHS)
+    runs = [best_run(network, A100, DGX_A100, ranks) for ranks in study.DEVICE_COUNTS]
+    assert [one.layout.ranks for one in runs] == list(study.DEVICE_COUNTS)
     minutes = [one.minutes for one in runs]
     assert minutes == sorted(minutes, reverse=True)
     spent = [one.minutes * one.layout.ranks for one in runs]
@@ -202,36 +202,36 @@ def test_the_page_shows_what_the_model_says(network):
     page = (ROOT / "docs" / "SCALING.md").read_text()
     checks = [(generation.name, one) for generation in GENERATIONS for one in check(network, generation)]
     accelerator = fit(network, GENERATIONS[0].fitted)
-    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in study.WIDTHS]
-    for rows in (study.published_rows(checks), study.width_rows(runs), study.variant_rows(network, accelerator)):
+    runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in study.DEVICE_COUNTS]
+    for rows in (study.published_rows(checks), study.width_rows(runs), study.what_if_rows(network, accelerator)):
         assert study.markdown(rows) in page
     assert (ROOT / "docs" / "scaling.png").is_file()
 
 
 # A sample of each kind, of a gradient of 800 bytes.
 SAMPLES = {
-    gradient.PLAIN: [gradient.Sample(1.0, 0.0, 0)],
+    gradient.NO_DDP: [gradient.Sample(1.0, 0.0, 0)],
     gradient.DDP: [gradient.Sample(1.3, 0.06, 800)],
     gradient.KEPT: [gradient.Sample(1.1, 0.01, 0)],
     gradient.ROUNDED: [gradient.Sample(1.2, 0.05, 400)],
-    gradient.ALONE: [gradient.Sample(0.2, 0.0, 800)],
+    gradient.LOCAL: [gradient.Sample(0.2, 0.0, 800)],
 }
 
 
 def test_what_follows_from_the_times_and_the_bytes():
-    found = gradient.conclude(SAMPLES, 800, Ranks(0, 2, torch.device("cpu")))
+    found = gradient.summarize(SAMPLES, 800, DistContext(0, 2, torch.device("cpu")))
     assert found["ddp_cost"]["median"] == pytest.approx(1.1)
     assert found["hidden_share"]["median"] == pytest.approx(0.75)
     assert found["bytes_of_ideal"] == {"fp32": 1.0, "bf16": 1.0}
-    four = gradient.conclude(SAMPLES, 800, Ranks(0, 4, torch.device("cpu")))
+    four = gradient.summarize(SAMPLES, 800, DistContext(0, 4, torch.device("cpu")))
     assert four["bytes_of_ideal"]["fp32"] == pytest.approx(1 / 1.5)
-    alone = gradient.conclude(SAMPLES, 800, Ranks(0, 1, torch.device("cpu")))
+    alone = gradient.summarize(SAMPLES, 800, DistContext(0, 1, torch.device("cpu")))
     assert alone["ddp_cost"]["median"] == pytest.approx(1.3)
     assert "hidden_share" not in alone
 
 
 def made_up_figures():
-    ranks = Ranks(0, 2, torch.device("cpu"))
+    ranks = DistContext(0, 2, torch.device("cpu"))
     spread = {"n": 1, "median": 1.0, "min": 1.0, "q1": 1.0, "q3": 1.0, "max": 1.0}
     kind = {"time_s": spread, "after_backward_s": spread, "received_bytes": 1}
     return {
@@ -240,7 +240,7 @@ def made_up_figures():
         "precision": "bf16",
         "gradient_bytes": 800,
         "kinds": dict.fromkeys(SAMPLES, kind),
-        **gradient.conclude(SAMPLES, 800, ranks),
+        **gradient.summarize(SAMPLES, 800, ranks),
     }
 
 
@@ -258,15 +258,15 @@ CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from detection.config.settings import read_topology
-from detection.runtime.distributed import connect
+from detection.config.settings import read_rank_info
+from detection.runtime.distributed import init_process_group
 from perf.scaling.gradient import received_bytes
 
-with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
+with init_process_group(read_rank_info(), torch.device("cpu"), timeout_s=60) as ranks:
     found = {}
     for dtype in ("fp32", "bf16", "fp16"):
         torch.manual_seed(0)
-        model = ranks.wrap(torch.nn.Linear(1000, 500, bias=False), dtype)
+        model = ranks.wrap_ddp(torch.nn.Linear(1000, 500, bias=False), dtype)
         inputs = torch.randn(4, 1000, generator=torch.Generator().manual_seed(ranks.rank))
         sizes = []
         for kept in (False, True):
@@ -280,10 +280,10 @@ with connect(read_topology(), torch.device("cpu"), timeout_s=60) as ranks:
                 model(inputs).sum().backward()
                 gradient = ranks.unwrap(model).weight.grad.clone()
             sizes.append(received_bytes() - before)
-        both = ranks.gather_rows(gradient.flatten()[None])
-        error = (gradient - ranks.mean(inputs.sum(0))).abs().max()
+        both = ranks.all_gather_rows(gradient.flatten()[None])
+        error = (gradient - ranks.all_reduce_mean(inputs.sum(0))).abs().max()
         found[dtype] = [*sizes, torch.equal(*both), float(error), str(gradient.dtype)]
-    if ranks.is_first:
+    if ranks.is_main:
         print(json.dumps(found))
 """
 

@@ -13,18 +13,18 @@ from perf.ssd.predictions import EARLY, TRAINED, predict
 from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode
-from ssd.data import box_px
+from ssd.data import crop_to_px
 from ssd.loss import multibox_loss
 from ssd.model import SSD300
 from ssd.postprocess import detect
-from tiny_ssd import Trunk
+from tiny_ssd import TinyBackbone
 
 ANCHORS = make_anchors()
 
 
 @pytest.fixture(scope="module")
-def toy_split(tiny_toy):
-    return coco.read(*coco.layout(tiny_toy, "train")).with_boxes()
+def toy_split(small_toy):
+    return coco.read(*coco.standard_paths(small_toy, "train")).drop_empty_images()
 
 
 def boxes_and_labels(seed, count=9):
@@ -46,7 +46,7 @@ def test_the_same_crop_is_resized_to_the_same_pixels(toy_split, monkeypatch):
     encoded = toy_split.image_path(0).read_bytes()
     picture, boxes, labels = baseline.Samples(toy_split).crop(0, baseline.decode_jpeg(encoded))
     image = image_io.decode(encoded)
-    left, top, right, bottom = box_px(crop, image.shape[1:])
+    left, top, right, bottom = crop_to_px(crop, image.shape[1:])
     wanted = image_io.resize(image[:, top:bottom, left:right], 300).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(np.asarray(baseline.resize(picture), dtype=int) - wanted).max() <= 1
     whole = toy_split.boxes(0) / np.tile(toy_split.sizes_hw[0, ::-1], 2).astype(np.float32)
@@ -60,7 +60,7 @@ def test_its_crops_follow_the_same_law(max_samples):
     random.seed(0)
     boxes = boxes_and_labels(1, count=3)[0].numpy()
     theirs = np.array([baseline.draw_crop(boxes, max_samples) for _ in range(1500)])
-    ours = np.array([augment.draw_crop(np.random.default_rng(i), boxes, max_samples) for i in range(1500)])
+    ours = np.array([augment.sample_iou_crop(np.random.default_rng(i), boxes, max_samples) for i in range(1500)])
     deciles = np.arange(1, 10) / 10
     for column in range(4):
         apart = np.quantile(theirs[:, column], deciles) - np.quantile(ours[:, column], deciles)
@@ -89,11 +89,11 @@ def test_it_flips_half_of_the_pictures_with_their_boxes():
 def test_jitter_and_normalisation_are_ours_with_the_same_factors(monkeypatch):
     pixels = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     factors, order = (1.1, 0.7, 1.4, 0.03), torch.tensor([2, 0, 3, 1])
-    jitter = baseline.recolour.transforms[0]
+    jitter = baseline.color_jitter.transforms[0]
     monkeypatch.setattr(jitter, "get_params", lambda *ranges: (order, *factors))
-    got = baseline.recolour(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()))
-    jittered = augment.jitter(augment.to_unit(pixels), torch.tensor([factors]), order.unsqueeze(0))
-    wanted = augment.normalise(jittered)[0]
+    got = baseline.color_jitter(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()))
+    jittered = augment.color_jitter(augment.to_float(pixels), torch.tensor([factors]), order.unsqueeze(0))
+    wanted = augment.normalize(jittered)[0]
     # Pillow rounds to 8 bits after each of the four, and turns hue in 256 steps.
     assert float((got - wanted).abs().mean()) < 0.03
 
@@ -115,7 +115,7 @@ def test_a_sample_is_ready_for_the_network(toy_split):
     assert sample.image.is_floating_point()
     assert sample.labels.any()
     evaluated = baseline.EvalSamples(toy_split)[1]
-    wanted = augment.normalise(augment.to_unit(image_io.resize(image_io.read(toy_split.image_path(1)), 300)[None]))[0]
+    wanted = augment.normalize(augment.to_float(image_io.resize(image_io.read(toy_split.image_path(1)), 300)[None]))[0]
     assert float((evaluated - wanted).abs().max()) < 0.02
 
 
@@ -139,7 +139,7 @@ def test_the_loss_and_its_gradients_are_the_same():
 
 def test_the_network_is_the_same():
     torch.manual_seed(0)
-    ours, theirs = SSD300(21).eval(), baseline.PlainSSD300(21).eval()
+    ours, theirs = SSD300(21).eval(), baseline.BaselineSSD300(21).eval()
     heads = {k: v for k, v in checkpoint_names.to_reference(ours.state_dict()).items() if k.startswith(("loc", "conf"))}
     trunk = {k: v for k, v in ours.state_dict().items() if not k.startswith("heads")}
     theirs.load_state_dict(trunk | heads)
@@ -150,7 +150,7 @@ def test_the_network_is_the_same():
 
 
 def test_a_step_changes_the_weights(monkeypatch):
-    monkeypatch.setattr(baseline, "Backbone", Trunk)
+    monkeypatch.setattr(baseline, "Backbone", TinyBackbone)
     torch.manual_seed(0)
     step = baseline.make_step(torch.device("cpu"), 5)
     boxes, labels = boxes_and_labels(0)

@@ -1,4 +1,4 @@
-"""The live view: files that grow, are cut and end; a terminal, a pipe, and narrow ones."""
+"""Live view of growing, truncated and finished files, in terminals and pipes."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from detection.report import watch
-from detection.report.watch import Follower, Watched
+from detection.report.watch import JsonlTail, WatchedRun
 from paths import ROOT
 
 TOY = ROOT / "perf" / "results" / "2026-11-21_toy_2core_cpu"
@@ -22,7 +22,7 @@ LINES = (TOY / "metrics.jsonl").read_text().splitlines(keepends=True)
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A run of the repository's before its first event."""
+    """Folder of a recorded run before its first event."""
     folder = tmp_path / "results" / "toy" / "ssd" / "start"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text((TOY / "config.json").read_text())
@@ -34,45 +34,45 @@ def append(folder: Path, *texts: str) -> None:
         file.writelines(texts)
 
 
-def shown(run: Watched, width: int = 80, **options) -> str:
+def render_text(run: WatchedRun, width: int = 80, **options) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, **options)
-    run.read()
-    console.print(watch.view(run, ascii_only=console.options.ascii_only))
+    run.poll()
+    console.print(watch.render(run, ascii_only=console.options.ascii_only))
     text = console.file.getvalue()
     assert max(map(cell_len, text.splitlines())) <= width
     return " ".join(text.split())
 
 
-def test_a_line_that_is_not_whole_waits_for_its_end(folder):
-    follower = Follower(folder / "metrics.jsonl")
-    assert follower.new() == []
+def test_incomplete_line_waits_for_its_end(folder):
+    tail = JsonlTail(folder / "metrics.jsonl")
+    assert tail.poll() == []
     append(folder, LINES[0], LINES[1][:40])
-    assert [event["event"] for event in follower.new()] == ["run_start"]
-    assert follower.new() == []
+    assert [event["event"] for event in tail.poll()] == ["run_start"]
+    assert tail.poll() == []
     append(folder, LINES[1][40:])
-    assert [event["step"] for event in follower.new()] == [9]
-    assert not follower.over
-    append(folder, "no JSON\n", "[1]\n", LINES[-1])
-    assert [event["event"] for event in follower.new()] == ["summary"]
-    assert follower.over
+    assert [event["step"] for event in tail.poll()] == [9]
+    assert not tail.finished
+    append(folder, "not JSON\n", "[1]\n", LINES[-1])
+    assert [event["event"] for event in tail.poll()] == ["summary"]
+    assert tail.finished
 
 
-def test_a_file_that_is_cut_for_a_resumed_run_is_read_anew(folder):
-    follower = Follower(folder / "metrics.jsonl")
+def test_file_truncated_by_resume_is_read_again(folder):
+    tail = JsonlTail(folder / "metrics.jsonl")
     append(folder, *LINES[:9])
-    follower.new()
+    tail.poll()
     (folder / "metrics.jsonl").write_text("".join(LINES[:2]))
     append(folder, LINES[0])
-    follower.new()
-    assert [event["event"] for event in follower.events] == ["run_start", "step", "run_start"]
+    tail.poll()
+    assert [event["event"] for event in tail.events] == ["run_start", "step", "run_start"]
 
 
-def test_the_view_tells_how_far_the_run_is(folder):
-    run = Watched(folder)
-    assert "it has not begun yet" in shown(run)
+def test_view_shows_progress(folder):
+    run = WatchedRun(folder)
+    assert "not started yet" in render_text(run)
     append(folder, *LINES[:5])
     (folder / "result_0.txt").write_text((TOY / "result_0.txt").read_text())
-    text = shown(run)
+    text = render_text(run)
     for words in (
         "ssd300-r34 on toy, 1 × cpu, 2 threads, bf16",
         "epoch 1/12, step 40/1140",
@@ -80,79 +80,84 @@ def test_the_view_tells_how_far_the_run_is(folder):
         "lr 0.0039",
         "img/s 4.4",
         "AP not evaluated yet, target 0.23",
-        "training 100 %",
+        "training 100%",
     ):
         assert words in text, words
-    # 1100 steps of 4 images at 4.2 a second, and the evaluations, of which none has been seen
-    assert run.left_s() == pytest.approx(1100 * 4 / 4.205, rel=0.01)
+    # 1100 steps of 4 images at 4.2 images/s. The evaluations have no time yet.
+    assert run.remaining_s() == pytest.approx(1100 * 4 / 4.205, rel=0.01)
     append(folder, *LINES[5:13])
-    text = shown(run)
+    text = render_text(run)
     assert "AP 0.2351 after epoch 1, target 0.23" in text
-    assert "training 94 %, evaluation 6 %, other 0 %" in text
-    assert run.left_s() == pytest.approx(1045 * 4 / 4.392 + 11 * 5.188, rel=0.01)
+    assert "training 94%, evaluation 6%, other 0%" in text
+    assert run.remaining_s() == pytest.approx(1045 * 4 / 4.392 + 11 * 5.188, rel=0.01)
     append(folder, LINES[13])
-    assert "0:01:33 on the clock; the target is reached" in shown(run)
+    assert "0:01:33 elapsed, target reached" in render_text(run)
 
 
-def test_the_view_fits_narrow_terminals_and_those_without_blocks(folder):
+def test_view_fits_narrow_and_ascii_terminals(folder):
     append(folder, *LINES[:-1])
     for width in (40, 80, 200):
-        shown(Watched(folder), width)
-    command = [sys.executable, "-m", "detection.report.watch", str(folder)]
+        render_text(WatchedRun(folder), width)
+    command = [sys.executable, "-m", "detection.report", "watch", str(folder)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}
     append(folder, LINES[-1])
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert "+- start ---" in done.stdout
-    assert "4.586  @" in done.stdout
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "+- start ---" in process.stdout
+    assert "4.586  @" in process.stdout
 
 
-def test_the_curve_rises_with_its_values():
-    assert watch.curve([0, 1, 2, 3, 4, 5, 6, 7], watch.BLOCKS) == watch.BLOCKS
-    assert watch.curve([0.1, float("nan"), 0.2], watch.BLOCKS, least=0, most=0.4) == "▃ ▅"
-    assert watch.curve([5.0] * 1000, watch.BLOCKS) == "▁" * 20
-    assert watch.curve([], watch.BLOCKS) == ""
+def test_sparkline_follows_its_values():
+    assert watch.sparkline([0, 1, 2, 3, 4, 5, 6, 7], watch.BLOCKS) == watch.BLOCKS
+    assert watch.sparkline([0.1, float("nan"), 0.2], watch.BLOCKS, minimum=0, maximum=0.4) == "▃ ▅"
+    assert watch.sparkline([5.0] * 1000, watch.BLOCKS) == "▁" * 20
+    assert watch.sparkline([], watch.BLOCKS) == ""
 
 
-def test_trouble_is_shown(folder):
+def test_stalls_and_non_finite_losses_are_shown(folder):
     append(folder, *LINES[:3])
-    run = Watched(folder)
-    assert "!" not in shown(run)
-    run.mark_s -= 600
-    assert "! nothing new for 0:10:00" in shown(run)
+    run = WatchedRun(folder)
+    assert "!" not in render_text(run)
+    run.last_event_s -= 600
+    assert "! no event for 0:10:00" in render_text(run)
     bad = json.loads(LINES[3]) | {"loss": float("nan")}
     append(folder, json.dumps(bad) + "\n")
-    text = shown(run)
+    text = render_text(run)
     assert "the loss is nan at step 29" in text
-    assert "nothing new" not in text
+    assert "no event" not in text
     assert "loss nan █▁" in text
 
 
-def test_a_run_that_was_stopped_in_an_epoch_says_so(folder):
-    stopped = json.loads(LINES[-1]) | {"converged": False, "stopped_by": "Stopped", "run_s": 40.0, "time_s": 40.0}
+def test_run_stopped_within_an_epoch_is_shown(folder):
+    stopped = json.loads(LINES[-1]) | {
+        "converged": False,
+        "stopped_by": "TrainingStopped",
+        "run_s": 40.0,
+        "time_s": 40.0,
+    }
     append(folder, *LINES[:5], json.dumps(stopped) + "\n")
-    text = shown(Watched(folder))
-    assert "0:00:40 on the clock; it was stopped before its end" in text
-    assert "! it was stopped before its end: by a signal or --max-steps" in text
-    assert "training 95 %" in text
+    text = render_text(WatchedRun(folder))
+    assert "0:00:40 elapsed, stopped early" in text
+    assert "! the run stopped early: by a signal or --max-steps" in text
+    assert "training 95%" in text
 
 
-def test_it_renews_itself_and_ends_with_the_run(folder):
+def test_view_updates_in_place_and_ends_with_the_run(folder):
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    ahead = list(LINES)
+    pending = list(LINES)
 
     def wait() -> None:
-        append(folder, ahead.pop(0))
+        append(folder, pending.pop(0))
 
-    watch.watch(Watched(folder), console, wait)
-    assert ahead == []
+    watch.watch(WatchedRun(folder), console, wait)
+    assert pending == []
     text = console.file.getvalue()
-    assert text.count("\x1b[1A") > 50  # back up, over what was there
-    assert "the target is reached" in text
+    assert text.count("\x1b[1A") > 50  # moves up over the previous view
+    assert "target reached" in text
 
 
-def test_a_pipe_gets_a_line_for_each_event_as_it_comes(folder):
+def test_pipe_gets_one_line_per_event(folder):
     append(folder, *LINES[:2])
-    command = [sys.executable, "-m", "detection.report.watch", "--under", str(folder.parents[2]), "--every", "0.1"]
+    command = [sys.executable, "-m", "detection.report", "watch", "--under", str(folder.parents[2]), "--every", "0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout.readline() == "ssd300-r34 on 1 × cpu, 2 threads\n"
         assert process.stdout.readline().startswith("epoch 1/12  step 10  loss 23.68  lr 0.0009  4.0 img/s")
@@ -162,11 +167,11 @@ def test_a_pipe_gets_a_line_for_each_event_as_it_comes(folder):
         assert process.stderr.read() == ""
     assert len(lines) == 9 + 2
     assert lines[-2] == "evaluation after epoch 1: AP 0.2351 (target AP 0.23)"
-    assert lines[-1] == "0:01:33 on the clock; the target is reached"
+    assert lines[-1] == "0:01:33 elapsed, target reached"
     assert not any("\x1b" in line for line in lines)
 
 
-def test_ctrl_c_ends_it_quietly(folder, monkeypatch):
+def test_ctrl_c_exits_quietly(folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -176,18 +181,18 @@ def test_ctrl_c_ends_it_quietly(folder, monkeypatch):
     assert watch.main([str(folder)]) == 0
 
 
-def test_the_newest_run_is_watched_and_where_there_is_none_it_says_so(folder, tmp_path, capsys):
+def test_latest_run_is_watched_and_a_missing_run_is_reported(folder, tmp_path, capsys):
     append(folder, LINES[0])
     newer = folder.with_name("later")
     newer.mkdir()
     append(newer, LINES[0])
-    assert watch.newest(tmp_path / "results") in (folder, newer)
+    assert watch.latest_run(tmp_path / "results") in (folder, newer)
     os.utime(folder / "metrics.jsonl", (1, 1))
-    assert watch.newest(tmp_path / "results") == newer
+    assert watch.latest_run(tmp_path / "results") == newer
     append(newer, *LINES[1:])
-    assert watch.main([str(tmp_path / "results")]) == 0  # of several runs that are below, the newest
-    assert "the target is reached" in capsys.readouterr().out
+    assert watch.main([str(tmp_path / "results")]) == 0  # the latest of several runs
+    assert "target reached" in capsys.readouterr().out
     assert watch.main(["--under", str(tmp_path / "empty")]) == 2
-    assert "no run is below" in capsys.readouterr().err
+    assert "no run below" in capsys.readouterr().err
     assert watch.main([str(tmp_path / "absent")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

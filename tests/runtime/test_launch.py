@@ -9,7 +9,7 @@ from detection.runtime import launch
 from forked import Forked
 from paths import ROOT
 
-# A rank: says its process id, then ends as its number's argument says, or waits to be ended.
+# Rank that writes its process ID, then exits with the argument of its number or waits for termination.
 RANK = """
 import os, sys, time
 rank = int(os.environ["RANK"])
@@ -45,35 +45,35 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_a_run_that_succeeds_exits_with_0_and_says_nothing(tmp_path):
+def test_a_successful_run_exits_with_0_and_prints_nothing(tmp_path):
     assert result(tmp_path, "0", "0") == (0, "")
     assert (tmp_path / "pid_1").read_text().endswith("2 ['0', '0']")
 
 
-def test_the_status_of_the_rank_that_failed_is_the_status_of_the_run(tmp_path):
-    assert result(tmp_path, "wait", "7") == (7, "error: rank 1 ended with status 7\n")
+def test_a_run_exits_with_the_status_of_the_failed_rank(tmp_path):
+    assert result(tmp_path, "wait", "7") == (7, "error: rank 1 exited with status 7\n")
 
 
-def test_epochs_used_up_pass_in_silence(tmp_path):
+def test_status_3_prints_no_error(tmp_path):
     assert result(tmp_path, "3") == (3, "")
 
 
 @pytest.mark.parametrize(("end", "starts"), [("3", 1), ("2", 1), ("7", 2)])
-def test_only_a_rank_that_died_is_started_again(tmp_path, end, starts):
+def test_only_a_crashed_rank_restarts(tmp_path, end, starts):
     process = start(tmp_path, end, restarts=1)
     process.communicate(timeout=60)
     assert process.returncode == int(end)
     assert len((tmp_path / "starts").read_text()) == starts
 
 
-def test_a_rank_killed_by_a_signal_is_named_with_the_signal(tmp_path):
+def test_a_killed_rank_is_reported_with_its_signal(tmp_path):
     status, stderr = result(tmp_path, "wait", "-9")
     assert status == 128 + signal.SIGKILL
-    assert stderr == "error: rank 1 ended with SIGKILL (out of memory?)\n"
+    assert stderr == "error: rank 1 was killed by SIGKILL (out of memory?)\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_ranks(tmp_path, number):
+def test_a_signal_stops_all_ranks(tmp_path, number):
     process = start(tmp_path, "wait", "wait")
     files = [tmp_path / "pid_0", tmp_path / "pid_1"]
     deadline = time.monotonic() + 60
@@ -87,8 +87,8 @@ def test_a_signal_ends_all_ranks(tmp_path, number):
     assert not any(alive(int(file.read_text().split()[0])) for file in files)
 
 
-def test_a_wrong_number_of_ranks_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(launch.logging, "disable", lambda level: None)  # in this process, which is other tests' too
+def test_an_invalid_number_of_ranks_is_rejected(capsys, monkeypatch):
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)  # other tests use this process, too
     assert launch.main(["--nnodes", "1", "--nproc-per-node", "many", "-m", "rank"]) == 2
     assert "many" in capsys.readouterr().err
 
@@ -96,21 +96,21 @@ def test_a_wrong_number_of_ranks_is_refused(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("exitcodes", "cause"),
     [
-        ({0: 1, 1: -9}, 1),  # rank 0 lost its peer
+        ({0: 1, 1: -9}, 1),  # the peer of rank 0 disconnected
         ({0: 1, 1: 2}, 1),
-        ({0: -15, 1: 1}, 1),  # rank 0 was ended by the launcher
+        ({0: -15, 1: 1}, 1),  # the launcher terminated rank 0
         ({0: 143, 1: 1}, 1),
         ({0: 3, 1: 3}, 0),
     ],
 )
-def test_the_cause_is_told_from_its_consequences(exitcodes, cause):
+def test_the_root_cause_is_distinguished_from_its_consequences(exitcodes, cause):
     failures = {rank: launch.ProcessFailure(rank, 1, code, "") for rank, code in exitcodes.items()}
     for failure in failures.values():
         failure.timestamp = 0
-    assert launch._first(failures)[0] == cause
+    assert launch._root_cause(failures)[0] == cause
 
 
-def test_the_earliest_failure_is_the_cause():
+def test_the_earliest_failure_is_the_root_cause():
     failures = {rank: launch.ProcessFailure(rank, 1, 5, "") for rank in (0, 1)}
     failures[0].timestamp, failures[1].timestamp = 2, 1
-    assert launch._first(failures)[0] == 1
+    assert launch._root_cause(failures)[0] == 1

@@ -1,17 +1,18 @@
 #!/usr/bin/env bats
-# Each command of docs/CLUSTER.md, in the project's own scripts, with stubs for what a cluster has and for the training.
+# Every command of docs/CLUSTER.md runs the real scripts, with stubs for the tools of a cluster and for the training.
 
 load scripts
 
 setup() {
   unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT PAGE_CACHE_DROPPED \
     BENCHMARK RUN_INDEX NEXP CONT DATESTAMP PRETRAINED_DIR DOCKER REQUEUE
-  # shellcheck disable=SC2154 # of scripts.bash
+  # shellcheck disable=SC2154 # set in scripts.bash
   page=$repository/docs/CLUSTER.md
   folder="$BATS_TEST_TMPDIR/a clone"
   bin=$BATS_TEST_TMPDIR/bin
-  mkdir -p "$folder/venv/bin" "$bin"
-  cp "$repository"/{run_and_time,systems,series,mounts,run_with_docker,config_toy,config_DGXA100,config_DGXA100_multi_2x8x56}.sh \
+  mkdir -p "$folder/venv/bin" "$folder/scripts" "$bin"
+  cp -r "$repository/scripts/lib" "$folder/scripts"
+  cp "$repository"/{run_and_time,run_with_docker,config_toy,config_DGXA100,config_DGXA100_multi_2x8x56}.sh \
     "$repository/run.sub" "$folder"
   export CALLS=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0
   : >"$CALLS"
@@ -27,7 +28,7 @@ else
 fi
 END_PYTHON
   for name in docker sbatch scancel scontrol git; do
-    # shellcheck disable=SC2016 # for the stub to expand
+    # shellcheck disable=SC2016 # expanded by the stub
     printf '#!/bin/sh\ncase $1 in --version | image | rm) ;; *) echo "${0##*/} $*" >>"$CALLS" ;; esac\n' >"$bin/$name"
   done
   echo 'echo abc123' >>"$bin/git"
@@ -38,13 +39,13 @@ END_PYTHON
   mkdir -p coco
 }
 
-# commands SECTION: those of a section, with folders of the test for what is at the root of a machine.
+# commands SECTION: prints the commands of a section, with the test's folders instead of those at the root of a machine.
 commands() {
   sed -n "/^## $1\$/,/^## /s/^\\$ //p" "$page" | sed "s| /| $BATS_TEST_TMPDIR/|g; s|=/data/coco|=coco|g; s|=/logs|=$BATS_TEST_TMPDIR/logs|g"
 }
 
-# all SECTION: runs them one after the other; fails with the first that does.
-all() {
+# run_section SECTION: runs its commands one after the other. Stops at the first that fails.
+run_section() {
   local command
   while read -r command; do
     run bash -c "$command" </dev/null
@@ -52,12 +53,12 @@ all() {
   done < <(commands "$1")
 }
 
-@test "every command of the page is in a section that is tested" {
+@test "every command of the page belongs to a tested section" {
   [ "$(grep --count '^\$ ' "$page")" -eq "$(for section in 'N runs' 'In containers' 'Several nodes without Slurm' Slurm; do commands "$section"; done | wc -l)" ]
 }
 
-@test "N runs: a series by each command but the one that has nothing left to do; what was removed is done again" {
-  all 'N runs'
+@test "N runs: each command runs its experiments, and a removed experiment is repeated" {
+  run_section 'N runs'
   [ "$(grep --count '^train' "$CALLS")" -eq 20 ]
   [ "$(grep --count ' results/five/' "$CALLS")" -eq 5 ]
   [ "$(grep -o -e '--seed [0-9]*$' "$CALLS" | xargs)" = "--seed 7 --seed 8 --seed 9 --seed 10 --seed 11" ]
@@ -67,23 +68,23 @@ all() {
   [ "$(find results/five -name 'result_*.txt' -type l | wc -l)" -eq 5 ]
 }
 
-@test "containers: the image is built, and the runs are started in it" {
-  all 'In containers'
+@test "containers: the commands build the image and start the runs in it" {
+  run_section 'In containers'
   grep --quiet --line-regexp 'docker build -t detection --build-arg COMMIT=abc123 .' "$CALLS"
   [ "$(grep --count '^docker run' "$CALLS")" -eq 11 ]
   [ "$(grep --count 'RUN_DIR=/results/toy/ssd/2026-01-31_12-00-00/experiment_' "$CALLS")" -eq 5 ]
-  tail -n 1 "$CALLS" | grep --quiet -e '--mode evaluate --weights /own/checkpoint/FILE$'
+  tail -n 1 "$CALLS" | grep --quiet -e '--mode evaluate --weights /own/weights/FILE$'
 }
 
-@test "several nodes: one run on each, and five by the first" {
-  all 'Several nodes without Slurm'
+@test "several nodes: each runs once, and the first one runs five experiments" {
+  run_section 'Several nodes without Slurm'
   [ "$(grep --count 'node 0' "$CALLS")" -eq 6 ]
   [ "$(grep --count 'node 1' "$CALLS")" -eq 1 ]
   [ "$(find "$BATS_TEST_TMPDIR/logs/five" -name 'result_*.txt' -type l | wc -l)" -eq 5 ]
 }
 
-@test "Slurm: the job is submitted, told to end, and put back" {
-  all Slurm
+@test "Slurm: the commands submit the job, stop it and requeue it" {
+  run_section Slurm
   [ "$(<"$CALLS")" = "sbatch --nodes=2 --time=100 run.sub
 sbatch --nodes=2 --time=100 run.sub
 scancel --signal=TERM --batch 42

@@ -24,7 +24,7 @@ fetch() {
   BACKBONE_URL=$url/$name run "$repository/get_resnet34_backbone.sh" "$@"
 }
 
-@test "the file is there under its name with the bytes of the server" {
+@test "the file has its final name and the bytes of the server" {
   serve "$mirror"
   fetch "$folder"
   [ "$status" -eq 0 ]
@@ -32,24 +32,24 @@ fetch() {
   [ "$(ls "$folder")" = "$name" ]
 }
 
-@test "PRETRAINED_DIR names the folder where no argument does" {
+@test "PRETRAINED_DIR names the folder if no argument does" {
   serve "$mirror"
   PRETRAINED_DIR=$folder fetch
   [ "$status" -eq 0 ]
   [ -f "$folder/$name" ]
 }
 
-@test "a second run asks the server for nothing" {
+@test "a second run sends no request" {
   serve "$mirror"
   fetch "$folder"
   serve "$mirror"
   fetch "$folder"
   [ "$status" -eq 0 ]
-  [[ $output == "$folder/$name is there" ]]
+  [[ $output == "$folder/$name already exists" ]]
   [ ! -s "$requests" ]
 }
 
-@test "a broken connection is taken up where it broke" {
+@test "a download resumes where the connection broke" {
   serve "$mirror" --cut-after 60000
   fetch "$folder"
   [ "$status" -eq 0 ]
@@ -57,15 +57,15 @@ fetch() {
   cmp "$mirror/$name" "$folder/$name"
 }
 
-@test "wrong bytes are refused and leave nothing behind" {
+@test "a file with a wrong checksum is rejected and removed" {
   serve "$mirror" --corrupt
   fetch "$folder"
   [ "$status" -eq 1 ]
-  [[ ${lines[-1]} == "error: $url/$name: the sha256sum of what was downloaded does not begin with"* ]]
+  [[ ${lines[-1]} == "error: $url/$name: the sha256sum of the downloaded file does not begin with"* ]]
   [ -z "$(ls -A "$folder")" ]
 }
 
-@test "a truncated file under the final name is refused" {
+@test "a truncated file with the final name is rejected" {
   mkdir "$folder"
   head -c 1000 "$mirror/$name" >"$folder/$name"
   url=http://127.0.0.1:9
@@ -74,13 +74,13 @@ fetch() {
   [[ $output == "error: $folder/$name: its SHA-256 does not begin with "*"Remove it"* ]]
 }
 
-@test "a full disk ends the download, and the next run goes on where it stopped" {
+@test "a full disk stops the download, and the next run resumes it" {
   small_disk 1
-  head -c 1000000 /dev/zero >"$disk/other" # of 1048576 bytes
+  head -c 1000000 /dev/zero >"$disk/other" # the disk has 1048576 bytes
   serve "$mirror"
   fetch "$disk"
   [ "$status" -eq 1 ]
-  [[ ${lines[-1]} == "error: cannot write $disk/$name.part, its disk has 0 free. Make room"* ]]
+  [[ ${lines[-1]} == "error: cannot write $disk/$name.part, 0 free on its disk. Free some space"* ]]
   [ ! -e "$disk/$name" ]
   rm "$disk/other"
   fetch "$disk"
@@ -88,20 +88,20 @@ fetch() {
   cmp "$mirror/$name" "$disk/$name"
 }
 
-@test "a name without a sum in it is refused" {
+@test "a file name without a checksum is rejected" {
   BACKBONE_URL=http://127.0.0.1:9/resnet34.pth run "$repository/get_resnet34_backbone.sh" "$folder"
   [ "$status" -eq 2 ]
-  [[ $output == "error: BACKBONE_URL=http://127.0.0.1:9/resnet34.pth: the name must end in the first 8 digits"* ]]
+  [[ $output == "error: BACKBONE_URL=http://127.0.0.1:9/resnet34.pth: the file name must end in the first 8 digits"* ]]
 }
 
-@test "an unknown flag and a second folder are refused" {
+@test "an unknown flag and a second folder are rejected" {
   run "$repository/get_resnet34_backbone.sh" --numpy
   [ "$status" -eq 2 ]
   run "$repository/get_resnet34_backbone.sh" one two
   [ "$status" -eq 2 ]
 }
 
-@test "--npz writes every tensor of the state dict under its name" {
+@test "--npz writes every tensor of the state dict with its name" {
   local python=${VENV:-$repository/.venv}/bin/python
   "$repository/setup.sh" --check >/dev/null || skip "needs the environment of ./setup.sh"
   "$python" - "$mirror/state.pth" <<'END'

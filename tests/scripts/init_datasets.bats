@@ -2,7 +2,7 @@
 
 load scripts
 
-# A data set in COCO's layout, as three zip files: 3 training images, 2 validation images.
+# A data set in COCO's layout, in three zip files: 3 training images and 2 validation images.
 setup_file() {
   load scripts
   export mirror=$BATS_FILE_TMPDIR/mirror
@@ -16,13 +16,13 @@ from pathlib import Path
 mirror = Path(sys.argv[1])
 (mirror / "zips").mkdir(parents=True)
 (mirror / "annotations").mkdir()
-bytes_of = random.Random(0).randbytes
+random_bytes = random.Random(0).randbytes
 counts = {"train": 3, "val": 2}
 for split, count in counts.items():
     with zipfile.ZipFile(mirror / f"zips/{split}2017.zip", "w") as archive:
         archive.writestr(f"{split}2017/", b"")
         for i in range(count):
-            archive.writestr(f"{split}2017/{i:012}.jpg", bytes_of(50_000))
+            archive.writestr(f"{split}2017/{i:012}.jpg", random_bytes(50_000))
 with zipfile.ZipFile(mirror / "annotations/annotations_trainval2017.zip", "w") as archive:
     for split, count in counts.items():
         data = {
@@ -52,7 +52,7 @@ fetch() {
   COCO_URL=$url run "$repository/init_datasets.sh"
 }
 
-@test "images, annotations and shrunken annotations are there after one run, the archives are not" {
+@test "one run leaves images, annotations and shrunken annotations, and removes the archives" {
   serve "$mirror"
   fetch
   [ "$status" -eq 0 ]
@@ -64,7 +64,7 @@ fetch() {
   [[ $(<"$DATADIR/annotations/bbox_only_instances_train2017.json") == *'"area":9.5'* ]]
 }
 
-@test "a second run asks the server for nothing" {
+@test "a second run sends no request" {
   serve "$mirror"
   fetch
   serve "$mirror"
@@ -80,7 +80,7 @@ fetch() {
   [ "$(find "$DATADIR" -name '*.zip' | wc -l)" -eq 3 ]
 }
 
-@test "a connection that breaks again and again is taken up where it broke" {
+@test "a download resumes after every broken connection" {
   serve "$mirror" --cut-after 60000
   fetch
   [ "$status" -eq 0 ]
@@ -88,7 +88,7 @@ fetch() {
   grep --quiet 'GET /zips/train2017.zip bytes=120000-' "$requests"
 }
 
-@test "a run that was killed goes on from the bytes it has" {
+@test "a killed run resumes from the bytes it has" {
   mkdir -p "$DATADIR"
   head -c 70000 "$mirror/zips/train2017.zip" >"$DATADIR/train2017.zip.part"
   serve "$mirror"
@@ -97,7 +97,7 @@ fetch() {
   grep --quiet 'GET /zips/train2017.zip bytes=70000-' "$requests"
 }
 
-@test "a part that is already whole is only checked and renamed" {
+@test "a complete part is only verified and renamed" {
   mkdir -p "$DATADIR"
   cp "$mirror/zips/train2017.zip" "$DATADIR/train2017.zip.part"
   serve "$mirror"
@@ -106,7 +106,7 @@ fetch() {
   [ "$(find "$DATADIR/train2017" -name '*.jpg' | wc -l)" -eq 3 ]
 }
 
-@test "a server that cannot resume sends the file again from its beginning" {
+@test "a server without range support sends the whole file again" {
   mkdir -p "$DATADIR"
   head -c 70000 "$mirror/zips/val2017.zip" >"$DATADIR/val2017.zip.part"
   serve "$mirror" --no-range
@@ -114,18 +114,18 @@ fetch() {
   [ "$status" -eq 0 ]
 }
 
-@test "wrong bytes are refused, removed and fetched anew by the next run" {
+@test "a file with a wrong checksum is removed, and the next run downloads it again" {
   serve "$mirror" --corrupt
   fetch
   [ "$status" -eq 1 ]
-  [[ ${lines[-1]} == "error: "*"annotations_trainval2017.zip: the md5sum of what was downloaded does not begin with"* ]]
+  [[ ${lines[-1]} == "error: "*"annotations_trainval2017.zip: the md5sum of the downloaded file does not begin with"* ]]
   [ -z "$(ls -A "$DATADIR")" ]
   serve "$mirror"
   fetch
   [ "$status" -eq 0 ]
 }
 
-@test "an unpacking that was killed is done again" {
+@test "an interrupted unpacking is repeated" {
   serve "$mirror"
   KEEP_ARCHIVES=1 fetch
   mkdir -p "$DATADIR/.partial/train2017"
@@ -139,31 +139,31 @@ fetch() {
   [ ! -s "$requests" ]
 }
 
-@test "an image folder with images missing is not taken for done" {
+@test "an image folder with missing images is rejected" {
   serve "$mirror"
   fetch
   rm "$DATADIR/train2017/000000000001.jpg"
   fetch
   [ "$status" -eq 2 ]
-  [[ ${lines[-1]} == "error: $DATADIR/train2017 holds 2 images, not 3."* ]]
+  [[ ${lines[-1]} == "error: $DATADIR/train2017 contains 2 images, expected 3."* ]]
 }
 
-@test "a disk that is too small is said before the download begins" {
+@test "a disk that is too small is reported before the download starts" {
   small_disk 1
   head -c 600000 /dev/zero >"$disk/other"
   serve "$mirror"
   DATADIR=$disk/coco fetch
   [ "$status" -eq 2 ]
-  [[ ${lines[-1]} == "error: DATADIR=$disk/coco: this needs "*"its disk has "* ]]
+  [[ ${lines[-1]} == "error: DATADIR=$disk/coco: the archives and their contents need "*"its disk has "* ]]
   [ "$(requests_for GET)" -eq 0 ]
 }
 
-@test "a disk that fills up during the download ends it, and the next run finishes it" {
+@test "a disk that fills up stops the download, and the next run finishes it" {
   small_disk 1
   DATADIR=$disk/coco
   mkdir "$DATADIR"
   serve "$mirror"
-  # The mirror does not say how long its files are, so that the check of the disk cannot know.
+  # The mirror does not report file sizes, so the disk check cannot detect the problem in advance.
   mkdir "$BATS_TEST_TMPDIR/bin"
   printf '#!/bin/sh\ncase " $* " in *" --head "*) exit 22 ;; esac\nexec %s "$@"\n' "$(command -v curl)" >"$BATS_TEST_TMPDIR/bin/curl"
   chmod +x "$BATS_TEST_TMPDIR/bin/curl"
@@ -177,21 +177,21 @@ fetch() {
   [ "$status" -eq 0 ]
 }
 
-@test "an address that is not there is said with the server's answer" {
+@test "a missing file is reported with the server's status" {
   serve "$mirror" --status 404
   fetch
   [ "$status" -eq 1 ]
-  [[ ${lines[-1]} == "error: $url/annotations/annotations_trainval2017.zip: the server answers 404" ]]
+  [[ ${lines[-1]} == "error: $url/annotations/annotations_trainval2017.zip: the server returned status 404" ]]
 }
 
-@test "a server that does not answer is given up with what to do" {
+@test "an unreachable server fails with a hint" {
   url=http://127.0.0.1:9
   fetch
   [ "$status" -eq 1 ]
-  [[ ${lines[-1]} == "error: "*"gave up, curl's exit status is 7. Run this again"* ]]
+  [[ ${lines[-1]} == "error: "*"download failed, curl's exit status is 7. Run this again"* ]]
 }
 
-@test "two at once: the second is refused" {
+@test "a second concurrent call is rejected" {
   mkdir -p "$DATADIR"
   exec 8<"$DATADIR"
   flock 8
@@ -199,11 +199,11 @@ fetch() {
   fetch
   exec 8<&-
   [ "$status" -eq 2 ]
-  [[ $output == "error: another init_datasets.sh is at work in $DATADIR" ]]
+  [[ $output == "error: another init_datasets.sh is running in $DATADIR"* ]]
 }
 
-@test "an argument is refused" {
+@test "an argument is rejected" {
   run "$repository/init_datasets.sh" --fast
   [ "$status" -eq 2 ]
-  [[ $output == "error: init_datasets.sh takes no argument '--fast'"* ]]
+  [[ $output == "error: unknown argument '--fast'"* ]]
 }

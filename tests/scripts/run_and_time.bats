@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# The script in a folder of its own, with stubs for what it calls: setup.sh and the environment's python.
+# run_and_time.sh in a separate folder, with stubs for setup.sh and the environment's python.
 
 load scripts
 
@@ -7,8 +7,9 @@ setup() {
   unset "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR RUN_DIR NODE_RANK MASTER_ADDR MASTER_PORT PAGE_CACHE_DROPPED \
     OMP_NUM_THREADS BENCHMARK RESET_COMMAND NEXP RUN_INDEX
   folder="$BATS_TEST_TMPDIR/a clone"
-  mkdir -p "$folder/venv/bin"
-  cp "$repository/run_and_time.sh" "$repository"/{series,systems}.sh "$repository"/config_*.sh "$folder"
+  mkdir -p "$folder/venv/bin" "$folder/scripts"
+  cp -r "$repository/scripts/lib" "$folder/scripts"
+  cp "$repository/run_and_time.sh" "$repository"/config_*.sh "$folder"
   # shellcheck source=/dev/null
   batch=$(. "$repository/config_toy.sh" && echo "$SSD_BATCH_SIZE")
   export calls=$BATS_TEST_TMPDIR/calls VENV=venv CLEAR_CACHES=0
@@ -22,7 +23,7 @@ END
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $PAGE_CACHE_DROPPED, $DATADIR]" >>"$calls"
 case $2 in
   *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
-  detection.evaluation.sample_predictions | detection.report.html_report) exit "${REPORT:-0}" ;;
+  detection.evaluation.sample_predictions | detection.report) exit "${REPORT:-0}" ;;
   detection.runtime.launch)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
@@ -42,7 +43,7 @@ run_and_time() {
   run "$folder/run_and_time.sh" "$@"
 }
 
-@test "a run that reaches its target prints one RESULT with organisation and start" {
+@test "a run that reaches its target prints one RESULT line with organization and start time" {
   run_and_time --org x
   [ "$status" -eq 0 ]
   start=$(sed -n 's/^STARTING TIMING RUN AT //p' <<<"$output")
@@ -52,15 +53,15 @@ run_and_time() {
   [[ $(grep RESULT <<<"$output") =~ ^RESULT,SINGLE_STAGE_DETECTOR,,[0-9]+,Some\ Lab,"$start"$ ]]
 }
 
-@test "the environment is made, the input checked and the run launched, in this order and with the flags" {
+@test "setup, preflight and launch run in this order, with the flags" {
   run_and_time --name "two words"
   [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
   grep -qF -- "-m ssd.preflight --name two words [$batch, , , data/toy]" "$calls"
-  [ "$(<"$calls.classes")" -eq 7 ] # as the checks counted them
+  [ "$(<"$calls.classes")" -eq 7 ] # counted by preflight
   grep -qF -- "-m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
 }
 
-@test "no RESULT follows a failure, whose status is the script's" {
+@test "a failed run prints no RESULT, and the script exits with its status" {
   for expected in 1 2 3 137; do
     STATUS=$expected run_and_time
     [ "$status" -eq "$expected" ]
@@ -69,7 +70,7 @@ run_and_time() {
   done
 }
 
-@test "every run that has begun is reported on after its clock, and a report that fails changes nothing" {
+@test "every started run gets a report after the timed part, and a failing report changes nothing" {
   export RUN="$BATS_TEST_TMPDIR/a run"
   mkdir "$RUN"
   echo '{"event": "run_start"}' >"$RUN/metrics.jsonl"
@@ -80,61 +81,61 @@ run_and_time() {
       STATUS=$expected run_and_time
       [ "$status" -eq "$expected" ]
       [ "$(grep --count RESULT <<<"$output")" -eq $((expected == 0)) ]
-      [ "$(grep --count 'warning: no report' <<<"$output")" -eq "$REPORT" ]
-      [[ $(tail -1 "$calls") == "python -m detection.report.html_report $RUN ["* ]]
-      [ "$(grep --count showcase "$calls")" -eq 0 ] # there are no detections to show
+      [ "$(grep --count 'warning: could not write the report' <<<"$output")" -eq "$REPORT" ]
+      [[ $(tail -1 "$calls") == "python -m detection.report $RUN ["* ]]
+      [ "$(grep --count sample_predictions "$calls")" -eq 0 ] # the run has no detections
     done
   done
   echo '[]' >"$RUN/detections.json"
   run_and_time
-  [ "$(sed -n 's/python -m \([a-z.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.runtime.launch\ndetection.showcase\nmlperf.report')" ]
+  [ "$(sed -n 's/python -m \([a-z_.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.runtime.launch\ndetection.evaluation.sample_predictions\ndetection.report')" ]
 }
 
-@test "a run that has not begun, and all nodes but the first, have no report" {
+@test "a run that did not start, and every node but the first, write no report" {
   run_and_time
   export RUN=$BATS_TEST_TMPDIR
   : >"$RUN/metrics.jsonl"
   run_and_time
   echo '{}' >"$RUN/metrics.jsonl"
-  DGXSYSTEM=DGXA100_multi_2x8x56 NODE_RANK=1 MASTER_ADDR=there run_and_time
+  DGXSYSTEM=DGXA100_multi_2x8x56 NODE_RANK=1 MASTER_ADDR=node0 run_and_time
   [ "$(grep --count launch "$calls")" -eq 3 ]
   [ "$(grep --count report "$calls")" -eq 0 ]
 }
 
-@test "a mistake found before the clock ends the script with 2" {
+@test "a mistake found by preflight ends the script with 2" {
   PREFLIGHT=2 run_and_time
   [ "$status" -eq 2 ]
   [[ $output != *STARTING* ]]
   [ "$(grep --count launch "$calls")" -eq 0 ]
 }
 
-@test "an unknown system is refused with the list of those there are" {
+@test "an unknown system is rejected with the list of systems" {
   DGXSYSTEM=DGX9 run_and_time
   [ "$status" -eq 2 ]
   [[ $output == *DGX9*config_DGX1.sh*config_toy.sh* ]]
 }
 
-@test "an unknown benchmark is refused" {
+@test "an unknown benchmark is rejected" {
   BENCHMARK=bert run_and_time
   [ "$status" -eq 2 ]
   [[ $output == *"BENCHMARK=bert"* ]]
 }
 
-@test "DGXSYSTEM picks the config file, and the user's folder and ranks are kept" {
+@test "DGXSYSTEM selects the config file, and the user's DATADIR and DGXNGPU take precedence" {
   DGXSYSTEM=DGX1 DATADIR=/my/coco DGXNGPU=4 run_and_time
   [ "$status" -eq 0 ]
   grep -q -- "--nproc-per-node 4 .* \[120, .*, /my/coco\]" "$calls"
 }
 
-@test "a variable that contradicts the config file is refused with the flag to use" {
+@test "a variable that contradicts the config file is rejected with the flag to use" {
   SSD_BATCH_SIZE=77 run_and_time
   [ "$status" -eq 2 ]
-  [[ $output == *"SSD_BATCH_SIZE=77: config_toy.sh says $batch"*"--batch-size 77"* ]]
+  [[ $output == *"SSD_BATCH_SIZE=77: config_toy.sh sets $batch"*"--batch-size 77"* ]]
   SSD_BATCH_SIZE=$batch SSD_SEED=5 run_and_time
   [ "$status" -eq 0 ]
 }
 
-@test "a dry run launches nothing and prints the launch line without its own flag" {
+@test "a dry run launches nothing and prints the launch line without --dry-run" {
   run_and_time --dry-run --seed 5
   [ "$status" -eq 0 ]
   [[ $output == *"launch: venv/bin/python -m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --seed 5" ]]
@@ -143,7 +144,7 @@ run_and_time() {
   [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
-@test "--model-summary lists the layers once, of several experiments too, and launches nothing" {
+@test "--model-summary lists the layers once, also with several experiments, and launches nothing" {
   NEXP=3 run_and_time --model-summary --backbone resnet50
   [ "$status" -eq 0 ]
   [[ $output != *STARTING* ]]
@@ -153,7 +154,7 @@ run_and_time() {
   [ "$status" -eq 2 ]
 }
 
-@test "--preflight launches the inspection on all ranks, without the clock, and ends with its status" {
+@test "--preflight launches the machine checks on all ranks, untimed, and exits with their status" {
   for expected in 0 2; do
     : >"$calls"
     STATUS=$expected DGXNGPU=2 run_and_time --preflight --batch-size 8
@@ -164,14 +165,14 @@ run_and_time() {
   done
 }
 
-@test "--autotune hands all flags to the tuning, which starts no run" {
+@test "--autotune passes all flags to the search and starts no run" {
   run_and_time --batch-size 8 --autotune 60 --name mine
   [ "$status" -eq 0 ]
   grep -q -- "python -m ssd.tune --batch-size 8 --autotune 60 --name mine " "$calls"
   [[ $(<"$calls") != *launch* && $(<"$calls") != *preflight* ]]
 }
 
-@test "--help says how to call it and launches nothing" {
+@test "--help prints the usage and launches nothing" {
   run_and_time --help
   [ "$status" -eq 0 ]
   [[ $output == "usage: "*DGXSYSTEM*"exit status"* ]]
@@ -179,8 +180,8 @@ run_and_time() {
   [ "$(grep --count launch "$calls")" -eq 0 ]
 }
 
-@test "the accelerators are reset before the clock, by the command of the config file" {
-  # shellcheck disable=SC2016 # for the tool to expand
+@test "the RESET_COMMAND of the config file runs before the timed part" {
+  # shellcheck disable=SC2016 # expanded by the tool
   printf '#!/bin/sh\necho "reset $*" >>"$calls"\n' >"$folder/reset_tool"
   chmod +x "$folder/reset_tool"
   echo 'export RESET_COMMAND="./reset_tool --all && echo done"' >>"$folder/config_toy.sh"
@@ -193,20 +194,20 @@ run_and_time() {
   [ "$(grep --count ^reset "$calls")" -eq 1 ]
 }
 
-@test "a reset that fails ends the script with its command and status, before the clock" {
+@test "a failed reset ends the script before the timed part, with its command and status" {
   RESET_COMMAND="exit 7" run_and_time
   [ "$status" -eq 2 ]
-  [[ $output == *"error: RESET_COMMAND=exit 7: it ended with status 7" ]]
+  [[ $output == *"error: RESET_COMMAND=exit 7: failed with status 7" ]]
   [[ $output != *STARTING* ]]
   [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
-@test "caches that are kept are said to be" {
+@test "a kept page cache is reported" {
   run_and_time
-  [[ $output == *"caches are kept: CLEAR_CACHES=0"* ]]
+  [[ $output == *"Page cache kept: CLEAR_CACHES=0"* ]]
 }
 
-@test "who may not drop the caches drops them by sudo, or is told" {
+@test "an unprivileged user drops the page cache with sudo, or gets a message" {
   local nobody=()
   if ((EUID == 0)); then
     nobody=(setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs)
@@ -222,25 +223,25 @@ END
   chmod -R o+rwX "$BATS_TEST_TMPDIR"
   PATH=$BATS_TEST_TMPDIR/bin:$PATH CLEAR_CACHES=1 run "${nobody[@]}" "$folder/run_and_time.sh"
   [ "$status" -eq 0 ]
-  [[ $output != *"are kept"* ]]
+  [[ $output != *"Page cache kept"* ]]
   grep -qxF -- "sudo -n /sbin/sysctl -q vm.drop_caches=3" "$calls"
   grep -qF "/runs/this one, 1, data/toy" "$calls"
   SUDO=1 PATH=$BATS_TEST_TMPDIR/bin:$PATH CLEAR_CACHES=1 run "${nobody[@]}" "$folder/run_and_time.sh"
-  [[ $output == *"caches are kept: dropping them needs root, or sudo without a password"* ]]
+  [[ $output == *"Page cache kept: dropping it needs root, or sudo without a password"* ]]
   grep -qF "/runs/this one, 0, data/toy" "$calls"
 }
 
-@test "caches dropped outside a container are passed on as dropped" {
+@test "a page cache dropped outside the container is recorded as dropped" {
   PAGE_CACHE_DROPPED=1 run_and_time
-  [[ $output != *"are kept"* ]]
+  [[ $output != *"Page cache kept"* ]]
   grep -qF "/runs/this one, 1, data/toy" "$calls"
 }
 
-@test "a signal reaches the run, whose status is the script's" {
+@test "a signal reaches the run, and the script exits with its status" {
   for signal in INT TERM; do
     rm -f "$BATS_TEST_TMPDIR/waits"
     sed -i "s/' [A-Z]*\$/' $signal/" "$folder/venv/bin/python"
-    # env gives back the default for SIGINT, which a shell takes from what it starts in the background.
+    # A shell ignores SIGINT in background jobs. env restores the default.
     signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal=INT "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
     until [[ -e $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
@@ -253,7 +254,7 @@ END
   done
 }
 
-@test "the signals of a scheduler reach the run as SIGTERM, for which it saves" {
+@test "scheduler signals reach the run as SIGTERM, on which it saves a checkpoint" {
   for signal in USR1 HUP; do
     sed -i "s/' [A-Z]*\$/' TERM/" "$folder/venv/bin/python"
     rm -f "$BATS_TEST_TMPDIR/waits"
@@ -263,12 +264,12 @@ END
     kill -s "$signal" "$script"
     wait "$script" && status=0 || status=$?
     [ "$status" -eq 130 ]
-    grep -q "SIG$signal: ending the run" "$BATS_TEST_TMPDIR/out"
+    grep -q "SIG$signal: stopping the run" "$BATS_TEST_TMPDIR/out"
     grep -q "ended by $signal" "$BATS_TEST_TMPDIR/out"
   done
 }
 
-@test "a run that was resumed reaches its target without a RESULT" {
+@test "a resumed run prints no RESULT" {
   mkdir -p "$BATS_TEST_TMPDIR/run"
   sed -i "s|/runs/this one|$BATS_TEST_TMPDIR/run|" "$folder/venv/bin/python"
   echo ':::MLLOG {"key": "resumed", "value": null}' >"$BATS_TEST_TMPDIR/run/result_0.txt"
@@ -278,7 +279,7 @@ END
   [[ $output != *RESULT,* ]]
 }
 
-@test "another mode than training ends without a RESULT, and says what it was" {
+@test "modes other than training print no RESULT, and name the mode" {
   for mode in evaluate bench-train bench-infer; do
     MODE=$mode run_and_time --mode "$mode"
     [ "$status" -eq 0 ]
@@ -287,7 +288,7 @@ END
   done
 }
 
-@test "restarts go on with the run, and are refused where they would begin anew" {
+@test "restarts resume the run, and are rejected without --resume" {
   MAX_RESTARTS=2 run_and_time
   [ "$status" -eq 2 ]
   [[ $output == *"MAX_RESTARTS=2: pass --resume auto"* ]]
@@ -296,7 +297,7 @@ END
   grep -q -- "--max-restarts 2 -m ssd.train --resume auto" "$calls"
 }
 
-@test "several nodes need an address, and only the first prints RESULT" {
+@test "several nodes need MASTER_ADDR, and only the first one prints RESULT" {
   sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
   run_and_time
   [ "$status" -eq 2 ]
@@ -311,7 +312,7 @@ END
   grep -q -- "--node-rank 1 --master-addr node0 --master-port 1234" "$calls"
 }
 
-@test "Slurm says which node this is and which is the first" {
+@test "node rank and first node come from Slurm" {
   sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
   mkdir "$BATS_TEST_TMPDIR/bin"
   printf '#!/bin/sh\nprintf "%%s\\n" first second\n' >"$BATS_TEST_TMPDIR/bin/scontrol"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bats
-# run.sub, and what run_and_time.sh does in its jobs, with stubs for Slurm's commands, which write down their arguments,
-# one a line. tests/engine/test_slurm.py has a real Slurm.
+# run.sub, and run_and_time.sh in its jobs, with stubs of Slurm's commands that log their arguments, one per line.
+# tests/engine/test_slurm.py uses a real Slurm.
 
 load scripts
 
@@ -8,8 +8,9 @@ setup() {
   unset RUN_INDEX "${!SSD_@}" "${!DGX@}" "${!SLURM_@}" DATADIR LOGDIR NEXP PRETRAINED_DIR CONT DATESTAMP REQUEUE BENCHMARK
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
-  mkdir -p "$project/the data" "$bin"
-  cp "$repository"/{run.sub,run_and_time.sh,scripts/lib/experiments.sh,scripts/lib/resolve_config.sh,scripts/lib/container_mounts.sh} "$project/"
+  mkdir -p "$project/the data" "$project/scripts" "$bin"
+  cp -r "$repository/scripts/lib" "$project/scripts"
+  cp "$repository"/{run.sub,run_and_time.sh} "$project/"
   printf 'export %s\n' DGXNNODES=2 DGXNGPU=8 WALLTIME=00:20:30 DATADIR="\${DATADIR:-data/coco}" SSD_BATCH_SIZE=7 >"$project/config_pair.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 WALLTIME=2-01:00:00 SSD_DATASET=toy >"$project/config_toy.sh"
   printf 'export %s\n' DGXNNODES=1 WALLTIME=soon >"$project/config_soon.sh"
@@ -54,7 +55,7 @@ END
   export DGXSYSTEM=pair CLEAR_CACHES=0 LOGDIR="$BATS_TEST_TMPDIR/the logs"
 }
 
-# job [flags]: runs run.sub as slurmd does, a copy of it elsewhere, in the folder of the project.
+# job [flags]: runs run.sub as slurmd does: a copy in another folder, called from the project's folder.
 job() {
   cp "$project/run.sub" "$BATS_TEST_TMPDIR/slurm_script"
   cd "$project" || return
@@ -62,7 +63,7 @@ job() {
   run "$BATS_TEST_TMPDIR/slurm_script" "$@"
 }
 
-@test "outside of a job it submits itself, with the nodes of the config file and NEXP times its time" {
+@test "outside a job it submits itself, with the nodes of the config file and NEXP times its WALLTIME" {
   NEXP=3 run "$project/run.sub" --seed 5
   [ "$status" -eq 0 ]
   [ "$(xargs <"$CALLS")" = "sbatch --nodes=2 --time=63 run.sub --seed 5 --end--" ]
@@ -71,7 +72,7 @@ job() {
   [ "$(xargs <"$CALLS")" = "sbatch --nodes=1 --time=2940 run.sub --end--" ]
 }
 
-@test "five experiments by default, a log and a folder for each, one task a node" {
+@test "five experiments by default, each with a log and a folder, one task per node" {
   job --seed 5
   [ "$status" -eq 0 ]
   [ "$(grep --count --line-regexp srun "$CALLS")" -eq 5 ]
@@ -87,30 +88,30 @@ job() {
   [ -s "$LOGDIR/now_1.log" ]
 }
 
-@test "a failed experiment does not lose the others, and its status is kept" {
+@test "the other experiments run after a failed one, and its status is kept" {
   STATUSES="0 1 137 3" NEXP=4 job
   [ "$status" -eq 1 ]
   [ "$(wc -l <"$RUNS")" -eq 4 ]
-  [[ $output == *"experiment 3 of 4 ended with status 137"* ]]
+  [[ $output == *"experiment 3 of 4 finished with status 137"* ]]
 }
 
-@test "bad configuration ends all at the first" {
+@test "a bad configuration stops all experiments at the first one" {
   STATUSES="2" NEXP=4 job
   [ "$status" -eq 2 ]
   [ "$(wc -l <"$RUNS")" -eq 1 ]
 }
 
-@test "the caches of every node are dropped before each experiment, which is told" {
+@test "every node drops its page cache before each experiment, and the run records it" {
   CLEAR_CACHES=1 NEXP=2 job
   [ "$(grep --count drop_caches "$CALLS")" -eq 2 ]
   [ "$(cut -d ' ' -f 2 "$RUNS" | xargs)" = "1 1" ]
   [ "$(head -n 6 "$CALLS" | xargs)" = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none bash" ]
   CACHES=1 CLEAR_CACHES=1 NEXP=1 job
-  [[ $output == *"could not be dropped"* ]]
+  [[ $output == *"could not drop the page cache"* ]]
   [ "$(tail -n 1 "$RUNS" | cut -d ' ' -f 2)" = 0 ]
 }
 
-@test "with an image, pyxis gets folders and names inside of the container" {
+@test "with an image, pyxis mounts the folders and flags name the paths in the container" {
   mkdir "$project/weights"
   CONT=image.sqsh DATADIR="the data" PRETRAINED_DIR=weights NEXP=1 job --note "a b"
   [ "$status" -eq 0 ]
@@ -118,27 +119,27 @@ job() {
   grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$project/the data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
   [ "$(<"$RUNS")" = "0 0 /results/pair/ssd/job_42/experiment_0 [/data] --note a b" ]
   CONT=image.sqsh DATADIR=nowhere NEXP=1 job
-  [[ $status -eq 2 && $output == "error: DATADIR=nowhere is no folder" ]]
+  [[ $status -eq 2 && $output == "error: DATADIR=nowhere is not a folder" ]]
   DGXSYSTEM=toy SLURM_JOB_NUM_NODES=1 CONT=image.sqsh NEXP=1 job
   [ "$(tail -n 1 "$RUNS")" = "0 0 /results/toy/ssd/job_42/experiment_0 [/tmp/toy]" ]
 }
 
-@test "with an image, files that the flags name are mounted, and named as they are in there" {
-  mkdir "$project/pictures"
+@test "with an image, files that the flags name are mounted, and flags name the paths in the container" {
+  mkdir "$project/images"
   touch "$project/a.json" "$BATS_TEST_TMPDIR/w.pt"
-  CONT=image NEXP=1 job --train-images pictures --train-annotations a.json --val-images pictures --val-annotations=a.json \
+  CONT=image NEXP=1 job --train-images images --train-annotations a.json --val-images images --val-annotations=a.json \
     --weights "$BATS_TEST_TMPDIR/w.pt"
   [ "$status" -eq 0 ]
-  own=$project/pictures:/own/train-images:ro,$project/a.json:/own/train-annotations/a.json:ro
-  own+=,$project/pictures:/own/val-images:ro,$project/a.json:/own/val-annotations/a.json:ro,$BATS_TEST_TMPDIR/w.pt:/own/checkpoint/w.pt:ro
+  own=$project/images:/own/train-images:ro,$project/a.json:/own/train-annotations/a.json:ro
+  own+=,$project/images:/own/val-images:ro,$project/a.json:/own/val-annotations/a.json:ro,$BATS_TEST_TMPDIR/w.pt:/own/weights/w.pt:ro
   grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$own" "$CALLS"
-  [[ $(<"$RUNS") == *"--train-images /own/train-images "*"--weights /own/checkpoint/w.pt" ]]
+  [[ $(<"$RUNS") == *"--train-images /own/train-images "*"--weights /own/weights/w.pt" ]]
 }
 
-@test "another number of nodes or accelerators than the config file's is refused, with both" {
+@test "a number of nodes or accelerators that differs from the config file is rejected, with both numbers" {
   SLURM_JOB_NUM_NODES=3 job
   [ "$status" -eq 2 ]
-  [[ $output == *"config_pair.sh says DGXNNODES=2"*"SLURM_JOB_NUM_NODES=3"*"sbatch -N 2"* ]]
+  [[ $output == *"config_pair.sh sets DGXNNODES=2"*"SLURM_JOB_NUM_NODES=3"*"sbatch -N 2"* ]]
   SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=4 job
   [ "$status" -eq 2 ]
   [[ $output == *"DGXNGPU=8"*"SLURM_GPUS_ON_NODE=4"* ]]
@@ -147,31 +148,31 @@ job() {
   [ "$(wc -l <"$RUNS")" -eq 1 ]
 }
 
-@test "an unknown system, a count that is none, a time that is none and a strange folder are one message each" {
+@test "an unknown system, an invalid count, an invalid time and a wrong folder give one message each" {
   DGXSYSTEM=none run "$project/run.sub"
-  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_pair.sh config_soon.sh config_toy.sh"* ]]
+  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: config_none.sh does not exist. Available: config_pair.sh config_soon.sh config_toy.sh"* ]]
   NEXP=0 run "$project/run.sub"
-  [[ $status -eq 2 && $output == "error: NEXP=0 is no number"* ]]
+  [[ $status -eq 2 && $output == "error: NEXP=0 is not a valid number"* ]]
   DGXSYSTEM=soon run "$project/run.sub"
   [[ $status -eq 2 && $output == *"WALLTIME=soon"* ]]
   rm "$project/run_and_time.sh"
   job
-  [[ $status -eq 2 && $output == "error: there is no run_and_time.sh in $project: call sbatch in the folder of run.sub" ]]
+  [[ $status -eq 2 && $output == "error: run_and_time.sh is not in $project. Call sbatch in the folder of run.sub" ]]
   [ ! -s "$CALLS" ]
 }
 
-# ended NUMBER STATUS [epoch_num]: the last line of a run's log.
-ended() {
+# write_log_end NUMBER STATUS [epoch_num]: writes the last line of a run's log.
+write_log_end() {
   local run=$LOGDIR/pair/ssd/job_42/experiment_$1
   mkdir -p "$run"
   echo ":::MLLOG {\"key\": \"run_stop\", \"value\": null, \"metadata\": {\"status\": \"$2\"${3:+, \"epoch_num\": $3}}}" \
     >"$run/result_$1.txt"
 }
 
-@test "a requeued job repeats no experiment that has ended, and goes on with what was broken off" {
-  ended 0 success 50
-  ended 1 aborted 80
-  ended 2 aborted
+@test "a requeued job skips finished experiments and resumes the interrupted one" {
+  write_log_end 0 success 50
+  write_log_end 1 aborted 80
+  write_log_end 2 aborted
   echo "first part" >"$LOGDIR/job_42_3.log"
   NEXP=4 SLURM_RESTART_COUNT=1 job --seed 5
   [ "$status" -eq 3 ]
@@ -179,7 +180,7 @@ ended() {
   [ "$(<"$LOGDIR/job_42_3.log")" = "$(printf 'first part\noutput of the run')" ]
 }
 
-@test "a signal reaches srun as one that it passes on, and no further experiment begins" {
+@test "srun gets a signal that it forwards, and no other experiment starts" {
   for signal in TERM USR1; do
     rm -f "$BATS_TEST_TMPDIR/waits" "$RUNS"
     cd "$project"
@@ -190,20 +191,20 @@ ended() {
     status=0
     wait "$job" || status=$?
     [ "$status" -eq 143 ]
-    grep -q "SIG$signal: ending the run" "$BATS_TEST_TMPDIR/out"
+    grep -q "SIG$signal: stopping the run" "$BATS_TEST_TMPDIR/out"
     grep -q 'srun got USR1' "$LOGDIR/job_42_1.log"
     [ "$(wc -l <"$RUNS")" -eq 1 ]
   done
   [ "$(grep --count scontrol "$CALLS")" -eq 0 ]
 }
 
-@test "a run that a signal has ended on the nodes is the last, too" {
+@test "no experiment starts after one that a signal stopped on the nodes" {
   STATUSES="143 0" NEXP=2 job
   [ "$status" -eq 143 ]
   [ "$(wc -l <"$RUNS")" -eq 1 ]
 }
 
-@test "REQUEUE=1 puts the job back after a signal, unless it was cancelled" {
+@test "REQUEUE=1 requeues the job after a signal, unless it was canceled" {
   for state in RUNNING COMPLETING; do
     rm -f "$BATS_TEST_TMPDIR/waits"
     : >"$CALLS"
@@ -217,7 +218,7 @@ ended() {
   done
 }
 
-# node [NAME=value ...]: the line with which run_and_time.sh would start the ranks.
+# node [NAME=value ...]: makes a dry run of run_and_time.sh, which prints the launch line of the ranks.
 node() {
   mkdir -p "$project/venv/bin"
   printf '#!/bin/sh\n' | tee "$project/setup.sh" >"$project/venv/bin/python"
@@ -225,20 +226,20 @@ node() {
   VENV=venv run env "$@" "$project/run_and_time.sh" --dry-run
 }
 
-@test "a node that Slurm started finds the first one by the address that Slurm has, at a port of the job's own" {
+@test "a node of a Slurm job connects to Slurm's address of node 0, at a port derived from the job" {
   node SLURM_JOB_ID=31234 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=1 SLURM_STEP_NUM_NODES=2
   [ "$status" -eq 0 ]
   [[ $output == *"--node-rank 1 --master-addr 10.0.0.7 --master-port 21234 -m ssd.train" ]]
-  printf '#!/bin/sh\nexit 1\n' >"$bin/scontrol" # as in a container
+  printf '#!/bin/sh\nexit 1\n' >"$bin/scontrol" # no scontrol in a container
   node SLURM_JOB_ID=7 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=10.0.0.8
   [[ $output == *"--node-rank 0 --master-addr 10.0.0.8 --master-port 20007 -m ssd.train" ]]
   node SLURM_JOB_ID=7 MASTER_ADDR=here MASTER_PORT=5 NODE_RANK=1
   [[ $output == *"--node-rank 1 --master-addr here --master-port 5 -m ssd.train" ]]
 }
 
-@test "a node too many is refused, with both numbers" {
+@test "an extra node is rejected, with both numbers" {
   node MASTER_ADDR=here SLURM_STEP_NUM_NODES=3
-  [[ $status -eq 2 && $output == "error: config_pair.sh says DGXNNODES=2, and Slurm started this on SLURM_STEP_NUM_NODES=3" ]]
+  [[ $status -eq 2 && $output == "error: config_pair.sh sets DGXNNODES=2, but Slurm started this on SLURM_STEP_NUM_NODES=3" ]]
   node MASTER_ADDR=here NODE_RANK=2
-  [[ $status -eq 2 && $output == "error: config_pair.sh says DGXNNODES=2, and this is NODE_RANK=2, from 0" ]]
+  [[ $status -eq 2 && $output == "error: config_pair.sh sets DGXNNODES=2, but NODE_RANK=2. It counts from 0" ]]
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bats
-# run_with_docker.sh with a stub docker, which writes down its arguments, one a line.
+# run_with_docker.sh with a stub docker that logs its arguments, one per line.
 
 load scripts
 
 setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
-  mkdir -p "$project/the data" "$bin"
-  cp "$repository"/{run_with_docker,series,systems,mounts}.sh "$project/"
+  mkdir -p "$project/the data" "$project/scripts" "$bin"
+  cp -r "$repository/scripts/lib" "$project/scripts"
+  cp "$repository/run_with_docker.sh" "$project/"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=8 DATADIR="\${DATADIR:-data/coco}" >"$project/config_big.sh"
   printf 'export %s\n' DGXNNODES=1 DGXNGPU=1 SSD_DATASET=toy >"$project/config_toy.sh"
   printf 'export %s\n' DGXNNODES=1 SSD_DATASET=synthetic_coco DATADIR="\${DATADIR:-data/synthetic_coco}" >"$project/config_synthetic_coco.sh"
@@ -50,14 +51,14 @@ calls() {
   grep --count '^--end--' "$CALLS" || true
 }
 
-@test "five experiments by default, a log for each" {
+@test "five experiments by default, each with a log" {
   run "$project/run_with_docker.sh"
   [ "$status" -eq 0 ]
   [ "$(calls)" -eq 5 ]
   for i in 1 2 3 4 5; do grep --quiet 'output of the run' "$LOGDIR/now_$i.log"; done
 }
 
-@test "folders, system and flags reach the container, spaces and all" {
+@test "folders, system and flags reach the container, even with spaces" {
   cd "$project"
   mkdir weights
   DGXSYSTEM=big DATADIR="the data" PRETRAINED_DIR=weights NEXP=1 run ./run_with_docker.sh --batch-size 8 --note "a b"
@@ -69,96 +70,96 @@ calls() {
   [ "$(tail -n 7 "$CALLS" | xargs)" = "detection ./run_and_time.sh --batch-size 8 --note a b --end--" ]
 }
 
-@test "experiments are counted from 0 and told whether the caches were dropped" {
+@test "experiments count from 0 and are record whether the page cache was dropped" {
   NEXP=2 run "$project/run_with_docker.sh"
   [ "$(grep '^RUN_INDEX=' "$CALLS" | xargs)" = "RUN_INDEX=0 RUN_INDEX=1" ]
   [ "$(grep '^PAGE_CACHE_DROPPED=' "$CALLS" | xargs)" = "PAGE_CACHE_DROPPED=0 PAGE_CACHE_DROPPED=0" ]
 }
 
-@test "a run below the target does not end the others, and its status is kept" {
+@test "the other experiments run after one below the target, and its status is kept" {
   STATUSES="0 3 0" NEXP=3 run "$project/run_with_docker.sh"
   [ "$status" -eq 3 ]
   [ "$(calls)" -eq 3 ]
 }
 
-@test "bad configuration ends all at the first" {
+@test "a bad configuration stops all experiments at the first one" {
   STATUSES="2" NEXP=3 run "$project/run_with_docker.sh"
   [ "$status" -eq 2 ]
   [ "$(calls)" -eq 1 ]
 }
 
-@test "podman keeps the caller's user" {
+@test "podman keeps the caller's user ID" {
   VERSION="podman version 5" NEXP=1 run "$project/run_with_docker.sh"
   grep --quiet --line-regexp -e --userns=keep-id "$CALLS"
 }
 
-@test "an absent image, system, data folder or count is one message and status 2" {
+@test "a missing image, system, data folder or count gives one message and status 2" {
   CONT='' run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: CONT names no image."* ]]
+  [[ $status -eq 2 && $output == "error: CONT is not set."* ]]
   CONT=other run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: $bin/docker has no image other"* ]]
   DGXSYSTEM=none run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: there is no config_none.sh. There are: config_big.sh config_synthetic_coco.sh config_toy.sh config_two.sh"* ]]
+  [[ $status -eq 2 && $output == "error: DGXSYSTEM=none: config_none.sh does not exist. Available: config_big.sh config_synthetic_coco.sh config_toy.sh config_two.sh"* ]]
   DGXSYSTEM=big run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: DATADIR=data/coco is no folder" ]]
+  [[ $status -eq 2 && $output == "error: DATADIR=data/coco is not a folder" ]]
   DGXSYSTEM=two run "$project/run_with_docker.sh"
   [[ $status -eq 2 && $output == "error: config_two.sh is for 2 nodes"* ]]
   NEXP=none run "$project/run_with_docker.sh"
-  [[ $status -eq 2 && $output == "error: NEXP=none is no number"* ]]
+  [[ $status -eq 2 && $output == "error: NEXP=none is not a valid number"* ]]
   [ "$(calls)" -eq 0 ]
 }
 
-@test "data of one's own, a checkpoint and a backbone are mounted read-only, and the flags name them as they are in there" {
-  mkdir "$project/my pictures" "$project/val"
-  touch "$project/my train.json" "$project/val.json" "$BATS_TEST_TMPDIR/some weights.pt" "$project/trunk.pth"
-  DGXSYSTEM=big NEXP=1 run "$project/run_with_docker.sh" --train-images "my pictures" --train-annotations="my train.json" \
-    --val-images val --val-annotations val.json --weights "$BATS_TEST_TMPDIR/some weights.pt" --pretrained-backbone trunk.pth
+@test "custom data, weights and a backbone are mounted read-only, and flags name the paths in the container" {
+  mkdir "$project/my images" "$project/val"
+  touch "$project/my train.json" "$project/val.json" "$BATS_TEST_TMPDIR/some weights.pt" "$project/backbone.pth"
+  DGXSYSTEM=big NEXP=1 run "$project/run_with_docker.sh" --train-images "my images" --train-annotations="my train.json" \
+    --val-images val --val-annotations val.json --weights "$BATS_TEST_TMPDIR/some weights.pt" --pretrained-backbone backbone.pth
   [ "$status" -eq 0 ]
-  for pair in "my pictures,target=/own/train-images" "my train.json,target=/own/train-annotations/my train.json" \
-    "val,target=/own/val-images" "val.json,target=/own/val-annotations/val.json" "trunk.pth,target=/own/backbone/trunk.pth"; do
+  for pair in "my images,target=/own/train-images" "my train.json,target=/own/train-annotations/my train.json" \
+    "val,target=/own/val-images" "val.json,target=/own/val-annotations/val.json" "backbone.pth,target=/own/pretrained-backbone/backbone.pth"; do
     grep --quiet --line-regexp "type=bind,source=$project/$pair,readonly" "$CALLS"
   done
-  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/some weights.pt,target=/own/checkpoint/some weights.pt,readonly" "$CALLS"
+  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/some weights.pt,target=/own/weights/some weights.pt,readonly" "$CALLS"
   [ "$(sed -n '/^detection$/,$p' "$CALLS" | xargs)" = "detection ./run_and_time.sh --train-images /own/train-images \
 --train-annotations /own/train-annotations/my train.json --val-images /own/val-images --val-annotations /own/val-annotations/val.json \
---weights /own/checkpoint/some weights.pt --pretrained-backbone /own/backbone/trunk.pth --end--" ]
-  [ "$(grep --count 'target=/data' "$CALLS")" -eq 0 ] # it has all it needs
+--weights /own/weights/some weights.pt --pretrained-backbone /own/pretrained-backbone/backbone.pth --end--" ]
+  [ "$(grep --count 'target=/data' "$CALLS")" -eq 0 ] # DATADIR is not needed
 }
 
-@test "an empty backbone stays empty, and the folder of a summary can be written" {
+@test "an empty backbone stays empty, and the folder of a summary is writable" {
   NEXP=2 run "$project/run_with_docker.sh" --pretrained-backbone '' --summary-json "$BATS_TEST_TMPDIR/sums/speed.json"
   [ "$status" -eq 0 ]
-  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/sums,target=/own/summary" "$CALLS"
-  [ "$(grep -o '^/own/summary/speed_.*' "$CALLS" | xargs)" = "/own/summary/speed_0.json /own/summary/speed_1.json" ]
+  grep --quiet --line-regexp "type=bind,source=$BATS_TEST_TMPDIR/sums,target=/own/summary-json" "$CALLS"
+  [ "$(grep -o '^/own/summary-json/speed_.*' "$CALLS" | xargs)" = "/own/summary-json/speed_0.json /own/summary-json/speed_1.json" ]
   [ "$(grep --after-context=1 -e --pretrained-backbone "$CALLS" | sed -n 2p)" = "" ]
 }
 
-@test "the drawn data of a rehearsal are kept outside, in a folder that can be written" {
+@test "a synthetic data set is kept outside the container, in a writable folder" {
   DGXSYSTEM=synthetic_coco NEXP=1 run "$project/run_with_docker.sh"
   [ "$status" -eq 0 ]
   [ -d "$project/data/synthetic_coco" ]
   grep --quiet --line-regexp "type=bind,source=$project/data/synthetic_coco,target=/data" "$CALLS"
 }
 
-@test "files that are not there, and names that cannot be mounted, are one message and status 2" {
+@test "missing files and names that cannot be mounted give one message and status 2" {
   run "$project/run_with_docker.sh" --weights nowhere.pt
-  [[ $status -eq 2 && $output == "error: --weights nowhere.pt is no file" ]]
+  [[ $status -eq 2 && $output == "error: --weights nowhere.pt is not a file" ]]
   run "$project/run_with_docker.sh" --val-images nowhere
-  [[ $status -eq 2 && $output == "error: --val-images=nowhere is no folder" ]]
+  [[ $status -eq 2 && $output == "error: --val-images=nowhere is not a folder" ]]
   mkdir "$project/a,b"
   run "$project/run_with_docker.sh" --val-images a,b
-  [[ $status -eq 2 && $output == "error: $project/a,b: a name with a comma or a colon cannot be mounted"* ]]
+  [[ $status -eq 2 && $output == "error: $project/a,b: a path with a comma or a colon cannot be mounted"* ]]
   [ "$(calls)" -eq 0 ]
 }
 
-@test "all experiments share a run folder; seeds differ" {
+@test "all experiments share a run folder and use different seeds" {
   NEXP=3 run "$project/run_with_docker.sh" --seed 7
   [ "$(grep '^RUN_DIR=' "$CALLS" | xargs)" = "RUN_DIR=/results/toy/ssd/now/experiment_0 RUN_DIR=/results/toy/ssd/now/experiment_1 RUN_DIR=/results/toy/ssd/now/experiment_2" ]
   [ "$(grep --after-context=1 -e --seed "$CALLS" | grep '^[0-9]' | xargs)" = "7 7 7 8 7 9" ]
   for i in 0 1 2; do grep --quiet run_stop "$LOGDIR/toy/ssd/now/result_$i.txt"; done
 }
 
-@test "a failed third does not lose the others; what the engine cannot start ends all" {
+@test "the others run after a failed experiment, but a container that cannot start stops all" {
   STATUSES="0 0 137 0 3" run "$project/run_with_docker.sh"
   [ "$status" -eq 137 ]
   [ "$(calls)" -eq 5 ]
@@ -167,10 +168,10 @@ calls() {
   [[ $status -eq 125 && $(calls) -eq 1 ]]
 }
 
-@test "a signal stops the container with time to save, removes it, and the same command goes on at the third of five" {
+@test "a signal gives the container time to save and removes it, and the same command resumes at the third of five" {
   for signal in INT TERM HUP; do
     rm -f "$CALLS".* && : >"$CALLS"
-    export DATESTAMP="of $signal"
+    export DATESTAMP="on $signal"
     WAIT=2 env --default-signal=INT "$project/run_with_docker.sh" --seed 7 >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
     until [[ -e $CALLS.waits ]]; do sleep 0.05; done
@@ -181,7 +182,7 @@ calls() {
     container=$(grep --after-context=1 --line-regexp -e --name "$CALLS" | tail -n 1)
     [ "$(tail -n 2 "$CALLS.ends")" = "stop -t 120 $container
 rm --force $container" ]
-    grep --quiet --fixed-strings "To go on: DATESTAMP=of\ $signal NEXP=5" "$BATS_TEST_TMPDIR/out"
+    grep --quiet --fixed-strings "To continue: DATESTAMP=on\ $signal NEXP=5" "$BATS_TEST_TMPDIR/out"
     : >"$CALLS"
     run "$project/run_with_docker.sh" --seed 7
     [ "$status" -eq 0 ]
@@ -189,7 +190,7 @@ rm --force $container" ]
   done
 }
 
-@test "no terminal is asked for, and the caller's user owns what is left" {
+@test "no terminal is requested, and the caller's user owns the files" {
   NEXP=1 run "$project/run_with_docker.sh" </dev/null
   [ "$(grep --count --line-regexp -e '-it\|-t\|--tty\|-i\|--interactive' "$CALLS")" -eq 0 ]
   grep --quiet --line-regexp "$(id -u):$(id -g)" "$CALLS"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Loaded by the .bats files: where the repository is, and the HTTP server of serve.py.
+# Helpers of the .bats files: the path of the repository, and the HTTP server of serve.py.
 
 repository=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
 export repository
 
-# serve FOLDER [flags of serve.py]: sets url; requests are logged in $requests.
+# serve FOLDER [flags of serve.py]: sets `url`, and logs requests in $requests.
 serve() {
   local folder=$1 port_file=$BATS_TEST_TMPDIR/port
   shift
@@ -32,12 +32,12 @@ any_python() {
   if [[ -x $venv/bin/python ]]; then echo "$venv/bin/python"; else command -v python3; fi
 }
 
-# requests_for WORD: how many requests named it.
+# requests_for WORD: prints the number of requests that contain it.
 requests_for() {
   grep --count -e "$1" "$requests" || true
 }
 
-# small_disk MIB: mounts a disk of that size on $disk, or skips the test where that is not allowed.
+# small_disk MIB: mounts a disk of that size on $disk, or skips the test if mounting is not permitted.
 small_disk() {
   disk=$BATS_TEST_TMPDIR/disk
   mkdir "$disk"

@@ -1,7 +1,7 @@
-"""A small HTTP server on loopback with Range support that can also fail in the ways real ones do.
+"""HTTP server on loopback with Range support, which can also fail like real servers.
 
 python serve.py FOLDER PORT_FILE LOG [--cut-after BYTES] [--corrupt] [--no-range] [--status CODE]
-The port it took is written to PORT_FILE, each request as a line (method, path, range) to LOG.
+Write the port to PORT_FILE, and each request as a line (method, path, range) to LOG.
 """
 
 import argparse
@@ -16,21 +16,21 @@ parser.add_argument("log", type=Path)
 parser.add_argument("--cut-after", type=int, help="close each connection after this many bytes")
 parser.add_argument("--corrupt", action="store_true", help="change the last byte of every file")
 parser.add_argument("--no-range", action="store_true", help="always send the whole file")
-parser.add_argument("--status", type=int, help="answer everything with this status")
+parser.add_argument("--status", type=int, help="respond to every request with this status")
 options = parser.parse_args()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
-        self.answer(with_body=False)
+        self.respond(with_body=False)
 
     def do_GET(self) -> None:
-        self.answer(with_body=True)
+        self.respond(with_body=True)
 
-    def answer(self, with_body: bool) -> None:
-        wanted = self.headers.get("Range", "")
+    def respond(self, with_body: bool) -> None:
+        requested = self.headers.get("Range", "")
         with options.log.open("a") as log:
-            log.write(f"{self.command} {self.path} {wanted}\n")
+            log.write(f"{self.command} {self.path} {requested}\n")
         path = options.folder / self.path.lstrip("/")
         if options.status or not path.is_file():
             self.send_error(options.status or 404)
@@ -39,8 +39,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if options.corrupt:
             body = body[:-1] + bytes([body[-1] ^ 1])
         start = 0
-        if wanted and not options.no_range:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if requested and not options.no_range:
+            start = int(requested.removeprefix("bytes=").split("-")[0])
             if start >= len(body):
                 self.send_error(416)
                 return

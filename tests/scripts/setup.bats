@@ -1,13 +1,14 @@
 #!/usr/bin/env bats
-# setup.sh with a stub Python: it makes folders and writes down what pip was asked for, nothing is installed.
+# setup.sh with a stub Python that creates folders and logs the calls of pip. Nothing is installed.
 
 load scripts
 
 setup() {
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
-  mkdir "$project" "$bin"
-  cp "$repository/setup.sh" "$repository/vendor.sh" "$repository/pyproject.toml" "$project/"
+  mkdir -p "$project/scripts" "$bin"
+  cp -r "$repository/scripts/lib" "$project/scripts"
+  cp "$repository/setup.sh" "$repository/pyproject.toml" "$project/"
   export PIP_LOG=$BATS_TEST_TMPDIR/pip.log
   : >"$PIP_LOG"
   export VERSION=3.12.1 MODULES='venv ensurepip'
@@ -17,7 +18,7 @@ setup() {
   unset VENV PYTHON
 }
 
-# stub NAME: a Python of version $VERSION that has the modules $MODULES.
+# stub NAME: a Python of version $VERSION with the modules $MODULES.
 stub() {
   cat >"$bin/$1" <<'END'
 #!/usr/bin/env bash
@@ -52,7 +53,7 @@ END
   chmod +x "$bin/$1"
 }
 
-# A version manager's shim: it is on PATH, and it does not run.
+# broken_shim NAME: a version manager's shim that is on PATH but does not run.
 broken_shim() {
   printf '#!/bin/sh\nexit 127\n' >"$bin/$1"
   chmod +x "$bin/$1"
@@ -66,15 +67,15 @@ environments() {
   grep --count '^venv ' "$PIP_LOG" || true
 }
 
-@test "the environment is made with the Python that runs, and the project installed into it" {
+@test "setup creates the environment with the working Python and installs the project" {
   run "$project/setup.sh"
   [ "$status" -eq 0 ]
-  [[ $output == *"making $project/.venv with Python 3.12.1"* ]]
+  [[ $output == *"creating $project/.venv with Python 3.12.1"* ]]
   [[ $(<"$PIP_LOG") == *"--editable ." ]]
   [[ ${lines[-1]} == *"is ready" ]]
 }
 
-@test "a second call does nothing, says so in one line, and with --quiet in none" {
+@test "a second call does nothing and prints one line, or none with --quiet" {
   "$project/setup.sh"
   run "$project/setup.sh"
   [ "$status" -eq 0 ]
@@ -84,7 +85,7 @@ environments() {
   [ "$(installations)" -eq 1 ]
 }
 
-@test "--dev adds to an environment without it, and one with it also serves without" {
+@test "--dev extends an environment, which also works without --dev" {
   "$project/setup.sh"
   "$project/setup.sh" --dev
   [[ $(tail -n 1 "$PIP_LOG") == *"--editable .[dev]" ]]
@@ -94,7 +95,7 @@ environments() {
   [ "$(environments)" -eq 1 ]
 }
 
-@test "a changed pyproject.toml is installed again, with the extras that were there" {
+@test "a changed pyproject.toml is installed again, with the same extras" {
   "$project/setup.sh" --dev
   echo '# changed' >>"$project/pyproject.toml"
   "$project/setup.sh"
@@ -102,14 +103,14 @@ environments() {
   [[ $(tail -n 1 "$PIP_LOG") == *"--editable .[dev]" ]]
 }
 
-@test "a project that moved is installed again" {
+@test "a moved project is installed again" {
   "$project/setup.sh"
   mv "$project" "$project elsewhere"
   "$project elsewhere/setup.sh"
   [ "$(installations)" -eq 2 ]
 }
 
-@test "an installation that was killed is not taken for done, and begins from an empty environment" {
+@test "a killed installation is repeated in an empty environment" {
   PIP_KILLS=1 run "$project/setup.sh"
   [ "$status" -ne 0 ]
   run "$project/setup.sh"
@@ -118,7 +119,7 @@ environments() {
   [ "$(environments)" -eq 2 ]
 }
 
-@test "an installation that pip refused keeps the environment and is tried again" {
+@test "a failed pip installation keeps the environment and is repeated" {
   PIP_STATUS=1 run "$project/setup.sh"
   [ "$status" -eq 1 ]
   [[ ${lines[-1]} == "error: pip could not install the packages"* ]]
@@ -128,7 +129,7 @@ environments() {
   [ "$(environments)" -eq 1 ]
 }
 
-@test "an environment whose Python is gone is made again" {
+@test "an environment without its Python is created again" {
   "$project/setup.sh"
   rm "$project/.venv/bin/python"
   run "$project/setup.sh"
@@ -136,17 +137,17 @@ environments() {
   [ "$(environments)" -eq 2 ]
 }
 
-@test "two at once: the second waits and installs nothing" {
+@test "of two concurrent calls, the second waits and installs nothing" {
   PIP_WAITS=1 "$project/setup.sh" 3>&- &
   until [[ -s $PIP_LOG ]]; do sleep 0.05; done
   run "$project/setup.sh"
   wait $!
   [ "$status" -eq 0 ]
-  [[ ${lines[0]} == *"another setup.sh is at work"* ]]
+  [[ ${lines[0]} == *"waiting for another setup.sh"* ]]
   [ "$(installations)" -eq 1 ]
 }
 
-@test "no Python that fits is one message with what to do" {
+@test "a missing Python gives one message with a hint" {
   broken_shim python3.12
   run "$project/setup.sh"
   [ "$status" -eq 2 ]
@@ -154,29 +155,29 @@ environments() {
   [ ! -s "$PIP_LOG" ]
 }
 
-@test "a Python without the venv module names the package to install" {
+@test "for a Python without the venv module, the message names the package to install" {
   MODULES=venv run "$project/setup.sh"
   [ "$status" -eq 2 ]
   [[ $output == "error: python3.12 lacks the venv and ensurepip modules."*"apt-get install python3.12-venv" ]]
 }
 
-@test "PYTHON names the interpreter, and one that does not fit is refused" {
+@test "PYTHON names the interpreter, and an unsupported one is rejected" {
   stub other-python
   VERSION=3.9.2 PYTHON=$bin/other-python run "$project/setup.sh"
   [ "$status" -eq 2 ]
-  [[ $output == "error: PYTHON=$bin/other-python does not run or is not Python 3.11 to 3.13" ]]
+  [[ $output == "error: PYTHON=$bin/other-python does not run or is not Python 3.11 to 3.13."* ]]
   broken_shim python3.12
   PYTHON=$bin/other-python run "$project/setup.sh"
   [ "$status" -eq 0 ]
 }
 
-@test "VENV names the folder, and one with other files is refused" {
+@test "VENV names the folder, and one with other files is rejected" {
   VENV="$BATS_TEST_TMPDIR/my environment" run "$project/setup.sh"
   [ "$status" -eq 0 ]
   [ -f "$BATS_TEST_TMPDIR/my environment/.installed" ]
   VENV=$project run "$project/setup.sh"
   [ "$status" -eq 2 ]
-  [[ $output == "error: VENV=$project holds other files"* ]]
+  [[ $output == "error: VENV=$project contains other files"* ]]
 }
 
 @test "--system-site-packages pins the torch of the image and needs no ensurepip" {
@@ -188,12 +189,12 @@ environments() {
   [ -z "$output" ]
 }
 
-# vendor_folder: sets dir to what a vendor hands out: two installers and two wheels.
+# vendor_folder: sets `dir` to a vendor's folder with two installers and two wheels.
 vendor_folder() {
-  dir="$BATS_TEST_TMPDIR/handed out"
+  dir="$BATS_TEST_TMPDIR/vendor files"
   mkdir "$dir"
   for name in 1toolkit-4.1.run driver_4.1.run; do
-    # shellcheck disable=SC2016 # for the installer to expand
+    # shellcheck disable=SC2016 # expanded by the installer
     echo 'echo "$(basename "$0"): $#: $*" >>"$PIP_LOG"; echo "hello from $0"; exit "${INSTALLER_STATUS:-0}"' >"$dir/$name"
   done
   touch "$dir/torch-2.4.0+corex-cp312-none-any.whl" "$dir/apex-0.1-py3-none-any.whl"
@@ -211,14 +212,14 @@ vendor_folder() {
   [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
 }
 
-@test "--vendor a second time does nothing, and what changed again" {
+@test "a second --vendor call repeats only changed steps" {
   vendor_folder
   "$project/setup.sh" --vendor cambricon --packages "$dir"
   : >"$PIP_LOG"
   run "$project/setup.sh" --vendor cambricon --packages "$dir"
   [ "$status" -eq 0 ]
   [ ! -s "$PIP_LOG" ]
-  [[ $output == *"1toolkit-4.1.run is done already"*"is up to date" ]]
+  [[ $output == *"1toolkit-4.1.run is already done"*"is up to date" ]]
   "$project/setup.sh" --quiet
   [ ! -s "$PIP_LOG" ]
   touch -d tomorrow "$dir"/driver_4.1.run "$dir"/torch-*.whl
@@ -227,12 +228,12 @@ vendor_folder() {
   [[ $(<"$PIP_LOG") != *1toolkit* ]]
 }
 
-@test "--vendor stops at the installer that fails, with its log, and goes on there" {
+@test "--vendor stops at a failing installer, shows its log, and continues there" {
   vendor_folder
   INSTALLER_STATUS=5 run "$project/setup.sh" --vendor iluvatar --packages "$dir"
   [ "$status" -eq 1 ]
   [[ $output == *"hello from $dir/1toolkit-4.1.run"* ]]
-  [[ ${lines[-1]} == "error: 1toolkit-4.1.run ended with status 5; all that it said is in $project/.vendor/1toolkit-4.1.run.log."* ]]
+  [[ ${lines[-1]} == "error: 1toolkit-4.1.run failed with status 5. Its output is in $project/.vendor/1toolkit-4.1.run.log."* ]]
   [[ $(<"$PIP_LOG") != *driver* ]]
   [ "$(environments)" -eq 0 ]
   run "$project/setup.sh" --vendor iluvatar --packages "$dir"
@@ -240,14 +241,14 @@ vendor_folder() {
   [[ $(<"$PIP_LOG") == *driver* ]]
 }
 
-@test "--vendor tells a mistake before anything is installed" {
+@test "--vendor reports mistakes before anything is installed" {
   vendor_folder
   rm "$dir"/torch-*
   for mistake in \
-    "--vendor acme|--vendor acme: there is none of that name. There are: iluvatar cambricon nvidia amd cpu" \
+    "--vendor acme|--vendor acme: unknown vendor. Use one of: iluvatar cambricon nvidia amd cpu" \
     "--vendor amd|--vendor amd: the package index has no torch for it. Pass --packages DIR" \
-    "--vendor amd --packages nowhere|/nowhere is no folder" \
-    "--packages nowhere|pass --vendor NAME, too" \
+    "--vendor amd --packages nowhere|/nowhere is not a folder" \
+    "--packages nowhere|needs --vendor NAME" \
     "--vendor|--vendor needs a value"; do
     # shellcheck disable=SC2086 # two words
     run "$project/setup.sh" ${mistake%%|*}
@@ -256,30 +257,30 @@ vendor_folder() {
   done
   run "$project/setup.sh" --vendor iluvatar --packages "$dir"
   [ "$status" -eq 2 ]
-  [[ $output == "error: --packages $dir holds no torch-*.whl, which --vendor iluvatar needs" ]]
+  [[ $output == "error: --packages $dir contains no torch-*.whl, which --vendor iluvatar needs" ]]
   [ ! -s "$PIP_LOG" ]
 }
 
-@test "--vendor nvidia and cpu take torch from the package index" {
+@test "--vendor nvidia and cpu use the torch of the package index" {
   run "$project/setup.sh" --vendor nvidia
   [ "$status" -eq 0 ]
   [[ $(<"$PIP_LOG") != *constraint* ]]
 }
 
-@test "an unknown flag is refused" {
+@test "an unknown flag is rejected" {
   run "$project/setup.sh" --fast
   [ "$status" -eq 2 ]
-  [[ $output == "error: setup.sh knows no argument '--fast'; ./setup.sh --help lists them" ]]
+  [[ $output == "error: unknown argument '--fast'. See ./setup.sh --help" ]]
 }
 
-@test "--check says what is missing on a bare machine and changes nothing" {
+@test "--check lists missing items on a new machine and changes nothing" {
   run "$project/setup.sh" --check
   [ "$status" -eq 1 ]
-  [[ ${lines[0]} == "python "*"missing"*"./setup.sh makes it" ]]
+  [[ ${lines[0]} == "python "*"missing"*"./setup.sh creates it" ]]
   [ ! -e "$project/.venv" ]
 }
 
-@test "--check on a made environment lists torch and what else is there" {
+@test "--check lists torch and the other packages of an environment" {
   [ -f "${VENV:-$repository/.venv}/.installed" ] || skip "needs the environment of ./setup.sh"
   run "$repository/setup.sh" --check
   [ "$status" -eq 0 ]

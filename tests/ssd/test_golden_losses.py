@@ -1,7 +1,7 @@
-"""The fast path trains like the plain one: the losses of 3 deterministic steps, and of 50 where slow tests run.
+"""Losses of the optimized path and the baseline match over 3 deterministic steps, and over 50 in the slow test.
 
-A difference in the last digit grows by half with each step, and is another choice of hard negatives in the end. So the
-50 are ten times five, each from the weights that the fast path has then.
+Each step amplifies a difference in the last digit by half, until it changes the choice of hard negatives. Therefore the
+baseline takes over the optimized path's weights every five steps.
 """
 
 import numpy as np
@@ -10,29 +10,29 @@ import torch
 import torchvision.transforms.v2.functional as tv
 
 from detection.engine import optim
-from detection.runtime.distributed import Ranks
+from detection.runtime.distributed import DistContext
 from perf.ssd import baseline
 from ssd import augment, checkpoint_names, train
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import SSDData
+from ssd.data import SSDTrainSource
 from ssd.model import SSD300
 
 CPU = torch.device("cpu")
-STRETCH = 5
+SYNC_INTERVAL = 5
 
 
-def plain_network(model: SSD300) -> baseline.PlainSSD300:
-    """The plain network with the weights of the fast one, whose fused heads are two each."""
-    plain = baseline.PlainSSD300(model.num_classes).to(next(model.parameters()).dtype)
+def make_baseline(model: SSD300) -> baseline.BaselineSSD300:
+    """Build the baseline network with the weights of the optimized one, and split its fused heads."""
+    baseline_model = baseline.BaselineSSD300(model.num_classes).to(next(model.parameters()).dtype)
     state = model.state_dict()
     heads = {name: t for name, t in checkpoint_names.to_reference(state).items() if name.startswith(("loc", "conf"))}
-    plain.load_state_dict({name: t for name, t in state.items() if not name.startswith("heads")} | heads)
-    return plain
+    baseline_model.load_state_dict({name: t for name, t in state.items() if not name.startswith("heads")} | heads)
+    return baseline_model
 
 
-def plain_sample(batch, row: int) -> baseline.Sample:
-    """One image of a batch, made ready on its own: mirrored, normalised, encoded box by box."""
+def baseline_sample(batch, row: int) -> baseline.Sample:
+    """Prepare one image of a batch separately: flip, normalize, and encode box by box."""
     image = batch.images[row].float() / 255
     boxes = batch.boxes_xyxy[row][batch.labels[row] > 0].clone()
     if batch.flips[row, 0]:
@@ -43,37 +43,37 @@ def plain_sample(batch, row: int) -> baseline.Sample:
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_the_fast_path_has_the_losses_of_the_plain_one(tiny_toy, steps):
-    config = Config(data_dir=tiny_toy, dataset="toy", num_classes=4, batch_size=1, num_workers=0, jitter=False)
+def test_optimized_losses_match_the_baseline(small_toy, steps):
+    config = Config(data_dir=small_toy, dataset="toy", num_classes=4, batch_size=1, num_workers=0, jitter=False)
     torch.manual_seed(1)
     model = SSD300(4)
-    # In double precision and without jitter, which test_augment.py holds: which negatives are the hardest of a network
-    # of random weights is a matter of the last digit, and another choice is another gradient.
-    plain = plain_network(model).double().train()
-    fast = model.double().to(memory_format=torch.channels_last).train()
-    fast_loss = train.make_loss(CPU, compiled=False)
-    fast_sgd = optim.make_sgd(fast, kernels="torch", momentum=0.9, weight_decay=5e-4)
-    plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-    data = SSDData(config, Ranks(0, 1, CPU), seed=2)
-    batches = (share.batch for epoch in range(1, steps) for share in data.shares(epoch))
+    # Run in double precision: with random weights, the choice of the hardest negatives depends on the last digit, and
+    # it changes the gradient. Run without jitter, which test_augment.py covers.
+    baseline_model = make_baseline(model).double().train()
+    optimized = model.double().to(memory_format=torch.channels_last).train()
+    optimized_loss = train.make_loss(CPU, compiled=False)
+    optimized_sgd = optim.build_sgd(optimized, backend="torch", momentum=0.9, weight_decay=5e-4)
+    baseline_sgd = torch.optim.SGD(baseline_model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    data = SSDTrainSource(config, DistContext(0, 1, CPU), seed=2)
+    batches = (rank_batch.batch for epoch in range(1, steps) for rank_batch in data.train_batches(epoch))
     losses = []
     for step, batch in zip(range(steps), batches, strict=False):
-        if step % STRETCH == 0:
-            plain.load_state_dict(plain_network(model).state_dict())
-            for sgd in (fast_sgd, plain_sgd):
+        if step % SYNC_INTERVAL == 0:
+            baseline_model.load_state_dict(make_baseline(model).state_dict())
+            for sgd in (optimized_sgd, baseline_sgd):
                 sgd.state.clear()
-        for sgd in (fast_sgd, plain_sgd):
+        for sgd in (optimized_sgd, baseline_sgd):
             sgd.zero_grad()
             sgd.param_groups[0]["lr"] = 3e-4 * min(1, (step + 1) / 20)
-        ours = fast_loss(lambda images: fast(images.double()), batch).sum()
-        sample = plain_sample(batch, 0)
-        pred_deltas, logits = (prediction.float() for prediction in plain(sample.image[None].double()))
-        theirs = baseline.multibox_loss(pred_deltas, logits, sample.deltas[None], sample.labels[None]).sum()
-        for loss, sgd in ((ours, fast_sgd), (theirs, plain_sgd)):
+        actual = optimized_loss(lambda images: optimized(images.double()), batch).sum()
+        sample = baseline_sample(batch, 0)
+        pred_deltas, logits = (prediction.float() for prediction in baseline_model(sample.image[None].double()))
+        expected = baseline.multibox_loss(pred_deltas, logits, sample.deltas[None], sample.labels[None]).sum()
+        for loss, sgd in ((actual, optimized_sgd), (expected, baseline_sgd)):
             loss.backward()
             sgd.step()
-        losses.append((float(ours.detach()), float(theirs.detach())))
-    ours, theirs = np.array(losses).T
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        losses.append((float(actual.detach()), float(expected.detach())))
+    actual, expected = np.array(losses).T
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
     if steps == 50:
-        assert theirs[-10:].mean() < 0.7 * theirs[:5].mean(), "it learns"
+        assert expected[-10:].mean() < 0.7 * expected[:5].mean(), "the loss falls"

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from ssd.loss import multibox_loss
 
 
-def written_out(pred_deltas, logits, deltas, labels):
-    """The loss image by image and anchor by anchor, with the ranks of the reference's double sort."""
+def loss_by_definition(pred_deltas, logits, deltas, labels):
+    """Compute the loss image by image, straight from the definition in the SSD paper."""
     losses = []
     for i in range(len(labels)):
         positive = labels[i] > 0
@@ -20,7 +20,7 @@ def written_out(pred_deltas, logits, deltas, labels):
     return torch.stack(losses)
 
 
-def example(seed, batch=3, anchors=200, classes=5, positives=(4, 0, 190)):
+def random_example(seed, batch=3, anchors=200, classes=5, positives=(4, 0, 190)):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(batch, anchors, dtype=torch.int64)
     for i, count in enumerate(positives):
@@ -32,19 +32,20 @@ def example(seed, batch=3, anchors=200, classes=5, positives=(4, 0, 190)):
     return pred_deltas.requires_grad_(), logits.requires_grad_(), deltas, labels
 
 
-def test_one_sort_gives_the_loss_and_gradients_of_the_rule_written_out():
+def test_loss_and_gradients_match_the_definition():
     for seed in range(5):
-        pred_deltas, logits, deltas, labels = example(seed)
-        got = multibox_loss(pred_deltas, logits, deltas, labels).sum(dim=1)
-        wanted = written_out(pred_deltas, logits, deltas, labels)
-        torch.testing.assert_close(got, wanted)
-        gradients = torch.autograd.grad(got.sum(), (pred_deltas, logits), retain_graph=True)
-        for gradient, other in zip(gradients, torch.autograd.grad(wanted.sum(), (pred_deltas, logits)), strict=True):
-            torch.testing.assert_close(gradient, other)
+        pred_deltas, logits, deltas, labels = random_example(seed)
+        actual = multibox_loss(pred_deltas, logits, deltas, labels).sum(dim=1)
+        expected = loss_by_definition(pred_deltas, logits, deltas, labels)
+        torch.testing.assert_close(actual, expected)
+        gradients = torch.autograd.grad(actual.sum(), (pred_deltas, logits), retain_graph=True)
+        expected_gradients = torch.autograd.grad(expected.sum(), (pred_deltas, logits))
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_an_image_without_positives_has_no_loss_and_no_gradient():
-    pred_deltas, logits, deltas, labels = example(0, positives=(0, 0, 0))
+def test_image_without_positives_has_zero_loss_and_gradient():
+    pred_deltas, logits, deltas, labels = random_example(0, positives=(0, 0, 0))
     loss = multibox_loss(pred_deltas, logits, deltas, labels)
     assert torch.equal(loss, torch.zeros(3, 2))
     loss.sum().backward()
@@ -52,14 +53,14 @@ def test_an_image_without_positives_has_no_loss_and_no_gradient():
     assert not logits.grad.any()
 
 
-def test_negatives_beyond_three_a_positive_are_left_alone():
-    pred_deltas, logits, deltas, labels = example(1, positives=(4, 4, 4))
+def test_only_three_negatives_per_positive_get_a_gradient():
+    pred_deltas, logits, deltas, labels = random_example(1, positives=(4, 4, 4))
     multibox_loss(pred_deltas, logits, deltas, labels).sum().backward()
-    touched = logits.grad.abs().sum(dim=-1) > 0
-    assert touched.sum(dim=1).tolist() == [16, 16, 16]
+    has_gradient = logits.grad.abs().sum(dim=-1) > 0
+    assert has_gradient.sum(dim=1).tolist() == [16, 16, 16]
 
 
-def test_half_precision_predictions_are_compared_in_float32():
-    pred_deltas, logits, deltas, labels = example(2)
+def test_loss_of_half_precision_predictions_is_float32():
+    pred_deltas, logits, deltas, labels = random_example(2)
     loss = multibox_loss(pred_deltas.bfloat16(), logits.bfloat16(), deltas, labels)
     assert loss.dtype == torch.float32

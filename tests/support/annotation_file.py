@@ -1,4 +1,4 @@
-"""A small annotation file with its folder of images, to be changed by a test and read; and what others hold."""
+"""Small annotation files and their image folders."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from detection.data import coco
 
 
 def content() -> dict[str, Any]:
-    """Three images, the second without boxes, and categories whose ids have gaps and no order."""
+    """Return three images, the second without boxes, and categories with unordered ids and gaps."""
     return {
         "info": {},
         "licenses": [],
@@ -43,28 +43,28 @@ def annotation(number: int, **changes: Any) -> dict[str, Any]:
     return row | {"segmentation": [[5, 5, 15, 5, 15, 15]]} | changes
 
 
-def read(folder: Path, data: Any, **how: bool) -> coco.Split:
+def read(folder: Path, data: Any, **options: bool) -> coco.Split:
     text = data if isinstance(data, str) else json.dumps(data)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "train2017").mkdir(exist_ok=True)
     (folder / "annotations" / "instances_train2017.json").write_text(text)
-    return coco.read(*coco.layout(folder, "train"), **how)
+    return coco.read(*coco.standard_paths(folder, "train"), **options)
 
 
 def data_folder(folder: Path) -> Path:
-    """A data folder with the images of `content`, without annotations."""
+    """Write the images of `content`, without annotations, and return their data folder."""
     (folder / "train2017").mkdir()
     for image in content()["images"]:
-        (folder / "train2017" / image["file_name"]).write_bytes(b"not looked at")
+        (folder / "train2017" / image["file_name"]).write_bytes(b"never decoded")
     return folder
 
 
 def contents(folder: Path, split: str) -> dict[str, Any]:
-    """The annotation file of a split in COCO 2017's layout."""
+    """Read the annotation file of a split in COCO 2017's layout."""
     return json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A sum of each file below a folder, by its name."""
+    """Return the SHA-256 of every file below a folder, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,4 +1,4 @@
-"""What the system files export."""
+"""Variables that config files export."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from paths import ROOT
 
 
 def exported(system: str, **environ: str) -> dict[str, str]:
-    """What config_*.sh leaves in the environment."""
+    """Return the environment after sourcing config_<system>.sh."""
     script = f"source ./config_{system}.sh; exec env -0"
     environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system, **environ}
     shell = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environ, capture_output=True, check=True)

@@ -1,7 +1,8 @@
-"""A benchmark as small as can be, on the loop and the ranks that the real ones have: what can go wrong does so here.
+"""Minimal workload on the real training loop and process group, with fault injection.
 
-Run as a program: `python tests/support/dummy_workload.py [--name value ...]`, or under torchrun. FAULT names what happens in it:
-"hang 1 5" (rank 1, step 5), and so exit, kill, nan, slow, worker; once only where FAULT_MARK names a file for it.
+Run as a program: `python tests/support/dummy_workload.py [--name value ...]`, or under torchrun. FAULT selects a fault:
+"hang 1 5" hangs rank 1 at step 5. Kinds: hang, exit, kill, nan, slow, worker. If FAULT_MARK names a file, the fault
+happens once.
 """
 
 import os
@@ -22,25 +23,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from detection.config.run_config import EvalEpochs, RunConfig
 from detection.config.settings import STRICT, resolve, setting
 from detection.data import worker_shm
-from detection.data.batch import Share
-from detection.data.loader import EpochSampler, load, make_loader
+from detection.data.batch import RankBatch
+from detection.data.loader import EpochBatchSampler, iter_batches, make_loader
 from detection.engine import entrypoint, train_loop
+from detection.engine.workload import EXIT_TARGET_NOT_REACHED, Workload
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(RunConfig):
-    benchmark: ClassVar[str] = "stand_in"
+    benchmark: ClassVar[str] = "dummy"
     weight_decay: float = setting(1e-3, help="")
     epochs: int = setting(3, ge=1, help="")
     eval_epochs: EvalEpochs = setting((1, 2, 3), help="")
     num_images: int = setting(24, ge=1, help="")
-    step_s: float = setting(0.0, ge=0, help="least time of a step")
+    step_s: float = setting(0.0, ge=0, help="minimum time of a step")
     target: float = setting(2.0, help="never reached")
 
 
 class Batch(NamedTuple):
     inputs: Tensor
-    wanted: Tensor
+    expected: Tensor
 
 
 class Images(Dataset):
@@ -60,7 +62,7 @@ class Data:
 
     def __init__(self, config, ranks, seed):
         self.train_samples, self.eval_samples = config.num_images, 1
-        self.sampler = EpochSampler(
+        self.sampler = EpochBatchSampler(
             config.num_images, config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch
         )
         self.steps_per_epoch = len(self.sampler)
@@ -69,24 +71,24 @@ class Data:
         self.loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
         self.ranks, self.step_s = ranks, config.step_s
 
-    def shares(self, epoch, samples):
-        self.sampler.epoch, self.sampler.samples = epoch, samples
+    def train_batches(self, epoch, skip_images):
+        self.sampler.epoch, self.sampler.skip_images = epoch, skip_images
         for step, (batch, (begin, end, size)) in enumerate(
-            zip(load(self.loader), self.sampler.stretches(), strict=True)
+            zip(iter_batches(self.loader), self.sampler.rank_slices(), strict=True)
         ):
             time.sleep(self.step_s)
-            batch = FAULT.happen(self.ranks.rank, (epoch - 1) * self.steps_per_epoch + step, batch)
-            yield Share(batch, size, self.ranks.world_size / size if end > begin else 0.0)
+            batch = FAULT.inject(self.ranks.rank, (epoch - 1) * self.steps_per_epoch + step, batch)
+            yield RankBatch(batch, size, self.ranks.world_size / size if end > begin else 0.0)
 
 
 class Fault:
-    """What the test wants to go wrong, where and when."""
+    """Fault to inject: kind, rank and step."""
 
     def __init__(self, text: str):
-        self.kind, *place = text.split() or [""]
-        self.rank, self.step = (int(number) for number in (*place, 0, 0)[:2])
+        self.kind, *location = text.split() or [""]
+        self.rank, self.step = (int(number) for number in (*location, 0, 0)[:2])
 
-    def happen(self, rank: int, step: int, batch: Batch) -> Batch:
+    def inject(self, rank: int, step: int, batch: Batch) -> Batch:
         if rank != self.rank:
             return batch
         if self.kind == "slow":
@@ -102,7 +104,7 @@ class Fault:
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "nan":
-            return batch._replace(wanted=batch.wanted * float("nan"))
+            return batch._replace(expected=batch.expected * float("nan"))
         return batch
 
 
@@ -116,12 +118,12 @@ def network() -> nn.Module:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return (model(batch.inputs).flatten() - batch.wanted).square().sum()
+    return (model(batch.inputs).flatten() - batch.expected).square().sum()
 
 
-def train(config: Config, process: entrypoint.Process) -> int:
+def train(config: Config, process: entrypoint.ProcessContext) -> int:
     ranks = process.ranks
-    with entrypoint.opened(config, process) as run:
+    with entrypoint.open_run(config, process) as run:
         data: list[Data] = []
         inputs = torch.linspace(-1, 1, 4 * 108).view(4, 3, 6, 6).to(ranks.device)
 
@@ -133,26 +135,26 @@ def train(config: Config, process: entrypoint.Process) -> int:
             time.sleep(5 * config.step_s)
             return {"AP": float(torch.sigmoid(model(inputs).mean()))}
 
-        benchmark = train_loop.Benchmark(
+        workload = Workload(
             model=network(),
             loss=lambda model, batch: loss(model, batch)[None],
             loss_names=("error",),
-            made_up_batch=lambda: Batch(torch.zeros(config.batch_size, 3, 6, 6), torch.zeros(config.batch_size)),
-            made_up_eval_batch=lambda: Batch(inputs, inputs),
-            open_data=open_data,
-            open_eval_data=open_data,
-            detect=lambda model, batch: model(batch.inputs),
-            learning_rate=lambda step, epoch: 0.05 / epoch + 1e-4 * step,
+            dummy_batch=lambda: Batch(torch.zeros(config.batch_size, 3, 6, 6), torch.zeros(config.batch_size)),
+            dummy_eval_batch=lambda: Batch(inputs, inputs),
+            make_train_source=open_data,
+            make_eval_source=open_data,
+            predict=lambda model, batch: model(batch.inputs),
+            lr_schedule=lambda step, epoch: 0.05 / epoch + 1e-4 * step,
             evaluate=evaluate,
             targets={"AP": config.target},
-            accuracy=lambda metrics: metrics["AP"],
+            mlperf_accuracy=lambda metrics: metrics["AP"],
         )
-        outcome = train_loop.train_to_target(benchmark, run)
-    print(f"ended after epoch {outcome.epoch}")
-    return 0 if outcome.reached else train_loop.NOT_REACHED
+        result = train_loop.train_to_target(workload, run)
+    print(f"ended after epoch {result.epoch}")
+    return 0 if result.target_reached else EXIT_TARGET_NOT_REACHED
 
 
 if __name__ == "__main__":
-    entrypoint.end(
-        entrypoint.main(sys.argv[1:], lambda argv: resolve(Config, "STANDIN_", argv, None, usage="").config, train)
+    entrypoint.hard_exit(
+        entrypoint.main(sys.argv[1:], lambda argv: resolve(Config, "DUMMY_", argv, None, usage="").config, train)
     )

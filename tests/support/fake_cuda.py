@@ -1,8 +1,8 @@
-"""An accelerator that computes nothing: torch's fake tensors, which say that they are on CUDA.
+"""Fake CUDA device without computation, made of torch's fake tensors.
 
-A fake tensor has a shape, a type and a device, and no numbers. What takes one of the device and one of the CPU is
-refused as on a GPU. Where the host needs a number, or a shape, that only the device knows, it gets a made-up one, and
-that it waits is noted. What a kernel waits for inside of itself is not seen.
+A fake tensor has a shape, a dtype and a device, but no data. An operation on tensors of the CPU and the device fails as
+on a GPU. If the host needs a value or a shape that only the device knows, it gets a dummy one, and the synchronization
+is counted. Synchronizations inside a kernel are not visible.
 """
 
 import sys
@@ -26,57 +26,57 @@ from paths import ROOT
 CUDA = torch.device("cuda", 0)
 ANCHORS = (ssd.anchors.make_anchors, maskrcnn.anchors.make_anchors)
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("ssd", "maskrcnn", "detection"))
-COUNTED = 3  # rows of whatever the device alone can count
+DUMMY_ROWS = 3  # rows of a result whose number only the device knows
 
-COUNTS = {"aten::nonzero", "aten::_unique2", "aten::unique_consecutive", "torchvision::nms"}
-"""Operations that wait for the device, since the shape of what they return depends on numbers."""
+DATA_DEPENDENT_OPS = {"aten::nonzero", "aten::_unique2", "aten::unique_consecutive", "torchvision::nms"}
+"""Operations that synchronize, because the shape of their result depends on data."""
 
 
-class Waits(TorchDispatchMode):
-    """Counts in `of` what makes the host wait for the device, by the function of the program and the operation."""
+class SyncCounter(TorchDispatchMode):
+    """Counter of host synchronizations, by function of the program and operation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: Counter[tuple[str, str]] = Counter()
+        self.counts: Counter[tuple[str, str]] = Counter()
 
-    def taken(self) -> dict[tuple[str, str], int]:
-        """What was waited for since the last time."""
-        of, self.of = dict(self.of), Counter()
-        return of
+    def take(self) -> dict[tuple[str, str], int]:
+        """Return the synchronizations since the last call."""
+        counts, self.counts = dict(self.counts), Counter()
+        return counts
 
-    def note(self, what: str) -> None:
-        self.of[place(), what] += 1
+    def record(self, operation: str) -> None:
+        self.counts[calling_function(), operation] += 1
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = operator._schema.name
-        if name == "aten::_fused_sgd_":  # torch cannot fake it
-            return refuse_mixed(args)
-        if name == "aten::_local_scalar_dense" or name == "aten::equal" or name in COUNTS:
+        if name == "aten::_fused_sgd_":  # has no fake kernel
+            return reject_mixed_devices(args)
+        if name == "aten::_local_scalar_dense" or name == "aten::equal" or name in DATA_DEPENDENT_OPS:
             if any(tensor.device == CUDA for tensor in tensors(args)):
-                self.note(name)
-            return made_up(name, args)
+                self.record(name)
+            return dummy_result(name, args)
         if name == "aten::index" and any(map(is_mask, args[1])):
-            self.note(name)
-            args = (args[0], [column for index in args[1] for column in columns(index)])
+            self.record(name)
+            args = (args[0], [part for index in args[1] for part in expand_mask(index)])
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if (
             torch.is_inference_mode_enabled()
             and name.startswith("aten::")
             and operator.has_kernel_for_dispatch_key(composite)
         ):
-            with self:  # in that mode, what is made of several operations comes as one
+            with self:  # in inference mode, composite operations arrive undecomposed
                 return operator.decompose(*args, **kwargs)
         result = operator(*args, **kwargs)
         if name in ("aten::_to_copy", "aten::copy_"):
             source = args[1] if name == "aten::copy_" else args[0]
             if source.device != result.device:
-                self.note(f"from {source.device.type} to {result.device.type}")
+                self.record(f"from {source.device.type} to {result.device.type}")
         return result
 
 
-def place() -> str:
-    """The function of the program that is running."""
+def calling_function() -> str:
+    """Return the innermost function of the program on the stack."""
     frame: Any = sys._getframe()
     while frame is not None:
         code = frame.f_code
@@ -90,84 +90,84 @@ def tensors(values: Any) -> list[Tensor]:
     return [value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def refuse_mixed(args: Any) -> None:
-    kinds = {tensor.device for tensor in tensors(args)}
-    if len(kinds) > 1:
-        raise RuntimeError(f"expected all tensors to be on the same device, but found {kinds}")
+def reject_mixed_devices(args: Any) -> None:
+    devices = {tensor.device for tensor in tensors(args)}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected all tensors to be on the same device, but found {devices}")
 
 
 def is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype == torch.bool
 
 
-def columns(index: Tensor | None) -> Sequence[Tensor | None]:
-    """An index as it is, but a mask as numbers for each of its dimensions, made up."""
-    return made_up("aten::nonzero", (index,)).unbind(1) if is_mask(index) else (index,)
+def expand_mask(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Replace a mask by dummy indices for each of its dimensions. Return other indices unchanged."""
+    return dummy_result("aten::nonzero", (index,)).unbind(1) if is_mask(index) else (index,)
 
 
-def made_up(name: str, args: Any) -> Any:
-    """What the operator might have returned."""
+def dummy_result(name: str, args: Any) -> Any:
+    """Return a plausible result of an operator."""
     x = args[0]
     if name in ("aten::_local_scalar_dense", "aten::equal"):
         return True if x.dtype == torch.bool else 1
-    numbers = x.new_empty(min(COUNTED, len(x)), dtype=torch.int64)
+    indices = x.new_empty(min(DUMMY_ROWS, len(x)), dtype=torch.int64)
     if name == "torchvision::nms":
-        return numbers
+        return indices
     if name == "aten::nonzero":
-        return x.new_empty(min(COUNTED, x.numel()), x.dim(), dtype=torch.int64)
-    return x.new_empty(len(numbers)), torch.empty_like(x, dtype=torch.int64), numbers
+        return x.new_empty(min(DUMMY_ROWS, x.numel()), x.dim(), dtype=torch.int64)
+    return x.new_empty(len(indices)), torch.empty_like(x, dtype=torch.int64), indices
 
 
 def to_list(tensor: Tensor) -> Any:
-    """As `Tensor.tolist`, which copies all numbers at once."""
+    """Replace `Tensor.tolist`, which copies all values at once."""
     if tensor.device == CUDA:
         for mode in _get_current_dispatch_mode_stack():
-            if isinstance(mode, Waits):
-                mode.note("tolist")
-    return ones(tensor.shape)
+            if isinstance(mode, SyncCounter):
+                mode.record("tolist")
+    return nested_ones(tensor.shape)
 
 
-def ones(shape: Sequence[int]) -> Any:
-    return [ones(shape[1:]) for _ in range(shape[0])] if shape else 1
+def nested_ones(shape: Sequence[int]) -> Any:
+    return [nested_ones(shape[1:]) for _ in range(shape[0])] if shape else 1
 
 
 def backward(loss: Tensor) -> None:
-    """As `Tensor.backward`, whose threads refuse a device that is not there: node after node, in this one."""
+    """Replace `Tensor.backward`, whose threads need a real device: run node after node in this thread."""
     root: Any = loss.grad_fn
-    ahead, missing = [root], Counter({root: 0})
-    while ahead:
-        for node, _ in ahead.pop().next_functions:
+    stack, pending = [root], Counter({root: 0})
+    while stack:
+        for node, _ in stack.pop().next_functions:
             if node is not None:
-                ahead += [] if node in missing else [node]
-                missing[node] += 1
-    arrived: dict[Any, dict[int, Tensor]] = {node: {} for node in missing}
-    arrived[root][0] = torch.ones_like(loss)
+                stack += [] if node in pending else [node]
+                pending[node] += 1
+    gradients: dict[Any, dict[int, Tensor]] = {node: {} for node in pending}
+    gradients[root][0] = torch.ones_like(loss)
     ready = [root]
     while ready:
         node = ready.pop()
-        given = [arrived[node].get(number) for number in range(len(node._input_metadata))]
+        inputs = [gradients[node].get(index) for index in range(len(node._input_metadata))]
         if hasattr(node, "variable"):
-            if given[0] is not None:
-                before = node.variable.grad
-                node.variable.grad = given[0].detach() if before is None else before + given[0]
+            if inputs[0] is not None:
+                previous = node.variable.grad
+                node.variable.grad = inputs[0].detach() if previous is None else previous + inputs[0]
             continue
-        results = node(*given) if arrived[node] else [None] * len(node.next_functions)
+        results = node(*inputs) if gradients[node] else [None] * len(node.next_functions)
         results = results if isinstance(results, (tuple, list)) else [results]
-        for (after, number), result in zip(node.next_functions, results, strict=True):
-            if after is None:
+        for (successor, index), result in zip(node.next_functions, results, strict=True):
+            if successor is None:
                 continue
             if result is not None:
-                wanted = after._input_metadata[number]
-                result = result.sum_to_size(wanted.shape).to(wanted.dtype)
-                before = arrived[after].get(number)
-                arrived[after][number] = result if before is None else before + result
-            missing[after] -= 1
-            if not missing[after]:
-                ready.append(after)
+                expected = successor._input_metadata[index]
+                result = result.sum_to_size(expected.shape).to(expected.dtype)
+                previous = gradients[successor].get(index)
+                gradients[successor][index] = result if previous is None else previous + result
+            pending[successor] -= 1
+            if not pending[successor]:
+                ready.append(successor)
 
 
 def apply(module: nn.Module, function: Any) -> nn.Module:
-    """As `Module._apply`, with new parameters: torch refuses to change those that are fake."""
+    """Replace `Module._apply`, creating new parameters: torch cannot modify fake ones in place."""
     for child in module.children():
         apply(child, function)
     for name, parameter in module._parameters.items():
@@ -180,21 +180,21 @@ def apply(module: nn.Module, function: Any) -> nn.Module:
 
 
 @contextmanager
-def pretend() -> Iterator[Waits]:
-    """All that is made inside is fake, and CUDA is there."""
+def fake_cuda_device() -> Iterator[SyncCounter]:
+    """Make every tensor created inside fake, and CUDA available."""
     for anchors in ANCHORS:
         anchors.cache_clear()
-    copies_first = torch._C._only_lift_cpu_tensors()
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), Waits() as waits:
-        torch._C._set_only_lift_cpu_tensors(True)  # where there is a GPU, too: constants are seen to be copied
+    previous = torch._C._only_lift_cpu_tensors()
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), SyncCounter() as syncs:
+        torch._C._set_only_lift_cpu_tensors(True)  # count copies of constants, also on a machine with a GPU
         patch.setattr(Tensor, "backward", backward)
         patch.setattr(FakeTensor, "tolist", to_list)
         patch.setattr(nn.Module, "_apply", apply)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         try:
-            yield waits
+            yield syncs
         finally:
-            torch._C._set_only_lift_cpu_tensors(copies_first)
+            torch._C._set_only_lift_cpu_tensors(previous)
             for anchors in ANCHORS:
                 anchors.cache_clear()

@@ -1,11 +1,10 @@
-"""A kind of accelerator that is none: "standin", as a third party would add it to torch, in Python alone.
+"""Fake third-party accelerator "standin" on torch's privateuse1 backend, in pure Python.
 
-It is torch's privateuse1. Its memory is the CPU's and so are its kernels, but torch does not know that: a tensor on
-it is not a CPU tensor, and what takes one of each is refused as on any accelerator. It lacks what third parties may
-lack: streams, a fused SGD, casts of their own for autocast. `autoload` is its entry point in the group
-"torch.backends", and `install` makes the package of which it is one.
+It uses the CPU's memory and kernels, but torch treats its tensors as those of another device: an operation on tensors
+of both fails as on any accelerator. It lacks features that third parties may lack: streams, a fused SGD, autocast
+kernels. `autoload` is its entry point in the group "torch.backends", and `install` creates a package with it.
 
-DLPack carries the memory from one kind of device to the other, since it names any address and any kind.
+DLPack moves memory between the device types, since it accepts any address and any type.
 """
 
 import ctypes
@@ -17,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree, backend_registration
 
-KIND = "standin"
-CPU, PRIVATEUSE1 = 1, 12  # the kinds of device in dlpack.h
+DEVICE_TYPE = "standin"
+CPU, PRIVATEUSE1 = 1, 12  # device types in dlpack.h
 
-CODES = {torch.bool: 6, torch.uint8: 1, torch.bfloat16: 4}  # in dlpack.h; the rest are 0, signed, and 2, floating point
+# Type codes in dlpack.h. Others are 0, signed integer, or 2, floating point.
+DLPACK_CODES = {torch.bool: 6, torch.uint8: 1, torch.bfloat16: 4}
 
-AS_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # kernels that only describe memory, for whatever device
+CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # view kernels, which only change metadata
 
 
 class DLTensor(ctypes.Structure):
-    """As in dlpack.h."""
+    """Structure of dlpack.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -46,98 +46,102 @@ DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class DLManagedTensor(ctypes.Structure):
-    """As in dlpack.h."""
+    """Structure of dlpack.h."""
 
     _fields_ = (("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", DELETER))
 
 
-lent: dict[int, Any] = {}
-"""What must live as long as the tensor that was made of it: its memory, by the address of its description."""
+keep_alive: dict[int, Any] = {}
+"""Objects to keep alive as long as their tensor, by the address of its descriptor."""
 
 
 @DELETER
-def give_back(address: int) -> None:
-    """Called when a tensor's memory is no longer used."""
-    lent.pop(address, None)
+def release(address: int) -> None:
+    """Release the memory of a tensor."""
+    keep_alive.pop(address, None)
 
 
 make_capsule = ctypes.pythonapi.PyCapsule_New
 make_capsule.restype, make_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
-def as_kind(tensor: Tensor, kind: int) -> Tensor:
-    """The same memory, shape and strides as a tensor on another kind of device; without its gradient."""
-    return lend(tensor.untyped_storage(), tensor.data_ptr(), *layout(tensor), tensor.dtype, kind)
+def as_device_type(tensor: Tensor, device_type: int) -> Tensor:
+    """Return a tensor on another device type with the same memory, shape and strides, without its gradient."""
+    return make_tensor(
+        tensor.untyped_storage(), tensor.data_ptr(), *shape_and_strides(tensor), tensor.dtype, device_type
+    )
 
 
-def lend(storage: Any, start: int, shape: Any, strides: Any, dtype: torch.dtype, kind: int) -> Tensor:
-    """A tensor on a kind of device, in the memory of a storage from the address `start` on."""
-    code = CODES.get(dtype, 2 if dtype.is_floating_point else 0)
+def make_tensor(storage: Any, start: int, shape: Any, strides: Any, dtype: torch.dtype, device_type: int) -> Tensor:
+    """Return a tensor on a device type, in the memory of a storage from the address `start`."""
+    code = DLPACK_CODES.get(dtype, 2 if dtype.is_floating_point else 0)
     lengths = ctypes.c_int64 * len(shape)
     shape, strides = lengths(*shape), lengths(*strides)
     managed = DLManagedTensor(
-        DLTensor(start, kind, 0, len(shape), code, 8 * dtype.itemsize, 1, shape, strides, 0), None, give_back
+        DLTensor(start, device_type, 0, len(shape), code, 8 * dtype.itemsize, 1, shape, strides, 0), None, release
     )
     address = ctypes.addressof(managed)
-    lent[address] = managed, shape, strides, storage
+    keep_alive[address] = managed, shape, strides, storage
     return torch.utils.dlpack.from_dlpack(make_capsule(address, b"dltensor", None))
 
 
 def on_cpu(value: Any) -> Any:
-    """An argument of a kernel as the CPU's kernel takes it; what is empty may be a result, for it to resize."""
-    if isinstance(value, Tensor) and value.device.type == KIND:
-        return as_kind(value, CPU) if value.numel() else torch.empty_strided(*layout(value), dtype=value.dtype)
-    return torch.device("cpu") if isinstance(value, torch.device) and value.type == KIND else value
+    """Convert a kernel argument for the CPU kernel. An empty tensor may be an output, for the kernel to resize."""
+    if isinstance(value, Tensor) and value.device.type == DEVICE_TYPE:
+        if value.numel():
+            return as_device_type(value, CPU)
+        return torch.empty_strided(*shape_and_strides(value), dtype=value.dtype)
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == DEVICE_TYPE else value
 
 
-def layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    """Shape and strides."""
+def shape_and_strides(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Return shape and strides."""
     return tensor.shape, tensor.stride()
 
 
 def on_device(value: Any) -> Any:
-    """A result of the CPU's kernel as one of the device's."""
-    return as_kind(value, PRIVATEUSE1) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    """Convert a result of the CPU kernel to the device."""
+    return as_device_type(value, PRIVATEUSE1) if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
 def compute(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Every kernel of the device: the CPU's, on the same memory."""
+    """Run any kernel of the device as the CPU kernel on the same memory."""
     name = operator._schema.name
     if name == "aten::_fused_sgd_":
-        raise NotImplementedError(f"{name}: {KIND} has no such kernel")
-    refuse_mixed(name, args)
+        raise NotImplementedError(f"{name}: {DEVICE_TYPE} has no such kernel")
+    reject_mixed_devices(name, args)
     cpu_args, cpu_kwargs = _pytree.tree_map(on_cpu, (args, kwargs))
     results = operator(*cpu_args, **cpu_kwargs)
     written = {}
-    for place, argument in enumerate(operator._schema.arguments):
+    for index, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        ours, theirs = (
-            given[place] if place < len(given) else named.get(argument.name)
-            for given, named in ((args, kwargs), (cpu_args, cpu_kwargs))
+        original, converted = (
+            positional[index] if index < len(positional) else keywords.get(argument.name)
+            for positional, keywords in ((args, kwargs), (cpu_args, cpu_kwargs))
         )
-        if isinstance(ours, Tensor) and ours.shape != theirs.shape:  # a kernel makes room for its result
-            result = on_device(theirs)
-            set_memory(ours, result.untyped_storage(), 0, *layout(result))
-        written[frozenset(argument.alias_info.before_set)] = ours
+        if isinstance(original, Tensor) and original.shape != converted.shape:  # the kernel resized its output
+            result = on_device(converted)
+            set_memory(original, result.untyped_storage(), 0, *shape_and_strides(result))
+        written[frozenset(argument.alias_info.before_set)] = original
     returns = operator._schema.returns
     if len(returns) != 1:
-        return tuple(returned(*pair, args, written) for pair in zip(returns, results or (), strict=True)) or None
-    return returned(returns[0], results, args, written)
+        return tuple(convert_result(*pair, args, written) for pair in zip(returns, results or (), strict=True)) or None
+    return convert_result(returns[0], results, args, written)
 
 
-def refuse_mixed(name: str, args: Any) -> None:
-    """Raise RuntimeError where one argument is on the device and another on the CPU, as other devices do."""
+def reject_mixed_devices(name: str, args: Any) -> None:
+    """Raise RuntimeError for arguments on both the device and the CPU, as other devices do."""
     first, *rest = args or [None]
-    # Indices may be on the CPU, and so may single numbers.
+    # Indices and scalars may be on the CPU.
     tensors = [first] if name.startswith("aten::index") else _pytree.tree_leaves((first, rest))
-    kinds = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()}
-    if len(kinds) > 1:
-        raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {sorted(kinds)}")
+    device_types = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()}
+    if len(device_types) > 1:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {sorted(device_types)}")
 
 
-def returned(declared: Any, result: Any, args: Any, written: dict[frozenset[str], Any]) -> Any:
-    """What an operator returns: the argument that it wrote into, a view of its first one, or what is new."""
+def convert_result(declared: Any, result: Any, args: Any, written: dict[frozenset[str], Any]) -> Any:
+    """Convert a result: an argument written in place, a view of the first argument, or a new tensor."""
     if declared.alias_info is None:
         return _pytree.tree_map(on_device, result)
     if declared.alias_info.is_write:
@@ -146,31 +150,31 @@ def returned(declared: Any, result: Any, args: Any, written: dict[frozenset[str]
 
 
 def view(tensor: Tensor, result: Tensor) -> Tensor:
-    """A view of a tensor that is what the CPU's kernel has made of the same memory, which for it began there."""
-    return as_strided(tensor, *layout(result), tensor.storage_offset() + result.storage_offset())
+    """Return the view of a tensor that the CPU kernel made of the same memory."""
+    return as_strided(tensor, *shape_and_strides(result), tensor.storage_offset() + result.storage_offset())
 
 
 def as_strided(tensor: Tensor, shape: Any, strides: Any, offset: int | None = None) -> Tensor:
-    """A part of the memory that a tensor lies in, of which the CPU's kernel is never told the beginning."""
-    return torch.ops.aten.as_strided.default.redispatch(AS_ON_CPU, tensor, shape, strides, offset)
+    """Return a strided view of a tensor's storage, at an absolute offset."""
+    return torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, tensor, shape, strides, offset)
 
 
 def set_memory(tensor: Tensor, storage: Any, offset: int = 0, shape: Any = None, strides: Any = None) -> Tensor:
-    """Make a tensor one of all memory of a storage, or of a part of it."""
+    """Point a tensor to a storage, or to a part of it."""
     if shape is None:
         shape, strides = [storage.nbytes() // tensor.element_size()], [1]
     set_ = torch.ops.aten.set_.source_Storage_storage_offset
-    return set_.redispatch(AS_ON_CPU, tensor, storage, offset, shape, strides)
+    return set_.redispatch(CPU_KEYS, tensor, storage, offset, shape, strides)
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies to the device, from it and on it."""
+    """Copy to, from and on the device."""
     on_cpu(target).copy_(on_cpu(source))
     return target
 
 
 def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    """Convolution, which torch leaves to such a device under a name of its own."""
+    """Implement convolution, which torch dispatches to such a device under a separate name."""
     return compute(
         torch.ops.aten.convolution.default,
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
@@ -180,7 +184,7 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
 def convolution_backward(
     gradient, x, weight, stride, padding, dilation, transposed, output_padding, groups, output_mask
 ):
-    """Its gradient."""
+    """Implement the gradient of convolution."""
     return compute(
         torch.ops.aten.convolution_backward.default,
         gradient, x, weight, [weight.shape[0]], stride, padding, dilation, transposed, output_padding, groups,
@@ -189,7 +193,7 @@ def convolution_backward(
 
 
 class Module:
-    """What is to be torch.standin, with no more than a third party's module has to have."""
+    """Module torch.standin, with the minimum that torch requires of a third party."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -218,40 +222,40 @@ class Module:
     def manual_seed_all(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
-    def get_rng_state(self, device: Any = KIND) -> Tensor:
+    def get_rng_state(self, device: Any = DEVICE_TYPE) -> Tensor:
         return self.generator.get_state()
 
-    def set_rng_state(self, state: Tensor, device: Any = KIND) -> None:
+    def set_rng_state(self, state: Tensor, device: Any = DEVICE_TYPE) -> None:
         self.generator.set_state(state)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
 
-libraries = []  # what they register lasts as long as they do
+libraries = []  # registrations last as long as these objects
 
 
 def autoload() -> None:
-    """Add the kind of device to torch."""
-    backend_registration._setup_privateuseone_for_python_backend(KIND, Module())
-    everything = torch.library.Library("_", "IMPL")
-    everything.fallback(compute, "PrivateUse1")
-    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # what casts nothing
-    own = torch.library.Library("aten", "IMPL")
-    own.impl("as_strided", as_strided, "PrivateUse1")
-    own.impl("set_.source_Storage", set_memory, "PrivateUse1")
-    own.impl("_copy_from", copy_from, "PrivateUse1")
-    own.impl("convolution_overrideable", convolution, "PrivateUse1")
-    own.impl("convolution_backward_overrideable", convolution_backward, "PrivateUse1")
-    # Pinned memory is memory like any other.
-    own.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
-    libraries.extend((everything, own))
+    """Register the device type with torch."""
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
+    fallbacks = torch.library.Library("_", "IMPL")
+    fallbacks.fallback(compute, "PrivateUse1")
+    fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # no autocast kernels
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("as_strided", as_strided, "PrivateUse1")
+    kernels.impl("set_.source_Storage", set_memory, "PrivateUse1")
+    kernels.impl("_copy_from", copy_from, "PrivateUse1")
+    kernels.impl("convolution_overrideable", convolution, "PrivateUse1")
+    kernels.impl("convolution_backward_overrideable", convolution_backward, "PrivateUse1")
+    # Pinned memory is ordinary memory.
+    kernels.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
+    libraries.extend((fallbacks, kernels))
 
 
 def install(folder: Path) -> str:
-    """Make a folder that on PYTHONPATH is the installed package of this device, and return what PYTHONPATH is to be."""
-    package = folder / f"{KIND}-1.0.dist-info"
+    """Install the package of this device in a folder, and return the PYTHONPATH that finds it."""
+    package = folder / f"{DEVICE_TYPE}-1.0.dist-info"
     package.mkdir(parents=True)
-    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {KIND}\nVersion: 1.0\n")
-    (package / "entry_points.txt").write_text(f"[torch.backends]\n{KIND} = {__name__}:autoload\n")
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {DEVICE_TYPE}\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(f"[torch.backends]\n{DEVICE_TYPE} = {__name__}:autoload\n")
     return f"{folder}:{Path(__file__).parent}"

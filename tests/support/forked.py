@@ -1,7 +1,7 @@
-"""Programs as processes of their own that need not import torch: they are forked from one that has.
+"""Fast test processes, forked from one that has already imported torch.
 
-To import it, and its compiler for the first optimiser, takes four seconds; the rest of a run of the stand-in takes a
-fraction of one. Apart from tests.conftest, which is of pytest's processes.
+Importing torch, and its compiler for the first optimizer, takes four seconds. The rest of a dummy run takes a fraction
+of one.
 """
 
 import multiprocessing
@@ -23,13 +23,13 @@ SERVER.set_forkserver_preload(
 
 
 class Forked:
-    """`python SCRIPT ...` or `python -m MODULE ...` in a session of its own, to be used as a subprocess.Popen."""
+    """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen."""
 
     def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT):
         self.argv = argv
         self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        self.process = SERVER.Process(target=become, args=(argv, environ, cwd, *names))
+        self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names))
         self.process.start()
         self.pid = self.process.pid
 
@@ -54,8 +54,8 @@ class Forked:
         return out, err
 
 
-def become(argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str) -> None:
-    """Be the program, with these variables, and what it says in two files."""
+def run_program(argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str) -> None:
+    """Run the program in this process, with the given environment and output files."""
     os.setsid()
     for stream, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), stream)

@@ -1,4 +1,4 @@
-"""Git commands on a repository of a test."""
+"""Git commands in a test repository."""
 
 import subprocess
 

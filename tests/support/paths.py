@@ -1,4 +1,4 @@
-"""Where the repository and the material beside it are."""
+"""Paths of the repository and of the shared material next to it."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ SHARED = ROOT.parent / "shared"
 
 
 def shared(relative: str) -> Path:
-    """A file or folder of the material beside the repository; skips the test where it is absent."""
+    """Return the path of shared material, or skip the test if it is missing."""
     path = SHARED / relative
     if not path.exists():
-        pytest.skip(f"../shared/{relative} is not there")
+        pytest.skip(f"../shared/{relative} is missing")
     return path

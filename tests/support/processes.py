@@ -1,4 +1,4 @@
-"""Runs of the stand-in benchmark as processes of their own."""
+"""Runs of the dummy workload in separate processes."""
 
 import json
 import os
@@ -13,26 +13,35 @@ from detection import run_dir
 from forked import Forked
 from paths import ROOT
 
-STAND_IN = str(ROOT / "tests" / "support" / "dummy_workload.py")
+DUMMY_WORKLOAD = str(ROOT / "tests" / "support" / "dummy_workload.py")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "STANDIN_DEVICE": "cpu"} | extra
+    return os.environ | {"OMP_NUM_THREADS": "1", "DUMMY_DEVICE": "cpu"} | extra
 
 
 def command(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = ()) -> list[str]:
-    """The command of a run; `ranks` of 0 is one without a launcher."""
+    """Return the command of a run. With 0 ranks it needs no launcher."""
     flags = ("--run-dir", str(run), "--seed", "5", "--precision", "fp32", "--num-workers", "0", *flags)
     if not ranks:
-        return [sys.executable, STAND_IN, *flags]
-    return [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *launch, STAND_IN, *flags]
+        return [sys.executable, DUMMY_WORKLOAD, *flags]
+    return [
+        sys.executable,
+        "-m",
+        "detection.runtime.launch",
+        "--nproc-per-node",
+        str(ranks),
+        *launch,
+        DUMMY_WORKLOAD,
+        *flags,
+    ]
 
 
 def start(
     run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = (), **extra: str
 ) -> subprocess.Popen[str] | Forked:
     words = command(run, *flags, ranks=ranks, launch=launch)
-    if "PYTHONPATH" not in extra:  # which is for an interpreter that starts
+    if "PYTHONPATH" not in extra:  # PYTHONPATH needs a new interpreter
         return Forked(words[1:], environment(**extra))
     return subprocess.Popen(
         words,
@@ -46,7 +55,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 60) -> tuple[int, str, str]:
-    """Status, stdout and stderr; a process that does not end in time fails the test, and is ended."""
+    """Wait for a process and return status, stdout and stderr. Kill it and fail on a timeout."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -60,23 +69,23 @@ def run(folder: Path, *flags: str, ranks: int = 0, timeout_s: float = 60, **extr
 
 
 def wait_for(path: Path, text: str, timeout_s: float = 40) -> None:
-    """Wait until a file holds a text."""
+    """Wait until a file contains a text."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if path.exists() and text in path.read_text():
             return
         time.sleep(0.02)
-    raise AssertionError(f"{path} never said {text!r}")
+    raise AssertionError(f"{path} never contained {text!r}")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, buffers and momenta of the newest checkpoint."""
-    state = torch.load(run_dir.checkpoints(folder)[-1].path, weights_only=True)
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return weights, buffers and momenta of the latest checkpoint."""
+    state = torch.load(run_dir.list_checkpoints(folder)[-1].path, weights_only=True)
     momenta = {f"momentum {i}": slot["momentum_buffer"] for i, slot in state["optimizer"]["state"].items()}
     return state["model"] | {"batch norm": state["batch_norm"]} | momenta
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+def bit_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -91,5 +100,5 @@ def losses(folder: Path) -> list[float]:
 
 
 def alive(group: int) -> bool:
-    """Whether any process of a session is left."""
+    """Return whether a session still has processes."""
     return subprocess.run(["pgrep", "-s", str(group)], capture_output=True, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Recipes of published runs, and the rule files of the official checker."""
+"""Recipes of published runs, and rule files of the official checker."""
 
 from functools import cache
 from importlib.resources import files
@@ -22,8 +22,8 @@ DGX1 = {
     "target": 0.23,
     "dataset": "coco2017",
     "network": "ssd300-r34",
-    "checkpoint": "none",
-    "backbone": "resnet.pth",
+    "weights": "none",
+    "pretrained_backbone": "resnet.pth",
     "seed": "none",
 }
 
@@ -42,8 +42,8 @@ A100 = {
     "target": 0.377,
     "mask_target": 0.339,
     "dataset": "coco2017",
-    "checkpoint": "none",
-    "backbone": "resnet.pth",
+    "weights": "none",
+    "pretrained_backbone": "resnet.pth",
     "seed": "none",
 }
 

@@ -1,15 +1,15 @@
 """Settings of a Mask R-CNN that trains in seconds."""
 
 SMALL = {
-    "TRUNK": "resnet18",
-    "FROZEN_STAGES": "0",
+    "BACKBONE": "resnet18",
+    "FREEZE_AT": "0",
     "FREEZE_BATCH_NORM": "false",
     "BATCH_NORM_EPS": "1e-5",
     "MIN_IMAGE_SIZE": "96",
     "MAX_IMAGE_SIZE": "128",
-    "RPN_AFTER_NMS": "50",
-    "RPN_AFTER_NMS_EVAL": "20",
-    "BOX_SAMPLES": "16",
+    "RPN_POST_NMS_TOP_N": "50",
+    "RPN_POST_NMS_TOP_N_EVAL": "20",
+    "BOX_BATCH_SIZE_PER_IMAGE": "16",
     "BATCH_SIZE": "2",
     "EVAL_BATCH_SIZE": "2",
     "NUM_WORKERS": "0",

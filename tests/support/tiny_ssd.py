@@ -12,7 +12,7 @@ from ssd.anchors import NUM_ANCHORS
 from ssd.config import Config
 from ssd.model import SSD300
 
-NAMES = ("disc", "square", "triangle")
+CATEGORY_NAMES = ("disc", "square", "triangle")
 
 
 def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
@@ -20,15 +20,15 @@ def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
     state = {
         "benchmark": "ssd",
         "model": model.state_dict(),
-        "batch_norm": sync_batch_norm.statistics(model).unsqueeze(0),
+        "batch_norm": sync_batch_norm.running_stats(model).unsqueeze(0),
         "config": config,
-        "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(NAMES, start=1)],
+        "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(CATEGORY_NAMES, start=1)],
     }
     return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
 
 
-def sure_of_one_square() -> SSD300:
-    """A network that sees nothing but a square, label 2, of score .9 in the middle of any picture."""
+def square_detector() -> SSD300:
+    """Build a network that detects one square, label 2, with score 0.9 in the center of any image."""
     model = SSD300(4)
     for head in model.heads:
         torch.nn.init.zeros_(head.weight)
@@ -51,18 +51,18 @@ def predictions(seed, batch=2, classes=4, peak=6.0):
     return deltas, logits
 
 
-def batches_of(data, count, after_first=lambda: None):
-    """The training batches of some epochs of a data set that is open."""
+def load_batches(data, count, after_first=lambda: None):
+    """Return the training batches of `count` epochs of a data source."""
     batches = []
     for epoch in range(1, count + 1):
-        batches += [share.batch for share in data.shares(epoch)]
+        batches += [rank_batch.batch for rank_batch in data.train_batches(epoch)]
         if epoch == 1:
             after_first()
     return batches
 
 
-class Trunk(nn.Sequential):
-    """One convolution in place of ResNet-34: the same shapes, a hundredth of the work."""
+class TinyBackbone(nn.Sequential):
+    """One convolution with the output shape of ResNet-34, at a hundredth of its cost."""
 
     def __init__(self, name="resnet34"):
         super().__init__(nn.Conv2d(3, 256, kernel_size=8, stride=8, padding=2))
