@@ -1,7 +1,6 @@
-"""What `perf.growth` measures: the work of a run, from annotations to a training step, by how much of it there is.
+"""Curves that `perf.growth` measures, from annotations to a training step, on data of detection.synthetic.coco_sized.
 
-B images, G ground-truth boxes an image, N images of a data set, A anchors, K classes. Data are those of
-detection.synthetic.coco_sized.
+B images, G ground-truth boxes per image, N images of a data set, A anchors, K classes.
 """
 
 import math
@@ -42,10 +41,10 @@ from ssd.model import SSD300
 from ssd.postprocess import detect
 from ssd.train import make_workload
 
-CLASSES = 81  # of COCO, with the background
+CLASSES = 81  # COCO's categories and the background
 BATCH_SIZE = 8
 CROPPED_IMAGES = 100
-NUM_PHOTOS = 64  # different ones that are loaded, again and again
+NUM_PHOTOS = 64  # different ones, which data sets repeat
 VAL_IMAGES = 50
 LOADED_BATCHES = 40
 LOADED_BATCH_SIZE = 16
@@ -53,9 +52,9 @@ LOADED_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Curve:
-    """One thing whose cost is measured at each of `works`: with --quick at each of `quick`.
+    """Cost by amount of work. works: amounts to measure. quick: those of --quick.
 
-    measure: of a work, in a folder for what it needs; it runs in a process of its own.
+    measure: function of an amount and a folder for its files. It runs in a separate process.
     """
 
     name: str
@@ -66,7 +65,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """One kind of work that grows, and what grows with it."""
+    """One kind of work, and the curves that depend on it."""
 
     name: str
     work: str
@@ -74,7 +73,7 @@ class Axis:
 
 
 def axes() -> tuple[Axis, ...]:
-    """All that is measured."""
+    """Return all axes."""
     images = (100, 300, 1000, 3000, 10_000, 30_000, 100_000)
     few_images = (40,)
     boxes = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -126,30 +125,30 @@ def axes() -> tuple[Axis, ...]:
 
 
 def read(images: int, folder: Path) -> Values:
-    """Reading and checking the annotations of N images, with their polygons."""
-    return cost(partial(coco.read, *coco.standard_paths(data_set(folder, images), "train")))
+    """Measure reading and validating the annotations of N images, with polygons."""
+    return cost(partial(coco.read, *coco.standard_paths(make_annotations(folder, images), "train")))
 
 
 def open_metric(images: int, folder: Path) -> Values:
-    """What the metric reads for itself, once a run."""
-    annotation_file, _ = coco.standard_paths(data_set(folder, images), "train")
+    """Measure opening the annotations for the metric, which happens once per run."""
+    annotation_file, _ = coco.standard_paths(make_annotations(folder, images), "train")
     return cost(partial(CocoBoxMetric, annotation_file, "hotcoco"))
 
 
 def eval_images(images: int, folder: Path) -> Values:
-    """The metric by images."""
+    """Measure the metric by images."""
     return eval_detections(images, 10, folder)
 
 
 def eval_detections(images: int, per_image: int, folder: Path) -> Values:
-    """The metric over N images, by detections in each."""
-    annotation_file, image_folder = coco.standard_paths(data_set(folder, images), "train")
+    """Measure the metric over N images, by detections in each."""
+    annotation_file, image_folder = coco.standard_paths(make_annotations(folder, images), "train")
     rows = make_rows(coco.read(annotation_file, image_folder), per_image, seed=0)
     return cost(partial(CocoBoxMetric(annotation_file, "hotcoco"), rows))
 
 
 def crop(boxes: int, folder: Path) -> Values:
-    """What a worker draws and cuts for images of G boxes each, besides their pixels."""
+    """Measure sampling crops and cropping the boxes of images with G boxes each."""
     rng = np.random.default_rng(0)
     boxes_xyxy = synthetic_boxes(boxes)[0][0, :boxes].cpu().numpy()
     labels = np.ones(boxes, dtype=np.int64)
@@ -162,14 +161,14 @@ def crop(boxes: int, folder: Path) -> Values:
 
 
 def encode_boxes(boxes: int, folder: Path) -> Values:
-    """Ground truth to the targets of a batch."""
-    few, many = synthetic_boxes(1), synthetic_boxes(boxes)
-    anchors = make_anchors(few[0].device)
-    return cost(partial(encode, *many, anchors), warm_up=partial(encode, *few, anchors))
+    """Measure encoding the ground truth of a batch to targets."""
+    warm_up, gt = synthetic_boxes(1), synthetic_boxes(boxes)
+    anchors = make_anchors(warm_up[0].device)
+    return cost(partial(encode, *gt, anchors), warm_up=partial(encode, *warm_up, anchors))
 
 
 def loss(boxes: int, folder: Path) -> Values:
-    """The loss of a batch and its gradients."""
+    """Measure the loss of a batch and its gradients."""
     boxes_xyxy, labels = synthetic_boxes(boxes)
     targets = encode(boxes_xyxy, labels, make_anchors(labels.device))
     deltas = torch.zeros(BATCH_SIZE, NUM_ANCHORS, 4, device=labels.device, requires_grad=True)
@@ -182,9 +181,9 @@ def loss(boxes: int, folder: Path) -> Values:
 
 
 def synthetic_boxes(boxes: int) -> tuple[Tensor, Tensor]:
-    """Boxes (B, G, 4) normalised, of sizes spread evenly on a logarithmic scale, and labels (B, G): all 1.
+    """Return boxes (B, G, 4), normalized, with sizes spread evenly on a logarithmic scale, and labels (B, G), all 1.
 
-    No boxes are a row of padding, since a batch always has one.
+    Without boxes there is one row of padding, as in every batch.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH_SIZE, max(boxes, 1), 2)
@@ -196,29 +195,29 @@ def synthetic_boxes(boxes: int) -> tuple[Tensor, Tensor]:
 
 
 def detect_candidates(candidates: int, folder: Path) -> Values:
-    """Detection in a batch where as many scores of an image are above the threshold, spread evenly over classes."""
+    """Measure detection with `candidates` scores above the threshold per image, spread evenly over classes."""
     device = select_device("auto", 0)
     deltas = torch.zeros(BATCH_SIZE, NUM_ANCHORS, 4, device=device)
-    logits, few = (synthetic_logits(number).to(device) for number in (candidates, 1))
+    logits, warm_up = (synthetic_logits(number).to(device) for number in (candidates, 1))
     anchors = make_anchors(device)
-    return cost(partial(detect, deltas, logits, anchors), warm_up=partial(detect, deltas, few, anchors))
+    return cost(partial(detect, deltas, logits, anchors), warm_up=partial(detect, deltas, warm_up, anchors))
 
 
 def synthetic_logits(candidates: int) -> Tensor:
-    """Logits (B, A, K), the same for every image, of which as many give a score above .05: up to 12 of an anchor."""
+    """Return logits (B, A, K), equal for all images, with `candidates` scores above 0.05: up to 12 per anchor."""
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_ANCHORS, CLASSES - 1)
     classes = torch.rand(shape, generator=generator).argsort(dim=1)
     anchor = torch.randperm(NUM_ANCHORS, generator=generator)
     count = (candidates // NUM_ANCHORS + (anchor < candidates % NUM_ANCHORS)).unsqueeze(1)
-    share = torch.empty(shape).uniform_(0.8, 1, generator=generator) * 0.9 / count
-    scores = torch.zeros(shape).scatter_(1, classes, torch.where(torch.arange(CLASSES - 1) < count, share, 1e-6))
+    values = torch.empty(shape).uniform_(0.8, 1, generator=generator) * 0.9 / count
+    scores = torch.zeros(shape).scatter_(1, classes, torch.where(torch.arange(CLASSES - 1) < count, values, 1e-6))
     background = 1 - scores.sum(dim=1, keepdim=True)
     return torch.cat([background, scores], dim=1).log().expand(BATCH_SIZE, -1, -1).contiguous()
 
 
 def load(images: int, workers: int, folder: Path) -> Values:
-    """The input pipeline over N images: from JPEGs that the system holds in memory, to batches."""
+    """Measure the input pipeline over N images: from JPEG files in the page cache to batches."""
     config = Config(
         data_dir=make_cached_data_dir(folder, images),
         num_workers=workers,
@@ -226,37 +225,37 @@ def load(images: int, workers: int, folder: Path) -> Values:
         batch_size=LOADED_BATCH_SIZE,
     )
     data = SSDTrainSource(config, DistContext(0, 1, select_device("auto", 0)), seed=0)
-    shares = data.train_batches(1)
-    start = time.perf_counter()
-    next(shares)
-    first = time.perf_counter()
-    for _ in islice(shares, 2 * workers):  # made while the first was waited for
+    rank_batches = data.train_batches(1)
+    start_s = time.perf_counter()
+    next(rank_batches)
+    first_s = time.perf_counter() - start_s
+    for _ in islice(rank_batches, 2 * workers):  # prefetched while the first was loading
         pass
-    clock = time.perf_counter()
-    seen = sum(len(share.batch.images) for share in islice(shares, LOADED_BATCHES))
-    values = {"rate": seen / (time.perf_counter() - clock), "first batch": 1000 * (first - start)}
+    start_s = time.perf_counter()
+    num_images = sum(len(rank_batch.batch.images) for rank_batch in islice(rank_batches, LOADED_BATCHES))
+    values = {"rate": num_images / (time.perf_counter() - start_s), "first batch": 1000 * first_s}
     pids = [child.pid for child in multiprocessing.active_children() if child.pid]
     private = [memory_mib("smaps_rollup", "Private_Clean", "Private_Dirty", process=pid) for pid in pids]
     if private:
         values["private to a worker"] = statistics.mean(private)
-    shares_of_memory = [memory_mib("smaps_rollup", "Pss", process=pid) for pid in (os.getpid(), *pids)]
-    return values | {"all processes": sum(shares_of_memory)}
+    pss_mib = [memory_mib("smaps_rollup", "Pss", process=pid) for pid in (os.getpid(), *pids)]
+    return values | {"all processes": sum(pss_mib)}
 
 
 def step(batch_size: int, folder: Path) -> Values:
-    """A training step on made-up pictures, the first of a process in memory: gradients and momenta included."""
+    """Measure a training step on a dummy batch. Memory is that of the first step, with gradients and momentum."""
     config = Config(data_dir=folder, batch_size=batch_size, num_classes=CLASSES)
     ranks = DistContext(0, 1, select_device(config.device, 0))
     torch.manual_seed(0)
-    benchmark = make_workload(config, ranks, 0, SSD300(CLASSES), SSDEvaluator(config, ranks))
-    state = train_loop.build_state(benchmark, config, ranks)
-    share = to_device(RankBatch(benchmark.dummy_batch(), batch_size, 1 / batch_size), ranks.device)
-    values = cost(partial(train_loop.train_step, state, share, 1e-3, benchmark, config, ranks))
+    workload = make_workload(config, ranks, 0, SSD300(CLASSES), SSDEvaluator(config, ranks))
+    state = train_loop.build_state(workload, config, ranks)
+    rank_batch = to_device(RankBatch(workload.dummy_batch(), batch_size, 1 / batch_size), ranks.device)
+    values = cost(partial(train_loop.train_step, state, rank_batch, 1e-3, workload, config, ranks))
     return values | {"rate": 1000 * batch_size / values["time"]}
 
 
-def data_set(folder: Path, images: int) -> Path:
-    """Annotations of N images in COCO's layout, of empty files, written where they are not there yet."""
+def make_annotations(folder: Path, images: int) -> Path:
+    """Return a folder with the annotations of N images in COCO's layout and empty image files. Create it if missing."""
     data_dir = folder / f"annotations-{images}"
     if not data_dir.exists():
         footprint.run_in_subprocess(synthesize_gt, data_dir, images, 0)
@@ -264,13 +263,13 @@ def data_set(folder: Path, images: int) -> Path:
 
 
 def make_cached_data_dir(folder: Path, images: int) -> Path:
-    """A data set of N images, which are a few pictures again and again, laid out where it is not there yet."""
-    pictures, data_dir = folder / "pictures", folder / f"pictures-{images}"
+    """Return a data set of N images that repeats a few photos. Create it if missing."""
+    photo_dir, data_dir = folder / "photos", folder / f"photos-{images}"
     if not data_dir.exists():
-        footprint.run_in_subprocess(link_data_dir, pictures, data_dir, images)
+        footprint.run_in_subprocess(link_data_dir, photo_dir, data_dir, images)
     return data_dir
 
 
-def link_data_dir(pictures: Path, data_dir: Path, images: int) -> None:
-    """Draw the pictures where they are not there yet, and lay them out."""
-    synthesize_photos(pictures, NUM_PHOTOS, seed=0).make_data_dir(data_dir, images, VAL_IMAGES)
+def link_data_dir(photo_dir: Path, data_dir: Path, images: int) -> None:
+    """Draw the photos if missing, and link them into a data set."""
+    synthesize_photos(photo_dir, NUM_PHOTOS, seed=0).make_data_dir(data_dir, images, VAL_IMAGES)

@@ -1,4 +1,6 @@
-"""Fingerprint of training: python -m perf.fingerprint [--steps 60] [--out FILE] [--compare FILE]
+"""Fingerprint of training.
+
+    python -m perf.fingerprint [--steps 60] [--out FILE] [--compare FILE]
 
 Trains each workload for some steps on the toy data set with a fixed seed (float32, CPU, one thread), and hashes the
 weights and the lines of the MLPerf log. Equal fingerprints of two commits on one machine prove that the second trains

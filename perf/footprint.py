@@ -1,7 +1,6 @@
-"""What a call costs: its time, and its peak of memory above what the process holds, best in a process of its own.
+"""Cost of a call: its time, and its peak memory above what the process holds, best measured in a separate process.
 
-Memory is resident memory (VmHWM), 1 MiB or more, since less cannot be told apart; on an accelerator it is that of the
-tensors on it.
+Memory is resident memory (VmHWM) with a resolution of 1 MiB. On an accelerator it is the memory of its tensors.
 """
 
 import gc
@@ -22,37 +21,37 @@ from perf.timing import Variant, calls_per_sample, time_calls
 PEAK_RESET = Path("/proc/self/clear_refs")
 
 Values = dict[str, float]
-"""What one process measured: a value for each of some of `growth.UNITS`."""
+"""Measurements of one process, by name. The names are those of `growth.UNITS`."""
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a function in a process that is started for it and shares nothing with this one."""
+    """Call a function in a new process that shares nothing with this one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def cost(call: Callable[[], object], warm_up: Callable[[], object] | None = None) -> Values:
-    """Time of a call, and its peak of memory above what is held before it.
+    """Return time and additional peak memory of a call.
 
-    The memory is that of the first call. Its time counts only where it took a second or more: what takes less is
-    called again, since the first call pays for what later ones find ready.
+    The memory is that of the first call. A call shorter than a second repeats, since the first one pays for
+    initialization, and the time is that of the repetitions.
     """
     device = select_device("auto", 0)
-    side = Variant("", call)
+    variant = Variant("", call)
     if warm_up:
         warm_up()
     gc.collect()
     before = reset_peak_rss(device)
-    once_s = time_calls(side, 1, device)
+    call_s = time_calls(variant, 1, device)
     memory = max(1.0, peak_mib(device) - before)
-    if once_s < 1:
-        calls = calls_per_sample(side, device)
-        once_s = statistics.median(time_calls(side, calls, device) for _ in range(3))
-    return {"time": 1000 * once_s, "memory": memory}
+    if call_s < 1:
+        calls = calls_per_sample(variant, device)
+        call_s = statistics.median(time_calls(variant, calls, device) for _ in range(3))
+    return {"time": 1000 * call_s, "memory": memory}
 
 
 def reset_peak_rss(device: torch.device) -> float:
-    """Let the peak of memory begin anew at what is held now, and say how much that is, in MiB."""
+    """Reset the peak memory to the memory held now, and return that in MiB."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
         return torch.accelerator.memory_allocated() / 2**20
@@ -61,13 +60,13 @@ def reset_peak_rss(device: torch.device) -> float:
 
 
 def peak_mib(device: torch.device) -> float:
-    """The most memory that was held since `forget_peak`."""
+    """Return the peak memory since `reset_peak_rss`, in MiB."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated() / 2**20
     return memory_mib("status", "VmHWM", process=os.getpid())
 
 
 def memory_mib(file: str, *fields: str, process: int) -> float:
-    """Sum of some fields of a file of a process in /proc, which gives them in kB."""
+    """Return the sum of some fields of a file of a process in /proc, in MiB."""
     text = Path(f"/proc/{process}/{file}").read_text()
     return sum(int(kb) for kb in re.findall(rf"^(?:{'|'.join(fields)}):\s+(\d+) kB", text, re.MULTILINE)) / 1024

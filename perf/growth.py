@@ -1,10 +1,10 @@
-"""What it costs as work grows: time and memory against images, boxes, detections, workers and the batch size.
+"""Cost curves: time and memory by number of images, boxes, detections, workers and batch size.
 
     python -m perf.growth [NAME ...] [--out DIR] [--page FILE] [--rounds 5] [--quick]
 
-Each point is measured in a process of its own, so that its peak of memory is its own. A round goes through all points
-of an axis once, so that a machine that slows down slows all of them alike. A point's time in a round is the median of
-its calls; reported are the median over rounds, the least and the greatest. What memory is: `perf/footprint.py`.
+Each point is measured in a separate process, so that its peak memory is its own. A round measures all points of an axis
+once, so that drift of the machine affects all of them. The time of a point in a round is the median of its calls. The
+table shows the median and the range over rounds. `perf/footprint.py` defines memory.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from perf import footprint
 from perf.curves import Axis, axes
 from perf.footprint import PEAK_RESET, Values
 from perf.machine import machine
-from perf.page import update_marker, update_table
+from perf.page import split_at_marker, update_table
 from perf.timing import quartiles
 
 matplotlib.use("Agg")
@@ -43,32 +43,32 @@ UNITS = {
     "all processes": "MiB",
     "private to a worker": "MiB",
 }
-FITTED = ("time", "memory")  # what is a power of the work, if anything is
+FITTED = ("time", "memory")  # measures that may follow a power law
 MAX_TICKS = 7
-UPPER_END = 3  # points that the exponent is fitted to: fixed costs hide in them least
+UPPER_END = 3  # points that the exponent is fitted to: fixed costs matter least there
 
 
 def main(argv: list[str]) -> int:
-    """Measure, write and draw; returns the exit status."""
+    """Measure, write and plot; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.growth",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = {axis.name: axis for axis in axes()}
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all of them if none is named")
-    parser.add_argument("--out", type=Path, default=OUT, help="for growth.json and a picture of each NAME")
-    parser.add_argument("--page", type=Path, help="a page of Markdown to bring the tables of up to date")
-    parser.add_argument("--rounds", type=int, default=5, help="processes that measure each point")
-    parser.add_argument("--quick", action="store_true", help="sizes so small that only the program is tested")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(known)}; default: all")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for growth.json and a plot of each NAME")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are updated")
+    parser.add_argument("--rounds", type=int, default=5, help="processes per point")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the program")
     arguments = parser.parse_args(argv)
     try:
         if unknown := [name for name in arguments.names if name not in known]:
-            raise InputError(f"{', '.join(unknown)}: not measured here. What is: {', '.join(known)}.")
+            raise InputError(f"{', '.join(unknown)}: no such axis. Choose from {', '.join(known)}.")
         if arguments.rounds < 1:
             raise InputError(f"--rounds {arguments.rounds}: should be at least 1.")
         if not PEAK_RESET.exists():
-            raise InputError(f"The peak of memory is measured with {PEAK_RESET}, which this system lacks.")
+            raise InputError(f"{PEAK_RESET}: missing, but needed to measure peak memory. Use Linux.")
         measure_all(
             [known[name] for name in arguments.names] or list(known.values()),
             arguments.out,
@@ -83,10 +83,10 @@ def main(argv: list[str]) -> int:
 
 
 def measure_all(names: Sequence[Axis], out: Path, page: Path | None, *, rounds: int, quick: bool) -> None:
-    """Measure each axis; what is known of the others in out/growth.json stays there."""
+    """Measure each axis, and keep the records of other axes in out/growth.json."""
     for axis in names:
         if page:
-            update_marker(page, axis.name)  # hours before it is filled
+            split_at_marker(page, axis.name)  # fail now, not after hours
     out.mkdir(parents=True, exist_ok=True)
     results = out / "growth.json"
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
@@ -94,14 +94,14 @@ def measure_all(names: Sequence[Axis], out: Path, page: Path | None, *, rounds: 
             record = measure(axis, Path(folder), rounds=rounds, quick=quick)
             records = json.loads(results.read_text()) if results.exists() else {}
             results.write_text(json.dumps(records | {axis.name: record}, indent=1) + "\n")
-            draw(record, out / f"{axis.name}.png")
+            plot(record, out / f"{axis.name}.png")
             print(f"\n{table(record)}", flush=True)
             if page:
                 update_table(page, axis.name, table(record))
 
 
 def measure(axis: Axis, folder: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
-    """What one axis showed: machine, date, and each curve's measures, point by point."""
+    """Return the record of an axis: machine, date, and the measurements of each curve."""
     points = [(curve, work) for curve in axis.curves for work in (curve.quick if quick else curve.works)]
     values: dict[tuple[str, int], list[Values]] = {(curve.name, work): [] for curve, work in points}
     with tqdm(total=rounds * len(points), unit="point", disable=None, leave=False) as progress:
@@ -120,91 +120,89 @@ def measure(axis: Axis, folder: Path, *, rounds: int, quick: bool) -> dict[str, 
 
 
 def series(values: dict[tuple[str, int], list[Values]]) -> Iterator[dict[str, Any]]:
-    """Each measure of each curve, with n, median, least and greatest at each work."""
+    """Yield each measure of each curve, with n, median and range at each amount of work."""
     for name in dict.fromkeys(curve for curve, _ in values):
-        of_curve = {work: found for (curve, work), found in values.items() if curve == name}
-        for measured in UNITS:
-            points = [
-                {"work": work} | asdict(quartiles(found))
-                for work, found in (
-                    (work, [one[measured] for one in rounds if measured in one]) for work, rounds in of_curve.items()
-                )
-                if found
-            ]
+        curve_values = {work: rounds for (curve, work), rounds in values.items() if curve == name}
+        for measure_name in UNITS:
+            samples = {
+                work: [one[measure_name] for one in rounds if measure_name in one]
+                for work, rounds in curve_values.items()
+            }
+            points = [{"work": work} | asdict(quartiles(found)) for work, found in samples.items() if found]
             if points:
                 yield {
                     "curve": name,
-                    "measure": measured,
-                    "unit": UNITS[measured],
-                    "exponent": exponent(points) if measured in FITTED else None,
+                    "measure": measure_name,
+                    "unit": UNITS[measure_name],
+                    "exponent": exponent(points) if measure_name in FITTED else None,
                     "points": points,
                 }
 
 
 def exponent(points: Sequence[dict[str, float]]) -> float | None:
-    """The power of the work that a measure grows with at the upper end, by least squares; None of one point.
+    """Return the scaling exponent at the upper end by least squares, or None for a single point.
 
-    That of the least of each point, from which other work on the machine has taken least.
+    The fit uses the minimum of each point, which other load on the machine affects least.
     """
     upper = [point for point in points if point["work"] > 0][-UPPER_END:]
     if len(upper) < 2:
         return None
-    work, least = (np.log([point[key] for point in upper]) for key in ("work", "min"))
-    return float(np.polyfit(work, least, 1)[0])
+    work, minimum = (np.log([point[key] for point in upper]) for key in ("work", "min"))
+    return float(np.polyfit(work, minimum, 1)[0])
 
 
 def table(record: dict[str, Any]) -> str:
-    """A record as a table in Markdown: a row for each work, the exponents, and what it was measured on."""
+    """Return a record as a Markdown table: one row per amount of work, the exponents, and the machine below."""
     columns = record["series"]
     works = sorted({point["work"] for column in columns for point in column["points"]})
     header = [record["work"], *(f"{column['curve']}: {column['measure']}, {column['unit']}" for column in columns)]
     rows = [header, ["---:"] * len(header)]
     for work in works:
-        found = [[point for point in column["points"] if point["work"] == work] for column in columns]
-        rows.append([f"{work:,}", *(cell(points[0]) if points else "" for points in found)])
-    powers = [column["exponent"] for column in columns]
-    if any(power is not None for power in powers):
-        rows.append(["grows with the power", *("" if power is None else f"{power:.2f}" for power in powers)])
-    on = record["machine"]
-    below = (
-        f"n = {record['n']}, {record['date']}, {on['hardware']}, {on['processor']}, torch {on['versions']['torch']}, "
-        f"commit {on['commit']}."
+        cells = [[point for point in column["points"] if point["work"] == work] for column in columns]
+        rows.append([f"{work:,}", *(format_point(points[0]) if points else "" for points in cells)])
+    exponents = [column["exponent"] for column in columns]
+    if any(value is not None for value in exponents):
+        rows.append(["grows with the power", *("" if value is None else f"{value:.2f}" for value in exponents)])
+    host = record["machine"]
+    caption = (
+        f"n = {record['n']}, {record['date']}, {host['hardware']}, {host['processor']}, "
+        f"torch {host['versions']['torch']}, commit {host['commit']}."
     )
-    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", below])
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", caption])
 
 
-def cell(point: dict[str, float]) -> str:
-    """Median, and in brackets the least and the greatest where they differ from it."""
-    median, least, greatest = (digits(point[key]) for key in ("median", "min", "max"))
-    return median if least == greatest else f"{median} ({least} to {greatest})"
+def format_point(point: dict[str, float]) -> str:
+    """Return the median as text, with the range in brackets if it differs."""
+    median, low, high = (format_number(point[key]) for key in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
-def digits(value: float) -> str:
-    """A number with three digits, or all of those before the point."""
+def format_number(value: float) -> str:
+    """Return a number with three significant digits, or more before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """A panel for each measure, a line for each curve; the dotted lines grow in proportion to the work."""
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Plot a panel for each measure and a line for each curve. Dotted lines are proportional to the work."""
     measures = list(dict.fromkeys(column["measure"] for column in record["series"]))
     width = 4.6 if len(measures) < 3 else 3.4
-    sheet, panels = plt.subplots(1, len(measures), figsize=(width * len(measures), 3.8), layout="constrained")
-    for panel, measured in zip(np.atleast_1d(panels), measures, strict=True):
-        columns = [column for column in record["series"] if column["measure"] == measured]
+    figure, panels = plt.subplots(1, len(measures), figsize=(width * len(measures), 3.8), layout="constrained")
+    for panel, measure_name in zip(np.atleast_1d(panels), measures, strict=True):
+        columns = [column for column in record["series"] if column["measure"] == measure_name]
         for column in columns:
-            work, median, least, greatest = (
+            work, median, low, high = (
                 np.array([point[key] for point in column["points"]]) for key in ("work", "median", "min", "max")
             )
             (line, *_) = panel.errorbar(
-                work, median, yerr=(median - least, greatest - median), marker="o", markersize=4, label=column["curve"]
+                work, median, yerr=(median - low, high - median), marker="o", markersize=4, label=column["curve"]
             )
             if column["exponent"] is not None:
                 proportional = median[-1] * work[work > 0] / work[-1]
                 panel.plot(work[work > 0], proportional, linestyle=":", linewidth=1, color=line.get_color())
-        panel.set(title=f"{measured}, {columns[0]['unit']}", xlabel=record["work"])
+        panel.set(title=f"{measure_name}, {columns[0]['unit']}", xlabel=record["work"])
         panel.grid(alpha=0.3)
         works = sorted({point["work"] for column in columns for point in column["points"]})
-        if measured in FITTED:
+        if measure_name in FITTED:
             panel.set_xscale("symlog", linthresh=1)
             panel.set_yscale("log")
             panel.set_ylim(bottom=min(point["min"] for column in columns for point in column["points"]) / 2)
@@ -215,13 +213,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
         else:
             panel.set_xscale("linear" if 0 in works else "log")
             panel.set_ylim(bottom=0)
-        shown = works if len(works) <= MAX_TICKS else [work for work in works if f"{work}".rstrip("0") in ("", "1")]
-        panel.set_xticks(shown, [f"{work:,}" for work in shown], rotation=30 if shown[-1] > 1000 else 0)
+        ticks = works if len(works) <= MAX_TICKS else [work for work in works if f"{work}".rstrip("0") in ("", "1")]
+        panel.set_xticks(ticks, [f"{work:,}" for work in ticks], rotation=30 if ticks[-1] > 1000 else 0)
         panel.xaxis.set_minor_locator(ticker.NullLocator())
     handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    sheet.savefig(path, dpi=110)
-    plt.close(sheet)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

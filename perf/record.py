@@ -1,4 +1,6 @@
-"""Record of a finished run: python -m perf.record RUN_FOLDER NAME [--note TEXT]
+"""Record of a finished run.
+
+    python -m perf.record RUN_FOLDER NAME [--note TEXT]
 
 Writes perf/results/<date>_<name>/ with the run's config, log and metrics, a summary (hardware, versions, commit,
 times, AP by epoch) and a plot of the AP. The commit is the one that the run logged, or else that of this repository.
@@ -25,7 +27,9 @@ PATH_SETTINGS = ("data_dir", "run_dir", "log_dir", *CUSTOM_DATA_SETTINGS)
 
 def main(argv: list[str]) -> None:
     """Copy, summarize and plot."""
-    parser = argparse.ArgumentParser(prog="python -m perf.record", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("name", help="of the record, such as bccd_cpu")
     parser.add_argument("--note", default="", help="note for readers")

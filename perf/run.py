@@ -1,4 +1,6 @@
-"""Measure this machine: python -m perf.run [NAME ...] [--quick] [--check] [--photos DIR] [--profile] ...
+"""Benchmarks of all parts of training on this machine.
+
+    python -m perf.run [NAME ...] [--quick] [--check] [--photos DIR] [--profile] ...
 
 Times every part of training, from JPEG bytes to the COCO metric, interleaved with its baselines, and compares it with
 the machine's roofline. Prints a table and writes perf/results/<date>_<hardware>_<commit>.json.

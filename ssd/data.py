@@ -176,7 +176,9 @@ class SSDTrainSource(SSDEvalSource):
         super().__init__(config, ranks)
         train = train.drop_empty_images()
         self.train_samples = len(train)
-        self.sampler = EpochBatchSampler(len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch)
+        self.sampler = EpochBatchSampler(
+            len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch
+        )
         self.steps_per_epoch = len(self.sampler)
         pixels, self.device_cache = device_cache.build(config, train, ranks)
         dataset = SSDTrainDataset(

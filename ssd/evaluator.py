@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detection.data.prefetch import to_device, prefetch
+from detection.data.prefetch import prefetch, to_device
 from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoBoxMetric, to_results
 from detection.runtime.device import supports_float64
 from detection.runtime.distributed import DistContext

@@ -69,8 +69,8 @@ def test_an_invalid_commit_is_rejected():
 
 
 def test_a_record_contains_the_commit_of_its_run(tmp_path):
-    from perf.record import outcome
+    from perf.record import summarize
 
     logged = write_run(tmp_path / "a.txt", commit={"value": COMMIT, "dirty": True})
-    assert outcome(logged)["commit"] == f"{COMMIT}-dirty"
-    assert "commit" not in outcome(write_run(tmp_path / "b.txt"))
+    assert summarize(logged)["commit"] == f"{COMMIT}-dirty"
+    assert "commit" not in summarize(write_run(tmp_path / "b.txt"))

@@ -27,7 +27,7 @@ from detection.engine.state import RunContext
 from detection.engine.tensorboard import TensorBoardLogger
 from detection.engine.workload import TrainingStopped, TrainResult, Workload
 from detection.runtime import device, numa_binding
-from detection.runtime.distributed import PeerDisconnected, DistContext, init_process_group
+from detection.runtime.distributed import DistContext, PeerDisconnected, init_process_group
 from detection.runtime.signals import SIGNALS, RunInterrupted, SignalHandler, set_parent_death_signal
 from detection.runtime.watchdog import Watchdog
 from mlperf.log import MlperfLog

@@ -42,7 +42,8 @@ def build_sgd(
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise InputError(
-            f"--optimizer-backend apex: apex cannot be imported ({error}). Install it, or pass --optimizer-backend torch."
+            f"--optimizer-backend apex: apex cannot be imported ({error}). "
+            "Install it, or pass --optimizer-backend torch."
         ) from error
     optimizer: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
     return optimizer

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from detection.config.settings import InputError
 from detection.data.batch import RankBatch
-from detection.data.prefetch import to_device, prefetch
+from detection.data.prefetch import prefetch, to_device
 from detection.engine import train_loop
 from detection.engine.state import RunContext, TrainState
 from detection.engine.step_timer import StepTimer
@@ -86,7 +86,9 @@ def measure(
     for kind in ("real", "synthetic"):
         if config.benchmark_input not in ("both", kind):
             continue
-        batches = prefetch(real(), run_device) if kind == "real" else itertools.repeat(to_device(synthetic(), run_device))
+        batches = (
+            prefetch(real(), run_device) if kind == "real" else itertools.repeat(to_device(synthetic(), run_device))
+        )
         time_steps(batches, step_fn, config.benchmark_warmup, state, run)
         timed = time_steps(batches, step_fn, config.benchmark_steps, state, run)
         state.step_timer = StepTimer(sync_device=run_device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Batch, RankBatch
-from detection.data.prefetch import to_device, prefetch
+from detection.data.prefetch import prefetch, to_device
 from detection.engine import optim, save_restore
 from detection.engine.state import RunContext, TrainState
 from detection.engine.workload import (

@@ -96,7 +96,7 @@ class RunRecord:
 
     @property
     def resumed(self) -> bool:
-        """Whether the run resumed from a checkpoint."""
+        """True if the run resumed from a checkpoint."""
         return bool(self.log_events_named("resumed")) or any(
             event.get("resumed_from") for event in self.events_named("run_start")
         )

@@ -64,7 +64,7 @@ class JsonlTail:
 
     @property
     def finished(self) -> bool:
-        """Whether the last event is the summary."""
+        """True once the last event is the summary."""
         return bool(self.events) and self.events[-1]["event"] == "summary"
 
 

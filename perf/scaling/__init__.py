@@ -1,1 +1,1 @@
-"""How far training scales: measured gradients and a model of the step."""
+"""Scaling study: measured gradient exchange, and a model of the training step checked against published runs."""

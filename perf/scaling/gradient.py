@@ -1,11 +1,11 @@
-"""What it costs to share one gradient: bytes on the wire, time beside the backward pass, and time at one rank.
+"""Cost of the gradient all-reduce: bytes on the wire, time hidden behind the backward pass, and overhead of DDP.
 
-    python -m detection.runtime.launch --nproc-per-node 2 -m perf.scaling.gradient [--batch-size 2] [--rounds 9] [--out FILE]
+    python -m detection.runtime.launch --nproc-per-node 2 -m perf.scaling.gradient [--batch-size 2] [--rounds 9]
 
-With one rank it compares a step with DistributedDataParallel to one without it; with several, steps that share their
-gradient to steps that keep it and to the all-reduce alone, in turns. The bytes are those that the kernel counts on this
-process's TCP connections, so that nothing is forgotten that the ranks say to each other; where the collectives do
-not use TCP, as gloo does, there are none.
+On one rank this compares a step with DistributedDataParallel to one without. On several ranks it interleaves steps that
+all-reduce their gradient, steps that keep it, and the all-reduce alone. The bytes are those that the kernel counts on
+the TCP connections of this process, which includes all traffic between ranks. They are 0 if the collectives do not use
+TCP. gloo does.
 """
 
 import argparse
@@ -40,15 +40,15 @@ from ssd.evaluator import SSDEvaluator
 from ssd.model import SSD300
 from ssd.train import make_workload
 
-# In the kernel's struct tcp_info, since Linux 4.1: tcpi_bytes_received.
+# Offset of tcpi_bytes_received in the kernel's struct tcp_info, since Linux 4.1.
 TCP_INFO_BYTES, RECEIVED_AT = 256, 128
 
-NO_DDP, DDP, KEPT = "without DDP", "DDP", "DDP, gradient kept"
-ROUNDED, LOCAL = "DDP, gradient in bf16", "all-reduce alone"
+NO_DDP, DDP, NO_SYNC = "without DDP", "DDP", "DDP, gradient kept"
+BF16, ALL_REDUCE = "DDP, gradient in bf16", "all-reduce alone"
 
 
 def main(argv: list[str]) -> int:
-    """Measure on this rank, the first writes; returns the exit status."""
+    """Measure on all ranks, print and write on the main rank, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.scaling.gradient",
         description=__doc__,
@@ -56,94 +56,96 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each kind")
-    parser.add_argument("--precision", default="auto", help="as in a run")
-    parser.add_argument("--out", type=Path, help="a .json file for the figures")
+    parser.add_argument("--precision", default="auto", help="precision of the network, as in a run")
+    parser.add_argument("--out", type=Path, help="a .json file for the results")
     arguments = parser.parse_args(argv)
-    topology = read_rank_info()
+    rank_info = read_rank_info()
     try:
         config = Config(batch_size=arguments.batch_size, precision=arguments.precision, seed=0, compile="off")
-        device = select_device("auto", topology.local_rank)
-        with init_process_group(topology, device, timeout_s=600, force=True) as ranks:
-            figures = measure(config, ranks, arguments.rounds)
+        device = select_device("auto", rank_info.local_rank)
+        with init_process_group(rank_info, device, timeout_s=600, force=True) as ranks:
+            result = measure(config, ranks, arguments.rounds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if ranks.is_main:
-        print(print_result(figures))
+        print(format_result(result))
         if arguments.out:
-            record = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(device), **figures}
+            record = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(device), **result}
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
 def measure(config: Config, ranks: DistContext, rounds: int) -> dict[str, Any]:
-    """Times of the kinds of steps, in seconds, and bytes that came to this rank in each; what follows from both."""
-    plain, shared, rounded = (DdpProbe(config, ranks.device) for _ in range(3))
-    shared.state.model = ranks.wrap_ddp(shared.state.model, force=True)
-    rounded.state.model = ranks.wrap_ddp(rounded.state.model, "bf16", force=True)
-    gradient = torch.zeros(sum(p.numel() for p in plain.state.model.parameters()), device=ranks.device)
+    """Return times and received bytes of each kind of step, and the ratios derived from them."""
+    local, fp32_ddp, bf16_ddp = (DdpProbe(config, ranks.device) for _ in range(3))
+    fp32_ddp.state.model = ranks.wrap_ddp(fp32_ddp.state.model, force=True)
+    bf16_ddp.state.model = ranks.wrap_ddp(bf16_ddp.state.model, "bf16", force=True)
+    gradient = torch.zeros(sum(p.numel() for p in local.state.model.parameters()), device=ranks.device)
 
-    def kept_step() -> None:
-        with ranks.no_sync(shared.state.model):
-            shared.step()
+    def step_without_sync() -> None:
+        with ranks.no_sync(fp32_ddp.state.model):
+            fp32_ddp.step()
 
     kinds: dict[str, tuple[Callable[[], object], DdpProbe]] = {
-        NO_DDP: (plain.step, plain),
-        DDP: (shared.step, shared),
-        KEPT: (kept_step, shared),
-        ROUNDED: (rounded.step, rounded),
-        LOCAL: (lambda: ranks.all_reduce_mean(gradient), plain),
+        NO_DDP: (local.step, local),
+        DDP: (fp32_ddp.step, fp32_ddp),
+        NO_SYNC: (step_without_sync, fp32_ddp),
+        BF16: (bf16_ddp.step, bf16_ddp),
+        ALL_REDUCE: (lambda: ranks.all_reduce_mean(gradient), local),
     }
     samples = interleave(kinds, ranks, rounds)
     return {
         "ranks": ranks.world_size,
         "batch_size": config.batch_size,
-        "precision": plain.state.precision.name,
+        "precision": local.state.precision.name,
         "gradient_bytes": gradient.nbytes,
         "kinds": {
             name: {
-                "time_s": asdict(quartiles([one.time_s for one in of_kind])),
-                "after_backward_s": asdict(quartiles([one.after_backward_s for one in of_kind])),
-                "received_bytes": statistics.mean(one.received_bytes for one in of_kind),
+                "time_s": asdict(quartiles([one.time_s for one in kind_samples])),
+                "after_backward_s": asdict(quartiles([one.after_backward_s for one in kind_samples])),
+                "received_bytes": statistics.mean(one.received_bytes for one in kind_samples),
             }
-            for name, of_kind in samples.items()
+            for name, kind_samples in samples.items()
         },
         **summarize(samples, gradient.nbytes, ranks),
     }
 
 
 class DdpProbe:
-    """SSD300 in training on a made-up batch, alone as yet; knows when its last backward pass was over."""
+    """Training of SSD300 on a dummy batch, with timestamps of its last gradient and its optimizer step."""
 
     def __init__(self, config: Config, device: torch.device):
         torch.manual_seed(0)
-        self.config, self.alone = config, DistContext(0, 1, device)
-        evaluation = SSDEvaluator(config, self.alone)
-        self.benchmark = make_workload(config, self.alone, 0, SSD300(config.num_classes), evaluation)
-        self.state = train_loop.build_state(self.benchmark, config, self.alone)
-        share = RankBatch(self.benchmark.dummy_batch(), config.batch_size, 1 / config.batch_size)
-        self.share = to_device(share, device)
-        self.last_gradient_s = self.optimiser_s = 0.0
+        self.config, self.single_rank = config, DistContext(0, 1, device)
+        evaluator = SSDEvaluator(config, self.single_rank)
+        self.workload = make_workload(config, self.single_rank, 0, SSD300(config.num_classes), evaluator)
+        self.state = train_loop.build_state(self.workload, config, self.single_rank)
+        rank_batch = RankBatch(self.workload.dummy_batch(), config.batch_size, 1 / config.batch_size)
+        self.rank_batch = to_device(rank_batch, device)
+        self.last_gradient_s = self.optimizer_s = 0.0
         for parameter in self.state.model.parameters():
             parameter.register_post_accumulate_grad_hook(self.on_gradient)
         self.state.optimizer.register_step_pre_hook(self.on_optimizer_step)
 
     def step(self) -> None:
-        """One optimiser step."""
-        train_loop.train_step(self.state, self.share, 0.0, self.benchmark, self.config, self.alone)
+        """Run one training step."""
+        train_loop.train_step(self.state, self.rank_batch, 0.0, self.workload, self.config, self.single_rank)
 
     def on_gradient(self, _: Tensor) -> None:
-        """A gradient is computed."""
+        """Store the time at which a gradient is complete."""
         self.last_gradient_s = time.perf_counter()
 
     def on_optimizer_step(self, *_: object) -> None:
-        """All gradients have been shared."""
-        self.optimiser_s = time.perf_counter()
+        """Store the time at which all gradients are reduced."""
+        self.optimizer_s = time.perf_counter()
 
 
 class Sample(NamedTuple):
-    """Of one step: its time on the slowest rank, and that between the last gradient and the optimiser on the rank that
-    came last, which waits for no other; bytes that this rank received.
+    """Measurement of one step.
+
+    time_s: on the slowest rank. after_backward_s: from the last gradient to the optimizer step, on the rank that
+    finishes its backward pass last and so waits for no other. received_bytes: by this rank.
     """
 
     time_s: float
@@ -154,55 +156,57 @@ class Sample(NamedTuple):
 def interleave(
     kinds: dict[str, tuple[Callable[[], object], DdpProbe]], ranks: DistContext, rounds: int
 ) -> dict[str, list[Sample]]:
-    """A sample of each kind of step in each round, the first round left out.
+    """Return a sample of each kind of step in each round, without the first round.
 
-    All ranks do the same at the same time: unlike in `perf.timing.in_turns`, no rank decides by its own clock.
+    All ranks run the same steps. Unlike in `perf.timing.interleave`, no rank decides by its own clock.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in kinds}
-    for number in range(rounds + 1):
-        for name, (step, training) in kinds.items():
+    for round_index in range(rounds + 1):
+        for name, (step, probe) in kinds.items():
             ranks.barrier()
             before = received_bytes()
-            mine_s = time_calls(Variant(name, step), 1, ranks.device)
+            local_s = time_calls(Variant(name, step), 1, ranks.device)
             received = received_bytes() - before
-            after_s = training.optimiser_s - training.last_gradient_s
-            slowest_s, least = ranks.all_reduce_max(torch.tensor([mine_s, -after_s], device=ranks.device)).tolist()
-            if number:
-                samples[name].append(Sample(slowest_s, -least, received))
+            after_s = probe.optimizer_s - probe.last_gradient_s
+            max_s, negative_min_s = ranks.all_reduce_max(
+                torch.tensor([local_s, -after_s], device=ranks.device)
+            ).tolist()
+            if round_index:
+                samples[name].append(Sample(max_s, -negative_min_s, received))
     return samples
 
 
 def summarize(samples: dict[str, list[Sample]], gradient_bytes: int, ranks: DistContext) -> dict[str, Any]:
-    """Ratios, round by round: cost of DDP, share of the all-reduce that is hidden; bytes against the ideal's.
+    """Return ratios per round: cost of DDP, hidden fraction of the all-reduce, and bytes relative to the ideal.
 
-    The cost is that of DDP itself: with several ranks, of steps that share nothing. Hidden is what does not come after
-    the backward pass; an accelerator is still at work when its host is not, so that this is not known there. The ideal
-    is a ring's: each rank receives 2(n-1)/n of one gradient.
+    The cost is that of DDP itself, on several ranks from steps without an all-reduce. The hidden fraction is the part
+    of the all-reduce that does not extend beyond the backward pass. On an accelerator it is unknown, since the host
+    finishes earlier. The ideal is a ring, in which each rank receives 2(n-1)/n of one gradient.
     """
-    shared, kept, rounded, alone = (samples[name] for name in (DDP, KEPT, ROUNDED, LOCAL))
-    ours = kept if ranks.is_distributed else shared
-    costs = [one.time_s / plain.time_s for one, plain in zip(ours, samples[NO_DDP], strict=True)]
-    found: dict[str, Any] = {"ddp_cost": asdict(quartiles(costs))}
+    fp32, no_sync, bf16, all_reduce = (samples[name] for name in (DDP, NO_SYNC, BF16, ALL_REDUCE))
+    with_ddp = no_sync if ranks.is_distributed else fp32
+    costs = [one.time_s / other.time_s for one, other in zip(with_ddp, samples[NO_DDP], strict=True)]
+    summary: dict[str, Any] = {"ddp_cost": asdict(quartiles(costs))}
     if not ranks.is_distributed:
-        return found
+        return summary
     if ranks.device.type == "cpu":
-        rows = zip(shared, kept, alone, strict=True)
-        hidden = [1 - (s.after_backward_s - k.after_backward_s) / a.time_s for s, k, a in rows]
-        found["hidden_share"] = asdict(quartiles(hidden))
-    if any(one.received_bytes for one in shared):
+        rows = zip(fp32, no_sync, all_reduce, strict=True)
+        hidden = [1 - (f.after_backward_s - n.after_backward_s) / a.time_s for f, n, a in rows]
+        summary["hidden_fraction"] = asdict(quartiles(hidden))
+    if any(one.received_bytes for one in fp32):
         ideal = 2 * (ranks.world_size - 1) / ranks.world_size * gradient_bytes
-        found["bytes_of_ideal"] = {
-            "fp32": statistics.mean(one.received_bytes for one in shared) / ideal,
-            "bf16": statistics.mean(one.received_bytes for one in rounded) / (ideal / 2),
+        summary["bytes_of_ideal"] = {
+            "fp32": statistics.mean(one.received_bytes for one in fp32) / ideal,
+            "bf16": statistics.mean(one.received_bytes for one in bf16) / (ideal / 2),
         }
-    return found
+    return summary
 
 
 def received_bytes() -> int:
-    """Bytes that have come to this process on the TCP connections that it has now."""
+    """Return the bytes that this process has received on its open TCP connections."""
     total = 0
     for path in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # closed by now
+        with suppress(OSError):  # closed in the meantime
             if not os.readlink(path).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(path.name))) as connection:
@@ -212,33 +216,33 @@ def received_bytes() -> int:
     return total
 
 
-def print_result(figures: dict[str, Any]) -> str:
-    """The figures as a table, and what follows from them."""
+def format_result(result: dict[str, Any]) -> str:
+    """Return a table of the steps, and the ratios below it."""
     rows = [("a step", "median", "range", "after the backward pass", "received")]
-    for name, kind in figures["kinds"].items():
+    for name, kind in result["kinds"].items():
         time_s, after_s = kind["time_s"], kind["after_backward_s"]
         rows.append(
             (
                 name,
                 f"{1000 * time_s['median']:.1f} ms",
                 f"{1000 * time_s['min']:.1f} to {1000 * time_s['max']:.1f}",
-                "" if name == LOCAL else f"{1000 * after_s['median']:.1f} ms",
+                "" if name == ALL_REDUCE else f"{1000 * after_s['median']:.1f} ms",
                 f"{kind['received_bytes'] / 2**20:.1f} MiB",
             )
         )
-    count, size = figures["ranks"], figures["batch_size"]
+    world_size, batch_size = result["ranks"], result["batch_size"]
     lines = [
-        f"{count} rank{'s' * (count > 1)} × {size} images, {figures['precision']}, n = {time_s['n']}; "
-        f"a gradient is {figures['gradient_bytes'] / 2**20:.1f} MiB in fp32",
+        f"{world_size} rank{'s' * (world_size > 1)} × {batch_size} images, {result['precision']}, n = {time_s['n']}; "
+        f"a gradient is {result['gradient_bytes'] / 2**20:.1f} MiB in fp32",
         align(rows),
-        f"DDP: {figures['ddp_cost']['median']:.3f} of the time without "
-        f"({figures['ddp_cost']['q1']:.3f} to {figures['ddp_cost']['q3']:.3f})",
+        f"DDP: {result['ddp_cost']['median']:.3f} of the time without "
+        f"({result['ddp_cost']['q1']:.3f} to {result['ddp_cost']['q3']:.3f})",
     ]
-    if hidden := figures.get("hidden_share"):
+    if hidden := result.get("hidden_fraction"):
         low, high = 100 * hidden["q1"], 100 * hidden["q3"]
-        lines.append(f"hidden behind the backward pass: {100 * hidden['median']:.0f} % ({low:.0f} to {high:.0f})")
-    for name, share in figures.get("bytes_of_ideal", {}).items():
-        lines.append(f"{name}: {share:.4f} of the bytes of a ring all-reduce of one gradient in {name}")
+        lines.append(f"hidden behind the backward pass: {100 * hidden['median']:.0f}% ({low:.0f} to {high:.0f})")
+    for name, ratio in result.get("bytes_of_ideal", {}).items():
+        lines.append(f"{name}: {ratio:.4f} of the bytes of a ring all-reduce of one gradient in {name}")
     return "\n".join(lines)
 
 

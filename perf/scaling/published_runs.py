@@ -1,4 +1,4 @@
-"""Published runs of SSD300, the constants of `perf.scaling.step_model` fitted to them, and the model held against each."""
+"""Published runs of SSD300, constants of `step_model` fitted to them, and the model checked against each of them."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import numpy as np
 
 from perf.scaling.step_model import TRAIN_IMAGES, Accelerator, Layout, Network, Run, System, run, step
 
-# Bus bandwidth: NCCL reckons with 235 GB/s of the 300 in each direction that an A100 has, and its authors with a fifth
-# lost to the protocol on any NVLink (nccl-tests #212; users see 200, #149). Network: 85 % of the links, the mean that
+# Bus bandwidth: NCCL assumes 235 of the 300 GB/s in each direction of an A100, and its authors assume a protocol
+# overhead of a fifth on any NVLink (nccl-tests #212; users see 200, #149). Network: 85% of the links, the mean that
 # users see (nccl-tests #119). Links and cores: the submissions' system descriptions.
 IN_NODE, ON_NETWORK = 235 / 300, 0.85
 DGX_A100 = System("DGX A100", 8, 235, 200 * ON_NETWORK, cores=16)
@@ -19,9 +19,9 @@ DGX_1 = System("DGX-1", 8, 150 * IN_NODE, 0, cores=5)
 
 
 class PublishedRun(NamedTuple):
-    """A published result: the median of its epochs' times, and its score in minutes (the mean of the middle runs).
+    """Published result: median epoch time, and score in minutes (mean of the middle runs).
 
-    clock: of its accelerators, over that of those of its generation.
+    relative_clock: clock rate of its accelerators relative to that of their generation.
     """
 
     submitter: str
@@ -29,18 +29,18 @@ class PublishedRun(NamedTuple):
     layout: Layout
     epoch_s: float
     minutes: float
-    clock: float = 1.0
+    relative_clock: float = 1.0
 
     @property
     def step_s(self) -> float:
-        """Mean time of a step."""
+        """Mean time of a step in seconds."""
         return self.epoch_s / (TRAIN_IMAGES / self.layout.global_batch_size)
 
 
 class Generation(NamedTuple):
-    """Accelerators of one kind under software of one year.
+    """Accelerators of one kind with software of one year.
 
-    fitted: published runs that the model's constants are from. others: that nothing is fitted to.
+    fitted: published runs that the model is fitted to. others: runs for validation only.
     """
 
     name: str
@@ -52,7 +52,7 @@ _NF5488 = replace(DGX_A100, name="NF5488")
 _XE8545 = replace(DGX_A100, name="XE8545", per_node=4, network_gb_s=50 * ON_NETWORK, cores=32)
 
 # Median epoch_start to epoch_stop over all runs of a submission: github.com/mlcommons/training_results_v0.7, _v1.1,
-# <submitter>/results/<system>/ssd/result_*.txt. Batch norm's group is what model_bn_span is in batches of a rank.
+# <submitter>/results/<system>/ssd/result_*.txt. Batch norm's group is model_bn_span divided by the batch of a rank.
 GENERATIONS = (
     Generation(
         "A100, v1.1 (2021)",
@@ -85,55 +85,55 @@ GENERATIONS = (
             PublishedRun("NVIDIA", DGX_2H, Layout(4, 16, 24), 3.656, 3.934),
             PublishedRun("NVIDIA", DGX_2H, Layout(64, 16, 2, 8), 0.970, 1.135),
         ),
-        # The DGX-1's V100 are of 300 W, at 1.5 instead of 1.7 GHz.
-        (PublishedRun("NVIDIA", DGX_1, Layout(1, 8, 120), 24.378, 20.690, clock=1.5 / 1.7),),
+        # The DGX-1 has V100 of 300 W, at 1.5 instead of 1.7 GHz.
+        (PublishedRun("NVIDIA", DGX_1, Layout(1, 8, 120), 24.378, 20.690, relative_clock=1.5 / 1.7),),
     ),
 )
 
 
 def fit(network: Network, published: Sequence[PublishedRun]) -> Accelerator:
-    """The accelerator that explains published steps best: least squares of the relative errors, two runs or more.
+    """Fit an accelerator to the steps of at least two published runs: least squares of the relative errors.
 
-    What depends on the links is taken off first; what of it is hidden depends on what is found, hence the rounds.
+    Communication time is subtracted first. Its exposed part depends on the fit, so the fit iterates.
     """
-    found = Accelerator(math.inf, 0.0)
+    accelerator = Accelerator(math.inf, 0.0)
     for _ in range(5):
         times = []
         for one in published:
-            parts = step(network, found, one.system, one.layout)
+            parts = step(network, accelerator, one.system, one.layout)
             times.append(one.step_s - parts.gradient - parts.batch_norm)
         weights = 1 / np.array([one.step_s for one in published])
         columns = np.array([[1, one.layout.batch_size] for one in published]) * weights[:, None]
-        (fixed_s, image_s), *_ = np.linalg.lstsq(columns, np.array(times) * weights, rcond=None)
-        found = Accelerator(1 / float(image_s), max(0.0, float(fixed_s)))
-    return found
+        (overhead_s, image_s), *_ = np.linalg.lstsq(columns, np.array(times) * weights, rcond=None)
+        accelerator = Accelerator(1 / float(image_s), max(0.0, float(overhead_s)))
+    return accelerator
 
 
 class Check(NamedTuple):
-    """A published run beside the model's, which is fitted to others: `widths` are their numbers of accelerators."""
+    """Published run and the model's prediction. device_counts: of the other runs that the model is fitted to."""
 
     published: PublishedRun
     run: Run
-    widths: tuple[int, ...]
+    device_counts: tuple[int, ...]
 
     @property
     def epoch_error(self) -> float:
-        """Of the time of an epoch, relative."""
+        """Relative error of the epoch time."""
         return self.run.epoch_s / self.published.epoch_s - 1
 
     @property
     def minutes_error(self) -> float:
-        """Of the score, relative: epochs to the target and evaluation included."""
+        """Relative error of the score, which includes epochs to the target and evaluation."""
         return self.run.minutes / self.published.minutes - 1
 
 
 def check(network: Network, generation: Generation) -> list[Check]:
-    """Each published run of a generation, predicted from others: none has a part in its own prediction."""
-    found = []
+    """Predict each published run of a generation from the others, without its own measurement."""
+    checks = []
     for one in (*generation.fitted, *generation.others):
         known = [other for other in generation.fitted if other is not one]
         accelerator = fit(network, known)
-        accelerator = accelerator._replace(images_per_s=accelerator.images_per_s * one.clock)
+        accelerator = accelerator._replace(images_per_s=accelerator.images_per_s * one.relative_clock)
         predicted = run(network, accelerator, one.system, one.layout)
-        found.append(Check(one, predicted, tuple(other.layout.ranks for other in known)))
-    return found
+        checks.append(Check(one, predicted, tuple(other.layout.ranks for other in known)))
+    return checks

@@ -1,10 +1,10 @@
-"""How far SSD300 scales: a model of 1 to 1,024 accelerators, beside published runs, and what is measured for it here.
+"""Scaling study of SSD300: a model of 1 to 1,024 accelerators, checked against published runs.
 
     python -m perf.scaling.study [--measure] [--docs DIR] [--out FILE] [--rate IMG_S --fixed-ms MS]
 
-Prints the tables: the published runs that the model was checked against, the fastest run at each width, and what that
-run would take if one thing were otherwise. --docs brings DIR/SCALING.md and DIR/scaling.png up to date. --measure runs
-perf.scaling.gradient on one rank and on two. --rate and --fixed-ms stand for an accelerator of your own.
+Prints the published runs and their predictions, the fastest run on each number of accelerators, and a what-if analysis.
+--docs updates DIR/SCALING.md and DIR/scaling.png. --measure runs perf.scaling.gradient on one rank and on two. --rate
+and --fixed-ms describe another accelerator.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 
 from detection.config.settings import InputError
-from perf.page import update_marker, update_table
+from perf.page import split_at_marker, update_table
 from perf.scaling import gradient
 from perf.scaling.published_runs import DGX_A100, GENERATIONS, ON_NETWORK, Check, check, fit
 from perf.scaling.step_model import Accelerator, Network, Run, Step, System, best_run, count_network
@@ -31,13 +31,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 DEVICE_COUNTS = tuple(2**power for power in range(11))
-COMPARED = (8, 64, 512, 1024)
+WHAT_IF_COUNTS = (8, 64, 512, 1024)
 SLOW_GB_S = 12.5 * ON_NETWORK
 PYCOCOTOOLS_S = 61.7  # 5,000 images with 200 detections each, measured
 
 Machine = tuple[Accelerator, System]
 
-# What could be otherwise, one thing at a time.
+# Changes of accelerator or system for the what-if analysis, one at a time.
 WHAT_IF: tuple[tuple[str, Callable[[Accelerator, System], Machine]], ...] = (
     ("as above", lambda one, system: (one, system)),
     ("gradients in fp32", lambda one, system: (one, replace(system, gradient_bytes=4))),
@@ -49,21 +49,21 @@ WHAT_IF: tuple[tuple[str, Callable[[Accelerator, System], Machine]], ...] = (
     ("one core for each accelerator", lambda one, system: (one, replace(system, cores=1))),
 )
 PAGE, PLOT = "SCALING.md", "scaling.png"
-PLACES = ("published", "widths", "otherwise", "measured")
+TABLES = ("published", "widths", "otherwise", "measured")
 
 Rows = list[tuple[str, ...]]
 
 
 def main(argv: list[str]) -> int:
-    """Compute, print and write; returns the exit status."""
+    """Compute, print and write; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.scaling.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measure", action="store_true", help="measure the gradient's way here, in some minutes")
-    parser.add_argument("--docs", type=Path, help=f"folder with the {PAGE} to bring up to date")
-    parser.add_argument("--out", type=Path, help="a .json file for all of it")
-    parser.add_argument("--rate", type=float, help="images/s of an accelerator, in the limit of a large batch")
-    parser.add_argument("--fixed-ms", type=float, help="what a step takes, however small its batch")
+    parser.add_argument("--measure", action="store_true", help="also measure the gradient all-reduce here, in minutes")
+    parser.add_argument("--docs", type=Path, help=f"folder of the {PAGE} to update")
+    parser.add_argument("--out", type=Path, help="a .json file for all results")
+    parser.add_argument("--rate", type=float, help="images/s of an accelerator in the limit of a large batch")
+    parser.add_argument("--fixed-ms", type=float, help="fixed overhead of a step, whatever its batch")
     arguments = parser.parse_args(argv)
     try:
         report(arguments)
@@ -74,17 +74,17 @@ def main(argv: list[str]) -> int:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """All that the command does; raises InputError for what cannot be."""
+    """Run the command. Raise InputError for invalid flags."""
     if (arguments.rate is None) != (arguments.fixed_ms is None):
-        raise InputError("--rate and --fixed-ms: give both, or neither.")
+        raise InputError("--rate and --fixed-ms: only one is given. Pass both, or neither.")
     if arguments.rate is not None and (arguments.rate <= 0 or arguments.fixed_ms < 0):
-        raise InputError("--rate should be more than 0, --fixed-ms at least 0.")
+        raise InputError("--rate and --fixed-ms: out of range. --rate should be positive, --fixed-ms at least 0.")
     if arguments.docs:
-        for name in PLACES:
-            update_marker(arguments.docs / PAGE, name)
+        for name in TABLES:
+            split_at_marker(arguments.docs / PAGE, name)
     network = count_network()
-    own = Accelerator(arguments.rate, arguments.fixed_ms / 1000) if arguments.rate else None
-    accelerator = own or fit(network, GENERATIONS[0].fitted)
+    given = Accelerator(arguments.rate, arguments.fixed_ms / 1000) if arguments.rate else None
+    accelerator = given or fit(network, GENERATIONS[0].fitted)
     checks = [(generation.name, one) for generation in GENERATIONS for one in check(network, generation)]
     runs = [best_run(network, accelerator, DGX_A100, ranks) for ranks in DEVICE_COUNTS]
     tables = {
@@ -102,28 +102,28 @@ def report(arguments: argparse.Namespace) -> None:
             update_table(
                 arguments.docs / PAGE,
                 "measured",
-                "\n\n".join(f"```\n{gradient.print_result(one)}\n```" for one in measured),
+                "\n\n".join(f"```\n{gradient.format_result(one)}\n```" for one in measured),
             )
-        draw(network, checks, runs, arguments.docs / PLOT)
+        plot(network, checks, runs, arguments.docs / PLOT)
     if arguments.out:
         record = to_record(network, accelerator, checks, runs) | {"measured": measured}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measure() -> list[dict[str, Any]]:
-    """What perf.scaling.gradient finds with one rank and with two."""
-    found = []
+    """Return the results of perf.scaling.gradient on one rank and on two."""
+    results = []
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         for ranks in ("1", "2"):
             out = Path(folder) / f"{ranks}.json"
             launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", ranks]
             subprocess.run([*launch, "-m", "perf.scaling.gradient", "--out", str(out)], check=True)
-            found.append(json.loads(out.read_text()))
-    return found
+            results.append(json.loads(out.read_text()))
+    return results
 
 
 def published_rows(checks: Sequence[tuple[str, Check]]) -> Rows:
-    """Published runs beside the model's."""
+    """Return published runs and their predictions."""
     header = ("accelerators", "", "batch", "epoch, s", "model", "error", "score, min", "model", "error", "fitted to")
     rows: Rows = [header]
     for name, one in checks:
@@ -139,14 +139,14 @@ def published_rows(checks: Sequence[tuple[str, Check]]) -> Rows:
                 f"{one.published.minutes:.2f}",
                 f"{one.run.minutes:.2f}",
                 f"{100 * one.minutes_error:+.0f} %",
-                ", ".join(f"{width:,}" for width in one.widths),
+                ", ".join(f"{count:,}" for count in one.device_counts),
             )
         )
     return rows
 
 
 def width_rows(runs: Sequence[Run]) -> Rows:
-    """The fastest run at each width, where its time goes, and what share of the accelerators' time is not lost."""
+    """Return the fastest run on each number of accelerators: parts of a step, times, and efficiency."""
     parts = ("fixed", "images", "gradient", "batch norm")
     header = (
         "accelerators",
@@ -182,16 +182,16 @@ def width_rows(runs: Sequence[Run]) -> Rows:
 
 
 def what_if_rows(network: Network, accelerator: Accelerator) -> Rows:
-    """Minutes to the target if one thing were otherwise, at some widths."""
-    rows: Rows = [("minutes to the target", *(f"{ranks:,}" for ranks in COMPARED))]
+    """Return minutes to the target with one thing changed, on some numbers of accelerators."""
+    rows: Rows = [("minutes to the target", *(f"{ranks:,}" for ranks in WHAT_IF_COUNTS))]
     for name, change in WHAT_IF:
-        runs = [best_run(network, *change(accelerator, DGX_A100), ranks) for ranks in COMPARED]
+        runs = [best_run(network, *change(accelerator, DGX_A100), ranks) for ranks in WHAT_IF_COUNTS]
         rows.append((name, *(f"{one.minutes:.2f}" for one in runs)))
     return rows
 
 
 def markdown(rows: Rows) -> str:
-    """A table."""
+    """Return rows as a Markdown table."""
     header, *rest = rows
     rule = (":---", *("---:" for _ in header[1:]))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rest))
@@ -200,11 +200,11 @@ def markdown(rows: Rows) -> str:
 def to_record(
     network: Network, accelerator: Accelerator, checks: Sequence[tuple[str, Check]], runs: Sequence[Run]
 ) -> dict[str, Any]:
-    """All figures, for programs."""
-    counted = {name: value for name, value in network._asdict().items() if name != "arrivals"}
+    """Return all results as a JSON record."""
+    counts = {name: value for name, value in network._asdict().items() if name != "grad_ready_times"}
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "network": counted | {"elements": network.elements},
+        "network": counts | {"elements": network.elements},
         "accelerator": accelerator._asdict(),
         "system": asdict(DGX_A100),
         "published": [
@@ -217,7 +217,7 @@ def to_record(
                 "minutes": one.published.minutes,
                 "model_epoch_s": one.run.epoch_s,
                 "model_minutes": one.run.minutes,
-                "fitted_to": one.widths,
+                "fitted_to": one.device_counts,
             }
             for name, one in checks
         ],
@@ -228,8 +228,8 @@ def to_record(
     }
 
 
-def draw(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[Run], path: Path) -> None:
-    """Minutes to the target by width, published and modelled, and what a step is made of."""
+def plot(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[Run], path: Path) -> None:
+    """Plot minutes to the target by number of accelerators, published and modeled, and the parts of a step."""
     figure, (time, parts) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for generation in GENERATIONS:
         system = generation.fitted[0].system
@@ -246,10 +246,10 @@ def draw(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[R
     names = [f"{one.layout.ranks:,}" for one in runs]
     bottom = [0.0] * len(runs)
     for index, part in enumerate(Step._fields):
-        shares = [100 * one.step[index] / one.step.total for one in runs]
-        if any(shares):
-            parts.bar(names, shares, bottom=bottom, label=part.replace("_", " "))
-        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+        percentages = [100 * one.step[index] / one.step.total for one in runs]
+        if any(percentages):
+            parts.bar(names, percentages, bottom=bottom, label=part.replace("_", " "))
+        bottom = [low + height for low, height in zip(bottom, percentages, strict=True)]
     parts.set(xlabel="accelerators", ylabel="% of a step", title=GENERATIONS[0].name, ylim=(0, 100))
     parts.tick_params(axis="x", rotation=45)
     parts.legend(frameon=False, fontsize=8, ncols=len(Step._fields), loc="upper center", bbox_to_anchor=(0.5, -0.2))

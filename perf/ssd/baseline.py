@@ -1,9 +1,9 @@
-"""The plain way: what a user would pick instead of this project, and what its speed is measured against.
+"""Baseline of SSD300: a straightforward implementation that users would choose instead of this project.
 
-Pillow and torchvision for the pictures, one at a time; float32 and channels first for the network; a sort and a
-sort of the sort for hard negatives; a loop over images and classes for detections. It computes what ssd/ computes,
-which tests/perf/test_ssd_baseline.py holds, and is written as one would write it: nothing here is slower than it need be
-for what it is. Of ssd/ it uses what no choice of speed lies in: anchors, box formats, the law of the crop, the trunk.
+Images: Pillow and torchvision, one at a time. Network: float32, channels first. Hard negatives: a sort, and a sort of
+the sort. Detections: a loop over images and classes. The results equal those of ssd/, which
+tests/perf/test_ssd_baseline.py verifies, and nothing is slower than this style requires. Shared with ssd/ is only what
+does not affect speed: anchors, box formats, the distribution of crops, the backbone.
 
 B images, G boxes of one image, A anchors, K classes with background 0.
 """
@@ -49,13 +49,13 @@ resize = transforms.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX))
 color_jitter = transforms.Compose(
     [transforms.ColorJitter(*JITTER_RANGES), transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 )
-"""A picture to (3, 300, 300) float32, normalised; jittered with Pillow before."""
+"""Jitter an image of Pillow and convert it to (3, 300, 300) float32, normalized."""
 
 
 class Sample(NamedTuple):
-    """A training sample, ready for the network; a batch has B first.
+    """Network input and targets of one training image. A batch has B as first dimension.
 
-    image: (3, 300, 300) float32, normalised. deltas: (A, 4) and labels: (A,), 0 at negative anchors.
+    image: (3, 300, 300) float32, normalized. deltas: (A, 4) and labels: (A,), 0 at negative anchors.
     """
 
     image: Tensor
@@ -64,12 +64,12 @@ class Sample(NamedTuple):
 
 
 def decode_jpeg(encoded: bytes) -> Image.Image:
-    """A picture from the bytes of its file."""
+    """Decode an image from the bytes of its file."""
     return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
-def draw_crop(boxes_xyxy: FloatArray, max_samples: int = 1) -> FloatArray:
-    """Draw the random IoU crop (4,) for boxes (G, 4), all normalised: one try after another, until one is accepted."""
+def sample_crop(boxes_xyxy: FloatArray, max_samples: int = 1) -> FloatArray:
+    """Sample the random IoU crop (4,) for boxes (G, 4), all normalized: one try after another until one is accepted."""
     while True:
         minimum = random.choice(CROP_OPTIONS)
         if minimum is None:
@@ -80,7 +80,7 @@ def draw_crop(boxes_xyxy: FloatArray, max_samples: int = 1) -> FloatArray:
                 continue
             left, top = random.uniform(0, 1 - width), random.uniform(0, 1 - height)
             crop = np.array([left, top, left + width, top + height], dtype=np.float32)
-            # "Any" overlap is an overlap of 0 as well.
+            # "Any" overlap includes an overlap of 0.
             if minimum and not (crop_box_iou(crop, boxes_xyxy) > minimum).all():
                 continue
             if centers_inside(crop, boxes_xyxy).any():
@@ -88,16 +88,16 @@ def draw_crop(boxes_xyxy: FloatArray, max_samples: int = 1) -> FloatArray:
 
 
 def flip(image: Image.Image, boxes_xyxy: FloatArray) -> tuple[Image.Image, FloatArray]:
-    """Mirror every second picture left to right, with its boxes (G, 4), normalised."""
+    """Flip half of the images horizontally, with their boxes (G, 4), normalized."""
     if random.random() < 0.5:
         return image, boxes_xyxy
-    mirrored = boxes_xyxy.copy()
-    mirrored[:, 0], mirrored[:, 2] = 1 - boxes_xyxy[:, 2], 1 - boxes_xyxy[:, 0]
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mirrored
+    flipped = boxes_xyxy.copy()
+    flipped[:, 0], flipped[:, 2] = 1 - boxes_xyxy[:, 2], 1 - boxes_xyxy[:, 0]
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flipped
 
 
 def encode(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
-    """Deltas (A, 4) and labels (A,) of the boxes (G, 4) and labels (G,) of one image."""
+    """Return the target deltas (A, 4) and labels (A,) for the boxes (G, 4) and labels (G,) of one image."""
     iou = pairwise_iou(boxes_xyxy, anchors.boxes_xyxy)  # (G, A)
     best_iou, best_box = iou.max(dim=0)
     for box, anchor in enumerate(iou.argmax(dim=1).tolist()):  # each box keeps its best anchor
@@ -110,7 +110,7 @@ def encode(boxes_xyxy: Tensor, labels: Tensor, anchors: Anchors) -> tuple[Tensor
 
 
 class Samples(Dataset[Sample]):
-    """The training images of a split, one at a time, each made ready for the network where it is read."""
+    """Training samples of a split, each prepared for the network in the worker that reads it."""
 
     def __init__(self, split: Split):
         self.split, self.anchors = split, make_anchors("cpu")
@@ -119,7 +119,7 @@ class Samples(Dataset[Sample]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read, decode, crop, flip, resize, jitter, normalise and encode image `index`."""
+        """Read, decode, crop, flip, resize, jitter, normalize and encode image `index`."""
         image = decode_jpeg(self.split.image_path(index).read_bytes())
         image, boxes, labels = self.crop(index, image)
         image, boxes = flip(image, boxes)
@@ -127,18 +127,18 @@ class Samples(Dataset[Sample]):
         return Sample(color_jitter(resize(image)), *encoded)
 
     def crop(self, index: int, image: Image.Image) -> tuple[Image.Image, FloatArray, NDArray[np.int64]]:
-        """A random part of image `index`, with the boxes (G, 4), normalised, and labels (G,) that lie in it."""
+        """Return a random crop of image `index`, with its boxes (G, 4), normalized, and labels (G,)."""
         boxes = np.divide(self.split.boxes(index), image.size * 2, dtype=np.float32)
         labels = self.split.image_labels(index)
-        drawn = draw_crop(boxes)
-        if drawn is WHOLE_IMAGE:
+        crop = sample_crop(boxes)
+        if crop is WHOLE_IMAGE:
             return image, boxes, labels
-        left, top, right, bottom = (int(side * length) for side, length in zip(drawn, image.size * 2, strict=True))
-        return image.crop((left, top, right, bottom)), *crop_boxes(drawn, boxes, labels)
+        left, top, right, bottom = (int(edge * length) for edge, length in zip(crop, image.size * 2, strict=True))
+        return image.crop((left, top, right, bottom)), *crop_boxes(crop, boxes, labels)
 
 
 class EvalSamples(Dataset[Tensor]):
-    """The images of a split to evaluate: read, decode, resize, normalise."""
+    """Images of a split for evaluation: read, decoded, resized, normalized."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -150,13 +150,13 @@ class EvalSamples(Dataset[Tensor]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Image `index`, (3, 300, 300) float32."""
+        """Return image `index`, (3, 300, 300) float32."""
         image: Tensor = self.transform(decode_jpeg(self.split.image_path(index).read_bytes()))
         return image
 
 
 class V2Samples(Dataset[Tensor]):
-    """The same by torchvision's transforms of the second version: for information, since its crop is another law."""
+    """Training samples by torchvision's transforms v2. For information: the crop has another distribution."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -173,7 +173,7 @@ class V2Samples(Dataset[Tensor]):
         )
 
     def __getitem__(self, index: int) -> Tensor:
-        """Image `index`, (3, 300, 300) normalised; its boxes go along, but are not encoded."""
+        """Return image `index`, (3, 300, 300) normalized. Its boxes are transformed, but not encoded."""
         image = tv_tensors.Image(decode_jpeg(self.split.image_path(index).read_bytes()))
         boxes = tv_tensors.BoundingBoxes(
             torch.from_numpy(self.split.boxes(index)),
@@ -188,7 +188,7 @@ class V2Samples(Dataset[Tensor]):
 def make_loader(
     dataset: Dataset[Any], batch_size: int, num_workers: int, device: torch.device, *, train: bool = True
 ) -> DataLoader[Any]:
-    """Batches made by `num_workers` processes that stay; for training shuffled and all of one size."""
+    """Return a loader with `num_workers` persistent workers. train: shuffle, and drop the last partial batch."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -201,7 +201,7 @@ def make_loader(
 
 
 class BaselineSSD300(nn.Module):
-    """The same network with one convolution for boxes and one for classes on each map."""
+    """SSD300 with one convolution for boxes and one for classes on each feature map."""
 
     def __init__(self, num_classes: int = 81) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class BaselineSSD300(nn.Module):
         self.conf = nn.ModuleList(nn.Conv2d(c, num_classes * n, kernel_size=3, padding=1) for c, n in sizes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 300, 300) normalised images to deltas (B, 4, A) and logits (B, K, A), as the reference has them."""
+        """Return deltas (B, 4, A) and logits (B, K, A), in the reference's layout, of images (B, 3, 300, 300)."""
         maps = [self.backbone(images)]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
@@ -224,10 +224,10 @@ class BaselineSSD300(nn.Module):
 
 
 def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor) -> Tensor:
-    """Loss of each image, (B,); 0 for an image without a positive anchor.
+    """Return the loss of each image, (B,), which is 0 without a positive anchor.
 
-    pred_deltas: (B, 4, A); logits: (B, K, A); deltas: (B, A, 4) and labels: (B, A). A negative is hard if its place
-    in the order of losses, the sort of the sort, is below three times the number of positives.
+    pred_deltas: (B, 4, A). logits: (B, K, A). deltas: (B, A, 4). labels: (B, A). A negative is hard if its rank in the
+    order of losses, from the sort of the sort, is below three times the number of positives.
     """
     positive = labels > 0
     num_positive = positive.sum(dim=1)
@@ -235,14 +235,14 @@ def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: T
     box_loss = (box_loss * positive).sum(dim=1)
     class_loss = F.cross_entropy(logits, labels, reduction="none")
     order = class_loss.masked_fill(positive, 0).sort(dim=1, descending=True).indices
-    place = order.sort(dim=1).indices
-    hard = place < NEGATIVES_PER_POSITIVE * num_positive.unsqueeze(1)
+    rank = order.sort(dim=1).indices
+    hard = rank < NEGATIVES_PER_POSITIVE * num_positive.unsqueeze(1)
     class_loss = (class_loss * (positive.float() + hard.float())).sum(dim=1)
     return torch.where(num_positive > 0, (box_loss + class_loss) / num_positive.clamp(min=1), 0)
 
 
 def make_step(device: torch.device, num_classes: int = 81) -> Callable[[Sample], Tensor]:
-    """A training step, from a batch of samples on the device to updated weights, as a function that gives the loss."""
+    """Return a training step: a function of a batch on the device that updates the weights and returns the loss."""
     model = BaselineSSD300(num_classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
 
@@ -258,7 +258,7 @@ def make_step(device: torch.device, num_classes: int = 81) -> Callable[[Sample],
 
 
 def make_vgg(num_classes: int = 81) -> Any:
-    """torchvision's SSD300, whose trunk is VGG-16, with the detection settings of MLPerf's; nothing is fetched."""
+    """Return torchvision's SSD300 with VGG-16 backbone, random weights and MLPerf's detection settings."""
     return torchvision.models.detection.ssd300_vgg16(
         weights=None,
         weights_backbone=None,
@@ -271,7 +271,7 @@ def make_vgg(num_classes: int = 81) -> Any:
 
 
 def make_vgg_step(device: torch.device, num_classes: int = 81) -> Callable[[Tensor, list[dict[str, Tensor]]], None]:
-    """A training step of torchvision's SSD300 on images (B, 3, 300, 300) and their `boxes` in pixels and `labels`."""
+    """Return a training step of torchvision's SSD300 on images (B, 3, 300, 300), `boxes` in pixels and `labels`."""
     model = make_vgg(num_classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
 
@@ -284,45 +284,45 @@ def make_vgg_step(device: torch.device, num_classes: int = 81) -> Callable[[Tens
 
 
 def detect(deltas: Tensor, logits: Tensor, anchors: Anchors) -> Detections:
-    """Detections of deltas (B, 4, A) and logits (B, K, A): image by image, class by class, box by box."""
+    """Return detections of deltas (B, 4, A) and logits (B, K, A): image by image, class by class, box by box."""
     scores = logits.permute(0, 2, 1).softmax(dim=-1)
     boxes_xyxy = decode(deltas.permute(0, 2, 1), anchors)
-    found = []
+    detections = []
     for image, (image_boxes, image_scores) in enumerate(zip(boxes_xyxy, scores, strict=True)):
         boxes, labels, confidences = detect_one(image_boxes, image_scores)
-        found.append(Detections(torch.full_like(labels, image), boxes, labels, confidences))
-    return Detections(*map(torch.cat, zip(*found, strict=True)))
+        detections.append(Detections(torch.full_like(labels, image), boxes, labels, confidences))
+    return Detections(*map(torch.cat, zip(*detections, strict=True)))
 
 
 def detect_one(
     boxes_xyxy: Tensor, scores: Tensor, threshold: float = 0.05, nms_threshold: float = 0.5, max_detections: int = 200
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (D, 4), labels (D,) and scores (D,) of one image, best first, of boxes (A, 4) and scores (A, K)."""
+    """Return boxes (D, 4), labels (D,) and scores (D,) of one image, best first. Inputs: (A, 4) and (A, K)."""
     boxes, labels, confidences = [boxes_xyxy[:0]], [scores.new_zeros(0, dtype=torch.int64)], [scores[:0, 0]]
     for label in range(1, scores.shape[1]):
-        of_class = scores[:, label]
-        (candidates,) = (of_class > threshold).nonzero(as_tuple=True)
+        class_scores = scores[:, label]
+        (candidates,) = (class_scores > threshold).nonzero(as_tuple=True)
         if not len(candidates):
             continue
-        order = of_class[candidates].argsort(descending=True, stable=True)[:max_detections]
+        order = class_scores[candidates].argsort(descending=True, stable=True)[:max_detections]
         candidates = candidates[order]
-        kept = candidates[suppress(boxes_xyxy[candidates], nms_threshold)]
+        kept = candidates[nms(boxes_xyxy[candidates], nms_threshold)]
         boxes.append(boxes_xyxy[kept])
         labels.append(torch.full_like(kept, label))
-        confidences.append(of_class[kept])
-    together = torch.cat(confidences)
-    order = together.argsort(descending=True, stable=True)[:max_detections]
-    return torch.cat(boxes)[order], torch.cat(labels)[order], together[order]
+        confidences.append(class_scores[kept])
+    all_scores = torch.cat(confidences)
+    order = all_scores.argsort(descending=True, stable=True)[:max_detections]
+    return torch.cat(boxes)[order], torch.cat(labels)[order], all_scores[order]
 
 
-def suppress(boxes_xyxy: Tensor, nms_threshold: float) -> list[int]:
-    """Which of the boxes (N, 4), best first, stay: the best, then the best of those that it overlaps by less, ..."""
-    left = torch.arange(len(boxes_xyxy), device=boxes_xyxy.device)
+def nms(boxes_xyxy: Tensor, nms_threshold: float) -> list[int]:
+    """Return the indices of the boxes (N, 4), best first, that non-maximum suppression keeps."""
+    remaining = torch.arange(len(boxes_xyxy), device=boxes_xyxy.device)
     kept = []
-    while len(left):
-        best = int(left[0])
+    while len(remaining):
+        best = int(remaining[0])
         kept.append(best)
-        rest = left[1:]
-        overlap = pairwise_iou(boxes_xyxy[best].unsqueeze(0), boxes_xyxy[rest])[0]
-        left = rest[overlap < nms_threshold]
+        rest = remaining[1:]
+        iou = pairwise_iou(boxes_xyxy[best].unsqueeze(0), boxes_xyxy[rest])[0]
+        remaining = rest[iou < nms_threshold]
     return kept

@@ -1,4 +1,4 @@
-"""From predictions to COCO's figures: detection, the metric, and the evaluation of many images.
+"""SSD300's evaluation: detection, the COCO metric, and both with the network.
 
 B images, A anchors, K classes with background 0, D detections.
 """
@@ -17,7 +17,7 @@ from detection.runtime.device import synchronize
 from perf.harness import FULL_METRIC_IMAGES, BenchContext, Result
 from perf.ssd import baseline
 from perf.ssd.input import SMALL_BATCH
-from perf.ssd.network import baseline_variant, build, in_precision
+from perf.ssd.network import baseline_variant, build, with_precision
 from perf.ssd.predictions import EARLY, TRAINED, make_rows, predict
 from perf.timing import Variant, quartiles
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
@@ -28,130 +28,132 @@ GT_IMAGES = 256
 DETECTIONS_PER_IMAGE = 200
 
 
-def time_detect(bench: BenchContext) -> Iterator[Result]:
-    """Predictions to detections: of a trained network, and of one early in training."""
-    truth, size = bench.gt_split(GT_IMAGES), bench.size.predictions
+def time_detect(context: BenchContext) -> Iterator[Result]:
+    """Time detection with predictions of a trained network, and of one early in training."""
+    gt, num_images = context.gt_split(GT_IMAGES), context.size.predictions
     for name, scores in (("trained", TRAINED), ("early", EARLY)):
-        predictions = predict(scores, truth, make_anchors("cpu"), size, bench.seed)
-        yield from detect_of(bench, name, *to_device(predictions, bench.device))
+        predictions = predict(scores, gt, make_anchors("cpu"), num_images, context.seed)
+        yield from time_detect_scores(context, name, *to_device(predictions, context.device))
 
 
-def detect_of(bench: BenchContext, name: str, deltas: Tensor, logits: Tensor) -> Iterator[Result]:
-    """Detections of deltas (B, A, 4) and logits (B, A, K)."""
-    anchors, size = make_anchors(bench.device), len(deltas)
-    with torch.device("meta"):  # its weights take no part
+def time_detect_scores(context: BenchContext, name: str, deltas: Tensor, logits: Tensor) -> Iterator[Result]:
+    """Time detection with deltas (B, A, 4) and logits (B, A, K)."""
+    anchors, num_images = make_anchors(context.device), len(deltas)
+    with torch.device("meta"):  # its weights are not used
         vgg = baseline.make_vgg(logits.shape[-1])
     outputs = {"bbox_regression": deltas.contiguous(), "cls_logits": logits.contiguous()}
-    as_reference = [t.transpose(1, 2).contiguous() for t in (deltas, logits)]
-    anchors_px = [IMAGE_SIZE_PX * anchors.boxes_xyxy] * size
-    sizes_px = [(IMAGE_SIZE_PX, IMAGE_SIZE_PX)] * size
+    reference_deltas, reference_logits = (t.transpose(1, 2).contiguous() for t in (deltas, logits))
+    anchors_px = [IMAGE_SIZE_PX * anchors.boxes_xyxy] * num_images
+    sizes_px = [(IMAGE_SIZE_PX, IMAGE_SIZE_PX)] * num_images
 
-    def ours() -> Detections:
+    def run_optimized() -> Detections:
         return detect(deltas, logits, anchors)
 
-    def plain() -> Detections:
-        return baseline.detect(as_reference[0], as_reference[1], anchors)
+    def run_baseline() -> Detections:
+        return baseline.detect(reference_deltas, reference_logits, anchors)
 
-    def torchvision() -> object:
+    def run_torchvision() -> object:
         return vgg.postprocess_detections(outputs, anchors_px, sizes_px)
 
-    found = round(len(ours().scores) / size)
-    yield from bench.compare(
+    per_image = round(len(run_optimized().scores) / num_images)
+    yield from context.compare(
         "detect",
-        Variant(f"{name} scores, batch {size}, {found} found an image", ours, size),
-        *bench.baselines(
+        Variant(f"{name} scores, batch {num_images}, {per_image} detections per image", run_optimized, num_images),
+        *context.baselines(
             [
-                Variant(f"box by box, {name} scores", plain, size),
-                Variant(f"torchvision's postprocess, {name} scores", torchvision, size),
+                Variant(f"box by box, {name} scores", run_baseline, num_images),
+                Variant(f"torchvision's postprocess, {name} scores", run_torchvision, num_images),
             ]
         ),
         requirement=f"detection, {name} scores",
     )
 
 
-def time_metric(bench: BenchContext) -> Iterator[Result]:
-    """COCO's figures of made-up detections, 200 of each image."""
-    for num_images in bench.size.metric_images:
-        truth = bench.gt_split(num_images)
-        rows = make_rows(truth, DETECTIONS_PER_IMAGE, bench.seed)
-        fast, official = (CocoBoxMetric(truth.annotation_file, library) for library in ("hotcoco", "pycocotools"))
+def time_metric(context: BenchContext) -> Iterator[Result]:
+    """Time the COCO metric with synthetic detections, 200 per image."""
+    for num_images in context.size.metric_images:
+        gt = context.gt_split(num_images)
+        rows = make_rows(gt, DETECTIONS_PER_IMAGE, context.seed)
+        hotcoco, pycocotools = (CocoBoxMetric(gt.annotation_file, name) for name in ("hotcoco", "pycocotools"))
         is_full = num_images >= FULL_METRIC_IMAGES
-        size = f"{num_images} images × {DETECTIONS_PER_IMAGE}"
-        yield from bench.compare(
+        title = f"{num_images} images × {DETECTIONS_PER_IMAGE}"
+        yield from context.compare(
             "metric",
-            Variant(f"hotcoco, {size}", partial(fast, rows)),
-            *bench.baselines([Variant(f"pycocotools, {size}", partial(official, rows))]),
+            Variant(f"hotcoco, {title}", partial(hotcoco, rows)),
+            *context.baselines([Variant(f"pycocotools, {title}", partial(pycocotools, rows))]),
             unit="s",
             requirement="metric" if is_full else "",
-            rounds=bench.size.full_metric_rounds if is_full else None,
-            warm=not is_full,
+            rounds=context.size.full_metric_rounds if is_full else None,
+            warm_up=not is_full,
         )
 
 
-def time_evaluate(bench: BenchContext) -> Iterator[Result]:
-    """The evaluation of many images, files to COCO's figures, and the share of the network's forward pass in it."""
-    scale, device = bench.size, bench.device
-    data = bench.open_data(
-        bench.photos, 1, scale.eval_images, eval_batch_size=scale.eval_batch_size, num_workers=bench.num_workers
+def time_evaluate(context: BenchContext) -> Iterator[Result]:
+    """Time an evaluation from files to the COCO metric, and the fraction of the network's forward pass in it."""
+    size, device = context.size, context.device
+    data = context.make_train_source(
+        context.photos, 1, size.eval_images, eval_batch_size=size.eval_batch_size, num_workers=context.num_workers
     )
-    config = bench.config(num_classes=data.val.num_classes, eval_batch_size=scale.eval_batch_size)
-    benchmark, state = build(bench, config)
-    answers = to_device(predict(TRAINED, data.val, make_anchors("cpu"), scale.eval_batch_size, bench.seed), device)
-    model = FixedOutputModel(state.model.eval(), *answers)
-    images = torch.randn(scale.eval_batch_size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, device=device)
+    config = context.config(num_classes=data.val.num_classes, eval_batch_size=size.eval_batch_size)
+    workload, state = build(context, config)
+    outputs = to_device(predict(TRAINED, data.val, make_anchors("cpu"), size.eval_batch_size, context.seed), device)
+    model = FixedOutputModel(state.model.eval(), *outputs)
+    images = torch.randn(size.eval_batch_size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     forward_s: list[float] = []
 
     @torch.inference_mode()
-    def ours() -> None:
+    def run_evaluation() -> None:
         model.seconds = 0.0
         with state.precision.autocast(device):
-            benchmark.evaluate(model, data)
+            workload.evaluate(model, data)
         forward_s.append(model.seconds)
 
     @torch.inference_mode()
-    def alone() -> None:
+    def run_forward() -> None:
         with state.precision.autocast(device):
             model.network(images)
 
-    what = f"{scale.eval_images} images, batch {scale.eval_batch_size}"
+    title = f"{size.eval_images} images, batch {size.eval_batch_size}"
     results = list(
-        bench.compare(
+        context.compare(
             "evaluate",
-            Variant(what, in_precision(config.precision, bench, ours), scale.eval_images),
-            Variant("the forward pass alone", in_precision(config.precision, bench, alone), len(images)),
-            *bench.baselines(baseline_evaluation(bench, data, *answers)),
-            rounds=min(scale.rounds, 3),
+            Variant(title, with_precision(config.precision, context, run_evaluation), size.eval_images),
+            Variant("the forward pass alone", with_precision(config.precision, context, run_forward), len(images)),
+            *context.baselines(baseline_evaluation(context, data, *outputs)),
+            rounds=min(size.rounds, 3),
         )
     )
     yield from results
-    whole_s = results[0].value.median / 1000 * scale.eval_images
-    inside = quartiles([100 * seconds / whole_s for seconds in forward_s[-results[0].value.n :]])
-    yield Result("evaluate", "the forward pass's share of it", "%", inside)
+    total_s = results[0].value.median / 1000 * size.eval_images
+    percent = quartiles([100 * seconds / total_s for seconds in forward_s[-results[0].value.n :]])
+    yield Result("evaluate", "fraction of the forward pass", "%", percent)
 
 
-def baseline_evaluation(bench: BenchContext, data: SSDTrainSource, deltas: Tensor, logits: Tensor) -> Iterator[Variant]:
-    """Files to detections the plain way, without the metric, of fewer images."""
-    num_images, size = bench.size.baseline_eval_images, min(SMALL_BATCH, len(deltas))
-    model = baseline.BaselineSSD300(logits.shape[-1]).to(bench.device).eval()
+def baseline_evaluation(
+    context: BenchContext, data: SSDTrainSource, deltas: Tensor, logits: Tensor
+) -> Iterator[Variant]:
+    """Yield the baseline from files to detections, without the metric, with fewer images."""
+    num_images, batch_size = context.size.baseline_eval_images, min(SMALL_BATCH, len(deltas))
+    model = baseline.BaselineSSD300(logits.shape[-1]).to(context.device).eval()
     dataset = Subset(baseline.EvalSamples(data.val), range(num_images))
-    loader = baseline.make_loader(dataset, size, bench.num_workers, bench.device, train=False)
-    anchors = make_anchors(bench.device)
+    loader = baseline.make_loader(dataset, batch_size, context.num_workers, context.device, train=False)
+    anchors = make_anchors(context.device)
     deltas, logits = (t.transpose(1, 2).contiguous() for t in (deltas, logits))
 
     @torch.inference_mode()
     def run() -> None:
         for images in loader:
-            model(images.to(bench.device))
+            model(images.to(context.device))
             baseline.detect(deltas[: len(images)], logits[: len(images)], anchors)
 
-    yield baseline_variant(bench, f"Pillow, float32, box by box, no metric, batch {size}", run, num_images)
+    yield baseline_variant(context, f"Pillow, float32, box by box, no metric, batch {batch_size}", run, num_images)
 
 
 class FixedOutputModel(nn.Module):
-    """A network whose answers are replaced by those of a trained one: made of random weights it detects nothing.
+    """Network whose outputs are replaced by those of a trained one, since random weights detect nothing.
 
-    seconds: that its forward pass has taken.
+    seconds: total time of its forward passes.
     """
 
     def __init__(self, network: nn.Module, deltas: Tensor, logits: Tensor):
@@ -160,7 +162,7 @@ class FixedOutputModel(nn.Module):
         self.seconds = 0.0
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 300, 300) to deltas (B, A, 4) and logits (B, A, K)."""
+        """Return deltas (B, A, 4) and logits (B, A, K) for images (B, 3, 300, 300)."""
         synchronize(images.device)
         start_s = time.perf_counter()
         self.network(images)

@@ -26,23 +26,23 @@ def documented() -> dict[str, tuple[str, str]]:
 
 @cache
 def logged() -> dict[str, set[str]]:
-    """The modules that log each key, from their calls of log.start, end and point."""
+    """The modules that log each key, from their calls of log.start, end and event."""
     found: dict[str, set[str]] = {}
     for path in sorted(
-        path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).glob("*.py")
+        path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py")
     ):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             of, method = node.func.value, node.func.attr
-            if getattr(of, "id", getattr(of, "attr", "")) != "log" or method not in ("start", "end", "point"):
+            if getattr(of, "id", getattr(of, "attr", "")) != "log" or method not in ("start", "end", "event"):
                 continue
             key = node.args[0]
             if isinstance(key, ast.Constant):
-                name = str(key.value) + {"start": "_start", "end": "_stop", "point": ""}[method]
+                name = str(key.value) + {"start": "_start", "end": "_stop", "event": ""}[method]
                 found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
             else:
-                assert ast.unparse(node) == "log.point(key, value)", "a key that no page can know"
+                assert ast.unparse(node) == "log.event(key, value)", "a key that no page can know"
     return found
 
 

@@ -32,14 +32,14 @@ def graphs(request, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
-    monkeypatch.setattr(train_loop, "move", copy_batch)
+    monkeypatch.setattr(train_loop, "to_device", copy_batch)
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
 
 
 def copy_batch(value, device=None):
-    """Copy a batch to new memory, as `prefetch.move` does on an accelerator."""
+    """Copy a batch to new memory, as `prefetch.to_device` does on an accelerator."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     return type(value)(*map(copy_batch, value)) if isinstance(value, tuple) else value

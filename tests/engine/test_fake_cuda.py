@@ -190,5 +190,5 @@ def test_cached_images_are_resized_on_the_device_without_synchronization(monkeyp
         images = cache.assemble_batch(sent)
         assert (images.device, images.shape, images.dtype) == (CUDA, (2, 3, 30, 20), torch.uint8)
         assert syncs.take() == {
-            ("detection/data/prefetch.py move", "from cpu to cuda"): 12
+            ("detection/data/prefetch.py to_device", "from cpu to cuda"): 12
         }  # from pinned memory in a real run

@@ -179,7 +179,7 @@ def test_ranks_share_metrics_and_the_first_holds_all_detections(perfect_evaluati
         str(small_toy),
         str(tmp_path),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     process = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,4 +1,4 @@
-"""torchvision's way computes what Mask R-CNN's bench measures of ours: else its speed would say nothing."""
+"""The baseline of Mask R-CNN computes the same as maskrcnn/, so that the ratio of times is that of speed alone."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from perf.maskrcnn import training as parts
 from perf.timing import limit_threads
 
 CPU = torch.device("cpu")
-ALL = "100000"  # so many samples that nothing is left to chance
+ALL = "100000"  # samples of a loss, so many that none is random
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,87 +24,86 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """For two images of 128 × 192 pixels with their padding: multiples of 64, at which both have the same anchors."""
+def context(tmp_path_factory):
+    """Two images of 128 × 192 pixels with padding: multiples of 64, for which both have the same anchors."""
     sizes = {"maskrcnn_batch_size": 2, "maskrcnn_image_px": (128, 192), "maskrcnn_eval_images": 6}
-    scale = replace(quick_size(on_cpu=True), photos=4, **sizes)
-    folder = tmp_path_factory.mktemp("bench")
-    return BenchContext(device=CPU, precision_name="fp32", seed=0, size=scale, scratch=folder)
+    size = replace(quick_size(on_cpu=True), photos=4, **sizes)
+    folder = tmp_path_factory.mktemp("perf")
+    return BenchContext(device=CPU, precision_name="fp32", seed=0, size=size, scratch=folder)
 
 
-def test_both_steps_have_the_same_losses_however_many_are_timed(bench):
+def test_steps_have_the_same_losses_at_every_repetition(context):
     flags = ("--variant", "torchvision", "--backbone", "resnet18", "--precision", "fp32", "--rpn-post-nms-top-n", "200")
-    config = parts.configured(bench, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
-    ours, (theirs,) = parts.step_variants(bench, config)
-    first = ours.run()
+    config = parts.load_config(context, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
+    optimized, (torchvision,) = parts.step_variants(context, config)
+    first = optimized.run()
     assert first.shape == (len(baseline.LOSSES),)
     assert torch.isfinite(first).all()
     assert (first > 0).all()
-    torch.testing.assert_close(first, theirs.run(), rtol=2e-4, atol=1e-5)
-    for side in (ours, theirs):
-        torch.testing.assert_close(side.run(), first, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(first, torchvision.run(), rtol=2e-4, atol=1e-5)
+    for variant in (optimized, torchvision):
+        torch.testing.assert_close(variant.run(), first, rtol=0.02, atol=1e-3)
 
 
-def test_both_trunks_have_the_same_features(bench):
-    ours, theirs = parts.backbone_variants(
-        bench, parts.configured(bench, "--variant", "torchvision", "--backbone", "resnet18")
-    )
-    features = ours.run()
+def test_backbones_have_the_same_features(context):
+    config = parts.load_config(context, "--variant", "torchvision", "--backbone", "resnet18")
+    optimized, baselines = parts.backbone_variants(context, config)
+    features = optimized.run()
     assert [level.shape[1] for level in features] == [256] * 5
-    for side in theirs:
-        for got, wanted in zip(features, side.run(), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    for variant in baselines:
+        for actual, expected in zip(features, variant.run(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_both_cut_the_same_regions_and_have_the_same_gradient(bench):
-    ours, (theirs,) = parts.align_variants(bench, BOX_POOL_SIZE, 24)
-    for got, wanted in zip(ours.run(), theirs.run(), strict=True):
-        assert got.abs().sum() > 0
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+def test_roi_align_has_the_same_regions_and_gradient(context):
+    optimized, (torchvision,) = parts.roi_align_variants(context, BOX_POOL_SIZE, 24)
+    for actual, expected in zip(optimized.run(), torchvision.run(), strict=True):
+        assert actual.abs().sum() > 0
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_both_make_the_same_proposals(bench):
-    ours, (theirs,) = parts.proposal_variants(bench)
-    got, wanted = ours.run(), theirs.run()
-    assert len(got) > 50
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
+def test_proposals_are_the_same(context):
+    optimized, (torchvision,) = parts.proposal_variants(context)
+    actual = optimized.run()
+    assert len(actual) > 50
+    torch.testing.assert_close(actual, torchvision.run(), rtol=1e-4, atol=1e-2)
 
 
-def test_one_class_has_the_loss_that_it_has_among_all(bench, monkeypatch):
+def test_mask_loss_of_one_class_equals_that_among_all_classes(context, monkeypatch):
     monkeypatch.setattr(parts, "MASK_REGIONS", 3)
-    ours, theirs = parts.mask_head_variants(bench)
-    got = ours.run()
-    for side in theirs:
-        for mine, wanted in zip(got, side.run(), strict=True):
-            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-7)
+    optimized, baselines = parts.mask_head_variants(context)
+    results = optimized.run()
+    for variant in baselines:
+        for actual, expected in zip(results, variant.run(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_both_paste_the_same_pixels(bench, monkeypatch):
+def test_pasted_masks_have_the_same_pixels(context, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 15)
-    scenes = evaluation.make_scenes(evaluation.gt_with_masks(bench, 3), seed=1)
-    ours, (theirs,) = evaluation.paste_variants(scenes, CPU)
-    got = ours.run()
-    assert got == theirs.run()
-    assert [len(of_image) for of_image in got] == [15] * 3
+    scenes = evaluation.make_scenes(evaluation.gt_with_masks(context, 3), seed=1)
+    optimized, (torchvision,) = evaluation.paste_variants(scenes, CPU)
+    actual = optimized.run()
+    assert actual == torchvision.run()
+    assert [len(image_masks) for image_masks in actual] == [15] * 3
 
 
-def test_both_evaluations_have_the_same_figures(bench, monkeypatch):
+def test_evaluations_have_the_same_metrics(context, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 20)
-    ours, (theirs,) = evaluation.evaluation_variants(bench)
-    got = ours.run()
-    assert got == pytest.approx(theirs.run(), abs=1e-9)
-    assert set(got) == {*COCO_STATS, *(f"mask_{name}" for name in COCO_STATS)}
-    assert 0.01 < got["AP"] < 1
-    assert 0.01 < got["mask_AP50"] < 1
+    optimized, (torchvision,) = evaluation.evaluation_variants(context)
+    metrics = optimized.run()
+    assert metrics == pytest.approx(torchvision.run(), abs=1e-9)
+    assert set(metrics) == {*COCO_STATS, *(f"mask_{name}" for name in COCO_STATS)}
+    assert 0.01 < metrics["AP"] < 1
+    assert 0.01 < metrics["mask_AP50"] < 1
 
 
-def test_made_up_detections_lie_on_their_images(bench):
-    for scene in evaluation.make_scenes(evaluation.gt_with_masks(bench, 3), seed=2):
+def test_synthetic_detections_are_inside_their_images(context):
+    for scene in evaluation.make_scenes(evaluation.gt_with_masks(context, 3), seed=2):
         height, width = scene.size_hw
         assert (scene.boxes_xyxy >= 0).all()
         assert (scene.boxes_xyxy <= [width, height, width, height]).all()
         assert (scene.boxes_xyxy[:, 2:] - scene.boxes_xyxy[:, :2] > 0.99).all()
         assert scene.masks.shape == (evaluation.DETECTIONS_PER_IMAGE, 28, 28)
-        shares = (scene.masks > 0.5).mean(axis=(1, 2))
-        assert 0.1 < shares.min() < shares.max() < 0.9
-        assert len(np.unique(shares)) > 20
+        filled = (scene.masks > 0.5).mean(axis=(1, 2))
+        assert 0.1 < filled.min() < filled.max() < 0.9
+        assert len(np.unique(filled)) > 20

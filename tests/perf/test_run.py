@@ -1,4 +1,4 @@
-"""The bench from end to end on a small scale, and what it says of results."""
+"""Benchmarks of all parts at a tiny size, their tables and their requirements."""
 
 import json
 from dataclasses import asdict, replace
@@ -9,6 +9,7 @@ import torch
 from detection.config.settings import InputError
 from perf import table
 from perf.harness import BenchSize, Result, full_size, quick_size
+from perf.machine import RESULTS
 from perf.maskrcnn import training
 from perf.roofline import count_flop
 from perf.run import PARTS, main, parse, select_parts
@@ -18,11 +19,11 @@ from ssd.model import SSD300
 from tiny_ssd import TinyBackbone
 
 CPU = torch.device("cpu")
-configured = training.configured
+load_config = training.load_config
 TINY = BenchSize(
     rounds=1,
     limit_s=0,
-    warm=False,
+    warm_up=False,
     photos=4,
     batch_size=2,
     batch_sizes=(1, 2),
@@ -39,7 +40,7 @@ TINY = BenchSize(
     maskrcnn_batch_size=1,
     maskrcnn_image_px=(64, 96),
     maskrcnn_eval_images=2,
-    read_images=(32, 128),
+    memory_images=(32, 128),
     data_sizes=(10,),
     compiled=False,
     traced_steps=1,
@@ -50,18 +51,18 @@ TINY = BenchSize(
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, small_toy):
-    """What a run of all parts leaves: its results by part, and its file."""
+    """Results by part, and the file, of a run of all parts."""
     file = tmp_path_factory.mktemp("perf") / "tiny.json"
     argv = ["--out", str(file), "--photos", str(small_toy), "--profile", "--precision", "fp32"]
     with pytest.MonkeyPatch.context() as patch, limit_threads(1):
-        patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call a sample
+        patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call per sample
         patch.setattr("ssd.model.Backbone", TinyBackbone)
         patch.setattr("perf.ssd.baseline.Backbone", TinyBackbone)
         patch.setattr("perf.ssd.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
-        for name in ("maskrcnn.BOX_REGIONS", "maskrcnn.MASK_REGIONS", "maskrcnn_evaluation.DETECTIONS_PER_IMAGE"):
-            patch.setattr(f"perf.{name}", 4)
-        less = ("--backbone", "resnet18", "--box-batch-size-per-image", "16")
-        patch.setattr(training, "configured", lambda bench, *flags: configured(bench, *flags, *less))
+        for name in ("training.BOX_REGIONS", "training.MASK_REGIONS", "evaluation.DETECTIONS_PER_IMAGE"):
+            patch.setattr(f"perf.maskrcnn.{name}", 4)
+        small = ("--backbone", "resnet18", "--box-batch-size-per-image", "16")
+        patch.setattr(training, "load_config", lambda context, *flags: load_config(context, *flags, *small))
         assert main(argv, TINY) == 0
     by_part = {}
     for result in read(file)["results"]:
@@ -69,23 +70,23 @@ def measured(tmp_path_factory, small_toy):
     return by_part, file
 
 
-def test_every_part_is_measured_beside_the_plain_way(measured):
+def test_every_part_is_measured_against_its_baseline(measured):
     by_part, _ = measured
     assert list(by_part) == list(PARTS)
-    plain = {"decode", "resize", "jitter", "encode", "input", "forward", "loss", "step", "detect", "metric"}
-    for part in plain | {name for name in PARTS if name.startswith("maskrcnn")}:
-        assert any(result.beside and result.times.median > 0 for result in by_part[part])
+    with_baseline = {"decode", "resize", "jitter", "encode", "input", "forward", "loss", "step", "detect", "metric"}
+    for part in with_baseline | {name for name in PARTS if name.startswith("maskrcnn")}:
+        assert any(result.is_baseline and result.speedup.median > 0 for result in by_part[part])
     for part in ("evaluate", "end-to-end"):
-        assert sum(result.beside for result in by_part[part]) >= 2
+        assert sum(result.is_baseline for result in by_part[part]) >= 2
     for results in by_part.values():
         assert all(0 < r.value.min <= r.value.median <= r.value.max for r in results)
 
 
-def test_drawn_and_real_photos_are_measured(measured):
+def test_synthetic_and_real_photos_are_measured(measured):
     by_part, _ = measured
     for part in ("decode", "resize", "input"):
         variants = " ".join(result.variant for result in by_part[part])
-        assert "made up" in variants
+        assert "synthetic" in variants
         assert "photos" in variants
 
 
@@ -93,37 +94,37 @@ def test_every_requirement_has_a_result_that_answers_it(measured):
     by_part, _ = measured
     answered = {result.requirement: part for part, results in by_part.items() for result in results}
     for requirement in REQUIREMENTS:
-        if requirement.name != "metric":  # which stands on 5,000 images
+        if requirement.name != "metric":  # which needs 5,000 images
             assert answered[requirement.name] == requirement.part
 
 
-def test_limits_are_given_for_what_is_bound_by_them(measured):
+def test_parts_with_counted_work_have_a_roofline(measured):
     by_part, file = measured
     counted = ("jitter", "encode", "forward", "loss", "step", "end-to-end")
-    for part in (*counted, "maskrcnn_step", "maskrcnn_trunk", "maskrcnn_mask_head"):
-        ours = next(result for result in by_part[part] if not result.beside)
-        better = max if ours.unit.endswith("/s") else min
-        assert ours.bytes > 0
-        assert better(ours.limit, ours.value.median) == ours.limit or ours.share > 1
-    assert all(limits["flop_per_s"] > 0 < limits["bytes_per_s"] for limits in read(file)["limits"].values())
+    for part in (*counted, "maskrcnn_step", "maskrcnn_backbone", "maskrcnn_mask_head"):
+        optimized = next(result for result in by_part[part] if not result.is_baseline)
+        is_rate = optimized.unit.endswith("/s")
+        assert optimized.bytes > 0
+        assert (optimized.roofline > optimized.value.median) == is_rate or optimized.roofline_fraction > 1
+    assert all(rates["flop_per_s"] > 0 < rates["bytes_per_s"] for rates in read(file)["rooflines"].values())
 
 
-def test_a_profile_leaves_traces_and_the_costliest_operations(measured):
+def test_profile_writes_traces_and_top_operations(measured):
     _, file = measured
-    for name, operations in read(file)["costliest"].items():
+    for name, operations in read(file)["top_ops"].items():
         assert (file.parent / f"tiny_{name}_trace.json.gz").stat().st_size > 1000
         assert 1 < len(operations) <= 10
         assert operations == sorted(operations, key=lambda operation: -operation["ms"])
 
 
-def test_the_file_says_what_was_measured_on(measured):
+def test_file_describes_machine_and_settings(measured):
     content = json.loads(measured[1].read_text())
     assert {"hardware", "driver", "versions", "commit", "cores"} <= content["machine"].keys()
-    assert content["scale"]["photos"] == TINY.photos
+    assert content["size"]["photos"] == TINY.photos
     assert content["precision"] == "fp32"
 
 
-def test_the_work_of_the_network_is_that_of_the_paper_sums():
+def test_network_work_matches_a_calculation_by_hand():
     forward = count_flop(SSD300, torch.bfloat16, backward=False, batch_size=2)
     both = count_flop(SSD300, torch.bfloat16, backward=True, batch_size=2)
     assert forward.flop / 1e9 == pytest.approx(31.72, abs=0.01)
@@ -133,40 +134,36 @@ def test_the_work_of_the_network_is_that_of_the_paper_sums():
     assert single.bytes == pytest.approx(2 * forward.bytes, rel=0.02)
 
 
-def test_sides_take_turns_and_their_first_calls_do_not_count(monkeypatch):
+def test_variants_are_interleaved_without_their_first_calls(monkeypatch):
     calls = []
-    sides = [Variant(name, lambda name=name: calls.append(name), images=2) for name in "ab"]
+    variants = [Variant(name, lambda name=name: calls.append(name), images=2) for name in "ab"]
     monkeypatch.setattr("perf.timing.SAMPLE_S", 0.0)
-    samples = interleave(sides, CPU, rounds=3)
+    samples = interleave(variants, CPU, rounds=3)
     assert "".join(calls) == "ab" + "ababab"
-    assert [len(mine) for mine in samples] == [3, 3]
+    assert [len(variant_samples) for variant_samples in samples] == [3, 3]
 
 
-def test_a_comparison_ends_early_but_not_before_three_rounds(monkeypatch):
+def test_comparison_ends_early_but_not_before_three_rounds(monkeypatch):
     monkeypatch.setattr("perf.timing.SAMPLE_S", 0.0)
-    sides = [Variant("", lambda: None)]
-    assert len(interleave(sides, CPU, rounds=50, limit_s=0)[0]) == 3
-    assert len(interleave(sides, CPU, rounds=2, limit_s=0)[0]) == 2
+    variants = [Variant("", lambda: None)]
+    assert len(interleave(variants, CPU, rounds=50, limit_s=0)[0]) == 3
+    assert len(interleave(variants, CPU, rounds=2, limit_s=0)[0]) == 2
 
 
-def test_the_spread_of_one_sample_and_of_more():
+def test_quartiles_of_one_sample_and_of_several():
     assert quartiles([2.0]) == Quartiles(1, 2, 2, 2, 2, 2)
     assert quartiles([1.0, 2, 3, 4, 5]) == Quartiles(5, 3, 1, 2, 4, 5)
 
 
 def results_of(**medians):
-    """Made-up results that answer the requirements on a CPU with these numbers."""
-    return [
-        Result(
-            "x", name, "×", quartiles([number]), requirement=name.replace("_", " ").replace("detection ", "detection, ")
-        )
-        for name, number in medians.items()
-    ]
+    """Synthetic results that answer the requirements on a CPU with these numbers."""
+    names = {name: name.replace("_", " ").replace("detection ", "detection, ") for name in medians}
+    return [Result("x", name, "×", quartiles([medians[name]]), requirement=names[name]) for name in medians]
 
 
 ENOUGH = {
     "input_per_core": 4.1,
-    "memory_of_a_worker": 1.0,
+    "worker_memory_growth": 1.0,
     "training_step": 4.2,
     "detection_trained_scores": 3.8,
     "detection_early_scores": 9.5,
@@ -177,30 +174,32 @@ ENOUGH = {
 }
 
 
-def test_a_check_passes_where_all_is_reached():
+def test_check_passes_if_all_requirements_are_met():
     text, passed = check(results_of(**ENOUGH), on_cpu=True)
     assert passed
     assert text.count("ok") == len(ENOUGH)
 
 
 @pytest.mark.parametrize("name", ENOUGH)
-def test_a_check_fails_where_one_is_short_or_absent(name):
-    short = ENOUGH | {name: 1.5 if name == "memory_of_a_worker" else 0.8 * ENOUGH[name]}
-    text, passed = check(results_of(**short), on_cpu=True)
+def test_check_fails_if_one_requirement_is_missed_or_not_measured(name):
+    failing = ENOUGH | {name: 1.5 if name == "worker_memory_growth" else 0.8 * ENOUGH[name]}
+    text, passed = check(results_of(**failing), on_cpu=True)
     assert not passed
-    assert text.count("SHORT") == 1
+    assert text.count("FAILED") == 1
     text, passed = check(results_of(**{k: v for k, v in ENOUGH.items() if k != name}), on_cpu=True)
     assert not passed
     assert "not measured" in text
 
 
-def test_the_ratio_to_the_plain_way_is_what_counts_not_the_rate():
-    result = Result("step", "plain", "img/s", quartiles([100.0]), is_baseline=True, speedup=quartiles([2.0, 4.5, 9.0]))
+def test_requirement_on_a_baseline_applies_to_the_speedup():
+    result = Result(
+        "step", "baseline", "img/s", quartiles([100.0]), is_baseline=True, speedup=quartiles([2.0, 4.5, 9.0])
+    )
     assert table.Requirement("", "step", on_cpu=True, min=4).passed(result)
     assert not table.Requirement("", "step", on_cpu=True, min=5).passed(result)
 
 
-def test_an_accelerator_has_to_reach_a_rate():
+def test_requirement_on_an_accelerator_applies_to_the_rate():
     fast = Result("end-to-end", "", "img/s", quartiles([4100.0]), requirement="end to end rate")
     assert check([fast], on_cpu=False)[1]
     assert not check([replace(fast, value=quartiles([3900.0]))], on_cpu=False)[1]
@@ -211,7 +210,7 @@ def write(path, *results):
     return path
 
 
-def test_two_files_are_set_side_by_side(tmp_path, capsys):
+def test_two_files_are_compared(tmp_path, capsys):
     rate = Result("step", "bf16", "img/s", quartiles([10.0]))
     time = Result("loss", "one sort", "ms/img", quartiles([4.0]))
     only = Result("decode", "gone", "ms/img", quartiles([4.0]))
@@ -226,8 +225,17 @@ def test_two_files_are_set_side_by_side(tmp_path, capsys):
     assert compare([rate], []).count("\n") == 0
 
 
+def test_records_with_old_keys_are_readable():
+    paths = sorted(RESULTS.glob("*_cpu_*.json"))
+    results = [result for path in paths for result in read(path)["results"]]
+    assert len(paths) >= 5
+    assert any(result.is_baseline and result.speedup for result in results)
+    assert any(result.roofline_fraction for result in results)
+    assert {result.part for result in results} <= set(PARTS)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": [{"part": "x"}]}'])
-def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path, text, capsys):
+def test_a_file_without_results_is_rejected_by_name(tmp_path, text, capsys):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match=r"bad\.json"):
         read(tmp_path / "bad.json")
@@ -238,7 +246,7 @@ def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path, text, capsys)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["stepp"], "did you mean step?"),
+        (["stepp"], "Did you mean step?"),
         (["decode", "--photos", "nowhere"], "nowhere"),
         (["decode", "--photos", "docs"], "docs"),
         (["--device", "abacus"], "abacus"),
@@ -249,7 +257,7 @@ def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path, text, capsys)
         (["--precison", "bf16"], "--precison"),
     ],
 )
-def test_a_mistake_gives_one_message_and_status_2(argv, message, capsys):
+def test_invalid_input_gives_one_message_and_status_2(argv, message, capsys):
     try:
         status = main(argv, TINY)
     except SystemExit as end:
@@ -258,25 +266,25 @@ def test_a_mistake_gives_one_message_and_status_2(argv, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_list_names_all_parts(capsys):
+def test_list_shows_all_parts(capsys):
     assert main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PARTS)
 
 
-def test_scales_are_for_the_device():
-    for scale in (full_size, quick_size):
-        assert scale(True).batch_size in scale(True).batch_sizes
-        assert scale(False).epoch_images % scale(False).batch_size == 0
+def test_sizes_match_the_device():
+    for size in (full_size, quick_size):
+        assert size(True).batch_size in size(True).batch_sizes
+        assert size(False).epoch_images % size(False).batch_size == 0
     assert max(full_size(True).metric_images) == 5000
 
 
-def test_quick_is_ssds_parts_and_a_benchmark_can_be_named():
+def test_quick_selects_parts_of_ssd_and_maskrcnn_selects_its_own():
     def parts(*argv):
         return select_parts(parse(list(argv)), on_cpu=True)
 
-    of_maskrcnn = [name for name in PARTS if name.startswith("maskrcnn_")]
-    assert parts("maskrcnn") == of_maskrcnn
-    assert parts("step", "maskrcnn") == ["step", *of_maskrcnn]
-    assert parts("--quick") == [name for name in PARTS if name not in of_maskrcnn]
+    maskrcnn_parts = [name for name in PARTS if name.startswith("maskrcnn_")]
+    assert parts("maskrcnn") == maskrcnn_parts
+    assert parts("step", "maskrcnn") == ["step", *maskrcnn_parts]
+    assert parts("--quick") == [name for name in PARTS if name not in maskrcnn_parts]
     assert parts() == list(PARTS)
     assert {"step", "maskrcnn_step", "maskrcnn_evaluation"} <= set(parts("--quick", "--check"))
