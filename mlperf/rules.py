@@ -54,7 +54,9 @@ class Rules:
 
     targets: metric to the minimum value that ends a run. fixed_eval_epochs: ruleset to the epochs to evaluate after.
     Other rulesets evaluate every `eval_every` epochs. fixed: setting to the reference's value, which the closed
-    division requires and no log records.
+    division requires and no log records. constrained: settings that determine the value of a constraint of another
+    name. free: settings that the closed division leaves open. It rejects a setting that is in none of these, and is not
+    the key of a constraint.
     """
 
     targets: Mapping[str, float]
@@ -62,6 +64,8 @@ class Rules:
     fixed_eval_epochs: Mapping[str, tuple[int, ...]]
     constraints: tuple[Constraint, ...]
     fixed: Mapping[str, object]
+    constrained: frozenset[str]
+    free: frozenset[str]
     reference_points: tuple[ReferencePoint, ...]
 
 
@@ -76,6 +80,21 @@ class RuleCheck:
 
 # Keys that `check_rules` needs in addition to the keys of a log.
 NOT_IN_LOG = ("dataset", "network", "weights", "pretrained_backbone", "seed", "target", "mask_target", "eval_epochs")
+
+_CONSTRAINED = frozenset(
+    {"batch_size", "grad_accum_steps", "base_lr", "lr_round_to", "warmup_steps", "warmup_factor", "epochs"}
+)
+_FREE = frozenset({
+    # The run, its data (also checked by the name of the data set), its files and its submission.
+    "mode", "benchmark_input", "benchmark_steps", "benchmark_warmup", "eval_before_training", "max_steps", "resume",
+    "data_dir", "train_images", "train_annotations", "val_images", "val_annotations", "synthetic_images", "num_classes",
+    "log_dir", "run_dir", "run_index", "summary_json", "tensorboard", "log_every", "checkpoint_every", "system",
+    "ruleset", "division", "org", "platform", "availability", "source_commit", "page_cache_dropped",
+    # Computation: numerics, memory, and the order and sharding of the data.
+    "device", "precision", "gradient_dtype", "numa_binding", "compile", "optimizer_backend", "channels_last",
+    "last_batch", "num_workers", "jpeg_decoder", "image_cache", "image_cache_gib", "eval_batch_size",
+    "coco_eval_backend", "step_timeout_s",
+})  # fmt: skip
 
 _SSD_TARGET = 0.23
 _BOX_TARGET, _MASK_TARGET = 0.377, 0.339
@@ -147,6 +166,8 @@ SSD = Rules(
         "max_detections": 200,
         "skip_missing_images": False,
     },
+    constrained=_CONSTRAINED | {"bn_group", "weight_decay", "lr_decay_epochs", "backbone"},
+    free=_FREE,
     reference_points=(
         ReferencePoint(1024, 50, 50),
         ReferencePoint(1536, 55, 55, rulesets=("1.1.0",)),
@@ -242,6 +263,9 @@ MASKRCNN = Rules(
         "max_detections": 100,
         "skip_missing_images": False,
     },
+    constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n"},
+    # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
+    free=_FREE | {"bn_group", "variant", "group_by_aspect_ratio"},
     reference_points=(
         ReferencePoint(48, 14, 14),
         ReferencePoint(64, 14, 11.8),
@@ -280,13 +304,21 @@ def hyperparameter_keys(benchmark: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key for key in keys if key not in NOT_IN_LOG))
 
 
+def declared_settings(benchmark: str) -> list[str]:
+    """Return every key and setting of the benchmark's rules, each once."""
+    rules = BENCHMARKS[benchmark]
+    keys = dict.fromkeys(constraint.key for constraint in rules.constraints)
+    return [*keys, "eval_epochs", *rules.fixed, *rules.constrained, *rules.free]
+
+
 def check_rules(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[str, object]) -> list[RuleCheck]:
     """Check a run against the rules before it starts.
 
     hyperparameters: values by log key, and the keys of `NOT_IN_LOG` that apply to this benchmark: `target` (box mAP),
     `mask_target` (mask mAP, Mask R-CNN only), `eval_epochs` (a sequence), `dataset` ("coco2017" or another name),
     `network` (SSD only), `weights` and `pretrained_backbone` (a file, or "none") and `seed` (the user's choice, or
-    "none"). A value that is missing or None fails. Settings in the benchmark's `fixed` are checked if given.
+    "none"). A value that is missing or None fails. It also holds the settings by name. In the closed division, those in
+    `fixed` are compared with the reference's value, and one that `Rules` does not declare fails.
     Raises ValueError for an unknown benchmark, ruleset or division.
     """
     _require("benchmark", benchmark, BENCHMARKS)
@@ -310,6 +342,8 @@ def check_rules(benchmark: str, ruleset: str, division: str, hyperparameters: Ma
         if name in hyperparameters:
             value = hyperparameters[name]
             checks.append(RuleCheck(name, value == reference, f"{value} (allowed: {reference}, as in the reference)"))
+    undeclared = hyperparameters.keys() - {*NOT_IN_LOG, *declared_settings(benchmark)}
+    checks += [RuleCheck(name, False, "no rule for this setting. Declare it in mlperf/rules.py") for name in undeclared]
     checks.append(_check_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
     points = [point for point in rules.reference_points if ruleset in point.rulesets and not point.pruned]
     global_batch_size = hyperparameters.get("global_batch_size")

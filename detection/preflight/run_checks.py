@@ -13,7 +13,7 @@ touch the data before run_start. The module imports no torch, so that it starts 
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,7 @@ def check_rules(config: RunConfig, rule_values: Mapping[str, object], world_size
         return [f"--mode {config.mode} is not an MLPerf run: no log, no check and no RESULT"], []
     fixed = rules.BENCHMARKS[config.benchmark].fixed
     values = {
-        **{name: getattr(config, name) for name in fixed},
+        **asdict(config),
         **rule_values,
         "eval_epochs": tuple(block[-1] for block in config.eval_blocks()),
         "dataset": config.dataset,

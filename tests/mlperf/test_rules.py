@@ -1,8 +1,11 @@
+import copy
 import json
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from detection.preflight import run_checks
+from maskrcnn.preflight import CHECKS as MASKRCNN_PREFLIGHT
 from mlperf.rules import (
     BENCHMARKS,
     DIVISIONS,
@@ -10,6 +13,7 @@ from mlperf.rules import (
     RULESETS,
     RuleCheck,
     check_rules,
+    declared_settings,
     hyperparameter_keys,
     init_limit_s,
     maskrcnn_tensor_names,
@@ -17,6 +21,15 @@ from mlperf.rules import (
     ssd_tensor_name,
 )
 from recipes_and_checkers import A100, CHECKER, DGX1, RECIPES, checker_yaml, parameters_of_ssd300_r34
+from ssd.preflight import CHECKS as SSD_PREFLIGHT
+
+# Closed by the rules of 1.1, but for the learning rate of Mask R-CNN on one rank.
+CLOSED = {
+    "ssd": SSD_PREFLIGHT.load(["--pretrained-backbone", "resnet.pth", "--eval-epochs", "every 5"], {}).config,
+    "maskrcnn": MASKRCNN_PREFLIGHT.load(["--pretrained-backbone", "R-50.pkl", "--batch-size", "16"], {}).config,
+}
+FIELDS = {name: type(config).__pydantic_fields__ for name, config in CLOSED.items()}
+SETTINGS = [(benchmark, name) for benchmark, fields in FIELDS.items() for name in fields]
 
 
 def logged_values(benchmark: str) -> dict[str, Any]:
@@ -256,6 +269,59 @@ def convergence_check(batch: int) -> RuleCheck:
     checks = check_rules("ssd", "1.1.0", "closed", {"global_batch_size": batch})
     (note,) = (check for check in checks if check.rule == "reference_convergence")
     return note
+
+
+def preflight_rules(benchmark: str, **changes: object) -> tuple[list[str], list[str]]:
+    """Return the notes and violations of preflight for closed settings with changes, which are not validated."""
+    config = copy.copy(CLOSED[benchmark])
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    preflight = {"ssd": SSD_PREFLIGHT, "maskrcnn": MASKRCNN_PREFLIGHT}[benchmark]
+    return run_checks.check_rules(config, preflight.rule_values(config, 1), 1)
+
+
+def changed(benchmark: str, name: str) -> object:
+    """Return another value of a setting."""
+    value, annotation = getattr(CLOSED[benchmark], name), FIELDS[benchmark][name].annotation
+    if get_origin(annotation) is Literal:
+        return next(choice for choice in get_args(annotation) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return value[1:]
+    return (value or 0) + 1 if isinstance(value, int | float | None) else type(value)("other")
+
+
+@pytest.mark.parametrize(("benchmark", "name"), SETTINGS)
+def test_every_setting_is_declared_once_and_changes_the_closed_division_as_declared(benchmark, name) -> None:
+    rules, value = BENCHMARKS[benchmark], changed(benchmark, name)
+    assert declared_settings(benchmark).count(name) == 1, "declare it in mlperf/rules.py as free, fixed or constrained"
+    unchanged = preflight_rules(benchmark)
+    assert unchanged[1] == []
+    if name in rules.free:
+        selects_the_rules = name in ("ruleset", "division")
+        assert selects_the_rules or preflight_rules(benchmark, **{name: value})[1] == []
+    elif name in rules.fixed:
+        assert rules.fixed[name] == FIELDS[benchmark][name].default
+        _, (violation,) = preflight_rules(benchmark, **{name: value})
+        assert violation.startswith(f"MLPerf 1.1.0 closed forbids {name}: {value} (allowed: {rules.fixed[name]}")
+        notes, violations = preflight_rules(benchmark, **{name: value}, division="open")
+        assert [violations, [note for note in notes if "closed would reject" in note]] == [
+            [],
+            [f"note: closed would reject {name}: {value} (allowed: {rules.fixed[name]}, as in the reference)"],
+        ]
+    else:
+        assert preflight_rules(benchmark, **{name: value}) != unchanged
+
+
+def test_rules_declare_no_setting_that_does_not_exist() -> None:
+    for benchmark, rules in BENCHMARKS.items():
+        assert FIELDS[benchmark].keys() >= rules.fixed.keys() | rules.constrained | rules.free
+
+
+def test_undeclared_setting_is_rejected_in_closed() -> None:
+    assert ssd_violations("1.1.0", "closed", label_smoothing=0.0) == ["label_smoothing"]
+    assert ssd_violations("1.1.0", "open", label_smoothing=0.0) == []
 
 
 @pytest.mark.parametrize("names", [("yolo", "1.1.0", "open"), ("ssd", "2.0.0", "open"), ("ssd", "1.1.0", "half")])
