@@ -101,7 +101,7 @@ def test_run_folder_has_config_metrics_checkpoint_and_detections(environment, tm
     classes = json.loads((run / "classes.json").read_text())
     assert [row["name"] for row in classes] == ["disc", "square", "triangle"]
     assert sum(row["objects"] for row in classes) > 0
-    summary = record.outcome(run / "result_0.txt")
+    summary = record.summarize(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
     assert sample_predictions.render_all(run) > 0
 
@@ -132,7 +132,7 @@ def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch):
 
 def test_wrong_number_of_classes_is_rejected_without_preflight(environment, capsys):
     assert train.main([*FEW_STEPS, "--num-classes", "7"]) == 2
-    assert "num_classes is 4, not 7" in capsys.readouterr().err
+    assert "make num_classes 4, not 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ruleset", ["0.7.0", "1.0.0", "1.1.0"])
