@@ -48,14 +48,14 @@ die() {
   exit 2
 }
 
-dry_run=false model_summary=false help=false module=train flags=()
+dry_run=false model_summary=false help=false command=train flags=()
 for argument in "$@"; do
   case $argument in
     -h | --help) help=true ;;
     --dry-run) dry_run=true ;;
     --model-summary) model_summary=true ;;
-    --preflight) module=inspection ;;
-    --autotune) module=tune flags+=("$argument") ;;
+    --preflight) command=inspect ;;
+    --autotune) command=tune flags+=("$argument") ;;
     *) flags+=("$argument") ;;
   esac
 done
@@ -68,7 +68,7 @@ source ./scripts/lib/resolve_config.sh
 resolve_config .
 
 # Run this script NEXP times, one after the other.
-if ((NEXP > 1)) && ! $help && ! $model_summary && [[ $module == train ]]; then
+if ((NEXP > 1)) && ! $help && ! $model_summary && [[ $command == train ]]; then
   # shellcheck source=scripts/lib/experiments.sh
   source ./scripts/lib/experiments.sh
   recipe=$(
@@ -135,18 +135,18 @@ export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
-if $help; then exec "$python" -m "$BENCHMARK.preflight" --help; fi
-if $model_summary; then exec "$python" -m "$BENCHMARK.preflight" --model-summary "${flags[@]}"; fi
+if $help; then exec "$python" -m "$BENCHMARK" train --help; fi
+if $model_summary; then exec "$python" -m "$BENCHMARK" summary "${flags[@]}"; fi
 
-if [[ $module == tune ]]; then exec "$python" -m "$BENCHMARK.tune" "${flags[@]}"; fi
+if [[ $command == tune ]]; then exec "$python" -m "$BENCHMARK" tune "${flags[@]}"; fi
 
 # Check settings and data in a separate process before the timer starts. Mistakes end the script with 2.
-if [[ $module == inspection ]]; then
+if [[ $command == inspect ]]; then
   : # it reports mistakes in its table
 elif $dry_run; then
-  "$python" -m "$BENCHMARK.preflight" --dry-run "${flags[@]}"
+  "$python" -m "$BENCHMARK" preflight --dry-run "${flags[@]}"
 else
-  checked=$("$python" -m "$BENCHMARK.preflight" "${flags[@]}")
+  checked=$("$python" -m "$BENCHMARK" preflight "${flags[@]}")
   { read -r org && read -r RUN_DIR && read -r mode && read -r num_classes; } <<<"$checked"
   export RUN_DIR "${BENCHMARK^^}_NUM_CLASSES=$num_classes" # the run may not read the data before its timer starts
 fi
@@ -169,7 +169,7 @@ if ((${MAX_RESTARTS:-0} > 0)); then
   [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would train from scratch"
   launch+=(--max-restarts "$MAX_RESTARTS")
 fi
-launch+=(-m "$BENCHMARK.$module" "${flags[@]}")
+launch+=(-m "$BENCHMARK" "$command" "${flags[@]}")
 if ((DGXNGPU > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores > DGXNGPU ? cores / DGXNGPU : 1))
@@ -180,7 +180,7 @@ if $dry_run; then
   exit
 fi
 
-if [[ $module == inspection ]]; then exec "${launch[@]}"; fi
+if [[ $command == inspect ]]; then exec "${launch[@]}"; fi
 
 if [[ -n ${RESET_COMMAND:-} ]]; then
   echo "Resetting the accelerators: $RESET_COMMAND"

@@ -1,11 +1,11 @@
 """Detection on images.
 
-    python -m maskrcnn.predict CHECKPOINT IMAGE... [--folder D] [--score 0.5]
+    python -m maskrcnn predict CHECKPOINT IMAGE... [--folder D] [--score 0.5]
 
-`detection/evaluation/predict.py` documents inputs and outputs.
+`detection/arguments.py` documents inputs and outputs.
 """
 
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from maskrcnn.data import pad_to_batch, resized_hw, stack_sizes
 from maskrcnn.evaluator import to_original_scale
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Namespace) -> int:
     """Detect, draw and write; return the exit status."""
-    return predict.main(argv, predict.PredictSpec("maskrcnn", MaskRCNNPredictor, score=0.5, batch_size=4))
+    return predict.main(arguments, MaskRCNNPredictor)
 
 
 class MaskRCNNPredictor:
@@ -80,7 +80,3 @@ class MaskRCNNPredictor:
             boxes_xyxy = np.concatenate([left_top, left_top + extents], axis=1)
             results.append(ImageDetections(boxes_xyxy, rows[:, 5], rows[:, 6].astype(np.int64), original_masks))
         return results
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

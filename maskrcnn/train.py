@@ -1,7 +1,6 @@
 """Entry point that trains Mask R-CNN, or runs another --mode, on the loop of detection/engine/train_loop.py."""
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +131,3 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> N
         log.event(key, value)
     for name in maskrcnn_tensor_names():
         log.event("weights_initialization", tensor=name)
-
-
-if __name__ == "__main__":
-    entrypoint.hard_exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ status=0
 
 if [[ -f $vectors ]]; then
   for precision in fp32 tf32 bf16 fp16; do
-    "$python" -m ssd.conformance "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
+    "$python" -m ssd conformance "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
     tail -n 1 "$out/conform_$precision.txt"
     grep FAIL "$out/conform_$precision.txt"
   done
@@ -33,7 +33,7 @@ for benchmark in ssd maskrcnn; do
     exit "${PIPESTATUS[0]}"
   ) || status=1
 done
-"$python" -m ssd.inspection >"$out/preflight.txt" || status=1
+"$python" -m ssd inspect >"$out/preflight.txt" || status=1
 if [[ ${BENCH:-1} == 1 ]]; then
   "$python" -m perf.run --quick --check --out "$out/bench.json" | tee "$out/bench.txt" || status=1
   "$python" -m perf.run maskrcnn --quick --out "$out/bench_maskrcnn.json" | tee "$out/bench_maskrcnn.txt" || status=1

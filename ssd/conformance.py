@@ -1,16 +1,16 @@
 """Conformance test: compares this program with the numbers of the MLPerf reference, on any device.
 
-    python -m ssd.conformance FILE.npz [--device D] [--precision P]
+    python -m ssd conformance FILE.npz [--device D] [--precision P]
 
 Run it first on a new accelerator. FILE.npz holds vectors that the reference computed once. Each comparison prints its
 largest error, its tolerance and a verdict. The exit status is 0 if all comparisons pass, 1 if one fails, and 2 if the
 file cannot be used.
 """
 
-import argparse
 import json
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.boxes import xyxy_to_cxcywh
-from detection.config import device_names
 from detection.config.settings import InputError
 from detection.runtime.device import Precision, device_name, select_device, select_precision
 from ssd import augment, checkpoint_names
@@ -315,13 +314,8 @@ def load_vectors(path: Path, device: str, precision: str) -> ConformanceContext:
     return ConformanceContext(vectors, tensors, parameters, torch_device, select_precision(precision, torch_device))
 
 
-def main(argv: list[str]) -> int:
-    """Run all comparisons and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssd.conformance", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="vectors of the reference (.npz)")
-    parser.add_argument("--device", default="auto", help=device_names.DEVICE_HELP)
-    parser.add_argument("--precision", default="fp32", choices=NETWORK_TOLERANCE, help="precision of the network")
-    arguments = parser.parse_args(argv)
+def main(arguments: Namespace) -> int:
+    """Run all comparisons, with the arguments of `detection.arguments.parse_conformance`; return the exit status."""
     try:
         context = load_vectors(arguments.file, arguments.device, arguments.precision)
         print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")
@@ -338,7 +332,3 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{count - failed} of {count} comparisons passed")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

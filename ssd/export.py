@@ -1,6 +1,6 @@
 """Export of a trained network to a file that runs without this program.
 
-    python -m ssd.export CHECKPOINT OUT.onnx|OUT.pt2
+    python -m ssd export CHECKPOINT OUT.onnx|OUT.pt2
 
     input   images  (B, 3, 300, 300) uint8 RGB, the whole image resized, without other preprocessing
     output  boxes   (B, D, 4) float32: left, top, right, bottom as fractions of width and height, not clipped
@@ -13,13 +13,13 @@ The export compares the file's detections with this program's, on synthetic imag
 kept only if they match.
 """
 
-import argparse
 import importlib
 import json
 import logging
 import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,9 +51,8 @@ MIN_MATCH_RATE = 0.99
 ExportOutputs = tuple[Tensor, Tensor, Tensor]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Export and verify the network, and return the exit status."""
-    arguments = parse(argv)
+def main(arguments: Namespace) -> int:
+    """Export and verify the network, with the arguments of `parse_export`, and return the exit status."""
     try:
         kind = arguments.out.suffix
         if kind not in (".onnx", ".pt2"):
@@ -85,30 +84,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB, scores from {score}")
     return 0
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. An error exits with 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ssd.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
-    parser.add_argument("out", type=Path, help="file to write, .onnx or .pt2")
-    parser.add_argument(
-        "--batch-size", type=int, default=0, help="fixed number of images per call, or 0 for any number (0)"
-    )
-    parser.add_argument(
-        "--score", type=float, help="drop detections below this score (default: that of the run's evaluation)"
-    )
-    parser.add_argument(
-        "--images", type=Path, nargs="+", default=[], help="images or folders of images for the verification"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.batch_size < 0:
-        parser.error("argument --batch-size: should be at least 0")
-    if arguments.score is not None and not 0 <= arguments.score < 1:
-        parser.error("argument --score: should be at least 0 and below 1")
-    return arguments
 
 
 def require_packages(*packages: str) -> None:
@@ -246,7 +221,3 @@ def verify_export(
             f"verification: only {num_matched} of {count} detections match. The export is deleted. Try another format."
         )
     return f"verified on {len(images)} images: {num_matched} of {count} detections match within {max_diff:.1e}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

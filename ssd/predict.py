@@ -1,11 +1,11 @@
 """Detection on image files, with the network of a checkpoint.
 
-    python -m ssd.predict CHECKPOINT IMAGE... [--folder D] [--score 0.3]
+    python -m ssd predict CHECKPOINT IMAGE... [--folder D] [--score 0.3]
 
 detection/evaluation/predict.py describes the input and output.
 """
 
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.postprocess import detect
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Namespace) -> int:
     """Detect objects, draw and write them, and return the exit status."""
-    return predict.main(argv, predict.PredictSpec("ssd", SSDPredictor, score=0.3, batch_size=8))
+    return predict.main(arguments, SSDPredictor)
 
 
 class SSDPredictor:
@@ -58,7 +58,3 @@ class SSDPredictor:
             ImageDetections(boxes[rows] * np.array(size), scores[rows], labels[rows])
             for rows, size in zip((batch_index == index for index in range(len(images))), sizes_whwh, strict=True)
         ]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

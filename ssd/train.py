@@ -5,7 +5,6 @@ This module assembles the model, loss, data and evaluator to a `Workload`. detec
 Shapes: B images, A anchors.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -152,7 +151,3 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext, mode
     tensor_name = ssd_tensor_name if config.network_name == "ssd300-r34" else str
     for name, _ in model.named_parameters():
         log.event("weights_initialization", tensor=tensor_name(name))
-
-
-if __name__ == "__main__":
-    entrypoint.hard_exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+
 from paths import ROOT
 
 PACKAGES = ("ssd", "maskrcnn", "detection", "mlperf", "perf")

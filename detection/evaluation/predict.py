@@ -1,37 +1,12 @@
-"""Detection on a user's images, the command of each workload.
-
-    python -m WORKLOAD.predict CHECKPOINT IMAGE...
-
-Draws boxes, names, scores and, if the network has them, masks on copies of the images. Reads images of any size and
-format that Pillow supports, and writes detections.json:
-
-    format      1
-    checkpoint  the file's name
-    score       the threshold: lower detections are omitted
-    categories  [{id, name}], as in the training annotations
-    images      one entry per image, in the order given:
-                file        the path as given
-                error       why it could not be read, or else
-                drawn       the name of the copy
-                width, height  in pixels, as displayed
-                mode        of the file, in Pillow's terms
-                frames      in the file (the first is used)
-                detections  by descending score: {category_id, name, score, bbox: [x, y, width, height] in pixels as
-                            displayed} and, with masks, segmentation: COCO's compressed RLE {size: [height, width],
-                            counts}
-
-Images are rotated by their EXIF orientation. An image that cannot be read is reported and skipped, and the exit status
-is 2. Only files of an earlier call in the same folder are overwritten.
+"""Detection on a user's images: the command `predict`, which `detection/arguments.py` describes.
 
 H and W are those of an image, D its detections.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection import atomic_file
-from detection.config import device_names
 from detection.config.settings import InputError
 from detection.data import pillow_io
 from detection.data.coco import Category
@@ -80,25 +54,13 @@ class Predictor(Protocol):
         """Return the detections on images (3, H, W) uint8 RGB, on the CPU and of any size."""
 
 
-@dataclass(frozen=True)
-class PredictSpec:
-    """Differences between workloads.
+def main(arguments: Namespace, load: Callable[[Path, float, torch.device], Predictor]) -> int:
+    """Detect, draw and write, with the arguments of `detection.arguments.parse_predict`. Return the exit status.
 
-    package: name of the workload's package. load: build the predictor of a checkpoint on a device, which omits
-    detections below a score, and raise InputError. score, batch_size: the defaults.
+    load: build the predictor of a checkpoint on a device, which omits detections below a score. Raises InputError.
     """
-
-    package: str
-    load: Callable[[Path, float, torch.device], Predictor]
-    score: float
-    batch_size: int
-
-
-def main(argv: Sequence[str], spec: PredictSpec) -> int:
-    """Detect, draw and write. Return the exit status."""
-    arguments = parse_args(argv, spec)
     try:
-        predictor = spec.load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
+        predictor = load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
         paths = pillow_io.expand_paths(arguments.images)
         output_names = OutputNames(arguments.folder, paths)
         entries = predict_images(predictor, paths, output_names, arguments)
@@ -123,43 +85,6 @@ def main(argv: Sequence[str], spec: PredictSpec) -> int:
     if num_errors:
         print(f"error: {num_errors} of {len(entries)} images could not be read", file=sys.stderr)
     return 2 if num_errors else 0
-
-
-def parse_args(argv: Sequence[str], spec: PredictSpec) -> argparse.Namespace:
-    """Parse the command line. Exit with status 2 on an error."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {spec.package}.predict",
-        description=(__doc__ or "").rpartition("\n\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
-    default = Path("results/detections") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    parser.add_argument(
-        "--folder", type=Path, default=default, help="folder of the results (results/detections/<start>)"
-    )
-    parser.add_argument(
-        "--score", type=parse_score, default=spec.score, help="omit detections below, 0 to 1 (%(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=parse_positive, default=spec.batch_size, help="images per batch (%(default)s)"
-    )
-    parser.add_argument("--device", default="auto", help=device_names.DEVICE_HELP)
-    return parser.parse_args(argv)
-
-
-def parse_score(text: str) -> float:
-    """Parse a score threshold."""
-    if not 0 <= (number := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: should be at least 0 and below 1")
-    return number
-
-
-def parse_positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: should be at least 1")
-    return number
 
 
 class OutputNames:
@@ -198,7 +123,7 @@ class OutputNames:
 
 
 def predict_images(
-    predictor: Predictor, paths: Sequence[Path], output_names: OutputNames, arguments: argparse.Namespace
+    predictor: Predictor, paths: Sequence[Path], output_names: OutputNames, arguments: Namespace
 ) -> list[dict[str, Any]]:
     """Detect on all images and write their drawn copies. Return the `images` of the results."""
     entries: dict[Path, dict[str, Any]] = {path: {"file": str(path)} for path in paths}

@@ -1,6 +1,6 @@
 """Checks of all machines of a run, with the results of every rank in one table.
 
-`python -m detection.runtime.launch ... -m BENCHMARK.inspection [--name value ...]` takes the settings of a run without
+`python -m detection.runtime.launch ... -m WORKLOAD inspect [--name value ...]` takes the settings of a run without
 starting it. Each check is a function of measured values and returns a `CheckResult`. The exit status is 2 if a check
 fails, else 0.
 """

@@ -1,10 +1,9 @@
 """Checks of a run before its timer starts: settings, rules, data, backbone, run folder.
 
-`python -m BENCHMARK.preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake. It prints its
+`python -m WORKLOAD preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake. It prints its
 report to stderr and four lines to stdout for ./run_and_time.sh: organization, run folder, mode and number of classes.
 --dry-run creates nothing, reports missing files as warnings, and prints the report with all settings to stdout.
 A violation of the closed division is an error in both cases. In the open division it is a note.
---model-summary checks only the settings and prints the layers of the network to stdout.
 
 The checks run in a separate process, and the page cache is dropped afterwards: MLPerf forbids the timed process to
 touch the data before run_start. The module imports no torch, so that it starts quickly.
@@ -66,10 +65,7 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
     """Run all checks and return the exit status."""
     dry_run = "--dry-run" in argv
     try:
-        resolved = spec.load([word for word in argv if word not in ("--dry-run", "--model-summary")])
-        if "--model-summary" in argv:
-            print(spec.summarize_model(with_num_classes(resolved.config)))
-            return 0
+        resolved = spec.load([word for word in argv if word != "--dry-run"])
         config, layout = resolved.config, read_launch_layout()
         report = [format_settings(resolved), ""] if dry_run else []
         notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
@@ -93,6 +89,16 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     print(config.org, run_folder, config.mode, num_classes, sep="\n")
+    return 0
+
+
+def print_summary(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
+    """Check only the settings, print the layers of the network, and return the exit status."""
+    try:
+        print(spec.summarize_model(with_num_classes(spec.load(argv).config)))
+    except InputError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,6 +1,6 @@
 """Search for the fastest training settings of this machine.
 
-`python -m BENCHMARK.tune --autotune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of
+`python -m WORKLOAD tune --autotune [SECONDS] [--name NAME] [--force] [--name value ...]` starts from the settings of
 the config file and the flags, times trials until the budget is used up, and writes a config file. It follows each
 search axis while that makes training faster.
 """
@@ -48,9 +48,9 @@ CONFIG_DIR = Path()  # the folder of ./run_and_time.sh
 
 @dataclass(frozen=True)
 class TuneTarget(Generic[Config]):
-    """What to tune: a benchmark's training module, settings prefix, preflight checks and recipe as settings."""
+    """What to tune: a workload's package, settings prefix, preflight checks and recipe as settings."""
 
-    module: str
+    package: str
     prefix: str
     preflight: PreflightSpec[Config]
     recipe_settings: Callable[[Recipe], dict[str, str]]
@@ -209,7 +209,7 @@ def tune(
 
     def measure(settings: Settings, steps: int, warmup: int, limit_s: float) -> Trial:
         return measure_training(
-            target.module,
+            target.package,
             flags,
             settings,
             ranks=layout.ranks_per_node,

@@ -43,7 +43,7 @@ class Trial:
 
 
 def measure_training(
-    module: str,
+    package: str,
     flags: Sequence[str],
     settings: Mapping[str, str],
     *,
@@ -52,7 +52,7 @@ def measure_training(
     warmup: int,
     limit_s: float,
 ) -> Trial:
-    """Time `steps` training steps of a module on this machine, after `warmup` steps.
+    """Time `steps` training steps of a workload on this machine, after `warmup` steps.
 
     flags: of the run. settings: the tried ones, by name. Terminates all processes after limit_s seconds.
     """
@@ -69,7 +69,7 @@ def measure_training(
             str(Path(folder, "run")),
         ]
         cores = max(1, len(os.sched_getaffinity(0)) // ranks)
-        launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", module]
+        launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", package, "train"]
         start_s = time.monotonic()
         with Path(folder, "stderr").open("w+", errors="replace") as stderr:
             process = subprocess.Popen(

@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 
 from detection.config.settings import InputError
-from ssd import checkpoint_names, conformance, preflight, weights
+from ssd import checkpoint_names, conformance, weights
+from ssd.commands import describe_checkpoint
 from ssd.config import load
 from ssd.model import SSD300, ExtraBlock
 
@@ -152,14 +153,14 @@ def test_batch_norm_statistics_without_a_counter_load(tmp_path):
 def test_checkpoint_of_another_network_is_rejected_with_the_right_settings(published, flags, message):
     config = load([*flags, "--weights", str(published)], {}).config
     with pytest.raises(InputError, match="holds ssd300-r50 on resnet50 for 5 classes, but the settings ask") as caught:
-        preflight.describe_checkpoint(published, config)
+        describe_checkpoint(published, config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_matching_checkpoint_passes_preflight(published):
     config = load(["--network", "ssd300-r50", "--num-classes", "5", "--weights", str(published)], {}).config
-    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in preflight.describe_checkpoint(published, config)
+    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in describe_checkpoint(published, config)
 
 
 class Evil:

@@ -213,7 +213,7 @@ def test_the_settings_table_shows_the_source_of_each_value():
 
 
 def test_settings_load_without_torch():
-    program = "import sys, ssd.preflight; sys.exit('torch' in sys.modules)"
+    program = "import sys, ssd.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import types
+from functools import partial
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -14,9 +15,11 @@ import processes
 from detection.config.settings import InputError
 from detection.engine import tensorboard
 from detection.engine.tensorboard import TensorBoardLogger
+from detection.preflight import run_checks
 from mlperf.log import read
 from paths import ROOT
-from ssd import preflight, train
+from ssd import train
+from ssd.commands import PREFLIGHT
 
 FLAGS = ("--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -86,7 +89,7 @@ def test_a_summary_that_cannot_be_written_is_refused_before_the_clock(environmen
 
 def test_tensorboard_is_asked_for_only_by_name_and_said_to_be_missing(environment, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    for main in (train.main, preflight.main):
+    for main in (train.main, partial(run_checks.main, spec=PREFLIGHT)):
         assert main([*FLAGS, "--tensorboard"]) == 2
         shown = capsys.readouterr().err
         assert shown.count("error:") == 1

@@ -4,12 +4,11 @@ import re
 
 import pytest
 
+import commands
 import maskrcnn.config
 import maskrcnn.model
-import maskrcnn.preflight
 import ssd.config
 import ssd.model
-import ssd.preflight
 from detection.engine.model_summary import summarize_model
 from detection.engine.optim import freeze_batch_norm
 
@@ -52,11 +51,11 @@ def test_rows_have_name_kind_and_shapes():
     assert rows["backbone.body.layer4.1.bn1"] == ("BatchNorm2d", "512 + 512", 1024, "frozen")
 
 
-@pytest.mark.parametrize("preflight", [ssd.preflight, maskrcnn.preflight])
+@pytest.mark.parametrize("command", [commands.ssd, commands.maskrcnn])
 @pytest.mark.parametrize(("dataset", "classes"), [("coco2017", 81), ("toy", 4), ("synthetic_coco", 81)])
-def test_summary_needs_no_data_set(preflight, dataset, classes, tmp_path, monkeypatch, capsys):
+def test_summary_needs_no_data_set(command, dataset, classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "none"))
-    assert preflight.main(["--model-summary", "--dataset", dataset]) == 0
+    assert command("summary", "--dataset", dataset) == 0
     out, err = capsys.readouterr()
     assert f"for {classes} classes" in out.splitlines()[-1]
     assert err == ""
@@ -65,7 +64,7 @@ def test_summary_needs_no_data_set(preflight, dataset, classes, tmp_path, monkey
 
 def test_number_of_classes_comes_from_the_annotations(four_image_coco, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(four_image_coco))
-    assert ssd.preflight.main(["--model-summary", "--dataset", "mine"]) == 0
+    assert commands.ssd("summary", "--dataset", "mine") == 0
     assert "for 4 classes" in capsys.readouterr().out
 
 
@@ -75,7 +74,7 @@ def test_settings_error_is_one_message(tmp_path, monkeypatch, capsys):
         (["--batch-sise", "4"], "--batch-sise"),
         (["--dataset", "mine"], f"DATADIR={tmp_path / 'none'}"),
     ):
-        assert ssd.preflight.main(["--model-summary", *flags]) == 2
+        assert commands.ssd("summary", *flags) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err

@@ -15,11 +15,11 @@ from paths import ROOT
 
 PAGE = (ROOT / "docs/RECOVERY.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
-# Python of the environment: skips preflight, and runs the dummy workload in place of ssd.train.
+# Python of the environment: skips preflight, and runs the dummy workload in place of `ssd train`.
 PYTHON = """#!/usr/bin/env bash
-if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
+if [[ $3 == preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
 for word in "$@"; do
-  [[ $word == ssd.train ]] && words[-1]={dummy_workload} || words+=("$word")
+  [[ $word == train ]] && words[-2]={dummy_workload} && unset "words[-1]" || words+=("$word")
 done
 exec {python} "${{words[@]}}"
 """

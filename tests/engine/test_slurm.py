@@ -21,11 +21,11 @@ export DGXNNODES=2
 export DGXNGPU=1
 export WALLTIME=00:10:00
 """
-# Python of the environment: skips preflight, and runs the dummy workload in place of ssd.train.
+# Python of the environment: skips preflight, and runs the dummy workload in place of `ssd train`.
 PYTHON = """#!/usr/bin/env bash
-if [[ $2 == ssd.preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
+if [[ $3 == preflight ]]; then printf '%s\\n' "Some Lab" "$RUN_DIR" train 2 && exit; fi
 for word in "$@"; do
-  [[ $word == ssd.train ]] && words[-1]={dummy_workload} || words+=("$word")
+  [[ $word == train ]] && words[-2]={dummy_workload} && unset "words[-1]" || words+=("$word")
 done
 exec {python} "${{words[@]}}"
 """

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import commands
 from detection.evaluation import visualize
 from detection.evaluation.visualize import Annotation
 from paths import ROOT, shared
-from ssd import predict, pretrained, train
+from ssd import pretrained, train
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.model import SSD300
 from tiny_ssd import square_detector, write_checkpoint
@@ -26,7 +27,7 @@ def square(tmp_path_factory):
 
 
 def run_predict(capsys, *arguments):
-    status = predict.main([*map(str, arguments), "--device", "cpu"])
+    status = commands.ssd("predict", *arguments, "--device", "cpu")
     return status, *capsys.readouterr()
 
 
@@ -205,7 +206,7 @@ def test_three_categories_work_from_training_to_drawn_images(tmp_path, capsys):
         flags += [f"--{split}-annotations", str(data / f"annotations/instances_{split}2017.json")]
     assert train.main([*flags, "--max-steps", "3", "--division", "open"]) == 3
     (path,) = (tmp_path / "run/checkpoints").iterdir()
-    command = [sys.executable, "-m", "ssd.predict", str(path), str(data / "val2017"), "--score", "0.01"]
+    command = [sys.executable, "-m", "ssd", "predict", str(path), str(data / "val2017"), "--score", "0.01"]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path / "out")], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import commands
 from detection.checkpoint import checkpointer
 from detection.config.settings import InputError, to_json
 from detection.data import rle
@@ -16,7 +17,7 @@ from detection.evaluation.visualize import Annotation
 from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import DistContext
 from detection.synthetic import coco_scenes
-from maskrcnn import predict, pretrained, weights
+from maskrcnn import pretrained, weights
 from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalSource
 from maskrcnn.evaluator import MaskRCNNEvaluator
@@ -62,7 +63,7 @@ def write(folder, model, **extra):
 
 
 def run_predict(capsys, *words):
-    status = predict.main([*map(str, words), "--device", "cpu"])
+    status = commands.maskrcnn("predict", *words, "--device", "cpu")
     return status, *capsys.readouterr()
 
 

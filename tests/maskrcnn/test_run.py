@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 
 from detection import run_dir
 from detection.preflight.run_checks import check_rules
-from maskrcnn import preflight, train
+from maskrcnn import train
+from maskrcnn.commands import rule_values
 from maskrcnn.config import load
 from maskrcnn.model import LOSS_NAMES
 from mlperf import compliance
@@ -123,7 +124,7 @@ def test_benchmark_modes_report_throughput(run, tmp_path, mode):
 def test_two_ranks_train_and_evaluate(four_image_coco, tmp_path):
     environ = os.environ | {f"MASKRCNN_{name}": value for name, value in SMALL.items()}
     environ |= {"DATADIR": str(four_image_coco), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "maskrcnn.train"]
+    command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "maskrcnn", "train"]
     process = subprocess.run(
         [*command, "--batch-size", "1"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200
     )
@@ -143,7 +144,7 @@ def test_invalid_settings_are_rejected_before_timing(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config_*_maskrcnn.sh")), ids=lambda path: path.stem)
 def test_every_config_file_passes_a_dry_run_and_the_rules(path):
-    script = f'source ./{path.name}; exec "$0" -m maskrcnn.preflight --dry-run'
+    script = f'source ./{path.name}; exec "$0" -m maskrcnn preflight --dry-run'
     system = path.stem.removeprefix("config_").removesuffix("_maskrcnn")
     environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system}
     shell = subprocess.run(
@@ -169,7 +170,7 @@ def test_every_config_file_passes_a_dry_run_and_the_rules(path):
 )
 def test_closed_division_names_the_broken_rule(flags, rule):
     config = load(["--batch-size", "16", "--pretrained-backbone", "R-50.pkl", *flags], {}).config
-    _, violations = check_rules(config, preflight.rule_values(config, 4), 4)
+    _, violations = check_rules(config, rule_values(config, 4), 4)
     assert len(violations) == 1
     assert rule in violations[0]
 

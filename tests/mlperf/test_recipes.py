@@ -5,20 +5,18 @@ import pytest
 from config_files import exported
 from detection.preflight import run_checks
 from detection.tuning.config_file import to_flags
+from maskrcnn import commands as maskrcnn_commands
 from maskrcnn import config as maskrcnn_config
-from maskrcnn import preflight as maskrcnn_preflight
-from maskrcnn import tune as maskrcnn_tune
 from mlperf import recipes
+from ssd import commands as ssd_commands
 from ssd import config as ssd_config
-from ssd import preflight as ssd_preflight
-from ssd import tune as ssd_tune
 
 
 @pytest.mark.parametrize(("system", "ranks"), [("CPU", 1), ("DGX1", 8), ("DGXA100", 8), ("DGXA100_multi_2x8x56", 16)])
 def test_published_batch_has_recipe_of_its_config_file(system, ranks):
     env = {name: value for name, value in exported(system).items() if name.startswith("SSD_")}
     config = ssd_config.load([], env).config
-    settings = ssd_tune.recipe_settings(recipes.interpolate_recipe("ssd", config.global_batch_size(ranks)))
+    settings = ssd_commands.recipe_settings(recipes.interpolate_recipe("ssd", config.global_batch_size(ranks)))
     tuned = ssd_config.load(to_flags(settings), {"SSD_BATCH_SIZE": str(config.batch_size)}).config
     for name in settings:
         assert getattr(tuned, name) == getattr(config, name), name
@@ -27,24 +25,24 @@ def test_published_batch_has_recipe_of_its_config_file(system, ranks):
 
 @pytest.mark.parametrize("batch", [1, 8, 48, 128, 500, 900, 1000, 1100, 1300, 1536, 1800, 2048, 3000, 4096])
 def test_ssd_recipe_of_any_batch_follows_every_rule(batch):
-    words = to_flags(ssd_tune.recipe_settings(recipes.interpolate_recipe("ssd", batch)))
+    words = to_flags(ssd_commands.recipe_settings(recipes.interpolate_recipe("ssd", batch)))
     words += ["--batch-size", str(batch), "--eval-epochs", "every 5", "--pretrained-backbone", "resnet34.pth"]
     config = ssd_config.load(words, {}).config
-    assert run_checks.check_rules(config, ssd_preflight.rule_values(config, 1), 1)[1] == []
+    assert run_checks.check_rules(config, ssd_commands.rule_values(config, 1), 1)[1] == []
 
 
 @pytest.mark.parametrize("batch", [4, 16, 40, 48, 56, 64, 96, 112, 128, 192, 256])
 def test_maskrcnn_recipe_of_any_batch_follows_every_rule(batch):
-    words = to_flags(maskrcnn_tune.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
+    words = to_flags(maskrcnn_commands.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
     config = maskrcnn_config.load([*words, "--batch-size", str(batch), "--pretrained-backbone", "R-50.pkl"], {}).config
-    broken = run_checks.check_rules(config, maskrcnn_preflight.rule_values(config, 1), 1)[1]
+    broken = run_checks.check_rules(config, maskrcnn_commands.rule_values(config, 1), 1)[1]
     assert broken == []
 
 
 def test_maskrcnn_has_decay_steps_of_submissions():
     schedules = {}
     for batch in (48, 64, 96):
-        words = to_flags(maskrcnn_tune.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
+        words = to_flags(maskrcnn_commands.recipe_settings(recipes.interpolate_recipe("maskrcnn", batch)))
         config = maskrcnn_config.load([*words, "--batch-size", str(batch)], {}).config
         schedules[batch] = (config.peak_lr(1), config.warmup_steps, config.decay_steps(1))
     assert schedules == {

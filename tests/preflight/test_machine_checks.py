@@ -23,9 +23,8 @@ from detection.preflight.resources import MIB
 from detection.runtime.device import DriverVersion
 from detection.runtime.distributed import DistContext
 from paths import ROOT
+from ssd.commands import PREFLIGHT, make_random_workload
 from ssd.config import load
-from ssd.inspection import main, make_random_workload
-from ssd.preflight import CHECKS
 
 CPU = torch.device("cpu")
 ACCELERATOR = torch.device("xpu", 0)  # any kind: nothing is computed
@@ -280,7 +279,7 @@ def test_table_wraps_lines_but_not_paths():
 )  # fmt: skip
 def test_rules_are_checked_with_the_machine(tmp_path, flags, statuses, text):
     config = settings(tmp_path, *flags)
-    results = machine_checks.check_rules(config, CHECKS.rule_values(config, 1), world_size=1)
+    results = machine_checks.check_rules(config, PREFLIGHT.rule_values(config, 1), world_size=1)
     assert [result.status for result in results] == statuses
     assert any(text in result.message for result in results)
     assert all(result.hint.startswith("Change it, or") for result in results if result.status == "fail")
@@ -292,7 +291,7 @@ def run_flags(folder):
 
 
 def test_two_ranks_print_one_table(four_image_coco):
-    launch = ("-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "ssd.inspection")
+    launch = ("-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "ssd", "inspect")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SSD_", "DGX"))}
     done = subprocess.run(
         [sys.executable, *launch, *run_flags(four_image_coco)],
@@ -324,7 +323,7 @@ def test_two_ranks_print_one_table(four_image_coco):
 def test_failed_check_exits_with_2_after_the_whole_table(data, monkeypatch, capsys):
     monkeypatch.setattr(machine_checks, "probe_step", lambda *_: StepProbe(1.0, 1.0, 1))
     sorted((data / "train2017").iterdir())[0].unlink()
-    assert main([*run_flags(data)]) == 2
+    assert machine_checks.main([*run_flags(data)], PREFLIGHT, make_random_workload) == 2
     shown = capsys.readouterr()
     assert "fail  data" in shown.out
     assert "pass  training step" in shown.out
@@ -333,7 +332,7 @@ def test_failed_check_exits_with_2_after_the_whole_table(data, monkeypatch, caps
 
 
 def test_invalid_setting_gives_one_message(four_image_coco, capsys):
-    assert main([*run_flags(four_image_coco), "--epochs", "0"]) == 2
+    assert machine_checks.main([*run_flags(four_image_coco), "--epochs", "0"], PREFLIGHT, make_random_workload) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("error:")) == ("", 1)
 
@@ -361,7 +360,7 @@ def test_two_nodes_print_one_table(four_image_coco):
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     nodes = [
         subprocess.Popen(
-            [*launch, "--node-rank", str(node), "-m", "ssd.inspection", *run_flags(four_image_coco)],
+            [*launch, "--node-rank", str(node), "-m", "ssd", "inspect", *run_flags(four_image_coco)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import commands
 from detection.data import worker_shm
 from detection.synthetic import toy
-from maskrcnn import preflight as maskrcnn_preflight
+from maskrcnn import commands as maskrcnn_commands
 from paths import ROOT
-from ssd import preflight
 from ssd.model import SSD300
 
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
@@ -42,7 +42,7 @@ def check(monkeypatch, tmp_path, data_dir, capsys):
         for name, value in environ.items():
             monkeypatch.setenv(name, str(value))
         recipe = ["--dataset", "toy", "--division", "open", "--batch-size", "4"]
-        status = preflight.main([*recipe, *argv])
+        status = commands.ssd("preflight", *recipe, *argv)
         return status, *capsys.readouterr()
 
     return run
@@ -329,7 +329,7 @@ def test_mask_rcnn_has_its_own_rules_and_reads_masks(check, data_dir, tmp_path, 
     check()
     flags = ["--dataset", "coco2017", "--num-classes", "4", "--batch-size", "1", "--num-workers", "0"]
     flags += ["--pretrained-backbone", str(npz(tmp_path))]
-    status = maskrcnn_preflight.main([*custom_data_flags(data_dir), *flags])
+    status = commands.maskrcnn("preflight", *custom_data_flags(data_dir), *flags)
     err = capsys.readouterr().err
     assert status == 2
     forbidden = [line.split("forbids ")[1].split(":")[0] for line in err.splitlines() if "forbids" in line]
@@ -343,14 +343,14 @@ def test_mask_rcnn_has_its_own_rules_and_reads_masks(check, data_dir, tmp_path, 
     file.write_text(json.dumps(content))
     assert check(*custom_data_flags(folder), "--dataset", "shapes")[0] == 0  # the boxes are still valid
     flags = ["--dataset", "shapes", "--division", "open", "--batch-size", "2", "--num-workers", "0"]
-    assert maskrcnn_preflight.main([*custom_data_flags(folder), *flags]) == 2
+    assert commands.maskrcnn("preflight", *custom_data_flags(folder), *flags) == 2
     assert "segmentation" in capsys.readouterr().err
-    assert maskrcnn_preflight.main([*custom_data_flags(data_dir), *flags, "--run-dir", str(tmp_path / "run")]) == 0
+    assert commands.maskrcnn("preflight", *custom_data_flags(data_dir), *flags, "--run-dir", tmp_path / "run") == 0
 
 
 def test_mask_rcnn_sizes_shared_memory_by_padded_images():
     def image_bytes(*flags):
-        return maskrcnn_preflight.CHECKS.image_bytes(maskrcnn_preflight.load(flags).config)
+        return maskrcnn_commands.PREFLIGHT.image_bytes(maskrcnn_commands.load(flags).config)
 
     assert image_bytes() == 3 * 800 * 1344
     assert image_bytes("--no-group-by-aspect-ratio") == 3 * 1344 * 1344
@@ -359,7 +359,7 @@ def test_mask_rcnn_sizes_shared_memory_by_padded_images():
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_config_file_passes_a_dry_run_and_the_rules(system):
     benchmark = "maskrcnn" if system.endswith("_maskrcnn") else "ssd"
-    script = f'source ./config_{system}.sh; exec "$0" -m {benchmark}.preflight --dry-run'
+    script = f'source ./config_{system}.sh; exec "$0" -m {benchmark} preflight --dry-run'
     environ = {"PATH": os.environ["PATH"], "DGXSYSTEM": system}
     shell = subprocess.run(
         ["bash", "-euc", script, sys.executable], cwd=ROOT, env=environ, capture_output=True, text=True

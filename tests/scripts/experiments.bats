@@ -17,13 +17,13 @@ setup() {
   cat >"$folder/venv/bin/python" <<'END_PYTHON'
 #!/usr/bin/env bash
 all=$*
-if [[ $2 == *.preflight ]]; then
+if [[ $3 == preflight ]]; then
   if [[ $all == *--dry-run* ]]; then echo "settings of ${all#*preflight }" && exit; fi
   [[ $all != *--wrong* ]] || exit 2
   mkdir -p "$RUN_DIR"
   printf '%s\n' "Some Lab" "$RUN_DIR" train 7 && exit
 fi
-echo "$RUN_INDEX ${RUN_DIR##*/} [$PAGE_CACHE_DROPPED]${all##*ssd.train}" >>"$calls"
+echo "$RUN_INDEX ${RUN_DIR##*/} [$PAGE_CACHE_DROPPED]${all##*ssd train}" >>"$calls"
 [[ $all != *master-port* ]] || sed 's/.*\(--master-port [0-9]*\).*/\1/' <<<"$all" >>"$calls.ports"
 log=$RUN_DIR/result_$RUN_INDEX.txt
 event() { echo ":::MLLOG {\"time_ms\": $1, \"key\": \"$2\", \"metadata\": {$3}}" >>"$log"; }

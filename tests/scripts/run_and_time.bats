@@ -21,10 +21,10 @@ END
   cat >"$folder/venv/bin/python" <<'END'
 #!/usr/bin/env bash
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $PAGE_CACHE_DROPPED, $DATADIR]" >>"$calls"
-case $2 in
-  *.preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
-  detection.evaluation.sample_predictions | detection.report) exit "${REPORT:-0}" ;;
-  detection.runtime.launch)
+case $2/$3 in
+  */preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
+  detection.evaluation.sample_predictions/* | detection.report/*) exit "${REPORT:-0}" ;;
+  detection.runtime.launch/*)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
       trap 'kill %1; echo "ended by $signal"; exit 130' INT
@@ -56,9 +56,9 @@ run_and_time() {
 @test "setup, preflight and launch run in this order, with the flags" {
   run_and_time --name "two words"
   [ "$(sed 's/ .*preflight.*/ preflight/; s/ -m detection.*/ launch/' "$calls")" = "$(printf 'setup --quiet\npython preflight\npython launch')" ]
-  grep -qF -- "-m ssd.preflight --name two words [$batch, , , data/toy]" "$calls"
+  grep -qF -- "-m ssd preflight --name two words [$batch, , , data/toy]" "$calls"
   [ "$(<"$calls.classes")" -eq 7 ] # counted by preflight
-  grep -qF -- "-m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
+  grep -qF -- "-m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd train --name two words [$batch, /runs/this one, 0, data/toy]" "$calls"
 }
 
 @test "a failed run prints no RESULT, and the script exits with its status" {
@@ -138,9 +138,9 @@ run_and_time() {
 @test "a dry run launches nothing and prints the launch line without --dry-run" {
   run_and_time --dry-run --seed 5
   [ "$status" -eq 0 ]
-  [[ $output == *"launch: venv/bin/python -m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd.train --seed 5" ]]
+  [[ $output == *"launch: venv/bin/python -m detection.runtime.launch --nnodes 1 --nproc-per-node 1 -m ssd train --seed 5" ]]
   [[ $output != *STARTING* ]]
-  grep -qF -- "-m ssd.preflight --dry-run --seed 5" "$calls"
+  grep -qF -- "-m ssd preflight --dry-run --seed 5" "$calls"
   [ "$(grep --count detection.runtime.launch "$calls")" -eq 0 ]
 }
 
@@ -149,7 +149,7 @@ run_and_time() {
   [ "$status" -eq 0 ]
   [[ $output != *STARTING* ]]
   [ "$(grep --count python "$calls")" -eq 1 ]
-  grep -qF -- "-m ssd.preflight --model-summary --backbone resnet50 [" "$calls"
+  grep -qF -- "-m ssd summary --backbone resnet50 [" "$calls"
   PREFLIGHT=2 run_and_time --model-summary --typo
   [ "$status" -eq 2 ]
 }
@@ -160,15 +160,15 @@ run_and_time() {
     STATUS=$expected DGXNGPU=2 run_and_time --preflight --batch-size 8
     [ "$status" -eq "$expected" ]
     [[ $output != *STARTING* && $output != *RESULT* ]]
-    grep -q -- "--nproc-per-node 2 -m ssd.inspection --batch-size 8 " "$calls"
-    [ "$(grep --count ssd.preflight "$calls")" -eq 0 ]
+    grep -q -- "--nproc-per-node 2 -m ssd inspect --batch-size 8 " "$calls"
+    [ "$(grep --count 'ssd preflight' "$calls")" -eq 0 ]
   done
 }
 
 @test "--autotune passes all flags to the search and starts no run" {
   run_and_time --batch-size 8 --autotune 60 --name mine
   [ "$status" -eq 0 ]
-  grep -q -- "python -m ssd.tune --batch-size 8 --autotune 60 --name mine " "$calls"
+  grep -q -- "python -m ssd tune --batch-size 8 --autotune 60 --name mine " "$calls"
   [[ $(<"$calls") != *launch* && $(<"$calls") != *preflight* ]]
 }
 
@@ -176,7 +176,7 @@ run_and_time() {
   run_and_time --help
   [ "$status" -eq 0 ]
   [[ $output == "usage: "*DGXSYSTEM*"exit status"* ]]
-  grep -q -- "ssd.preflight --help" "$calls"
+  grep -q -- "ssd train --help" "$calls"
   [ "$(grep --count launch "$calls")" -eq 0 ]
 }
 
@@ -294,7 +294,7 @@ END
   [[ $output == *"MAX_RESTARTS=2: pass --resume auto"* ]]
   MAX_RESTARTS=2 run_and_time --resume auto
   [ "$status" -eq 0 ]
-  grep -q -- "--max-restarts 2 -m ssd.train --resume auto" "$calls"
+  grep -q -- "--max-restarts 2 -m ssd train --resume auto" "$calls"
 }
 
 @test "several nodes need MASTER_ADDR, and only the first one prints RESULT" {
@@ -305,7 +305,7 @@ END
   MASTER_ADDR=node0 run_and_time
   [ "$status" -eq 0 ]
   [[ $output == *RESULT* ]]
-  grep -q -- "--nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr node0 --master-port 29500 -m ssd.train" "$calls"
+  grep -q -- "--nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr node0 --master-port 29500 -m ssd train" "$calls"
   MASTER_ADDR=node0 MASTER_PORT=1234 NODE_RANK=1 run_and_time
   [ "$status" -eq 0 ]
   [[ $output != *RESULT* ]]

@@ -229,12 +229,12 @@ node() {
 @test "a node of a Slurm job connects to Slurm's address of node 0, at a port derived from the job" {
   node SLURM_JOB_ID=31234 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=1 SLURM_STEP_NUM_NODES=2
   [ "$status" -eq 0 ]
-  [[ $output == *"--node-rank 1 --master-addr 10.0.0.7 --master-port 21234 -m ssd.train" ]]
+  [[ $output == *"--node-rank 1 --master-addr 10.0.0.7 --master-port 21234 -m ssd train" ]]
   printf '#!/bin/sh\nexit 1\n' >"$bin/scontrol" # no scontrol in a container
   node SLURM_JOB_ID=7 SLURM_JOB_NODELIST='n[0-1]' SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=10.0.0.8
-  [[ $output == *"--node-rank 0 --master-addr 10.0.0.8 --master-port 20007 -m ssd.train" ]]
+  [[ $output == *"--node-rank 0 --master-addr 10.0.0.8 --master-port 20007 -m ssd train" ]]
   node SLURM_JOB_ID=7 MASTER_ADDR=here MASTER_PORT=5 NODE_RANK=1
-  [[ $output == *"--node-rank 1 --master-addr here --master-port 5 -m ssd.train" ]]
+  [[ $output == *"--node-rank 1 --master-addr here --master-port 5 -m ssd train" ]]
 }
 
 @test "an extra node is rejected, with both numbers" {

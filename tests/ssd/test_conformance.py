@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import commands
 from paths import ROOT
 from ssd import checkpoint_names, conformance
 from ssd.model import SSD300
@@ -48,7 +49,7 @@ def test_failed_comparison_is_reported_with_exit_status_1(golden, tmp_path, caps
     vectors["default_boxes_xyxy"] = vectors["default_boxes_xyxy"] + np.float32(1e-3)
     np.savez(tmp_path / "changed.npz", **vectors)
     monkeypatch.setattr(conformance, "COMPARISONS", (conformance.compare_anchors,))
-    assert conformance.main([str(tmp_path / "changed.npz"), "--device", "cpu"]) == 1
+    assert commands.ssd("conformance", str(tmp_path / "changed.npz"), "--device", "cpu") == 1
     output = capsys.readouterr().out
     assert "anchors xyxy" in output
     assert "FAIL" in output
@@ -65,7 +66,7 @@ def test_unusable_file_is_rejected_with_exit_status_2(tmp_path, capsys, content,
         path.write_bytes(content)
     elif content is not None:
         np.savez(path, **content)
-    assert conformance.main([str(path), "--device", "cpu"]) == 2
+    assert commands.ssd("conformance", str(path), "--device", "cpu") == 2
     assert message in capsys.readouterr().err
 
 
@@ -84,7 +85,7 @@ def test_network_has_the_parameter_counts_of_the_reference():
 
 
 def test_command_reports_an_invalid_device_without_traceback(golden):
-    command = [sys.executable, "-m", "ssd.conformance", str(golden), "--device", "nonsense"]
+    command = [sys.executable, "-m", "ssd", "conformance", str(golden), "--device", "nonsense"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert result.returncode == 2
     assert "error:" in result.stderr

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import commands
 from ssd import export
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.export_module import ExportableSSD
@@ -84,7 +85,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.slow
 def test_pt2_export_is_verified_and_runs_without_the_program(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "model.pt2"
-    assert export.main([str(checkpoint), str(out), "--score", "0.5"]) == 0
+    assert commands.ssd("export", str(checkpoint), str(out), "--score", "0.5") == 0
     assert "8 of 8 detections match" in capsys.readouterr().out
     files = {"categories": ""}
     program = torch.export.load(out, extra_files=files)
@@ -103,7 +104,7 @@ def test_onnx_export_matches_the_checkpoint(tmp_path, capsys, batch_size):
     torch.manual_seed(1)
     path = write_checkpoint(tmp_path, SSD300(4))
     out = tmp_path / "model.onnx"
-    assert export.main([str(path), str(out), "--batch-size", str(batch_size)]) == 0
+    assert commands.ssd("export", str(path), str(out), "--batch-size", str(batch_size)) == 0
     assert "of 1600 detections match" in capsys.readouterr().out  # a few depend on the last bit of a score
     assert [file.name for file in tmp_path.iterdir() if "model" in file.name] == ["model.onnx"]
     model = onnx.load(out)
@@ -142,18 +143,18 @@ def image(tmp_path):
 def test_mismatching_export_is_deleted(checkpoint, tmp_path, capsys, fake_export, image):
     fake_export(0.01)
     argv = [str(checkpoint), str(tmp_path / "out/model.pt2"), "--images", str(image)]
-    assert export.main(argv) == 2
+    assert commands.ssd("export", *argv) == 2
     assert "0 of 1 detections match" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
     fake_export(1e-6)
-    assert export.main(argv) == 0
+    assert commands.ssd("export", *argv) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.pt2"]
 
 
 def test_verification_without_detections_is_rejected(checkpoint, tmp_path, capsys, fake_export, image):
     fake_export(0.0)
     out = tmp_path / "out/model.pt2"
-    assert export.main([str(checkpoint), str(out), "--images", str(image), "--score", "0.95"]) == 2
+    assert commands.ssd("export", str(checkpoint), str(out), "--images", str(image), "--score", "0.95") == 2
     assert "nothing was detected on 1 images" in capsys.readouterr().err
     assert not list(out.parent.iterdir())
 
@@ -169,7 +170,7 @@ def test_each_error_is_one_message_with_exit_status_2(checkpoint, tmp_path, caps
             "absent.png: this image cannot be read",
         ),
     ):
-        assert export.main([str(argument) for argument in argv]) == 2
+        assert commands.ssd("export", *argv) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1

@@ -15,7 +15,8 @@ def launch(ranks, run, *flags):
         "--nproc-per-node",
         str(ranks),
         "-m",
-        "ssd.train",
+        "ssd",
+        "train",
         *flags,
     ]
     environment = os.environ | {"RUN_DIR": str(run), "OMP_NUM_THREADS": "1"}

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import commands
 from detection.config.settings import InputError, LaunchLayout
 from detection.preflight import run_checks
 from detection.tuning import config_file, search, trial
 from detection.tuning.search import SearchAxis, Searcher
 from detection.tuning.trial import Trial
 from paths import ROOT
-from ssd import tune
+from ssd.commands import rule_values
 from ssd.config import Config, load
-from ssd.preflight import rule_values
 
 BASE = {
     "batch_size": "4",
@@ -188,8 +188,8 @@ def source_config(path):
 
 def test_config_file_has_the_fastest_settings_and_the_original_recipe(config_dir, monkeypatch, capsys, four_image_coco):
     requested = fake_measurements(monkeypatch, lambda settings: 3.0 if settings["num_workers"] == "0" else 1.0)
-    assert tune.main(["--autotune", "100", "--name", "mine", *TOY]) == 0
-    assert {module for module, _ in requested} == {"ssd.train"}
+    assert commands.ssd("tune", "--autotune", "100", "--name", "mine", *TOY) == 0
+    assert {module for module, _ in requested} == {"ssd"}
     exported, config = source_config(config_dir / "config_mine.sh")
     assert (config.num_workers, config.batch_size, config.precision) == (0, 2, "bf16")
     assert (config.epochs, config.eval_epochs, config.lr_decay_epochs, config.flip) == (
@@ -211,13 +211,15 @@ def test_config_file_passes_shellcheck_and_dry_run_and_keeps_user_folders(config
     fake_measurements(monkeypatch, lambda _: 1.0)
     monkeypatch.setenv("DATADIR", os.environ["DATADIR"])
     assert (
-        tune.main(["--autotune", "100", "--name", "mine", "--pretrained-backbone", "data/resnet34-333f7ec4.pth", *TOY])
+        commands.ssd(
+            "tune", "--autotune", "100", "--name", "mine", "--pretrained-backbone", "data/resnet34-333f7ec4.pth", *TOY
+        )
         == 0
     )
     path = config_dir / "config_mine.sh"
     for command in (["shellcheck", "--shell=bash", str(path)], ["shfmt", "-i", "2", "-ci", "-d", str(path)]):
         assert subprocess.run(command, capture_output=True, text=True).stdout == ""
-    script = f'source {path}; exec "$0" -m ssd.preflight --dry-run'
+    script = f'source {path}; exec "$0" -m ssd preflight --dry-run'
     done = subprocess.run(
         ["bash", "-euc", script, sys.executable],
         cwd=ROOT,
@@ -251,7 +253,7 @@ def test_larger_coco_batch_uses_its_published_recipe(config_dir, monkeypatch, ca
         "--pretrained-backbone",
         "data/resnet34.pth",
     )
-    assert tune.main(["--autotune", "100", "--name", "mine", *start]) == 0
+    assert commands.ssd("tune", "--autotune", "100", "--name", "mine", *start) == 0
     _, config = source_config(config_dir / "config_mine.sh")
     assert config.batch_size == 1024
     assert (config.lr_decay_epochs, config.max_samples, config.warmup_steps) == ((40, 50), 50, 300)
@@ -264,10 +266,10 @@ def test_larger_coco_batch_uses_its_published_recipe(config_dir, monkeypatch, ca
 def test_only_force_overwrites_a_config_file(config_dir, monkeypatch, capsys):
     requested = fake_measurements(monkeypatch, lambda _: 1.0)
     (config_dir / "config_mine.sh").write_text("mine")
-    assert tune.main(["--autotune", "--name", "mine", *TOY]) == 2
+    assert commands.ssd("tune", "--autotune", "--name", "mine", *TOY) == 2
     assert "config_mine.sh: already exists" in capsys.readouterr().err
     assert (requested, (config_dir / "config_mine.sh").read_text()) == ([], "mine")
-    assert tune.main(["--autotune", "--name", "mine", "--force", *TOY]) == 0
+    assert commands.ssd("tune", "--autotune", "--name", "mine", "--force", *TOY) == 0
     assert (config_dir / "config_mine.sh").read_text() != "mine"
 
 
@@ -327,7 +329,7 @@ def test_real_trial_has_the_metrics_of_bench_train(four_image_coco, monkeypatch)
     flags = ("--backbone", "resnet18", "--dataset", "toy", "--data-dir", str(four_image_coco), "--num-classes", "4")
     settings = {**BASE, "batch_size": "2", "num_workers": "0", "precision": "fp32"}
     result = trial.measure_training(
-        "ssd.train", [*flags, "--device", "cpu"], settings, ranks=1, steps=1, warmup=0, limit_s=120
+        "ssd", [*flags, "--device", "cpu"], settings, ranks=1, steps=1, warmup=0, limit_s=120
     )
     assert result.status == "measured", result.reason
     assert result.images_per_s == pytest.approx(2000 / result.step_ms)
@@ -339,7 +341,7 @@ def test_real_trial_has_the_metrics_of_bench_train(four_image_coco, monkeypatch)
 def test_tuning_on_a_cpu_finishes_in_time_and_is_not_slower(config_dir, four_image_coco):
     shutil.copy(ROOT / "config_toy.sh", config_dir)
     start_s = time.monotonic()
-    assert tune.main(["--autotune", "120", "--name", "mine", *TOY, "--backbone", "resnet18"]) == 0
+    assert commands.ssd("tune", "--autotune", "120", "--name", "mine", *TOY, "--backbone", "resnet18") == 0
     assert time.monotonic() - start_s < 150
     ratio = re.search(r"([\d.]+) times", (config_dir / "config_mine.sh").read_text())
     assert float(ratio[1]) >= 1

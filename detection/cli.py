@@ -1,0 +1,129 @@
+"""Commands of a workload: python -m WORKLOAD COMMAND.
+
+This module imports nothing heavy, so that the list of commands and `--help` appear at once. Each command imports
+what it needs.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from detection.engine.workload import Workload
+    from detection.preflight.run_checks import PreflightSpec
+    from detection.tuning.search import TuneTarget
+
+HELP = {
+    "train": "train until the target is reached; one process per rank (./run_and_time.sh starts them)",
+    "preflight": "check settings, rules, data and run folder before the timer starts; --dry-run creates nothing",
+    "inspect": "check the machines of a run on all ranks (./run_and_time.sh --preflight)",
+    "tune": "search for the fastest settings on this machine (./run_and_time.sh --autotune)",
+    "evaluate": "evaluate weights on the evaluation images: --weights FILE",
+    "predict": "detect objects on images of your own, and draw them",
+    "export": "export a trained network to ONNX or torch.export",
+    "conformance": "compare every part with the numbers of the MLPerf reference",
+    "summary": "list the layers of the network",
+}
+
+
+class Declarations(Protocol):
+    """Declarations of a workload for the shared commands: its module `commands`."""
+
+    PREFLIGHT: "PreflightSpec[Any]"
+
+    def make_tune_target(self) -> "TuneTarget[Any]":
+        """Return what the search for settings needs."""
+
+    def make_random_workload(self, config: Any, ranks: Any) -> "Workload[Any]":
+        """Assemble the workload with random weights."""
+
+
+@dataclass(frozen=True)
+class CommandSet:
+    """Commands of a workload. Each function imports what it needs.
+
+    declare: return the declarations for the shared commands. train: run a rank. predict, export, conformance: run with
+    parsed arguments; None if the workload lacks the command. predict_defaults: score threshold and batch size.
+    """
+
+    package: str
+    title: str
+    declare: Callable[[], Any]
+    train: Callable[[list[str]], int]
+    predict: Callable[["Namespace"], int]
+    predict_defaults: tuple[float, int]
+    export: Callable[["Namespace"], int] | None = None
+    conformance: Callable[["Namespace"], int] | None = None
+
+    def names(self) -> list[str]:
+        """Return the commands that this workload has."""
+        return [name for name in HELP if getattr(self, name, True) is not None]
+
+
+def main(argv: Sequence[str], commands: CommandSet) -> int:
+    """Run a command and return its exit status: 2 if there is no such command."""
+    name, flags = (argv[0], list(argv[1:])) if argv else ("", [])
+    if name in ("", "-h", "--help"):
+        print(usage(commands))
+        return 0
+    if name not in commands.names():
+        if name in HELP:
+            problem = f"not available for {commands.title}"
+        else:
+            nearest = difflib.get_close_matches(name, commands.names(), n=1)
+            problem = "no such command" + (f", did you mean {nearest[0]}?" if nearest else "")
+        print(f"error: {name}: {problem}. `python -m {commands.package}` lists the commands.", file=sys.stderr)
+        return 2
+    if name in ("predict", "export", "conformance"):
+        return run_tool(name, flags, commands)
+    declarations: Declarations = commands.declare()
+    if {"-h", "--help"} & set(flags):
+        declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
+    if name == "evaluate":
+        name, flags = "train", ["--mode", "evaluate", *flags]
+    if name in ("train", "inspect"):
+        run_rank(name, flags, commands, declarations)
+    if name == "tune":
+        from detection.tuning import search
+
+        return search.main(flags, declarations.make_tune_target())
+    from detection.preflight import run_checks
+
+    run = run_checks.print_summary if name == "summary" else run_checks.main
+    return run(flags, declarations.PREFLIGHT)
+
+
+def usage(commands: CommandSet) -> str:
+    """Return the list of commands."""
+    package = commands.package
+    lines = [f"usage: python -m {package} COMMAND [--help] ...", "", f"Commands of {commands.title}:", ""]
+    lines += [f"  {name:<12} {HELP[name]}" for name in commands.names()]
+    return "\n".join([*lines, "", f"`python -m {package} COMMAND --help` explains a command."])
+
+
+def run_tool(name: str, flags: Sequence[str], commands: CommandSet) -> int:
+    """Run a command that has arguments in place of settings."""
+    from detection import arguments
+
+    if name == "predict":
+        return commands.predict(arguments.parse_predict(flags, commands.package, *commands.predict_defaults))
+    if name == "export":
+        assert commands.export
+        return commands.export(arguments.parse_export(flags, commands.package))
+    assert commands.conformance
+    return commands.conformance(arguments.parse_conformance(flags, commands.package))
+
+
+def run_rank(name: str, flags: list[str], commands: CommandSet, declarations: Declarations) -> NoReturn:
+    """Run this rank of a distributed command, and end its process."""
+    from detection.engine.entrypoint import hard_exit
+
+    if name == "train":
+        hard_exit(commands.train(flags))
+    from detection.preflight import machine_checks
+
+    hard_exit(machine_checks.main(flags, declarations.PREFLIGHT, declarations.make_random_workload))

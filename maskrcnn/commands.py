@@ -1,0 +1,84 @@
+"""Declarations of Mask R-CNN for the commands of `detection.cli`. Imports torch only inside functions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detection.preflight import run_checks
+from maskrcnn.config import PREFIX, Config, load
+from mlperf.recipes import Recipe
+
+if TYPE_CHECKING:
+    from detection.engine.workload import Workload
+    from detection.runtime.distributed import DistContext
+    from detection.tuning.search import TuneTarget
+    from maskrcnn.data import Batch
+
+
+def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
+    """Return the values that the MLPerf rules constrain."""
+    return config.hyperparameters(world_size) | {"target": config.target, "mask_target": config.mask_target}
+
+
+def image_bytes(config: Config) -> int:
+    """Return the size in bytes of the largest padded image that a worker passes on.
+
+    Sides are multiples of 32. Without aspect-ratio groups, the short side of one image may be padded to the long side
+    of another.
+    """
+    short, long = (-(-size // 32) * 32 for size in (config.min_image_size, config.max_image_size))
+    return 3 * long * (short if config.group_by_aspect_ratio else long)
+
+
+def describe_checkpoint(path: Path, config: Config) -> str:
+    """Describe a file of weights; raise InputError unless it fits the network of the settings."""
+    from maskrcnn import weights  # imports torch, which only this check needs
+
+    content = weights.read(path)
+    weights.check_compatible(content, config, path)
+    return f"{content.origin}; {config.network_name} for {weights.num_classes(content.state)} classes"
+
+
+def summarize_layers(config: Config) -> str:
+    """Return a table of the network's layers."""
+    from detection.engine import model_summary
+    from maskrcnn.model import make_model
+
+    return model_summary.summarize_model(make_model, config)
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Return a recipe as settings."""
+    decay_tenths = 10 + recipe.decay_k
+    return {
+        "base_lr": f"{recipe.base_lr:g}",
+        "lr_round_to": f"{recipe.lr_round_to:g}",
+        "warmup_steps": str(recipe.warmup_steps),
+        "lr_decay_images": f"{96_000 * decay_tenths},{128_000 * decay_tenths}",
+    }
+
+
+def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batch]":
+    """Assemble Mask R-CNN with random weights for the training loop."""
+    from maskrcnn.evaluator import MaskRCNNEvaluator
+    from maskrcnn.model import make_model
+    from maskrcnn.train import make_workload, predict
+
+    return make_workload(config, ranks, 0, make_model(config), MaskRCNNEvaluator(config, ranks, predict))
+
+
+PREFLIGHT = run_checks.PreflightSpec(
+    load=load,
+    rule_values=rule_values,
+    image_bytes=image_bytes,
+    check_weights=describe_checkpoint,
+    summarize_model=summarize_layers,
+    segmentations=True,
+)
+
+
+def make_tune_target() -> "TuneTarget[Config]":
+    """Return what the search for the fastest settings needs."""
+    from detection.tuning.search import TuneTarget
+
+    return TuneTarget("maskrcnn", PREFIX, PREFLIGHT, recipe_settings)

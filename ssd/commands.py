@@ -1,0 +1,77 @@
+"""Declarations of SSD300 for the commands of `detection.cli`. Imports torch only inside functions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detection.preflight import run_checks
+from mlperf.recipes import Recipe
+from ssd.config import PREFIX, Config, load
+
+if TYPE_CHECKING:
+    from detection.engine.workload import Workload
+    from detection.runtime.distributed import DistContext
+    from detection.tuning.search import TuneTarget
+    from ssd.data import Batch
+
+IMAGE_BYTES = 3 * 300 * 300
+
+
+def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
+    """Return the values that MLPerf's rules constrain."""
+    return config.hyperparameters(world_size) | {"target": config.target}
+
+
+def describe_checkpoint(path: Path, config: Config) -> str:
+    """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
+    from ssd import weights  # imports torch, which only this check needs
+
+    loaded = weights.read(path)
+    weights.check_compatible(loaded, weights.expected_state(config), path)
+    return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
+
+
+def summarize_layers(config: Config) -> str:
+    """Summarize the layers of the settings' network."""
+    from detection.engine import model_summary
+    from ssd.model import make_model
+
+    return model_summary.summarize_model(make_model, config)
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Convert a recipe to settings by name."""
+    decay_tenths = 10 + recipe.decay_k
+    return {
+        "base_lr": f"{recipe.base_lr:g}",
+        "lr_round_to": f"{recipe.lr_round_to:g}",
+        "warmup_steps": str(recipe.warmup_steps),
+        "weight_decay": f"{recipe.weight_decay:g}",
+        "lr_decay_epochs": f"{4 * decay_tenths},{5 * decay_tenths}",
+        "max_samples": str(recipe.max_samples),
+    }
+
+
+def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batch]":
+    """Assemble SSD300 with random weights for the training loop."""
+    from ssd.evaluator import SSDEvaluator
+    from ssd.model import make_model
+    from ssd.train import make_workload
+
+    return make_workload(config, ranks, 0, make_model(config), SSDEvaluator(config, ranks))
+
+
+PREFLIGHT = run_checks.PreflightSpec(
+    load=load,
+    rule_values=rule_values,
+    image_bytes=lambda _: IMAGE_BYTES,
+    check_weights=describe_checkpoint,
+    summarize_model=summarize_layers,
+)
+
+
+def make_tune_target() -> "TuneTarget[Config]":
+    """Return what the search for the fastest settings needs."""
+    from detection.tuning.search import TuneTarget
+
+    return TuneTarget("ssd", PREFIX, PREFLIGHT, recipe_settings)
