@@ -22,7 +22,7 @@ COPY . .
 ARG COMMIT=
 ENV DETECTION_SOURCE_COMMIT=$COMMIT
 LABEL org.opencontainers.image.title=detection-training \
-  org.opencontainers.image.version=0.1.0 \
+  org.opencontainers.image.version=0.2.0 \
   org.opencontainers.image.licenses=Apache-2.0 \
   org.opencontainers.image.revision=$COMMIT
 

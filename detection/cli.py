@@ -75,8 +75,8 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
             problem = f"not available for {commands.title}"
         else:
             nearest = difflib.get_close_matches(name, commands.names(), n=1)
-            problem = "no such command" + (f", did you mean {nearest[0]}?" if nearest else "")
-        print(f"error: {name}: {problem}. `python -m {commands.package}` lists the commands.", file=sys.stderr)
+            problem = "no such command" + (f". Did you mean {nearest[0]}?" if nearest else "")
+        print(f"error: {name}: {problem} (`python -m {commands.package}` lists the commands)", file=sys.stderr)
         return 2
     if name in ("predict", "export", "conformance"):
         return run_tool(name, flags, commands)

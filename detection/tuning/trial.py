@@ -69,7 +69,8 @@ def measure_training(
             str(Path(folder, "run")),
         ]
         cores = max(1, len(os.sched_getaffinity(0)) // ranks)
-        launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), "-m", package, "train"]
+        rank = ["-m", package, "train"]
+        launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *rank]
         start_s = time.monotonic()
         with Path(folder, "stderr").open("w+", errors="replace") as stderr:
             process = subprocess.Popen(

@@ -22,7 +22,7 @@ END
 #!/usr/bin/env bash
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $PAGE_CACHE_DROPPED, $DATADIR]" >>"$calls"
 case $2/$3 in
-  */preflight) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
+  */preflight | */summary) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
   detection.evaluation.sample_predictions/* | detection.report/*) exit "${REPORT:-0}" ;;
   detection.runtime.launch/*)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
