@@ -68,7 +68,7 @@ expect_metadata '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.revision:$c
 expect_metadata '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.version:$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
 
 container=$(buildah from localhost/detection)
-for path in .git .ci data/toy; do
+for path in .git .ci tests/golden data/toy; do
   [[ ! -e $(buildah mount "$container")/workspace/detection-training/$path ]] || die "$path is in the image" 1
 done
 buildah umount "$container" >/dev/null

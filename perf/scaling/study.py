@@ -238,7 +238,7 @@ def plot(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[R
         (line,) = time.plot(DEVICE_COUNTS, model, label=f"model: {generation.name}")
         points = [one.published for name, one in checks if name == generation.name]
         time.plot([one.layout.ranks for one in points], [one.minutes for one in points], "o", color=line.get_color())
-    time.plot(DEVICE_COUNTS, [runs[0].minutes / ranks for ranks in DEVICE_COUNTS], ":", color="grey", label="ideal")
+    time.plot(DEVICE_COUNTS, [runs[0].minutes / ranks for ranks in DEVICE_COUNTS], ":", color="gray", label="ideal")
     time.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="minutes to the target", title="dots: published")
     time.set_xticks(DEVICE_COUNTS, [f"{ranks:,}" for ranks in DEVICE_COUNTS], rotation=45, minor=False)
     time.legend(frameon=False, fontsize=8)
