@@ -22,6 +22,7 @@ from detection.data import coco
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state
 from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext
@@ -248,7 +249,7 @@ def step(batch_size: int, folder: Path) -> Values:
     ranks = DistContext(0, 1, select_device(config.device, 0))
     torch.manual_seed(0)
     workload = make_workload(config, ranks, 0, SSD300(CLASSES), SSDEvaluator(config, ranks))
-    state = train_loop.build_state(workload, config, ranks)
+    state = build_state(workload, config, ranks)
     rank_batch = to_device(RankBatch(workload.dummy_batch(), batch_size, 1 / batch_size), ranks.device)
     values = cost(partial(train_loop.train_step, state, rank_batch, 1e-3, workload, config, ranks))
     return values | {"rate": 1000 * batch_size / values["time"]}

@@ -16,3 +16,8 @@ class RankBatch(NamedTuple, Generic[Batch]):
     batch: Batch
     global_batch_size: int
     loss_weight: float
+
+
+def split_micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Split a batch along its first dimension into `count` micro-batches, or fewer if it has fewer images."""
+    return [type(batch)(*tensors) for tensors in zip(*(t.chunk(count) for t in batch), strict=True)]

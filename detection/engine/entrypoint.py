@@ -22,6 +22,7 @@ from detection.config.settings import InputError, RankInfo, read_rank_info, to_j
 from detection.data import device_cache
 from detection.data.loader import DataWorkerDied, translate_worker_errors
 from detection.engine import tensorboard, throughput, train_loop
+from detection.engine.evaluation import evaluate_only
 from detection.engine.run_logger import NonFiniteLossError, RunLogger
 from detection.engine.state import RunContext
 from detection.engine.tensorboard import TensorBoardLogger
@@ -151,7 +152,7 @@ def run_mode(workload: Workload[Any], run: RunContext, log_hyperparameters: Call
                 log_hyperparameters()
             return train_loop.train_to_target(workload, run)
         case "evaluate":
-            return train_loop.evaluate_only(workload, run)
+            return evaluate_only(workload, run)
         case "bench-train":
             throughput.benchmark_training(workload, run)
         case "bench-infer":

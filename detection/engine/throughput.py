@@ -17,6 +17,9 @@ from detection.config.settings import InputError
 from detection.data.batch import RankBatch
 from detection.data.prefetch import prefetch, to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state, warm_up
+from detection.engine.metadata import run_metadata
+from detection.engine.model_mode import eval_mode, set_train_mode
 from detection.engine.state import RunContext, TrainState
 from detection.engine.step_timer import StepTimer
 from detection.engine.workload import Workload
@@ -30,9 +33,9 @@ PHASE_STEPS_DIVISOR = 4  # a quarter of the steps runs again, synchronizing the 
 
 def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
     """Time training steps. Print, summarize and return the metrics of each input kind."""
-    state = train_loop.build_state(workload, run.config, run.ranks)
-    train_loop.warm_up(state, workload, run)
-    train_loop.set_train_mode(state.model, run.config)
+    state = build_state(workload, run.config, run.ranks)
+    warm_up(state, workload, run, train_loop.train_step)
+    set_train_mode(state.model, run.config)
 
     def step_fn(rank_batch: RankBatch[Any]) -> int:
         lr = workload.lr_schedule(state.step, 1)
@@ -52,7 +55,7 @@ def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[st
 
 def benchmark_inference(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
     """Time inference from batch to detections, without the COCO metric. Report as `benchmark_training` does."""
-    state = train_loop.build_state(workload, run.config, run.ranks)
+    state = build_state(workload, run.config, run.ranks)
 
     def real() -> Iterator[Any]:
         data = workload.make_eval_source()
@@ -60,7 +63,7 @@ def benchmark_inference(workload: Workload[Any], run: RunContext) -> list[dict[s
             raise InputError(f"{data.eval_samples} evaluation images are too few for {run.ranks.world_size} ranks")
         return (batch for _ in itertools.count() for batch in data.eval_batches())
 
-    with train_loop.eval_mode(state, run) as model:
+    with eval_mode(state, run) as model:
         model.register_forward_hook(lambda *_: state.step_timer.lap("forward"))
 
         def step_fn(batch: Any) -> int:
@@ -81,7 +84,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time `step_fn`, which returns its number of images, on each requested input kind."""
     config, run_device = run.config, run.ranks.device
-    run.logger.start_run(train_loop.run_metadata(workload, run, state))
+    run.logger.start_run(run_metadata(workload, run, state))
     results = []
     for kind in ("real", "synthetic"):
         if config.benchmark_input not in ("both", kind):
@@ -100,7 +103,7 @@ def measure(
         results.append(result)
     run.logger.write_summary(
         {
-            **train_loop.run_metadata(workload, run, state),
+            **run_metadata(workload, run, state),
             "batch_size": config.batch_size if config.mode == "bench-train" else config.eval_batch_size,
             "steps": config.benchmark_steps,
             "warmup_steps": config.benchmark_warmup,

@@ -25,6 +25,7 @@ from detection.data.coco import Split
 from detection.data.coco2017 import PublishedSplit
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state
 from detection.engine.workload import Workload
 from detection.preflight import run_checks
 from detection.preflight.check_result import CheckResult, format_table, terminal_columns
@@ -232,7 +233,7 @@ def check_step(
 
 def probe_step(workload: Workload[Any], config: RunConfig, single_rank: DistContext) -> StepProbe:
     """Train two steps on dummy input at a learning rate of 0. Time the second one."""
-    state = train_loop.build_state(workload, config, single_rank)
+    state = build_state(workload, config, single_rank)
     batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), single_rank.device)
     for _ in range(2):  # the first one allocates memory and compiles
         start_s = time.monotonic()

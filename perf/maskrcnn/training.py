@@ -22,6 +22,7 @@ from detection.data.batch import RankBatch
 from detection.data.image_pipeline import HostImagePipeline
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state
 from detection.engine.optim import freeze_batch_norm
 from detection.runtime.device import should_compile
 from detection.synthetic import coco_scenes
@@ -109,7 +110,7 @@ def optimized_step(context: BenchContext, config: Config, torchvision: nn.Module
     evaluator = MaskRCNNEvaluator(config, context.ranks, predict)
     model = copy_weights_from(torchvision, config)
     workload = make_workload(config, context.ranks, context.seed, model, evaluator)
-    state = train_loop.build_state(workload, config, context.ranks)
+    state = build_state(workload, config, context.ranks)
     rank_batch = RankBatch(make_batch(context), config.batch_size, 1 / config.batch_size)
 
     def step() -> Tensor:

@@ -30,6 +30,7 @@ from detection.config.settings import InputError, read_rank_info
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
 from detection.engine import entrypoint, train_loop
+from detection.engine.initialization import build_state
 from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext, init_process_group
 from perf.machine import machine
@@ -120,7 +121,7 @@ class DdpProbe:
         self.config, self.single_rank = config, DistContext(0, 1, device)
         evaluator = SSDEvaluator(config, self.single_rank)
         self.workload = make_workload(config, self.single_rank, 0, SSD300(config.num_classes), evaluator)
-        self.state = train_loop.build_state(self.workload, config, self.single_rank)
+        self.state = build_state(self.workload, config, self.single_rank)
         rank_batch = RankBatch(self.workload.dummy_batch(), config.batch_size, 1 / config.batch_size)
         self.rank_batch = to_device(rank_batch, device)
         self.last_gradient_s = self.optimizer_s = 0.0

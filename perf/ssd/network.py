@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state
 from detection.engine.state import TrainState
 from detection.engine.workload import Workload
 from detection.runtime.device import select_precision
@@ -37,7 +38,7 @@ def build(context: BenchContext, config: Config) -> tuple[Workload[Batch], Train
     torch.manual_seed(context.seed)
     model = SSD300(config.num_classes)
     workload = make_workload(config, context.ranks, context.seed, model, SSDEvaluator(config, context.ranks))
-    return workload, train_loop.build_state(workload, config, context.ranks)
+    return workload, build_state(workload, config, context.ranks)
 
 
 def with_precision(name: str, context: BenchContext, run: Callable[[], object]) -> Callable[[], object]:

@@ -10,7 +10,7 @@ import maskrcnn.config
 import maskrcnn.train
 import ssd.config
 import ssd.train
-from detection.engine import train_loop
+from detection.engine import initialization, train_loop
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
 
@@ -32,7 +32,7 @@ def graphs(request, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
-    monkeypatch.setattr(train_loop, "to_device", copy_batch)
+    monkeypatch.setattr(initialization, "to_device", copy_batch)
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
@@ -48,8 +48,8 @@ def copy_batch(value, device=None):
 def count_warmup_graphs(workload, config, variants_of):
     """Warm up, then train on an epoch and on variants of its last batch. Return the number of graphs after warm-up."""
     run = SimpleNamespace(config=config, ranks=RANKS, logger=SimpleNamespace(print=str))
-    state = train_loop.build_state(workload, config, RANKS)
-    train_loop.warm_up(state, workload, run)
+    state = initialization.build_state(workload, config, RANKS)
+    initialization.warm_up(state, workload, run, train_loop.train_step)
     after_warm_up = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for rank_batch in map(copy_batch, workload.make_train_source().train_batches(1, 0)):
         train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)

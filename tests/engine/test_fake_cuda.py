@@ -18,6 +18,7 @@ from detection.data.device_cache import DeviceImageCache
 from detection.data.image_pipeline import CropSpec
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
+from detection.engine.initialization import build_state
 from detection.runtime.distributed import DistContext
 from fake_cuda import CUDA, fake_cuda_device
 
@@ -45,7 +46,7 @@ def maskrcnn_workload(*flags):
 
 def training_syncs(syncs, workload, config):
     """Return the synchronizations of the second of two training steps."""
-    state = train_loop.build_state(workload, config, RANKS)
+    state = build_state(workload, config, RANKS)
     # Mask R-CNN has a new number of regions at each step.
     assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
@@ -61,7 +62,7 @@ def training_syncs(syncs, workload, config):
 
 def prediction_syncs(syncs, workload, config):
     """Return the synchronizations of a prediction, its batch, and its detections."""
-    state = train_loop.build_state(workload, config, RANKS)
+    state = build_state(workload, config, RANKS)
     state.model.eval()
     batch = to_device(workload.dummy_eval_batch(), CUDA)
     syncs.take()
@@ -114,7 +115,7 @@ def test_ssd_training_step_never_synchronizes(flags):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_ssd_training_step_never_synchronizes_on_a_real_gpu(precision):
     workload, config = ssd_workload("--precision", precision)
-    state = train_loop.build_state(workload, config, RANKS)
+    state = build_state(workload, config, RANKS)
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
     torch.cuda.set_sync_debug_mode("error")

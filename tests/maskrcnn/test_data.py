@@ -9,7 +9,7 @@ import torch
 
 from detection.config.settings import InputError
 from detection.data import coco, image_io
-from detection.engine import train_loop
+from detection.data.batch import split_micro_batches
 from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.config import Config
@@ -82,7 +82,7 @@ def test_batch_has_the_size_of_its_largest_image_in_channels_last_layout(small_t
 
 def test_batch_splits_into_micro_batches(small_toy):
     batch = next(make_source(small_toy).train_batches(1)).batch
-    halves = train_loop.split_micro_batches(batch, 2)
+    halves = split_micro_batches(batch, 2)
     assert [len(half[0]) for half in halves] == [2, 2]
     for whole, parts in zip(batch, zip(*halves, strict=True), strict=True):
         assert torch.equal(torch.cat(parts), whole)

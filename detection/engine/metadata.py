@@ -1,0 +1,31 @@
+"""Metadata of a run: what trains, on what, and to which target."""
+
+import torch
+
+from detection.data.batch import Batch
+from detection.engine.state import RunContext, TrainState
+from detection.engine.workload import Workload
+from detection.runtime import device
+from mlperf import system_desc
+
+
+def run_metadata(workload: Workload[Batch], run: RunContext, state: TrainState) -> dict[str, object]:
+    """Return the metadata of a run, for the first event of metrics.jsonl."""
+    config, ranks = run.config, run.ranks
+    return {
+        "benchmark": config.benchmark,
+        "network": config.network_name,
+        "mode": config.mode,
+        "system": config.system,
+        "ranks": ranks.world_size,
+        "device": device.device_name(ranks.device),
+        "precision": state.precision.name,
+        "torch": torch.__version__,
+        "machine": system_desc.system_summary(),
+        "seed": run.seed,
+        "global_batch_size": config.global_batch_size(ranks.world_size),
+        "epochs": config.epochs,
+        "targets": dict(workload.targets),
+        "loss_names": list(workload.loss_names),
+        "resumed_from": run.resume_point.path.name if run.resume_point else None,
+    }
