@@ -3,8 +3,8 @@
     python -m mlperf.check RUN... [--ruleset 1.1.0] [--json FILE]
 
 Print PASS or FAIL and the checker's reasons for each log. For two or more logs of one system, also print the score and
-its spread, the verdicts of the official seed and convergence checkers, and published results. Exit status: 0, 1 if a
-check failed, 2 if a log is unreadable.
+its spread, the verdicts of the official seed and convergence checkers, and published results. Copies of a log count as
+one run. Exit status: 0, 1 if a check failed or runs have no score, 2 if a log is unreadable.
 """
 
 import argparse
@@ -49,10 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status = 0
     checked: list[tuple[LoggedRun, Verdict]] = []
+    first_logs: dict[tuple[str, int, int], Path] = {}
     for path in options.runs:
         try:
             for log in expand_logs(path):
                 run, reason = _read_run(log)
+                if run and (first_log := first_logs.setdefault(run.identity, log)) is not log:
+                    print(f"SAME {log} (the run in {first_log}, which counts once)")
+                    continue
                 verdict = check(log, options.ruleset or (run and run.ruleset) or RULESETS[-1])
                 _print_verdict(log, verdict)
                 if run and not (verdict.passed or options.ruleset or run.ruleset):
@@ -72,8 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         if len(result.runs) > 1:
             print("\n" + "\n".join(format_table(result)))
+        elif result.score.seconds is None:
+            print(f"  no score: {result.score.why}")
         if any(joint_check.passed is False for joint_check in result.joint_checks):
             status = max(status, 1)
+    if not results or any(result.score.seconds is None for result in results):
+        status = max(status, 1)
     if options.json:
         try:
             options.json.write_text(json.dumps([asdict(result) for result in results], indent=2, default=str) + "\n")

@@ -39,6 +39,7 @@ class LoggedRun:
     seconds: from run_start to run_stop, or None if one is missing. epochs: of the last evaluation. accuracy: its
     result, as logged. reached: the status of run_stop is success. images_per_s: training images over the median epoch
     time, evaluation excluded, or None if no epoch ended. ruleset: from the run's configuration, if it is logged.
+    identity: seed, and time of the first and the last event in ms, which copies of a log share.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class LoggedRun:
     accuracy: Any
     images_per_s: float | None
     ruleset: str | None
+    identity: tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def read_run(path: Path) -> LoggedRun:
         accuracy=evaluation.value if evaluation else None,
         images_per_s=_images_per_s(events),
         ruleset=config.get("ruleset") if isinstance(config, dict) else None,
+        identity=(str(first["seed"].value) if "seed" in first else "", events[0].time_ms, events[-1].time_ms),
     )
 
 

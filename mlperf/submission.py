@@ -260,8 +260,8 @@ def _find_differences(run_logs: Sequence[RunLog]) -> list[str]:
         for field in ("platform", "division")
         if len(values := {getattr(entry, field) for entry in entries}) > 1
     ]
-    if len({run_log.run.path.resolve() for run_log in run_logs}) < len(run_logs):
-        errors.append("a log is named twice: name each once")
+    if len({run_log.run.identity for run_log in run_logs}) < len(run_logs):
+        errors.append("a run is named twice: name each once")
     for benchmark, (first, *others) in _group_by_benchmark(run_logs).items():
         for other in others:
             recipes = [{**run_log.hyperparameters, **run_log.settings} for run_log in (first, other)]

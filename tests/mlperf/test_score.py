@@ -80,7 +80,7 @@ def test_incomplete_run_has_no_time(tmp_path):
 
 def test_log_with_invalid_values_is_not_scored_and_reports_it(tmp_path, capsys):
     log = write_run(tmp_path / "log.txt", global_batch_size="many")  # which the official checker lets pass
-    assert main([str(log)]) == 0
+    assert main([str(log)]) == 1
     assert f"not scored: {log}: global_batch_size is not a number" in capsys.readouterr().out
     odd = write_run(tmp_path / "odd.txt")
     odd.write_text(odd.read_text().replace('"value": 117266', '"value": "all"'))
@@ -147,6 +147,35 @@ def test_command_scores_folder_and_writes_json(tmp_path, capsys):
     assert (result["ruleset"], result["score"]["seconds"]) == ("1.0.0", 720)
     assert [run["seconds"] for run in result["runs"]] == [600, 660, 720, 780, 840]
     assert [verdict["passed"] for verdict in result["verdicts"]] == [True] * 5
+
+
+def test_copies_of_a_run_count_once_and_are_reported(tmp_path, capsys):
+    two = runs(tmp_path / "runs", [10, 20])
+    copy = tmp_path / "copy.txt"
+    copy.write_text(two[0].path.read_text())
+    link = tmp_path / "link.txt"
+    link.symlink_to(two[1].path)
+    assert main([str(tmp_path / "runs"), str(copy), str(link), str(two[0].path)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("SAME")] == [
+        f"SAME {path} (the run in {first}, which counts once)"
+        for path, first in ((copy, two[0].path), (link, two[1].path), (two[0].path, two[0].path))
+    ]
+    assert ": 2 runs" in out
+    assert "score 15.00 minutes" in out
+
+
+def test_command_without_a_score_exits_with_1(tmp_path, capsys):
+    (aborted,) = runs(tmp_path / "aborted", [10], division="open", status="aborted", accuracy=0.1)
+    assert main([str(aborted.path)]) == 1  # it complies
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"PASS {aborted.path} (ruleset 1.1.0)",
+        "  no score: 1 of 1 runs did not reach the target or do not comply",
+    ]
+    reached = runs(tmp_path / "reached", [10], division="open")[0].path
+    assert main([str(reached)]) == 0
+    assert main([str(reached), str(aborted.path)]) == 1
 
 
 @pytest.mark.parametrize(("images_per_s", "text"), [(4.31, "4.3"), (99.96, "100.0"), (9560.4, "9,560"), (None, "-")])

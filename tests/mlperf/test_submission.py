@@ -252,7 +252,7 @@ def test_text_file_and_repeated_log_are_rejected(tmp_path, repository, system, c
     assert "has no line with the key submission_org" in read_error(capsys)
     runs = write_runs(tmp_path / "runs", repository, number=1)
     assert submit(tmp_path, repository, runs, runs / "result_0.txt") == 2
-    assert "a log is named twice" in read_error(capsys)
+    assert "a run is named twice" in read_error(capsys)
 
 
 def test_description_of_this_machine_has_strings_and_none_for_unknown_fields():
@@ -309,6 +309,14 @@ def test_page_names_every_flag_and_its_commands_parse():
     assert make_parser().parse_args(command.split()).system == "DGXA100"
     for words in re.findall(r"run_and_time.sh (--[^#;\n]+)", page):
         load([word for word in words.split() if word != "--dry-run"], {})
+
+
+def test_page_quotes_messages_of_the_program():
+    _, table = (ROOT / "docs" / "SUBMISSION.md").read_text().split("| message | what to do |\n|---|---|\n")
+    source = (ROOT / "mlperf" / "submission.py").read_text().replace("{score.RUNS_PER_RESULT}", "5")
+    source = re.sub(r'"\n *f?"', "", source)
+    quotes = [re.split("; |…", line.split("|")[1]) for line in table.split("\n\n")[0].splitlines()]
+    assert [text for texts in quotes for quote in texts if (text := quote.strip(", ")) not in source] == []
 
 
 def test_commands_of_the_page_score_five_runs_and_build_their_folder(
