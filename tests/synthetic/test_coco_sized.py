@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as rle
 
 from annotation_file import contents, digests
 from detection.config.settings import InputError
@@ -20,6 +19,7 @@ from detection.data import coco
 from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.synthetic import coco_scenes, coco_sized
 from detection.synthetic.coco_sized import CocoSizedSpec
+from generated import check_crowd, check_polygons
 from paths import ROOT, shared
 from ssd import preflight
 
@@ -79,7 +79,7 @@ def test_killed_generation_leaves_no_process_and_resumes_to_the_same_bytes(tmp_p
     assert not coco_sized.is_complete(killed, spec)
 
     (killed / "train2017/000000000001.jpg").write_bytes(b"")  # as after a power failure
-    (killed / f"val2017/{coco_sized.toy.TMP_PREFIX}1").write_bytes(b"half")
+    (killed / f"val2017/{coco_sized.TMP_PREFIX}1").write_bytes(b"half")
     assert coco_sized.generate(killed, spec)
     coco_sized.generate(uninterrupted, spec)
     assert digests(killed) == digests(uninterrupted)
@@ -145,7 +145,7 @@ def test_concurrent_calls_generate_once(tmp_path: Path) -> None:
     outputs = [call.communicate()[0] for call in calls]
     assert [call.returncode for call in calls] == [0, 0]
     assert sorted("generated" in output for output in outputs) == [False, True]
-    assert not list(tmp_path.glob(f"*/{coco_sized.toy.TMP_PREFIX}*"))
+    assert not list(tmp_path.glob(f"*/{coco_sized.TMP_PREFIX}*"))
 
 
 def test_data_set_of_the_earlier_module_name_is_kept_and_extended(data_dir: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_data_set_of_the_earlier_module_name_is_kept_and_extended(data_dir: Path
     shutil.copytree(data_dir, folder)
     (folder / coco_sized.MARKER).rename(folder / coco_sized.EARLIER_MARKERS[0])
     for path in (folder / coco_sized.EARLIER_MARKERS[0], *folder.glob("annotations/*.json")):
-        path.write_text(path.read_text().replace(coco_sized.CONTRIBUTOR, coco_sized.EARLIER_CONTRIBUTORS[0]))
+        path.write_text(path.read_text().replace(coco_sized.GENERATOR.name, coco_sized.GENERATOR.earlier_names[0]))
     before = digests(folder)
     assert not coco_sized.generate(folder, SMALL)
     assert digests(folder) == before
@@ -328,18 +328,7 @@ def test_grayscale_image_has_one_channel() -> None:
 
 
 def test_boxes_and_areas_match_the_polygons(data_dir: Path) -> None:
-    images = {image["id"]: image for image in contents(data_dir, "val")["images"]}
-    for row in contents(data_dir, "val")["annotations"]:
-        if row["iscrowd"]:
-            continue
-        (flat,) = row["segmentation"]
-        polygon = np.array(flat).reshape(-1, 2)
-        lower, upper = polygon.min(axis=0), polygon.max(axis=0)
-        assert row["bbox"] == pytest.approx([*lower, *(upper - lower)], abs=0.006)
-        image = images[row["image_id"]]
-        (encoded,) = rle.frPyObjects([flat], image["height"], image["width"])
-        pixels = float(rle.area(encoded))
-        assert row["area"] == pytest.approx(pixels, rel=0.1, abs=20)
+    check_polygons(contents(data_dir, "val"), rel=0.1)
 
 
 def test_crowds_have_the_rle_and_the_tight_box_of_their_mask(tmp_path: Path) -> None:
@@ -347,11 +336,7 @@ def test_crowds_have_the_rle_and_the_tight_box_of_their_mask(tmp_path: Path) -> 
     crowds = [row for row in contents(tmp_path, "train")["annotations"] if row["iscrowd"]]
     assert len(crowds) > 5
     for row in crowds:
-        counts, (height, width) = row["segmentation"]["counts"], row["segmentation"]["size"]
-        encoded = rle.frPyObjects(row["segmentation"], height, width)
-        assert sum(counts) == height * width
-        assert row["area"] == rle.area(encoded)
-        assert row["bbox"] == rle.toBbox(encoded).tolist()
+        check_crowd(row)
 
 
 def test_smallest_object_of_an_image_has_the_color_of_its_category(data_dir: Path) -> None:

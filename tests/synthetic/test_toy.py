@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 from annotation_file import contents, digests
 from detection.data import coco
 from detection.synthetic import toy
+from generated import check_crowd, check_polygons
 from paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
@@ -81,18 +82,7 @@ def test_images_are_jpegs_of_the_annotated_size(data_dir: Path) -> None:
 
 
 def test_boxes_and_areas_match_the_polygons(data_dir: Path) -> None:
-    images = {image["id"]: image for image in contents(data_dir, "train")["images"]}
-    for row in contents(data_dir, "train")["annotations"]:
-        if row["iscrowd"]:
-            continue
-        (flat,) = row["segmentation"]
-        polygon = np.array(flat).reshape(-1, 2)
-        lower, upper = polygon.min(axis=0), polygon.max(axis=0)
-        assert row["bbox"] == pytest.approx([*lower, *(upper - lower)], abs=0.006)
-        image = images[row["image_id"]]
-        (encoded,) = rle.frPyObjects([flat], image["height"], image["width"])
-        pixels = float(rle.area(encoded))
-        assert row["area"] == pytest.approx(pixels, rel=0.05, abs=20)
+    check_polygons(contents(data_dir, "train"), rel=0.05)
 
 
 @pytest.mark.parametrize("shape", toy.SHAPES, ids=lambda shape: shape.name)
@@ -119,12 +109,7 @@ def _centroid_x(polygon: np.ndarray) -> float:
 
 def test_crowds_have_the_rle_and_the_tight_box_of_their_mask(data_dir: Path) -> None:
     (row,) = (row for row in contents(data_dir, "val")["annotations"] if row["iscrowd"])
-    counts, (height, width) = row["segmentation"]["counts"], row["segmentation"]["size"]
-    encoded = rle.frPyObjects(row["segmentation"], height, width)
-    assert sum(counts) == height * width
-    assert all(count > 0 for count in counts[1:])
-    assert row["area"] == rle.area(encoded)
-    assert row["bbox"] == rle.toBbox(encoded).tolist()
+    check_crowd(row)
 
 
 def test_pixels_of_a_polygon_have_the_color_of_its_category(data_dir: Path) -> None:
