@@ -96,7 +96,7 @@ def check_compatible(weights: Weights, config: Config, path: Path) -> None:
     if theirs != config.num_classes:
         raise InputError(
             f"{path}: holds {theirs} classes, but the settings ask for {config.num_classes}. "
-            f"Pass --num-classes {theirs}, or another file to --weights."
+            f"Pass --num-classes {theirs}, or name another file."
         )
     files.check_compatible(weights.state, expected_state(config), config.network_name, path)
 

@@ -95,7 +95,7 @@ def check_compatible(weights: Weights, expected: Mapping[str, Tensor], path: Pat
         raise InputError(
             f"{path}: holds {theirs}, but the settings ask for {ours}. "
             f"Pass --network {theirs.name} --backbone {theirs.backbone or 'auto'} --num-classes {theirs.num_classes}, "
-            "or another file to --weights."
+            "or name another file."
         )
     files.check_compatible(weights.state, expected, str(ours), path)
 

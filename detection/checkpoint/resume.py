@@ -50,8 +50,7 @@ def find_resume_point(config: RunConfig, folder: Path, log: Callable[[str], None
     else:
         path = Path(config.resume)
         state = checkpointer.load(path, benchmark=config.benchmark)
-        if state["evaluated"] and state["epoch"] >= config.epochs:
-            raise InputError(f"{path}: all {config.epochs} epochs are complete. Pass more --epochs.")
+    check_usable(config, path, state)
     appends_to_log = path.resolve().parent.parent == folder.resolve()
     if appends_to_log:
         run_dir.truncate_log(run_dir.log_path(folder, config.run_index), state["written"]["log"])
@@ -59,9 +58,15 @@ def find_resume_point(config: RunConfig, folder: Path, log: Callable[[str], None
     log(f"resuming from {path}")
     for name, (old, new) in changed_settings(json.loads(state["config"]), json.loads(to_json(config))).items():
         log(f"warning: {name} is {new}, but was {old} when the checkpoint was saved")
+    return ResumePoint(path, state, appends_to_log)
+
+
+def check_usable(config: RunConfig, path: Path, state: Mapping[str, Any]) -> None:
+    """Raise InputError if the settings leave nothing to train after a checkpoint, or set another seed."""
+    if state["evaluated"] and state["epoch"] >= config.epochs:
+        raise InputError(f"{path}: all {config.epochs} epochs are complete. Pass more --epochs.")
     if config.seed not in (None, state["seed"]):
         raise InputError(f"--seed {config.seed}: {path} was trained with seed {state['seed']}. Omit --seed.")
-    return ResumePoint(path, state, appends_to_log)
 
 
 def archive_logs(folder: Path, run_index: int) -> None:

@@ -6,7 +6,7 @@ report to stderr and four lines to stdout for ./run_and_time.sh: organization, r
 A violation of the closed division is an error in both cases. In the open division it is a note.
 
 The checks run in a separate process, and the page cache is dropped afterwards: MLPerf forbids the timed process to
-touch the data before run_start. The module imports no torch, so that it starts quickly.
+touch the data before run_start. Only checks of a named device, --weights and --resume import torch, which takes long.
 """
 
 import math
@@ -170,24 +170,22 @@ def check_input(
         errors += str(error).splitlines()
     except OSError as error:
         errors.append(f"DATADIR={config.data_dir}: {error.strerror}: {error.filename}")
+    checks: list[Callable[[], str | None]] = [
+        partial(worker_shm.check, config.num_workers * layout.ranks_per_node, batch_bytes(config, spec))
+    ]
     if config.tensorboard:
-        try:
-            tensorboard.require_tensorboard()
-        except InputError as error:
-            errors.append(str(error))
-    try:
-        worker_shm.check(config.num_workers * layout.ranks_per_node, batch_bytes(config, spec))
-    except InputError as error:
-        errors.append(str(error))
+        checks.append(tensorboard.require_tensorboard)
+    if config.device not in ("auto", "cpu"):
+        checks.append(partial(check_device, config, layout))
+    if config.resume not in ("none", "auto") and layout.node_rank == 0:  # the first rank reads it
+        checks.append(partial(check_resume, config, spec))
     if config.weights:
-        try:
-            description = spec.check_weights(Path(config.weights), resolve_num_classes(config))
-            info.append(f"weights: {config.weights} ({description})")
-        except InputError as error:
-            errors.append(str(error))
+        checks.append(lambda: f"weights: {check_weights(config, config.weights, spec)}")
     elif config.backbone_weights:
+        checks.append(partial(check_backbone, config))
+    for check in checks:
         try:
-            info.append(check_backbone(config))
+            info += filter(None, [check()])
         except InputError as error:
             errors.append(str(error))
     return info, errors
@@ -201,6 +199,27 @@ def pending_synthetic_data(config: RunConfig) -> Callable[[], bool] | None:
     if config.dataset == "synthetic_coco" and not coco_sized.is_complete(config.data_dir, coco_sized_spec):
         return partial(coco_sized.generate, config.data_dir, coco_sized_spec)
     return None
+
+
+def check_device(config: RunConfig, layout: LaunchLayout) -> None:
+    """Raise InputError if the device of the settings is not available to every rank of this node."""
+    from detection.runtime import device  # imports torch
+
+    device.select_device(config.device, layout.ranks_per_node - 1)
+
+
+def check_weights(config: Config, file: str, spec: PreflightSpec[Config]) -> str:
+    """Describe a weights file. Raise InputError if it does not fit the network."""
+    return f"{file} ({spec.check_weights(Path(file), resolve_num_classes(config))})"
+
+
+def check_resume(config: Config, spec: PreflightSpec[Config]) -> str:
+    """Describe the checkpoint that --resume names. Raise InputError if it does not fit the settings."""
+    from detection.checkpoint import checkpointer, resume  # import torch
+
+    path = Path(config.resume)
+    resume.check_usable(config, path, checkpointer.load(path, benchmark=config.benchmark))
+    return f"resume: {check_weights(config, config.resume, spec)}"
 
 
 def check_backbone(config: RunConfig) -> str:

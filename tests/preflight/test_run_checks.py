@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import commands
+from detection.checkpoint import checkpointer
 from detection.data import worker_shm
 from detection.synthetic import toy
 from maskrcnn import commands as maskrcnn_commands
@@ -375,3 +376,49 @@ def test_weights_must_match_the_number_of_classes(check, tmp_path):
         exit_status, _, err = check("--mode", "evaluate", "--weights", str(path), "--backbone", "resnet18")
         assert exit_status == status, err
         assert f"ssd300-r34 on resnet18 for {num_classes} classes" in err
+
+
+def test_device_that_is_missing_and_checkpoint_that_is_missing_stop_the_script_before_the_run(tmp_path, data_dir):
+    """Real script and preflight. Only setup.sh, which would install packages, is a stub."""
+    shutil.copytree(ROOT / "scripts/lib", tmp_path / "scripts/lib")
+    for name in ("run_and_time.sh", "config_toy.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "setup.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "setup.sh").chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], "VENV": sys.prefix, "PYTHONPATH": str(ROOT), "DATADIR": str(data_dir)}
+    command = ["./run_and_time.sh", "--device", "xpu", "--resume", "absent.pt", "--batch-size", "4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert [error.split(": ")[1] for error in errors] == ["--device xpu", "absent.pt"]
+    assert errors[0].endswith("Pass --device auto or cpu.")
+    assert not (tmp_path / "results").exists()
+
+
+def test_unavailable_device_is_a_warning_of_a_dry_run(check):
+    status, out, err = check("--device", "xpu", "--dry-run")
+    assert (status, err) == (0, "")
+    assert "warning: --device xpu: torch" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({}, (), ""),
+        ({"benchmark": "maskrcnn"}, (), "checkpoint of maskrcnn, not of ssd"),
+        ({"epoch": 80}, (), "all 80 epochs are complete"),
+        ({}, ("--seed", "6"), "was trained with seed 5"),
+        ({}, ("--backbone", "resnet34"), "but the settings ask for ssd300-r34 on resnet34"),
+    ],
+)
+def test_checkpoint_to_resume_must_fit_the_settings(check, tmp_path, changes, flags, message):
+    path = tmp_path / "checkpoint.pt"
+    state = {"format": checkpointer.FORMAT, "benchmark": "ssd", "seed": 5, "epoch": 40, "evaluated": True}
+    torch.save(state | {"model": SSD300(4, "resnet18").state_dict()} | changes, path)
+    status, _, err = check("--resume", str(path), "--backbone", "resnet18", *flags)
+    assert status == (2 if message else 0), err
+    assert err.count("error:") == bool(message)
+    assert (message or f"resume: {path} (this program; ssd300-r34 on resnet18 for 4 classes)") in err
+    assert (tmp_path / "results").exists() == (not message)
+    if message:
+        assert check("--resume", str(path), "--backbone", "resnet18", *flags, NODE_RANK="1", DGXNNODES="2")[0] == 0
