@@ -9,6 +9,8 @@ usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --model-summary 
 
   --dry-run        show the command, the settings and what the MLPerf rules say about them; run nothing
   --model-summary  list the layers of the network: shapes, parameters, trained or frozen
+  --help TOPIC     explain the settings of one topic: run, data, machine, log, training or evaluation
+  --all            with --dry-run: also show the settings that have their default
   --preflight      check the machine, or every node: data, disk, memory, driver, collectives, clocks
   --autotune       search for the fastest settings of this machine, for 300 s or the given seconds. Writes
                    config_NAME.sh with --name NAME, else named after the hardware; --force overwrites an existing file
@@ -59,7 +61,7 @@ for argument in "$@"; do
     *) flags+=("$argument") ;;
   esac
 done
-if $help; then usage; fi
+if $help && ((${#flags[@]} == 0)); then usage && echo; fi
 
 export NEXP=${NEXP:-1}
 [[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is not a valid number of experiments"
@@ -135,7 +137,7 @@ export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 
 ./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
-if $help; then exec "$python" -m "$BENCHMARK" train --help; fi
+if $help; then "$python" -m "$BENCHMARK" train --help "${flags[@]}" | sed 1,2d && exit; fi
 if $model_summary; then exec "$python" -m "$BENCHMARK" summary "${flags[@]}"; fi
 
 if [[ $command == tune ]]; then exec "$python" -m "$BENCHMARK" tune "${flags[@]}"; fi
@@ -159,6 +161,7 @@ if ((DGXNNODES > 1)); then
     MASTER_ADDR=$(scontrol show node "$first" | grep -oP '\bNodeAddr=\K\S+' || echo "$first")
   fi
   : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}" # in a container without scontrol: run.sub is on node 0
+  if $dry_run; then : "${MASTER_ADDR:=MASTER_ADDR}"; fi # a placeholder
   [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR is not set. Set it to the address of node 0"
   # Two Slurm jobs on one node need different ports.
   : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"

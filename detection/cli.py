@@ -82,7 +82,12 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
         return run_tool(name, flags, commands)
     declarations: Declarations = commands.declare()
     if {"-h", "--help"} & set(flags):
-        declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
+        print(f"usage: python -m {commands.package} {name} [--help [TOPIC]] [--name value ...]\n")
+        try:
+            declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     if name == "evaluate":
         name, flags = "train", ["--mode", "evaluate", *flags]
     if name in ("train", "inspect"):

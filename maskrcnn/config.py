@@ -42,7 +42,7 @@ class Config(RunConfig):
 
     weight_decay: float = setting(1e-4, ge=0, le=1, help="weight decay of all weights except biases (MLPerf: 1e-4)")
     weight_decay_on_bias_and_norm: bool = setting(
-        False, help="apply weight decay to biases, too (MLPerf Mask R-CNN: no)"
+        False, formerly="decay_biases", help="apply weight decay to biases, too (MLPerf Mask R-CNN: no)"
     )
     bias_lr_factor: float = setting(2.0, gt=0, le=10, help="learning rate factor of biases (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
@@ -64,71 +64,107 @@ class Config(RunConfig):
     )
 
     base_lr: float = setting(
-        0.02, gt=0, le=1, unit="per 16 images", heading="Mask R-CNN: training", help="learning rate after warm-up"
+        0.02, gt=0, le=1, unit="per 16 images", heading="Training", help="learning rate after warm-up"
     )
     lr_round_to: float = setting(
-        0.0, ge=0, le=1, help="round the peak learning rate to a multiple of this (MLPerf closed: 0.02); 0: no rounding"
+        0.0,
+        ge=0,
+        le=1,
+        formerly="lr_multiple",
+        help="round the peak learning rate to a multiple of this (MLPerf closed: 0.02); 0: no rounding",
     )
     warmup_steps: int = setting(625, ge=0, le=1_000_000, unit="steps", help="linear warm-up (MLPerf: any number)")
     warmup_factor: float = setting(1e-4, gt=0, le=1, help="fraction of the learning rate at which warm-up starts")
     lr_decay_images: AscendingInts = setting(
         (1_152_000, 1_536_000),
         unit="images",
+        formerly="decay_images",
         help="decay the learning rate after this many training images (MLPerf: (960,000, 1,280,000)·(1 + k/10))",
     )
-    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="factor of each learning rate decay (MLPerf: 0.1)")
+    lr_decay_factor: float = setting(
+        0.1, gt=0, le=1, formerly="decay_factor", help="factor of each learning rate decay (MLPerf: 0.1)"
+    )
     variant: Literal["reference", "torchvision"] = setting(
         "reference", help="torchvision: use the settings of its model as defaults"
     )
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
-        "resnet50", help="torchvision's ResNet below the feature pyramid (MLPerf: resnet50)"
+        "resnet50", formerly="trunk", help="torchvision's ResNet below the feature pyramid (MLPerf: resnet50)"
     )
     stride_in_1x1: bool = setting(
         True,
+        formerly="trunk_stride",
         help="stride of a bottleneck in its first 1x1 convolution, as MSRA's weights; no: in the 3x3, as torchvision",
     )
     freeze_at: int = setting(
-        1, ge=0, le=4, help="freeze the stem and this many stages; 1: stage 2 of the paper; 0: none"
+        1,
+        ge=0,
+        le=4,
+        formerly="frozen_stages",
+        help="freeze the stem and this many stages; 1: stage 2 of the paper; 0: none",
     )
     input_format: InputFormat = setting(
-        "caffe-bgr", help="input of the pretrained backbone: BGR in [0, 255], or RGB divided by its standard deviation"
+        "caffe-bgr",
+        formerly="pixels",
+        help="input of the pretrained backbone: BGR in [0, 255], or RGB divided by its standard deviation",
     )
     batch_norm_eps: float = setting(0.0, ge=0, lt=1, help="added to the variance; 0: already part of the weights")
     legacy_boxes: bool = setting(True, help="boxes include their last pixel: width is x1 - x0 + 1")
     anchor_sizes: AscendingInts = setting((32, 64, 128, 256, 512), unit="pixels", help="anchor sizes of P2 to P6")
     drop_straddling: bool = setting(True, help="do not train anchors that cross the image border")
-    rpn_pre_nms_top_n: int = setting(2000, ge=1, unit="per level", help="proposals before NMS, in training")
-    rpn_pre_nms_top_n_eval: int = setting(2000, ge=1, unit="per level", help="proposals before NMS, in evaluation")
-    rpn_post_nms_top_n: int = setting(2000, ge=1, help="proposals after NMS, in training")
-    rpn_post_nms_top_n_eval: int = setting(1000, ge=1, unit="per image", help="proposals after NMS, in evaluation")
+    rpn_pre_nms_top_n: int = setting(
+        2000, ge=1, unit="per level", formerly="rpn_before_nms", help="proposals before NMS, in training"
+    )
+    rpn_pre_nms_top_n_eval: int = setting(
+        2000, ge=1, unit="per level", formerly="rpn_before_nms_eval", help="proposals before NMS, in evaluation"
+    )
+    rpn_post_nms_top_n: int = setting(2000, ge=1, formerly="rpn_after_nms", help="proposals after NMS, in training")
+    rpn_post_nms_top_n_eval: int = setting(
+        1000, ge=1, unit="per image", formerly="rpn_after_nms_eval", help="proposals after NMS, in evaluation"
+    )
     proposals_per_batch: bool = setting(
         True, help="apply rpn_post_nms_top_n to a rank's whole batch, not to each image"
     )
     rpn_nms_threshold: float = setting(
-        0.7, gt=0, le=1, unit="IoU", help="suppress proposals that overlap a better one by more"
+        0.7, gt=0, le=1, unit="IoU", formerly="rpn_nms_iou", help="suppress proposals that overlap a better one by more"
     )
-    rpn_batch_size_per_image: int = setting(256, ge=1, unit="per image", help="anchors sampled for training")
-    rpn_positive_fraction: float = setting(0.5, gt=0, le=1, help="maximum fraction of positives among them")
-    box_batch_size_per_image: int = setting(512, ge=1, unit="per image", help="ROIs sampled for training")
-    box_positive_fraction: float = setting(0.25, gt=0, le=1, help="maximum fraction of positives among them")
-    box_smooth_l1_beta: float = setting(1.0, gt=0, le=10, help="transition of the box head's smooth L1 loss")
+    rpn_batch_size_per_image: int = setting(
+        256, ge=1, unit="per image", formerly="rpn_samples", help="anchors sampled for training"
+    )
+    rpn_positive_fraction: float = setting(
+        0.5, gt=0, le=1, formerly="rpn_positive_share", help="maximum fraction of positives among them"
+    )
+    box_batch_size_per_image: int = setting(
+        512, ge=1, unit="per image", formerly="box_samples", help="ROIs sampled for training"
+    )
+    box_positive_fraction: float = setting(
+        0.25, gt=0, le=1, formerly="box_positive_share", help="maximum fraction of positives among them"
+    )
+    box_smooth_l1_beta: float = setting(
+        1.0, gt=0, le=10, formerly="box_beta", help="transition of the box head's smooth L1 loss"
+    )
     mask_targets: Literal["polygon", "roi-align"] = setting(
         "polygon",
+        formerly="soft_masks",
         help="polygon: rasterize polygons within each ROI; roi-align: sample full-size masks, as torchvision",
     )
     min_image_size: int = setting(800, ge=32, le=8192, unit="pixels", help="short side after resizing")
     max_image_size: int = setting(1333, ge=32, le=8192, unit="pixels", help="maximum long side after resizing")
     flip: bool = setting(True, help="flip training images horizontally with probability 0.5")
     group_by_aspect_ratio: bool = setting(
-        True, help="batch landscape and portrait images separately, to reduce padding"
+        True, formerly="aspect_groups", help="batch landscape and portrait images separately, to reduce padding"
     )
 
     target: float = setting(
-        0.377, ge=0, lt=1, unit="box mAP", heading="Mask R-CNN: evaluation", help="stop when both targets are reached"
+        0.377, ge=0, lt=1, unit="box mAP", heading="Evaluation", help="stop when both targets are reached"
     )
     mask_target: float = setting(0.339, ge=0, lt=1, unit="mask mAP", help="stop when both targets are reached")
     nms_threshold: float = setting(
-        0.5, gt=0, le=1, unit="IoU", help="suppress detections of a class that overlap a better one by more"
+        0.5,
+        gt=0,
+        le=1,
+        unit="IoU",
+        formerly="nms_iou",
+        help="suppress detections of a class that overlap a better one by more",
     )
     score_threshold: float = setting(0.05, ge=0, lt=1, help="drop detections below this score")
     max_detections: int = setting(100, ge=1, unit="per image", help="highest-scoring detections kept for the metric")
@@ -194,6 +230,5 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Resol
         PREFIX,
         argv,
         environ,
-        usage="BENCHMARK=maskrcnn ./run_and_time.sh [--help] [--dry-run] [--name value ...]",
         presets={"variant": {"torchvision": TORCHVISION_PRESET}},
     )

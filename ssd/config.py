@@ -31,12 +31,13 @@ class Config(RunConfig):
     )
 
     base_lr: float = setting(
-        2.5e-3, gt=0, le=1, unit="per 32 images", heading="SSD: training", help="learning rate after warm-up"
+        2.5e-3, gt=0, le=1, unit="per 32 images", heading="Training", help="learning rate after warm-up"
     )
     lr_round_to: float = setting(
         0.0,
         ge=0,
         le=1,
+        formerly="lr_multiple",
         help="round the peak learning rate to a multiple of this (NVIDIA's submissions: 2.5e-3); 0: no rounding",
     )
     warmup_steps: int = setting(
@@ -46,9 +47,14 @@ class Config(RunConfig):
         0.0, ge=0, le=30, help="warm-up starts at peak·(1 - 2^-factor); 0: starts at 0 (MLPerf: at least 0)"
     )
     lr_decay_epochs: AscendingInts = setting(
-        (44, 55), unit="epochs", help="decay the learning rate after each (MLPerf: [40, 50]·(1 + k/10))"
+        (44, 55),
+        unit="epochs",
+        formerly="decay_epochs",
+        help="decay the learning rate after each (MLPerf: [40, 50]·(1 + k/10))",
     )
-    lr_decay_factor: float = setting(0.1, gt=0, le=1, help="factor of each learning rate decay (MLPerf: 0.1)")
+    lr_decay_factor: float = setting(
+        0.1, gt=0, le=1, formerly="decay_factor", help="factor of each learning rate decay (MLPerf: 0.1)"
+    )
     max_samples: int = setting(
         1, ge=1, le=1000, help="attempts of the IoU crop before another option is sampled (MLPerf: 1 or 50)"
     )
@@ -62,14 +68,19 @@ class Config(RunConfig):
         "ssd300-r34", help="ssd300-r34: MLPerf's network; ssd300-r50: SSD300 v1.1, with batch norm in its extra blocks"
     )
     backbone: Literal["auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = setting(
-        "auto", help="torchvision's ResNet; auto: the one in the name of the network"
+        "auto", formerly="trunk", help="torchvision's ResNet; auto: the one in the name of the network"
     )
 
     target: float = setting(
-        0.23, ge=0, lt=1, unit="box mAP", heading="SSD: evaluation", help="stop when reached (MLPerf: 0.23)"
+        0.23, ge=0, lt=1, unit="box mAP", heading="Evaluation", help="stop when reached (MLPerf: 0.23)"
     )
     nms_threshold: float = setting(
-        0.5, gt=0, le=1, unit="IoU", help="suppress detections of a class that overlap a better one this much"
+        0.5,
+        gt=0,
+        le=1,
+        unit="IoU",
+        formerly="nms_iou",
+        help="suppress detections of a class that overlap a better one this much",
     )
     score_threshold: float = setting(0.05, ge=0, lt=1, help="drop detections below this score")
     max_detections: int = setting(
@@ -122,6 +133,4 @@ class Config(RunConfig):
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ResolvedSettings[Config]:
     """Resolve the settings from flags and the environment. Raise one InputError with all errors."""
-    return run_config.load(
-        Config, PREFIX, argv, environ, usage="./run_and_time.sh [--help] [--dry-run] [--name value ...]"
-    )
+    return run_config.load(Config, PREFIX, argv, environ)

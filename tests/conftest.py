@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paths import shared
+from paths import ROOT
 
 # Under xdist one process per core, where more threads would wait for each other. Otherwise two threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
@@ -27,7 +27,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Conformance vectors of the MLPerf reference."""
-    return shared("golden/ssd_reference.npz")
+    return ROOT / "tests/golden/ssd/ssd_reference.npz"
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ class RunConfig:
         1,
         ge=1,
         le=4096,
+        formerly="accumulation_steps",
         help="micro-batches per batch, computed one after the other; must divide the batch size",
     )
     bn_group: int = setting(
@@ -75,7 +76,7 @@ class RunConfig:
     momentum: float = setting(0.9, ge=0, lt=1, help="SGD momentum (MLPerf: 0.9)")
     weight_decay: float
     weight_decay_on_bias_and_norm: bool = setting(
-        True, help="apply weight decay to biases and batch norm, too (MLPerf SSD: yes)"
+        True, formerly="decay_biases", help="apply weight decay to biases and batch norm, too (MLPerf SSD: yes)"
     )
     bias_lr_factor: float = setting(1.0, gt=0, le=10, help="learning rate factor of biases (MLPerf Mask R-CNN: 2)")
     freeze_batch_norm: bool = setting(
@@ -89,9 +90,13 @@ class RunConfig:
     epochs: int
     eval_epochs: EvalEpochs
     weights: str = setting(
-        "", help="weights of the whole network to start from or evaluate: from this program or a public checkpoint"
+        "",
+        formerly="checkpoint",
+        help="weights of the whole network to start from or evaluate: from this program or a public checkpoint",
     )
-    eval_before_training: bool = setting(False, help="evaluate once before training, within the measured time")
+    eval_before_training: bool = setting(
+        False, formerly="evaluate_first", help="evaluate once before training, within the measured time"
+    )
     benchmark_input: Literal["both", "real", "synthetic"] = setting(
         "both", help="input of the bench modes: images of the data set, or synthetic noise already on the device"
     )
@@ -117,12 +122,15 @@ class RunConfig:
         le=1_000_000,
         env="SYNTHETIC_IMAGES",
         unit="images",
+        formerly="rehearsal_images",
         help="training images of synthetic_coco; it has 5,000 evaluation images per 118,287 of them",
     )
     num_classes: NumClasses = setting(
         0, ge=0, le=10_000, help="categories plus background; 0: those of the annotations (coco2017: 81)"
     )
-    skip_missing_images: bool = setting(False, help="train without images that are missing from the folder")
+    skip_missing_images: bool = setting(
+        False, formerly="allow_missing", help="train without images that are missing from the folder"
+    )
     last_batch: Literal["partial", "pad", "carry-over"] = setting(
         "partial",
         help="last global batch of an epoch; partial: the remaining images; pad: filled with the epoch's first images, "
@@ -133,16 +141,20 @@ class RunConfig:
     )
 
     jpeg_decoder: Literal["cpu", "gpu"] = setting(
-        "cpu", help="decoder of training images; cpu: the data workers; gpu: an NVIDIA accelerator's JPEG decoder"
+        "cpu",
+        formerly="decoder",
+        help="decoder of training images; cpu: the data workers; gpu: an NVIDIA accelerator's JPEG decoder",
     )
     image_cache: Literal["none", "host", "device"] = setting(
         "none",
+        formerly="decoded_cache",
         help="memory that keeps decoded training images, filled in the first epoch: the host's or each device's",
     )
     image_cache_gib: float = setting(
         0.0,
         ge=0,
         unit="GiB",
+        formerly="decoded_cache_gib",
         help="maximum size per node (host) or per device; 0: half of the host's or 3/4 of the device's free memory",
     )
 
@@ -160,18 +172,21 @@ class RunConfig:
     )
     numa_binding: Literal["off", "node", "exclusive"] = setting(
         "off",
+        formerly="bind",
         help="bind ranks to cores near their accelerator; node: its NUMA node; exclusive: disjoint parts of it",
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", help="compile the network with torch.compile before the clock starts; auto: on an accelerator"
     )
     optimizer_backend: Literal["torch", "apex"] = setting(
-        "torch", help="library of the fused optimizer kernel; apex must be installed separately"
+        "torch", formerly="sgd", help="library of the fused optimizer kernel; apex must be installed separately"
     )
     channels_last: bool = setting(True, help="channels-last memory layout of images and weights")
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="batch size of evaluation")
     coco_eval_backend: Literal["auto", "hotcoco", "pycocotools"] = setting(
-        "auto", help="library that computes mAP; auto: hotcoco if installed; pycocotools verifies the final metrics"
+        "auto",
+        formerly="metric",
+        help="library that computes mAP; auto: hotcoco if installed; pycocotools verifies the final metrics",
     )
 
     log_dir: Path = setting(Path("results"), env="LOGDIR", heading="Log", help="parent folder of the run folders")
@@ -189,10 +204,21 @@ class RunConfig:
     )
     max_steps: int = setting(0, ge=0, unit="steps", help="stop after this many steps, for a trial; 0: no limit")
     step_timeout_s: float = setting(
-        900.0, gt=0, unit="s", help="a rank without a step in this time prints its stack traces and aborts the run"
+        900.0,
+        gt=0,
+        unit="s",
+        formerly="hang_timeout_s",
+        help="a rank without a step in this time prints its stack traces and aborts the run",
     )
-    run_index: int = setting(0, ge=0, le=9999, env="RUN_INDEX", help="number in the log's name, result_<run-index>.txt")
-    summary_json: str = setting("", help="JSON file for the result, in every mode")
+    run_index: int = setting(
+        0,
+        ge=0,
+        le=9999,
+        env="RUN_INDEX",
+        formerly="experiment",
+        help="number in the log's name, result_<run-index>.txt",
+    )
+    summary_json: str = setting("", formerly="summary", help="JSON file for the result, in every mode")
     tensorboard: bool = setting(
         False, help="also write TensorBoard events to the run folder; tensorboard must be installed separately"
     )
@@ -203,16 +229,20 @@ class RunConfig:
     org: str = setting("unknown", min_length=1, pattern=r"^[^,\n]+$", help="submitting organization")
     platform: str = setting("", help="platform of the submission; empty: nodes × system")
     availability: Literal["cloud", "onprem", "preview", "research"] = setting(
-        "onprem", help="availability of the system"
+        "onprem", formerly="status", help="availability of the system"
     )
     source_commit: str = setting(
         "",
         env="DETECTION_SOURCE_COMMIT",
         pattern=r"^([0-9a-f]{40}(-dirty)?)?$",
+        formerly="commit",
         help="commit of this program for the log if its git repository is missing, as in a container",
     )
     page_cache_dropped: bool = setting(
-        False, env="PAGE_CACHE_DROPPED", help="./run_and_time.sh dropped the page cache before the run"
+        False,
+        env="PAGE_CACHE_DROPPED",
+        formerly="caches_cleared",
+        help="./run_and_time.sh dropped the page cache before the run",
     )
 
     @model_validator(mode="after")
@@ -325,7 +355,6 @@ def load(
     argv: Sequence[str],
     environ: Mapping[str, str] | None = None,
     *,
-    usage: str,
     presets: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
 ) -> ResolvedSettings[T]:
     """Resolve the settings of a workload from flags and the environment. Raises InputError with every error.
@@ -336,4 +365,4 @@ def load(
     flags = {word.split("=")[0] for word in argv}
     if "--train-images" in flags and "--dataset" not in flags:
         argv = [*argv, "--dataset", "custom"]
-    return resolve(cls, prefix, argv, environ, usage=usage, presets=presets)
+    return resolve(cls, prefix, argv, environ, presets=presets)

@@ -7,6 +7,7 @@ It imports no torch, so that errors appear at once.
 
 import argparse
 import difflib
+import inspect
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,16 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Pydantic configuration of every settings class: no unknown fields, no NaN and no infinity."""
 
 
-def setting(default: Any, *, help: str, unit: str = "", env: str = "", heading: str = "", **constraints: Any) -> Any:
+def setting(
+    default: Any, *, help: str, unit: str = "", env: str = "", heading: str = "", formerly: str = "", **constraints: Any
+) -> Any:
     """Declare one field of a settings class.
 
     help: meaning and source of the value. unit: unit of the value. env: name of its environment variable if that is
-    not prefix + NAME. heading: starts a new section of `--help` at this field. constraints: keywords of
-    `pydantic.Field` (ge, le, gt, lt, pattern, min_length).
+    not prefix + NAME. heading: starts a new section of `--help` at this field. formerly: earlier name, for the message
+    about an unknown setting. constraints: keywords of `pydantic.Field` (ge, le, gt, lt, pattern, min_length).
     """
-    metadata: dict[str, Any] = {"unit": unit, "env": env, "heading": heading}
+    metadata: dict[str, Any] = {"unit": unit, "env": env, "heading": heading, "formerly": formerly}
     return Field(default, description=help, json_schema_extra=metadata, **constraints)
 
 
@@ -66,7 +69,6 @@ def resolve(
     argv: Sequence[str],
     environ: Mapping[str, str] | None = None,
     *,
-    usage: str | None = None,
     presets: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
 ) -> ResolvedSettings[T]:
     """Build `cls`, a frozen pydantic dataclass, from its defaults, the environment and the flags in `argv`.
@@ -74,12 +76,15 @@ def resolve(
     prefix: prefix of the workload's variables, such as `SSD_`. A variable with this prefix that is not a field is
     rejected, and an empty one counts as unset. environ: environment of this process if None. presets: setting ->
     its value -> defaults of other settings under that value. Raises InputError with one line per error. Constraints
-    between fields are checked only if each field is valid. `--help` prints and exits.
+    between fields are checked only if each field is valid. `--help [TOPIC]` prints and exits.
     """
     environ = os.environ if environ is None else environ
     fields = _fields(cls)
     variables = {_env_name(prefix, name, field): name for name, field in fields.items()}
-    flags, errors = _read_flags(_build_parser(cls, prefix, usage), argv)
+    if {"-h", "--help"} & set(argv):
+        print(_format_help(cls, prefix, argv, environ))
+        raise SystemExit(0)
+    flags, errors = _read_flags(_build_parser(cls, prefix, environ), argv, _former_names(fields))
     errors += _check_unknown_variables(prefix, environ, fields, variables)
 
     raw_values: dict[str, Any] = {}
@@ -107,15 +112,20 @@ def resolve(
     return ResolvedSettings(config, sources)
 
 
-def format_settings(resolved: ResolvedSettings[Any]) -> str:
-    """Return the settings as a table of name, value with unit, and source."""
+def format_settings(resolved: ResolvedSettings[Any], *, changed_only: bool = False) -> str:
+    """Return the settings as a table of name, value with unit, and source.
+
+    changed_only: omit the settings that nothing but the program's default determines.
+    """
     rows = []
     for name, field in _fields(type(resolved.config)).items():
+        if changed_only and resolved.sources[name] == "default":
+            continue
         value = getattr(resolved.config, name)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         unit = _metadata(field)["unit"]
         rows.append((name, f"{text or '-'} {unit}".rstrip(), resolved.sources[name]))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
@@ -207,24 +217,44 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _build_parser(cls: type, prefix: str, usage: str | None) -> _Parser:
+def _format_help(cls: type, prefix: str, argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return the help of all settings, or of the topic after `--help`. Raises InputError if there is no such topic."""
+    words = [*argv, ""]
+    topic = words[next(index for index, word in enumerate(words) if word in ("-h", "--help")) + 1].lower()
+    parser = _build_parser(cls, prefix, environ)
+    groups = {(group.title or "").lower(): group for group in parser._action_groups[2:]}
+    if topic and not topic.startswith("-"):
+        if topic not in groups:
+            raise InputError(f"--help {topic}: unknown topic. Topics: {', '.join(groups)}")
+        parser.description = parser.epilog = None
+        parser._action_groups = [groups[topic]]
+    else:
+        parser.description = (
+            f"{inspect.cleandoc(cls.__doc__ or '')}\n\n`--help TOPIC` shows one topic: {', '.join(groups)}."
+        )
+    return parser.format_help().strip()
+
+
+def _build_parser(cls: type, prefix: str, environ: Mapping[str, str]) -> _Parser:
+    """Build the parser of all flags. Its help shows the values of the environment as defaults."""
     parser = _Parser(
-        usage=usage,
-        description=cls.__doc__,
-        epilog=f"Flags override the environment ({prefix}* in config_*.sh), which overrides the defaults.",
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        epilog=f"Flags override the environment ({prefix}* in config_*.sh), which overrides the program's defaults.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
     )
     section: argparse._ActionsContainer = parser
     for name, field in _fields(cls).items():
         if heading := _metadata(field)["heading"]:
             section = parser.add_argument_group(heading)
+        variable = _env_name(prefix, name, field)
         extras = (
             _metadata(field)["unit"],
             _format_range(field),
-            f"default {_format_default(field)}",
-            _env_name(prefix, name, field),
+            f"default {environ.get(variable) or _format_default(field)}",
+            variable,
         )
         text = f"{field.description} [{'; '.join(filter(None, extras))}]".replace("%", "%%")
         if field.annotation is bool:
@@ -235,18 +265,27 @@ def _build_parser(cls: type, prefix: str, usage: str | None) -> _Parser:
     return parser
 
 
-def _read_flags(parser: _Parser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _former_names(fields: Mapping[str, FieldInfo]) -> dict[str, str]:
+    return {_metadata(field)["formerly"]: name for name, field in fields.items() if _metadata(field)["formerly"]}
+
+
+def _read_flags(
+    parser: _Parser, argv: Sequence[str], former_names: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     try:
         known, remaining = parser.parse_known_args(argv)
     except InputError as error:
         return {}, [str(error)]
-    flags = [option for action in parser._actions for option in action.option_strings]
+    names = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
     unknown = [word for word in remaining if word.startswith("-")]
     errors = []
     for word in unknown:
-        close_matches = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-        hint = f"Did you mean {close_matches[0]}?" if close_matches else "See --help for all flags."
-        errors.append(f"{word}: unknown flag. {hint}")
+        flag = word.split("=")[0]
+        former = former_names.get(flag.removeprefix("--").removeprefix("no-").replace("-", "_"))
+        name = flag.removeprefix("--")
+        suggestions = [former] if former else difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {_flag_name(suggestions[0])}?" if suggestions else "See --help for all flags."
+        errors.append(f"{word}: unknown setting. {hint}")
     if remaining and not unknown:
         errors.append(
             f"{' '.join(remaining)}: unexpected argument. Pass settings as --name value. See --help for all flags."
@@ -260,13 +299,14 @@ def _check_unknown_variables(
     # Compare names without the prefix, which would make all of them similar. Include the fields with another
     # variable (DATADIR), since users may try the prefix.
     names = {name.upper(): _env_name(prefix, name, field) for name, field in fields.items()}
+    former_names = {former.upper(): names[name.upper()] for former, name in _former_names(fields).items()}
     errors = []
     for word in sorted(environ):
         if word.startswith(prefix) and word not in variables:
-            close_matches = difflib.get_close_matches(word.removeprefix(prefix), names, n=1)
-            hint = (
-                f"Did you mean {names[close_matches[0]]}?" if close_matches else "Unset it. See --help for all names."
-            )
+            name = word.removeprefix(prefix)
+            suggestions = [names[close] for close in difflib.get_close_matches(name, names, n=1)]
+            suggestion = former_names.get(name) or next(iter(suggestions), "")
+            hint = f"Did you mean {suggestion}?" if suggestion else "Unset it. See --help for all names."
             errors.append(f"{word}={environ[word]}: unknown setting. {hint}")
     return errors
 

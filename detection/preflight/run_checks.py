@@ -2,7 +2,8 @@
 
 `python -m WORKLOAD preflight [--dry-run] [--name value ...]` exits with 0, or with 2 and every mistake. It prints its
 report to stderr and four lines to stdout for ./run_and_time.sh: organization, run folder, mode and number of classes.
---dry-run creates nothing, reports missing files as warnings, and prints the report with all settings to stdout.
+--dry-run creates nothing, reports missing files as warnings, and prints verdict, report and the settings that differ
+from the defaults to stdout; --all adds the others.
 A violation of the closed division is an error in both cases. In the open division it is a note.
 
 The checks run in a separate process, and the page cache is dropped afterwards: MLPerf forbids the timed process to
@@ -65,16 +66,27 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
     """Run all checks and return the exit status."""
     dry_run = "--dry-run" in argv
     try:
-        resolved = spec.load([word for word in argv if word != "--dry-run"])
+        resolved = spec.load([word for word in argv if word not in ("--dry-run", "--all")])
         config, layout = resolved.config, read_launch_layout()
-        report = [format_settings(resolved), ""] if dry_run else []
         notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
         info, errors = check_input(config, layout, spec, generate_data=not dry_run)
-        report += notes + info
+        report = notes + info
         run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
         report += [f"run folder: {run_folder}"]
         if dry_run:
-            report += [f"warning: {line}" for line in errors]
+            verdict = f"would not start: {len(violations)} rules are broken" if violations else "would start"
+            verdict += f", with {len(errors)} warnings" if errors else ""
+            show_all = "--all" in argv
+            settings = format_settings(resolved, changed_only=not show_all)
+            title = "All settings" if show_all else "Settings that differ from the program's defaults (--all shows all)"
+            report = [
+                f"The run {verdict}.",
+                *(f"warning: {line}" for line in errors),
+                *report,
+                "",
+                f"{title}:",
+                settings,
+            ]
             print("\n".join(report), flush=True)
             if violations:
                 raise InputError("\n".join(violations))

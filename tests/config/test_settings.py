@@ -74,9 +74,9 @@ def test_an_unknown_variable_is_rejected_with_the_closest_name():
 
 
 def test_an_unknown_flag_is_rejected_with_the_closest_name():
-    assert load_error("--batchsize", "8") == "--batchsize: unknown flag. Did you mean --batch-size?"
-    assert load_error("--batchsize=8") == "--batchsize=8: unknown flag. Did you mean --batch-size?"
-    assert "--batch: unknown flag" in load_error("--batch", "8")
+    assert load_error("--batchsize", "8") == "--batchsize: unknown setting. Did you mean --batch-size?"
+    assert load_error("--batchsize=8") == "--batchsize=8: unknown setting. Did you mean --batch-size?"
+    assert "--batch: unknown setting" in load_error("--batch", "8")
     assert "--name value" in load_error("8")
 
 
@@ -334,3 +334,18 @@ def test_the_default_backbone_depends_on_the_network():
     assert settings("--network", "ssd300-r50").backbone_name == "resnet50"
     assert settings("--network", "ssd300-r50", "--backbone", "resnet101").network_name == "ssd300-r50 on resnet101"
     assert "--backbone=vgg16" in load_error("--backbone", "vgg16")
+
+
+def test_former_name_suggests_the_new_one():
+    assert load_error("--trunk", "resnet18") == "--trunk: unknown setting. Did you mean --backbone?"
+    assert load_error(SSD_SGD="apex") == "SSD_SGD=apex: unknown setting. Did you mean SSD_OPTIMIZER_BACKEND?"
+
+
+def test_help_of_a_topic_shows_its_settings_with_the_values_of_the_system(capsys):
+    with pytest.raises(SystemExit):
+        load(["--help", "evaluation"], {"SSD_TARGET": "0.125"})
+    shown = capsys.readouterr().out
+    assert "default 0.125" in shown
+    assert "--batch-size" not in shown
+    with pytest.raises(InputError, match="--help foo: unknown topic. Topics: run, data"):
+        load(["--help", "foo"], {})

@@ -63,8 +63,11 @@ def test_dry_run_creates_nothing_and_prints_everything(check, tmp_path):
     status, out, err = check("--dry-run", "--epochs", "7")
     assert (status, err) == (0, "")
     assert not (tmp_path / "results").exists()
-    for part in ("epochs", "--epochs", "default", "MLPerf 1.1.0 open", "24 images", "run folder"):
+    assert out.startswith("The run would start.\n")
+    for part in ("epochs", "--epochs", "MLPerf 1.1.0 open", "24 images", "run folder"):
         assert part in out
+    assert "momentum" not in out
+    assert "momentum" in check("--dry-run", "--all")[1]
 
 
 def test_dry_run_without_data_warns(check, tmp_path):

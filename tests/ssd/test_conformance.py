@@ -58,7 +58,7 @@ def test_failed_comparison_is_reported_with_exit_status_1(golden, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "not a file of conformance vectors"), (b"PK\x03\x04", "not a file"), ({}, "is missing")],
+    [(None, "not a file of conformance vectors"), (b"PK\x03\x04", "not a file"), ({}, "holds no vectors")],
 )
 def test_unusable_file_is_rejected_with_exit_status_2(tmp_path, capsys, content, message):
     path = tmp_path / "vectors.npz"
@@ -68,6 +68,17 @@ def test_unusable_file_is_rejected_with_exit_status_2(tmp_path, capsys, content,
         np.savez(path, **content)
     assert commands.ssd("conformance", str(path), "--device", "cpu") == 2
     assert message in capsys.readouterr().err
+
+
+def test_absent_vectors_are_reported_and_the_other_parts_compared(golden, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(conformance, "COMPARISONS", (conformance.compare_losses, conformance.compare_anchors))
+    vectors = {name: value for name, value in np.load(golden).items() if not name.startswith("loss")}
+    np.savez(tmp_path / "part.npz", **vectors)
+    assert commands.ssd("conformance", tmp_path / "part.npz", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert "losses " in shown
+    assert "absent: the file has no vector" in shown
+    assert "comparisons passed, 1 parts absent" in shown
 
 
 def test_conversion_to_the_reference_and_back_is_lossless():

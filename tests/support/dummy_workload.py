@@ -156,5 +156,5 @@ def train(config: Config, process: entrypoint.ProcessContext) -> int:
 
 if __name__ == "__main__":
     entrypoint.hard_exit(
-        entrypoint.main(sys.argv[1:], lambda argv: resolve(Config, "DUMMY_", argv, None, usage="").config, train)
+        entrypoint.main(sys.argv[1:], lambda argv: resolve(Config, "DUMMY_", argv, None).config, train)
     )
