@@ -37,6 +37,8 @@ To change a setting that the config file sets, pass a flag, not a variable.
 NEXP=5 writes RUN_DIR/experiment_0/ to experiment_4/ and links their logs, result_0.txt to result_4.txt. To continue,
 repeat the command with RUN_DIR or --resume auto: finished experiments are skipped. A signal stops all of them.
 
+On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run saves a checkpoint and exits. The same signal again ends it at once.
+
 Other modes: --mode evaluate --weights FILE prints the twelve COCO metrics. --mode bench-train and bench-infer measure
 throughput. They exit with 0 and print no RESULT line.
 
@@ -63,60 +65,22 @@ for argument in "$@"; do
 done
 if $help && ((${#flags[@]} == 0)); then usage && echo; fi
 
-export NEXP=${NEXP:-1}
-[[ $NEXP =~ ^[1-9][0-9]{0,3}$ ]] || die "NEXP=$NEXP is not a valid number of experiments"
 # shellcheck source=scripts/lib/resolve_config.sh
 source ./scripts/lib/resolve_config.sh
 resolve_config .
 
 # Run this script NEXP times, one after the other.
-if ((NEXP > 1)) && ! $help && ! $model_summary && [[ $command == train ]]; then
-  # shellcheck source=scripts/lib/experiments.sh
-  source ./scripts/lib/experiments.sh
+if [[ ${NEXP:-1} != 1 ]] && ! $help && ! $model_summary && [[ $command == train ]]; then
+  [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX names one run, but NEXP=$NEXP. Unset one of them"
   recipe=$(
     # shellcheck source=/dev/null
     source "./$config" && seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"
   )
   { read -r nodes && read -r seed; } <<<"$recipe" || true
-  check_experiments "${flags[@]}"
-  [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX names one run, but NEXP=$NEXP. Unset one of them"
-  [[ -n ${RUN_DIR:-} ]] || ((nodes == 1)) ||
-    die "NEXP=$NEXP on DGXNNODES=$nodes nodes: set the same RUN_DIR on all of them, on a shared disk"
-
-  parent=${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK
-  if [[ -z ${RUN_DIR:-} && $(flag_value --resume "${flags[@]}") == auto ]]; then
-    for folder in "$parent"/*/experiment_0; do # the last unfinished one wins
-      folder=${folder%/*}
-      for ((number = 0; number < NEXP; number++)); do
-        finished_status "$folder/experiment_$number/result_$number.txt" >/dev/null || RUN_DIR=$folder
-      done
-    done
-    if [[ ! -d ${RUN_DIR:-} ]]; then RUN_DIR=''; fi
-  fi
-  run=${RUN_DIR:-}
-  while [[ -z $run ]]; do
-    run=$parent/$(date +%Y-%m-%d_%H-%M-%S)
-    if [[ -e $run ]]; then run='' && sleep 1; fi # another call took this second
-  done
-  # shellcheck disable=SC2329 # called by run_experiments
-  run_experiment() {
-    NEXP=1 RUN_INDEX=$1 RUN_DIR=$run/experiment_$1 run_job ./run_and_time.sh "${@:2}"
-  }
-  # shellcheck disable=SC2329 # called by the traps
-  stop_job() {
-    kill -s "$1" -- "-$job_pid"
-  }
-  if $dry_run; then
-    echo "run folder of the NEXP=$NEXP experiments: $run"
-    experiment_flags "$run" 0 "${flags[@]}"
-    NEXP=1 RUN_INDEX=0 RUN_DIR=$run/experiment_0 exec ./run_and_time.sh --dry-run "${flags[@]}" "${extra_flags[@]}"
-  fi
-  install_signal_traps
-  run_experiments "$run" run_experiment "${flags[@]}"
-  if $signaled || ((status != 0 && status != 3)); then
-    printf 'To continue: RUN_DIR=%q NEXP=%s and the same command\n' "$run" "$NEXP"
-  fi
-  exit "$status"
+  options=(--nexp "$NEXP" --nodes "$nodes" "--seed=$seed" --hint RUN_DIR --parent "${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK")
+  if [[ -n ${RUN_DIR:-} ]]; then options+=(--folder "$RUN_DIR"); fi
+  if $dry_run; then options+=(--dry-run); fi
+  run_experiments "${options[@]}" -- ./run_and_time.sh "${flags[@]}"
 fi
 
 # A variable that contradicts the config file may be left over from another system.
@@ -210,18 +174,26 @@ timestamp() {
   LC_ALL=C date "+%Y-%m-%d %I:%M:%S %p"
 }
 
-# Forward only the first signal: a second one would interrupt the launcher's shutdown of its ranks.
-signaled=false
+# Forward the first signal. A second one would interrupt the launcher's shutdown of its ranks. The same signal again,
+# unless at once, ends the run: timeout and Slurm send some signals twice.
+signaled=''
 # shellcheck disable=SC2329 # called by the traps
 forward_signal() {
-  trap '' INT TERM HUP USR1
-  signaled=true
-  echo "SIG$1: stopping the run" >&2
-  kill -s "$2" "$!" || true
+  if [[ -z $signaled ]]; then
+    signaled=$1 signaled_us=${EPOCHREALTIME/[.,]/}
+    echo "SIG$1: stopping the run. Repeat the signal to end it at once" >&2
+    kill -s "$2" "$!" || true
+  elif [[ $1 == "$signaled" ]] && ((${EPOCHREALTIME/[.,]/} - signaled_us > 500000)); then
+    ranks=()
+    { read -r -a ranks <"/proc/$!/task/$!/children" || true; } 2>/dev/null # the file has no end of line
+    kill -s KILL "${ranks[@]}" "$!" 2>/dev/null || true
+    echo "SIG$1: ended the run" >&2
+    exit $((128 + $(kill -l "$1")))
+  fi
 }
 
 start=$(timestamp)
-start_s=$(date +%s)
+SECONDS=0
 echo "STARTING TIMING RUN AT $start"
 set -m # a separate process group: only this script receives Ctrl-C
 "${launch[@]}" &
@@ -231,8 +203,11 @@ trap 'forward_signal HUP TERM' HUP
 trap 'forward_signal USR1 TERM' USR1 # `sbatch --signal` can send it before the time limit
 wait "$!" && status=0 || status=$?
 # An interrupted wait returns the signal's status, not the run's.
-if $signaled; then wait "$!" && status=0 || status=$?; fi
-end_s=$(date +%s)
+while [[ -n $signaled ]]; do
+  wait "$!" && status=0 || status=$?
+  kill -s 0 "$!" 2>/dev/null || break
+done
+seconds=$SECONDS
 echo "ENDING TIMING RUN AT $(timestamp)"
 
 # Outside the timed part, and after an interrupted run, too. A failure here does not change the exit status.
@@ -248,10 +223,10 @@ if ((status == 0 && NODE_RANK == 0)); then
     echo "No RESULT line: --mode $mode does not train to a target. Its results are above, and in $RUN_DIR"
     exit
   fi
-  if grep -qs '"key": "resumed"' "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
+  if "$python" -m detection.engine.experiments --is-resumed "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
     echo "No RESULT line: the run was resumed, so this time covers only its last part"
     exit
   fi
-  echo "RESULT,$mlperf_name,,$((end_s - start_s)),$org,$start"
+  echo "RESULT,$mlperf_name,,$seconds,$org,$start"
 fi
 exit "$status"

@@ -38,14 +38,10 @@ script_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$script_dir/scripts/lib/resolve_config.sh"
 resolve_config "$script_dir"
 [[ -n ${CONT:-} ]] || die "CONT is not set. Build an image (docker build -t detection .) and name it: CONT=detection $0"
-NEXP=${NEXP:-5}
-# shellcheck source=scripts/lib/experiments.sh
-. "$script_dir/scripts/lib/experiments.sh"
 # shellcheck source=scripts/lib/container_mounts.sh
 . "$script_dir/scripts/lib/container_mounts.sh"
 # shellcheck source=/dev/null
 . "$script_dir/$config"
-check_experiments "$@"
 ((${DGXNNODES:-1} == 1)) || die "$config is for $DGXNNODES nodes, but this script starts containers on one. Use run.sub"
 
 docker=${DOCKER:-$(command -v docker || command -v podman || true)}
@@ -79,63 +75,12 @@ elif [[ -e /dev/kfd ]]; then
   options+=(--device /dev/kfd --device /dev/dri --group-add video)
 fi
 
-# A container may not drop the page cache, so drop it here and pass on the result.
-# shellcheck disable=SC2329 # called by run_experiment
-drop_page_cache() {
-  sync
-  if [[ -w /proc/sys/vm/drop_caches ]]; then
-    echo 3 >/proc/sys/vm/drop_caches
-  else
-    sudo -n /sbin/sysctl vm.drop_caches=3 >/dev/null 2>&1
-  fi
-}
-
-container=''
-# shellcheck disable=SC2329 # called by the trap
-remove_container() {
-  if [[ -n $container ]]; then "$docker" rm --force "$container" >/dev/null 2>&1 || true; fi
-}
-trap remove_container EXIT
-
-# Send SIGTERM, on which the run saves a checkpoint. Send SIGKILL after two minutes.
-# shellcheck disable=SC2329 # called by the traps
-stop_job() {
-  until "$docker" stop -t 120 "$container" >/dev/null 2>&1; do # the container may not exist yet
-    kill -0 "$job_pid" 2>/dev/null || return 0
-    sleep 0.2
-  done
-}
-
-# shellcheck disable=SC2329 # called by run_job
-run_logged() {
-  "$@" 2>&1 | tee --append "$log"
-}
-
-# run_experiment NUMBER [FLAG ...]: returns its status.
-# shellcheck disable=SC2329 # called by run_experiments
-run_experiment() {
-  local number=$1 log=$log_dir/${stamp}_$(($1 + 1)).log dropped=0 result=0
-  shift
-  if [[ ${CLEAR_CACHES:-1} == 1 ]]; then
-    if drop_page_cache; then
-      dropped=1
-    else
-      echo "run_with_docker.sh: could not drop the page cache: this needs root, or sudo without a password. CLEAR_CACHES=0 skips it"
-    fi
-  fi
-  container=detection_${stamp//[^[:alnum:]_.-]/_}_$((number + 1))_$$
-  run_job run_logged "$docker" run --name "$container" "${options[@]}" --env PAGE_CACHE_DROPPED="$dropped" \
-    --env RUN_INDEX="$number" --env RUN_DIR="/results/$name/experiment_$number" "$CONT" ./run_and_time.sh "$@" || result=$?
-  remove_container
-  container=''
-  return "$result"
-}
-
 stamp=${DATESTAMP:-$(date +%Y-%m-%d_%H-%M-%S)}
 name=$DGXSYSTEM/$BENCHMARK/$stamp
-install_signal_traps
-run_experiments "$log_dir/$name" run_experiment "${container_flags[@]}"
-if $signaled || ((status != 0 && status != 3)); then
-  printf 'To continue: DATESTAMP=%q NEXP=%s and the same command\n' "$stamp" "$NEXP"
-fi
-exit "$status"
+# A container may not drop the page cache, so it is dropped here.
+page_cache=keep
+if [[ ${CLEAR_CACHES:-1} == 1 ]]; then page_cache=drop; fi
+seed=${BENCHMARK^^}_SEED
+run_experiments --nexp "${NEXP:-5}" "--seed=${!seed:-}" --folder "$log_dir/$name" --folder-in-job "/results/$name" \
+  --log "$log_dir/$stamp" --tee --page-cache "$page_cache" --container "detection_$stamp" --hint "DATESTAMP=$stamp" -- \
+  "$docker" run "${options[@]}" "$CONT" ./run_and_time.sh "${container_flags[@]}"

@@ -1,4 +1,9 @@
-"""Writer and reader of MLPerf logs, one per run, in the format of `mlperf_logging`."""
+"""Writer and reader of MLPerf logs, one per run, in the format of `mlperf_logging`.
+
+The reader needs no package and Python 3.8, since run_with_docker.sh and run.sub read logs outside the container.
+"""
+
+from __future__ import annotations
 
 import json
 import logging
@@ -10,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
-from mlperf_logging.mllog.mllog import MLLogger
+if TYPE_CHECKING:
+    from typing import Self
 
 _TOKEN = ":::MLLOG "
 _HIDDEN_ON_TERMINAL = ("config", "weights_initialization")
@@ -42,6 +48,8 @@ class MlperfLog:
         append: bool = False,
         before_echo: Callable[[], None] | None = None,
     ) -> None:
+        from mlperf_logging.mllog.mllog import MLLogger
+
         self.path = path
         self.write_error: OSError | None = None
         """Error of a line that could not be written. The run continues, but its log is incomplete."""

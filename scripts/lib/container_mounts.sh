@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Mounts of a container, sourced by run_with_docker.sh and run.sub, which pass them to docker or pyxis.
-# The caller defines `die` and sources scripts/lib/experiments.sh.
+# The caller defines `die`.
 
 mounts=()          # three words each: source, target, and ro or rw
 container_flags=() # flags with file names as the container sees them
@@ -63,7 +63,7 @@ plan_mounts() {
     mkdir -p "$data" || die "cannot create DATADIR=$data"
     data=$(require_dir DATADIR "$data")
     add_mount "$data" /data rw # generated once
-  elif ! flag_value --train-images "$@" >/dev/null; then
+  elif [[ " $* " != *' --train-images'[=\ ]* ]]; then
     data=$(require_dir DATADIR "$data")
     add_mount "$data" /data ro
   fi

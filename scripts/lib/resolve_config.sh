@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Config file of a system, sourced by run_and_time.sh, run_with_docker.sh and run.sub. The caller defines `die`.
+# Config file and experiments of a system, sourced by run_and_time.sh, run_with_docker.sh and run.sub. The caller
+# defines `die`.
 
 # resolve_config FOLDER: from BENCHMARK and DGXSYSTEM, sets `config`, the name of the config file in FOLDER, and
 # `mlperf_name`, MLPerf's name of the benchmark.
@@ -15,4 +16,16 @@ resolve_config() {
   config=config_$DGXSYSTEM$suffix.sh
   files=$(cd "$1" && printf '%s ' config_*"$suffix".sh)
   [[ -f $1/$config ]] || die "DGXSYSTEM=$DGXSYSTEM: $config does not exist. Available: $files"
+}
+
+# run_experiments WORD ...: becomes detection/engine/experiments.py, which runs outside the environment and containers
+# with the first working Python and needs no packages.
+run_experiments() {
+  local python
+  for python in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+      exec "$python" -m detection.engine.experiments "$@"
+    fi
+  done
+  die "no Python 3.8 or newer on PATH, which runs the experiments. Install python3 or set PYTHON. It needs no packages"
 }

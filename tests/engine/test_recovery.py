@@ -28,7 +28,7 @@ exec {python} "${{words[@]}}"
 @pytest.fixture
 def project(tmp_path):
     """Folder with the scripts, and an environment whose python runs the dummy workload."""
-    for script in ("run_and_time.sh", "scripts/lib/experiments.sh", "scripts/lib/resolve_config.sh"):
+    for script in ("run_and_time.sh", "scripts/lib/resolve_config.sh"):
         (tmp_path / script).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, tmp_path / script)
     (tmp_path / "config_toy.sh").write_text("export DGXNNODES=1 DGXNGPU=1\n")

@@ -114,7 +114,6 @@ def slurm(conf, tmp_path):
     for script in (
         "run.sub",
         "run_and_time.sh",
-        "scripts/lib/experiments.sh",
         "scripts/lib/resolve_config.sh",
         "scripts/lib/container_mounts.sh",
     ):

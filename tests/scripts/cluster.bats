@@ -20,11 +20,12 @@ setup() {
   cat >"$folder/venv/bin/python" <<'END_PYTHON'
 #!/usr/bin/env bash
 all=$*
+if [[ $2 == detection.engine.experiments ]]; then exec python3 "$@"; fi
 if [[ $3 == preflight ]]; then
   mkdir -p "${RUN_DIR:=run}" && printf '%s\n' Lab "$RUN_DIR" train 7
 else
   echo "train $RUN_INDEX $RUN_DIR node $NODE_RANK ${all##*ssd train}" >>"$CALLS"
-  echo '{"key": "run_stop", "metadata": {"status": "success", "epoch_num": 1}}' >"$RUN_DIR/result_${RUN_INDEX:-0}.txt"
+  mllog_line run_stop '"status": "success", "epoch_num": 1' >"$RUN_DIR/result_${RUN_INDEX:-0}.txt"
 fi
 END_PYTHON
   for name in docker sbatch scancel scontrol git; do

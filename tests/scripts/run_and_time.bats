@@ -20,6 +20,7 @@ echo "setup $*" >>"$calls"
 END
   cat >"$folder/venv/bin/python" <<'END'
 #!/usr/bin/env bash
+if [[ $2 == detection.engine.experiments ]]; then exec python3 "$@"; fi
 echo "python $* [$SSD_BATCH_SIZE, $RUN_DIR, $PAGE_CACHE_DROPPED, $DATADIR]" >>"$calls"
 case $2/$3 in
   */preflight | */summary) [[ ${PREFLIGHT:-0} == 0 ]] && printf '%s\n' "Some Lab" "${RUN:-/runs/this one}" "${MODE:-train}" 7 || exit "$PREFLIGHT" ;;
@@ -27,10 +28,10 @@ case $2/$3 in
   detection.runtime.launch/*)
     echo "$SSD_NUM_CLASSES" >"$calls.classes"
     if [[ -n ${WAIT:-} ]]; then
-      trap 'kill %1; echo "ended by $signal"; exit 130' INT
+      trap '[[ -n ${STUBBORN:-} ]] || { kill %1; echo "ended by $signal"; exit 130; }' INT
       sleep 60 3>&- &
-      touch "$WAIT"
-      wait
+      echo "$!" >"$WAIT"
+      until wait "$!"; do [[ -e /proc/$! ]] || break; done
     fi
     exit "${STATUS:-0}"
     ;;
@@ -244,7 +245,7 @@ END
     # A shell ignores SIGINT in background jobs. env restores the default.
     signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal=INT "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
-    until [[ -e $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+    until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
     kill -s "$signal" "$script"
     status=0
     wait "$script" || status=$?
@@ -260,7 +261,7 @@ END
     rm -f "$BATS_TEST_TMPDIR/waits"
     signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
-    until [ -f "$BATS_TEST_TMPDIR/waits" ]; do sleep 0.1; done
+    until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.1; done
     kill -s "$signal" "$script"
     wait "$script" && status=0 || status=$?
     [ "$status" -eq 130 ]
@@ -269,10 +270,51 @@ END
   done
 }
 
+@test "the same signal again, unless at once, ends launcher and ranks, and writes no report" {
+  signal=INT STUBBORN=1 WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal=INT "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+  script=$!
+  until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+  rank=$(<"$BATS_TEST_TMPDIR/waits")
+  kill -s INT "$script" && sleep 0.1
+  kill -s INT "$script" && sleep 1 # a duplicate
+  [[ $(<"/proc/$rank/stat") != *' Z '* ]]
+  kill -s INT "$script"
+  wait "$script" && status=0 || status=$?
+  [ "$status" -eq 130 ]
+  [[ ! -e /proc/$rank || $(<"/proc/$rank/stat") == *' Z '* ]]
+  grep -q 'SIGINT: ended the run' "$BATS_TEST_TMPDIR/out"
+  [ "$(grep --count ENDING "$BATS_TEST_TMPDIR/out")" -eq 0 ]
+}
+
+@test "NEXP runs the script again for each experiment, each with its port, and one RESULT line each" {
+  sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
+  export MASTER_ADDR=node0
+  RUN_DIR=$BATS_TEST_TMPDIR/run NEXP=3 run_and_time --seed 7
+  [ "$status" -eq 0 ]
+  [ "$(grep -o -e '--master-port [0-9]*' "$calls" | xargs)" = "--master-port 29500 --master-port 29501 --master-port 29502" ]
+  [ "$(grep --count '^RESULT,' <<<"$output")" -eq 3 ]
+  [[ $output == "Seeds: 7 to 9, one per experiment"*"experiment 3 of 3, in $BATS_TEST_TMPDIR/run/experiment_2"* ]]
+  NEXP=2 run_and_time
+  [[ $status -eq 2 && $output == "error: NEXP=2 on DGXNNODES=2 nodes: set the same RUN_DIR"* ]]
+  NEXP=2 RUN_INDEX=1 run_and_time
+  [[ $status -eq 2 && $output == "error: RUN_INDEX=1 names one run, but NEXP=2. Unset one of them" ]]
+}
+
+@test "without a Python outside the environment, NEXP gives one message" {
+  mkdir "$BATS_TEST_TMPDIR/bin"
+  for name in python3 python3.13 python3.12 python3.11; do
+    printf '#!/bin/sh\nexit 127\n' >"$BATS_TEST_TMPDIR/bin/$name"
+    chmod +x "$BATS_TEST_TMPDIR/bin/$name"
+  done
+  PATH=$BATS_TEST_TMPDIR/bin:$PATH NEXP=2 run_and_time
+  [ "$status" -eq 2 ]
+  [[ $output == "error: no Python 3.8 or newer on PATH, which runs the experiments. Install python3 or set PYTHON."* ]]
+}
+
 @test "a resumed run prints no RESULT" {
   mkdir -p "$BATS_TEST_TMPDIR/run"
   sed -i "s|/runs/this one|$BATS_TEST_TMPDIR/run|" "$folder/venv/bin/python"
-  echo ':::MLLOG {"key": "resumed", "value": null}' >"$BATS_TEST_TMPDIR/run/result_0.txt"
+  mllog_line resumed '' >"$BATS_TEST_TMPDIR/run/result_0.txt"
   run_and_time --resume auto
   [ "$status" -eq 0 ]
   [[ $output == *"No RESULT line: the run was resumed"* ]]

@@ -88,19 +88,6 @@ job() {
   [ -s "$LOGDIR/now_1.log" ]
 }
 
-@test "the other experiments run after a failed one, and its status is kept" {
-  STATUSES="0 1 137 3" NEXP=4 job
-  [ "$status" -eq 1 ]
-  [ "$(wc -l <"$RUNS")" -eq 4 ]
-  [[ $output == *"experiment 3 of 4 finished with status 137"* ]]
-}
-
-@test "a bad configuration stops all experiments at the first one" {
-  STATUSES="2" NEXP=4 job
-  [ "$status" -eq 2 ]
-  [ "$(wc -l <"$RUNS")" -eq 1 ]
-}
-
 @test "every node drops its page cache before each experiment, and the run records it" {
   CLEAR_CACHES=1 NEXP=2 job
   [ "$(grep --count drop_caches "$CALLS")" -eq 2 ]
@@ -165,8 +152,7 @@ job() {
 write_log_end() {
   local run=$LOGDIR/pair/ssd/job_42/experiment_$1
   mkdir -p "$run"
-  echo ":::MLLOG {\"key\": \"run_stop\", \"value\": null, \"metadata\": {\"status\": \"$2\"${3:+, \"epoch_num\": $3}}}" \
-    >"$run/result_$1.txt"
+  mllog_line run_stop "\"status\": \"$2\"${3:+, \"epoch_num\": $3}" >"$run/result_$1.txt"
 }
 
 @test "a requeued job skips finished experiments and resumes the interrupted one" {

@@ -3,6 +3,13 @@
 
 repository=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
 export repository
+export PYTHONPATH=$repository # of detection.engine.experiments, since the tests copy only the scripts
+
+# mllog_line KEY METADATA: prints a line of an MLPerf log. The stubs use it, too.
+mllog_line() {
+  echo ":::MLLOG {\"time_ms\": 1, \"event_type\": \"\", \"key\": \"$1\", \"value\": null, \"metadata\": {$2}}"
+}
+export -f mllog_line
 
 # serve FOLDER [flags of serve.py]: sets `url`, and logs requests in $requests.
 serve() {
