@@ -39,7 +39,8 @@ statuses=(${STATUSES:-})
 status=${statuses[RUN_INDEX]:-0}
 case $status in
   0) event 2000 epoch_stop '' && event 94000 run_stop '"status": "success", "epoch_num": 1' ;;
-  3) event 2000 epoch_stop '' && event 3000 epoch_stop '' && event 9000 run_stop '"status": "aborted", "epoch_num": 2' ;;
+  3) event 2000 epoch_stop '' && event 3000 epoch_stop '' &&
+    event 9000 run_stop '"status": "aborted", "epoch_num": 2' ;;
   *) event 2500 run_stop '"status": "aborted"' ;;
 esac
 exit "$status"
