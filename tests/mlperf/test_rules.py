@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from detection.preflight import run_checks
-from maskrcnn.preflight import CHECKS as MASKRCNN_PREFLIGHT
+from maskrcnn.commands import PREFLIGHT as MASKRCNN_PREFLIGHT
 from mlperf.rules import (
     BENCHMARKS,
     DIVISIONS,
@@ -21,7 +21,7 @@ from mlperf.rules import (
     ssd_tensor_name,
 )
 from recipes_and_checkers import A100, CHECKER, DGX1, RECIPES, checker_yaml, parameters_of_ssd300_r34
-from ssd.preflight import CHECKS as SSD_PREFLIGHT
+from ssd.commands import PREFLIGHT as SSD_PREFLIGHT
 
 # Closed by the rules of 1.1, but for the learning rate of Mask R-CNN on one rank.
 CLOSED = {

@@ -17,11 +17,12 @@ from annotation_file import contents, digests
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.evaluation.coco_metric import CocoBoxMetric
+from detection.preflight import run_checks
 from detection.synthetic import coco_scenes, coco_sized
 from detection.synthetic.coco_sized import CocoSizedSpec
 from generated import check_crowd, check_polygons
 from paths import ROOT, shared
-from ssd import preflight
+from ssd.commands import PREFLIGHT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
@@ -383,10 +384,10 @@ def test_preflight_generates_the_configured_images_and_a_dry_run_none(
     monkeypatch.setenv("DATADIR", str(tmp_path / "data"))
     monkeypatch.setenv("SYNTHETIC_IMAGES", "12")
     recipe = ["--dataset", "synthetic_coco", "--division", "open", "--batch-size", "4"]
-    assert preflight.main([*recipe, "--dry-run"]) == 0
+    assert run_checks.main([*recipe, "--dry-run"], PREFLIGHT) == 0
     assert "images are generated when the run starts" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
-    assert preflight.main(recipe) == 0
+    assert run_checks.main(recipe, PREFLIGHT) == 0
     assert "train: 12 images" in capsys.readouterr().err
-    assert preflight.main([*recipe, "--synthetic-images", "13"]) == 0
+    assert run_checks.main([*recipe, "--synthetic-images", "13"], PREFLIGHT) == 0
     assert "train: 13 images" in capsys.readouterr().err
