@@ -47,10 +47,8 @@ def events(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment, tmp_path):
-    flags = (*FLAGS, "--epochs", "1", "--target", "0", "--eval-before-training")
-    assert train.main([*flags, "--summary-json", str(tmp_path / "summary.json")]) == 0
-    found = events(tmp_path / "run")
+def test_run_writes_the_documented_events_and_their_numbers_agree(small_run):
+    found = events(small_run.folder)
     for event in found:
         assert list(event) == documented()[event["event"]], event["event"]
     names = [event["event"] for event in found]
@@ -60,7 +58,7 @@ def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment,
     epoch, summary = by_name["epoch"], by_name["summary"]
     assert [event["time_s"] for event in found] == sorted(event["time_s"] for event in found)
     assert epoch["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps))
-    samples = next(event.value for event in read(tmp_path / "run" / "result_0.txt") if event.key == "train_samples")
+    samples = next(event.value for event in read(small_run.folder / "result_0.txt") if event.key == "train_samples")
     assert epoch["images"] == summary["images"] == samples
     assert epoch["images_per_s"] == pytest.approx(samples / epoch["seconds"], rel=1e-2)
     assert summary["metrics"] == by_name["evaluation"]["metrics"]
@@ -68,11 +66,11 @@ def test_a_run_writes_the_documented_events_and_their_numbers_agree(environment,
     assert [event["epoch"] for event in found if event["event"] == "evaluation"] == [0, 1]
     assert summary["init_s"] + summary["run_s"] == pytest.approx(summary["e2e_s"], abs=0.01)
     assert summary["run_s"] >= summary["train_s"] + summary["eval_s"] > 0
-    written = json.loads((tmp_path / "summary.json").read_text())
+    written = json.loads((small_run.clone / "summary.json").read_text())
     assert written == {name: value for name, value in summary.items() if name not in ("event", "time_s")}
 
 
-def test_an_aborted_run_has_a_summary_that_says_so(tmp_path):
+def test_aborted_run_has_a_summary(tmp_path):
     status, _, err = processes.run(tmp_path, "--batch-size", "8", "--log-every", "1", FAULT="nan 0 1")
     assert status == 1, err
     *_, step, summary = events(tmp_path)
@@ -81,13 +79,13 @@ def test_an_aborted_run_has_a_summary_that_says_so(tmp_path):
     assert (summary["epoch"], summary["images_per_s"]) == (None, None)
 
 
-def test_a_summary_that_cannot_be_written_is_refused_before_the_clock(environment, tmp_path, capsys):
+def test_unwritable_summary_is_rejected_before_the_timer_starts(environment, tmp_path, capsys):
     assert train.main([*FLAGS, "--summary-json", str(tmp_path / "absent" / "summary.json")]) == 2
     assert "summary.json: cannot be written (No such file or directory)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result_0.txt").exists()
 
 
-def test_tensorboard_is_asked_for_only_by_name_and_said_to_be_missing(environment, tmp_path, capsys, monkeypatch):
+def test_missing_tensorboard_is_reported_if_requested(environment, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for main in (train.main, partial(run_checks.main, spec=PREFLIGHT)):
         assert main([*FLAGS, "--tensorboard"]) == 2
@@ -100,7 +98,7 @@ def test_tensorboard_is_asked_for_only_by_name_and_said_to_be_missing(environmen
         tensorboard.require_tensorboard()
 
 
-def test_a_users_tensorboard_is_given_every_figure(tmp_path, monkeypatch):
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     drawn = []
 
     class Writer:
@@ -119,9 +117,9 @@ def test_a_users_tensorboard_is_given_every_figure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
     tensorboard.require_tensorboard()
     shown = TensorBoardLogger(tmp_path)
-    shown.add("run_start", {"seed": 1})
-    shown.add("step", {"step": 7, "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_s": 9.0})
-    shown.add("evaluation", {"epoch": 2, "seconds": 3.0, "metrics": {"AP": 0.2}})
+    shown.log_event("run_start", {"seed": 1})
+    shown.log_event("step", {"step": 7, "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_s": 9.0})
+    shown.log_event("evaluation", {"epoch": 2, "seconds": 3.0, "metrics": {"AP": 0.2}})
     shown.close()
     assert drawn == [
         str(tmp_path),
