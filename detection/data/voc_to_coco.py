@@ -18,9 +18,8 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -33,22 +32,11 @@ SETS = ("train", "val", "trainval", "test")
 MAX_SHOWN_ERRORS = 10
 
 
-@dataclass(frozen=True)
-class VocObject:
-    """One object of an image. box_xywh: pixels from 0."""
+class VocImage(NamedTuple):
+    """Image: its row of a COCO annotation file, and name and row of each of its objects. The rows have no ids yet."""
 
-    name: str
-    box_xywh: tuple[float, float, float, float]
-    is_difficult: bool
-
-
-@dataclass(frozen=True)
-class VocImage:
-    """One image with its objects. file_name: in JPEGImages. size_wh: pixels."""
-
-    file_name: str
-    size_wh: tuple[int, int]
-    objects: list[VocObject]
+    row: dict[str, Any]
+    objects: list[tuple[str, dict[str, Any]]]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,15 +69,12 @@ def training_flags(image_dir: Path, annotation_files: Sequence[Path]) -> list[st
     by_set = {path.stem.removeprefix("instances_"): path for path in annotation_files}
     train = next((name for name in ("train", "trainval", "all") if name in by_set), next(iter(by_set)))
     val = next((name for name in ("val", "test") if name in by_set), train)
-    flags = []
-    for split, name in (("train", train), ("val", val)):
-        flags += [
-            f"--{split}-images",
-            shlex.quote(str(image_dir)),
-            f"--{split}-annotations",
-            shlex.quote(str(by_set[name])),
-        ]
-    return flags
+    paths = {"train": by_set[train], "val": by_set[val]}
+    return [
+        f"--{split}-{kind} {shlex.quote(str(path))}"
+        for split, annotations in paths.items()
+        for kind, path in (("images", image_dir), ("annotations", annotations))
+    ]
 
 
 def convert(voc: Path, out: Path) -> dict[Path, dict[str, Any]]:
@@ -114,7 +99,7 @@ def convert(voc: Path, out: Path) -> dict[Path, dict[str, Any]]:
         errors[MAX_SHOWN_ERRORS:] = [f"{len(errors) - MAX_SHOWN_ERRORS} more files have errors"]
     if errors:
         raise InputError("\n  ".join(errors))
-    names = sorted({obj.name for image in images.values() for obj in image.objects})
+    names = sorted({name for image in images.values() for name, _ in image.objects})
     ids = {key: image_id for image_id, key in enumerate(images, start=1)}
     out.mkdir(parents=True, exist_ok=True)
     written = {}
@@ -171,11 +156,12 @@ def read_annotation(path: Path, key: str, image_paths: dict[str, Path], by_stem:
             f"{path}: the size is {annotated_wh[0]:g}×{annotated_wh[1]:g}, but {image_path.name} has "
             f"{size_wh[0]}×{size_wh[1]} pixels. Check that its boxes belong to this image."
         )
-    return VocImage(image_path.name, size_wh, [parse_object(path, element, size_wh) for element in root.iter("object")])
+    row = {"file_name": image_path.name, "width": size_wh[0], "height": size_wh[1]}
+    return VocImage(row, [parse_object(path, element, size_wh) for element in root.iter("object")])
 
 
-def parse_object(path: Path, element: Element, size_wh: tuple[int, int]) -> VocObject:
-    """Parse one object of an image of this size. Raises InputError with the path of an invalid file."""
+def parse_object(path: Path, element: Element, size_wh: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """Return name and row of an object in an image of this size. Raises InputError with the path of an invalid file."""
     name = (element.findtext("name") or "").strip()
     if not name:
         raise InputError(f"{path}: an object has no name")
@@ -189,7 +175,8 @@ def parse_object(path: Path, element: Element, size_wh: tuple[int, int]) -> VocO
             f"{path}: {name} from {left:g}, {top:g} to {right:g}, {bottom:g} has no pixel in an image of "
             f"{size_wh[0]}×{size_wh[1]}"
         )
-    return VocObject(name, (x, y, width, height), parse_number(path, element, "difficult", default=0.0) == 1)
+    is_difficult = parse_number(path, element, "difficult", default=0.0) == 1
+    return name, {"bbox": (x, y, width, height), "area": width * height, "iscrowd": int(is_difficult)}
 
 
 def parse_number(path: Path, element: Element, child_path: str, default: float | None = None) -> float:
@@ -212,22 +199,12 @@ def parse_number(path: Path, element: Element, child_path: str, default: float |
 def to_coco(images: dict[int, VocImage], names: Sequence[str]) -> dict[str, Any]:
     """Return the content of an annotation file. images: by id. names: of all categories."""
     labels = {name: label for label, name in enumerate(names, start=1)}
-    objects = [(image_id, obj) for image_id, image in images.items() for obj in image.objects]
+    objects = [(image_id, *obj) for image_id, image in images.items() for obj in image.objects]
     return {
-        "images": [
-            {"id": image_id, "file_name": image.file_name, "width": image.size_wh[0], "height": image.size_wh[1]}
-            for image_id, image in images.items()
-        ],
+        "images": [{"id": image_id, **image.row} for image_id, image in images.items()],
         "annotations": [
-            {
-                "id": annotation_id,
-                "image_id": image_id,
-                "category_id": labels[obj.name],
-                "bbox": obj.box_xywh,
-                "area": obj.box_xywh[2] * obj.box_xywh[3],
-                "iscrowd": int(obj.is_difficult),
-            }
-            for annotation_id, (image_id, obj) in enumerate(objects, start=1)
+            {"id": annotation_id, "image_id": image_id, "category_id": labels[name], **row}
+            for annotation_id, (image_id, name, row) in enumerate(objects, start=1)
         ],
         "categories": [{"id": label, "name": name} for name, label in labels.items()],
     }
