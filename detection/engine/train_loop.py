@@ -44,7 +44,7 @@ def train_to_target(workload: Workload[Batch], run: RunContext) -> TrainResult:
         result = train_timed(state, workload, run)
     except BaseException as error:
         run.log.end("run", status="aborted")
-        run.logger.finish(converged=False, stopped_by=type(error).__name__)
+        run.logger.finish(converged=False, stopped_by=type(error).__name__, stop_reason=str(error))
         raise
     run.log.end("run", status="success" if result.target_reached else "aborted", epoch_num=result.epoch)
     run.logger.finish(converged=result.target_reached)

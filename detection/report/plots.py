@@ -127,9 +127,9 @@ def target_metrics(records: Sequence[RunRecord]) -> list[str]:
 def plot_metric(
     name: str, records: Sequence[RunRecord], against: Sequence[RunRecord], points: Sequence[ReferencePoint]
 ) -> Plot | None:
-    """Plot a metric by epoch, with its target."""
+    """Plot a metric by epoch, with its target. Evaluations before training alone make no plot."""
     all_series = [record.metric_history.get(name, []) for record in records]
-    if not any(all_series):
+    if not any(epoch for series in all_series for epoch, _ in series):
         return None
     figure, axes = make_figure()
     alt = []
@@ -177,14 +177,14 @@ def plot_metric(
 def plot_steps(
     name: str, title: str, field: str, records: Sequence[RunRecord], *, logarithmic: bool = False
 ) -> Plot | None:
-    """Plot one field of the step events in metrics.jsonl."""
+    """Plot one field of the step events in metrics.jsonl, for runs with at least two."""
     plotted: list[tuple[str, int]] = []
     alt, all_values = [], []
     figure, axes = make_figure()
     for index, record in enumerate(records):
         pairs = [(to_float(event.get("step")), to_float(event.get(field))) for event in record.events_named("step")]
         pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
-        if pairs:
+        if len(pairs) > 1:
             axes.plot(*zip(*downsample(pairs), strict=True), **line_style(index))
             plotted.append((record.name, index))
             all_values += [value for _, value in pairs]

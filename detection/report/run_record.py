@@ -181,7 +181,7 @@ class RunRecord:
         if stopped_by := self.summary_event.get("stopped_by"):
             by_request = stopped_by in ("TrainingStopped", "Stopped")  # the second: name in older runs
             reason = "by a signal or --max-steps" if by_request else str(stopped_by)
-            messages.append(f"the run stopped early: {reason}")
+            messages.append(f"the run stopped early: {self.summary_event.get('stop_reason') or reason}")
         if self.resumed:
             messages.append("the run was resumed: it is not an MLPerf result")
         return messages + self.notes

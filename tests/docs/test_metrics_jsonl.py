@@ -77,6 +77,7 @@ def test_aborted_run_has_a_summary(tmp_path):
     assert math.isnan(step["loss"])
     assert (summary["event"], summary["converged"], summary["stopped_by"]) == ("summary", False, "NonFiniteLossError")
     assert (summary["epoch"], summary["images_per_s"]) == (None, None)
+    assert "non-finite loss" in summary["stop_reason"]
 
 
 def test_unwritable_summary_is_rejected_before_the_timer_starts(environment, tmp_path, capsys):

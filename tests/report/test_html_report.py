@@ -184,7 +184,7 @@ def test_run_is_compared_with_published_logs_and_the_reference():
     )
     assert "Target reached time to target 10 min 27 s" in page.text
     assert "PASS (0.7.0)" in page.text
-    assert "No step is recorded" in page.text
+    assert "Fewer than two steps are recorded" in page.text
     (accuracy,) = (plot["aria-label"] for plot in page.plots() if plot["aria-label"].startswith("AP by epoch"))
     assert "1xNVIDIA DGX-1 result_4: 0.2323 after epoch 50" in accuracy
     assert "the reference takes 65.1 epochs at batch 2048" in accuracy
@@ -206,7 +206,7 @@ def test_aborted_run_with_empty_metrics_and_truncated_log_is_reported(run_copy):
     assert "FAIL (1.1.0)" in page.text
     assert "not an MLPerf log line" in page.text
     assert "metrics.jsonl is empty or missing" in page.text
-    assert "No evaluation is recorded" in page.text
+    assert "No evaluation after an epoch is recorded" in page.text
 
 
 def test_reason_of_a_stopped_run_is_shown(run_copy):
@@ -223,6 +223,28 @@ def test_reason_of_a_stopped_run_is_shown(run_copy):
     assert "metrics.jsonl, line 15: not an event, possibly truncated" in page.text
 
 
+def test_run_stopped_after_one_step_has_no_empty_plots_and_a_reason(run_copy):
+    start, step, *_, summary = [json.loads(line) for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    stop = {"stopped_by": "TrainingStopped", "stop_reason": "SIGTERM after step 1", "converged": False, "metrics": {}}
+    (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, [start, step, summary | stop])))
+    log = (run_copy / "result_0.txt").read_text()
+    (run_copy / "result_0.txt").write_text(log[: log.index("\n", log.index('"epoch_start"')) + 1])
+    page = make_page(run_copy)
+    assert "the run stopped early: SIGTERM after step 1" in page.text
+    assert [plot["aria-label"][:8] for plot in page.plots()] == ["Time fro"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_evaluated_weights_has_no_plot_by_epoch_and_no_warning(run_copy):
+    (run_copy / "result_0.txt").unlink()
+    events = [json.loads(line) | {"mode": "evaluate"} for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    kept = [event | {"epoch": 0} for event in events if event["event"] in ("run_start", "evaluation", "summary")]
+    (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    page = make_page(run_copy)
+    assert "Evaluated" in page.text
+    assert [plot["aria-label"][:11] for plot in page.plots()] == ["AP by size."]
+
+
 def test_zero_missing_and_invalid_metrics_are_shown(run_copy):
     text = (run_copy / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
@@ -235,7 +257,7 @@ def test_zero_missing_and_invalid_metrics_are_shown(run_copy):
     page = make_page(run_copy)
     assert "AP 0.0000, target 0.23" in page.text
     assert "APs –" in page.text
-    assert "No step is recorded" in page.text
+    assert "Fewer than two steps are recorded" in page.text
 
 
 def test_run_with_masks_shows_both_metrics(run_copy):
