@@ -4,9 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: ./setup.sh [--dev] [--system-site-packages] [--quiet] [--check] [--vendor NAME [--packages DIR]]
+usage: ./setup.sh [--dev] [--latest | --system-site-packages | --vendor NAME [--packages DIR]] [--quiet] [--check]
+
+Installs the exact versions of constraints.txt, which the tests passed with, except with the three flags in the middle.
+An environment keeps that choice: .packages in it says which one.
 
   --dev                   also install what the tests and linters need
+  --latest                install the latest versions that pyproject.toml allows, and upgrade to them in each call
   --system-site-packages  use the torch of this machine or container image
   --quiet                 print nothing if everything is up to date
   --check                 only list what is installed and what is missing; exits with 1 if a required item is missing
@@ -27,11 +31,12 @@ die() {
   exit "${2:-2}"
 }
 
-extras='' system=false quiet=false check=false vendor='' packages=''
+extras='' versions='' system=false quiet=false check=false vendor='' packages=''
 while (($#)); do
   case $1 in
     --dev) extras='[dev]' ;;
-    --system-site-packages) system=true ;;
+    --latest) versions=latest ;;
+    --system-site-packages) system=true versions=system ;;
     --quiet) quiet=true ;;
     --check) check=true ;;
     --vendor | --packages)
@@ -47,14 +52,25 @@ done
 [[ -z $packages || -n $vendor ]] || die "--packages $packages: needs --vendor NAME. Pass both"
 if [[ -n $packages ]]; then packages=$(realpath --canonicalize-missing "$packages"); fi
 
+if [[ -n $vendor ]]; then versions=vendor; fi
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$(realpath --canonicalize-missing "${VENV:-$root/.venv}")
 python=$venv/bin/python
 cd "$root"
 
+# Without a flag, keep what the environment was installed with.
+upgrade=false
+if [[ $versions == latest ]]; then upgrade=true; fi
+if [[ -z $versions && -f $venv/.packages ]]; then versions=$(<"$venv/.packages"); fi
+case $versions in
+  latest | vendor | system) ;;
+  *) versions="constraints.txt sha256:$(sha256sum constraints.txt | cut -c 1-12)" ;;
+esac
+
 # stamp EXTRAS: prints the text that marks an installation with these extras as finished.
 stamp() {
-  printf '%s\n' "detection-training$1 in $root, $("$python" -V 2>&1)" "$(<pyproject.toml)"
+  printf '%s\n' "detection-training$1 in $root, $("$python" -V 2>&1)" "$versions" "$(<pyproject.toml)"
 }
 
 is_installed() {
@@ -66,6 +82,7 @@ uses_system_packages() {
 }
 
 is_up_to_date() {
+  if $upgrade; then return 1; fi
   if [[ -e $venv/.installing ]]; then return 1; fi
   if [[ -n $vendor ]] && ! wheels_installed; then return 1; fi
   if $system && ! uses_system_packages; then return 1; fi
@@ -135,40 +152,52 @@ END
 }
 
 install_packages() {
-  local constraints=()
+  local options=()
   if uses_system_packages; then pin_torch; fi
-  if [[ -f $venv/constraints.txt ]]; then constraints=(--constraint "$venv/constraints.txt"); fi
+  if [[ -f $venv/constraints.txt ]]; then options+=(--constraint "$venv/constraints.txt"); fi
+  case $versions in
+    constraints.txt*) options+=(--constraint constraints.txt) ;;
+    latest) options+=(--upgrade --upgrade-strategy eager) ;;
+  esac
   echo "setup.sh: installing detection-training$extras: torch and its libraries take several GB, this can take minutes"
   touch "$venv/.installing"
-  if ! "$python" -m pip install --disable-pip-version-check --no-input "${constraints[@]}" --editable ".$extras"; then
+  if ! "$python" -m pip install --disable-pip-version-check --no-input "${options[@]}" --editable ".$extras"; then
     rm "$venv/.installing" # pip rolls back a failed installation; only a kill leaves a partial package
     die "pip could not install the packages (see its message above). Fix the cause and run ./setup.sh again" 1
   fi
+  printf '%s\n' "$versions" >"$venv/.packages"
   stamp "$extras" >"$venv/.installed"
   rm "$venv/.installing"
 }
 
 print_row() { printf '%-16s %-9s %s\n' "$1" "$2" "$3"; }
 
-# print_optional NAME FILE HINT: prints a row about a file that a run does not require.
+# print_optional NAME FILE HINT [TEXT]: prints a row about a file that a run does not require, with TEXT or its name.
 print_optional() {
-  if [[ -e $2 ]]; then print_row "$1" ok "$2"; else print_row "$1" none "$3"; fi
+  if [[ -e $2 ]]; then print_row "$1" ok "${4:-$2}"; else print_row "$1" none "$3"; fi
 }
 
 check_packages() {
   "$python" - <<'END'
 import importlib
-from importlib.metadata import PackageNotFoundError, version
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, distributions, version
 
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 missing = 0
-modules = {"mlperf-logging": "mlperf_logging", "pillow": "PIL"}
-for name in ("torch", "torchvision", "numpy", "pillow", "pycocotools", "mlperf-logging", "pydantic", "tqdm"):
+for name in (re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]):
     try:
-        importlib.import_module(modules.get(name, name))
+        importlib.import_module({"pillow": "PIL"}.get(name, name.replace("-", "_")))
         print(f"{name:16} ok        {version(name)}")
-    except (ImportError, OSError, PackageNotFoundError) as error:
+    except (ImportError, OSError, RuntimeError, PackageNotFoundError) as error:
         missing += 1
-        print(f"{name:16} missing   {error}")
+        print(f"{name:16} missing   {str(error).splitlines()[0]}")
+for extra, lines in project["optional-dependencies"].items():
+    names = {re.match(r"[\w.-]+", line)[0] for line in lines if "[" not in line}
+    absent = sorted(name for name in names if not any(distributions(name=name)))
+    row = f"optional, missing: {', '.join(absent)}" if absent else f"{len(names)} packages"
+    print(f"{f'[{extra}]':16} {'none' if absent else 'ok':9} {row}")
 try:
     import torch
 
@@ -190,13 +219,14 @@ check_machine() {
   local status=0 coco=${DATADIR:-data/coco} backbone=${PRETRAINED_DIR:-data}/resnet34-333f7ec4.pth command
   if [[ -x $python ]] && is_supported "$python"; then
     print_row python ok "$("$python" -V 2>&1), $python"
+    print_optional versions "$venv/.packages" 'not known: run ./setup.sh' "$(cat "$venv/.packages" 2>/dev/null)"
     check_packages || status=1
   else
     print_row python missing "no environment in $venv: ./setup.sh creates it"
     status=1
   fi
   if [[ $status == 0 ]] && ! is_up_to_date; then
-    print_row installation missing "$venv does not match this pyproject.toml: run ./setup.sh"
+    print_row installation missing "$venv does not match pyproject.toml or constraints.txt: run ./setup.sh"
     status=1
   fi
   for command in curl nvidia-smi docker podman; do

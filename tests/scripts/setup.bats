@@ -4,11 +4,12 @@
 load scripts
 
 setup() {
+  environment=$(any_python)
   project="$BATS_TEST_TMPDIR/the project"
   bin=$BATS_TEST_TMPDIR/bin
   mkdir -p "$project/scripts" "$bin"
   cp -r "$repository/scripts/lib" "$project/scripts"
-  cp "$repository/setup.sh" "$repository/pyproject.toml" "$project/"
+  cp "$repository/setup.sh" "$repository/pyproject.toml" "$repository/constraints.txt" "$project/"
   export PIP_LOG=$BATS_TEST_TMPDIR/pip.log
   : >"$PIP_LOG"
   export VERSION=3.12.1 MODULES='venv ensurepip'
@@ -103,6 +104,32 @@ environments() {
   [[ $(tail -n 1 "$PIP_LOG") == *"--editable .[dev]" ]]
 }
 
+@test "the exact versions of constraints.txt are installed, recorded, and installed again after a change" {
+  "$project/setup.sh"
+  [[ $(tail -n 1 "$PIP_LOG") == *"--constraint constraints.txt --editable ." ]]
+  sum=$(sha256sum <"$project/constraints.txt")
+  [ "$(<"$project/.venv/.packages")" = "constraints.txt sha256:${sum:0:12}" ]
+  echo '# changed' >>"$project/constraints.txt"
+  "$project/setup.sh"
+  "$project/setup.sh"
+  [ "$(installations)" -eq 2 ]
+  sum=$(sha256sum <"$project/constraints.txt")
+  [ "$(<"$project/.venv/.packages")" = "constraints.txt sha256:${sum:0:12}" ]
+}
+
+@test "--latest upgrades in each call, and later calls without it keep what it installed" {
+  "$project/setup.sh"
+  "$project/setup.sh" --latest
+  [[ $(tail -n 1 "$PIP_LOG") == *"--upgrade --upgrade-strategy eager --editable ." ]]
+  [ "$(<"$project/.venv/.packages")" = latest ]
+  echo '# changed' >>"$project/constraints.txt"
+  "$project/setup.sh" --quiet
+  [ "$(installations)" -eq 2 ]
+  "$project/setup.sh" --latest
+  [ "$(installations)" -eq 3 ]
+  [ "$(environments)" -eq 1 ]
+}
+
 @test "a moved project is installed again" {
   "$project/setup.sh"
   mv "$project" "$project elsewhere"
@@ -184,6 +211,8 @@ environments() {
   MODULES='venv pip' run "$project/setup.sh" --system-site-packages
   [ "$status" -eq 0 ]
   [[ $(<"$PIP_LOG") == *"-m venv --clear --system-site-packages --without-pip "*"--constraint $project/.venv/constraints.txt"* ]]
+  [[ $(<"$PIP_LOG") != *"--constraint constraints.txt"* ]]
+  [ "$(<"$project/.venv/.packages")" = system ]
   [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
   run "$project/setup.sh" --quiet
   [ -z "$output" ]
@@ -265,6 +294,7 @@ vendor_folder() {
   run "$project/setup.sh" --vendor nvidia
   [ "$status" -eq 0 ]
   [[ $(<"$PIP_LOG") != *constraint* ]]
+  [ "$(<"$project/.venv/.packages")" = vendor ]
 }
 
 @test "an unknown flag is rejected" {
@@ -280,12 +310,18 @@ vendor_folder() {
   [ ! -e "$project/.venv" ]
 }
 
-@test "--check lists torch and the other packages of an environment" {
-  [ -f "${VENV:-$repository/.venv}/.installed" ] || skip "needs the environment of ./setup.sh"
-  run "$repository/setup.sh" --check
-  [ "$status" -eq 0 ]
-  [[ $output == *"torch            ok        2."* ]]
-  for row in python torchvision pycocotools mlperf-logging accelerator apex 'toy data' COCO backbone disk; do
-    grep --quiet "^$row " <<<"$output"
+@test "--check lists every package that pyproject.toml requires or offers, and fails if one is missing" {
+  "$environment" -c 'import tomllib, torch' || skip "needs the environment of ./setup.sh"
+  mkdir -p "$project/.venv/bin"
+  printf '#!/bin/sh\nexec "%s" "$@"\n' "$environment" >"$project/.venv/bin/python" # not installed for this project
+  chmod +x "$project/.venv/bin/python"
+  sed -i 's/^    "tqdm.*/    "no-such-package>=1",/' "$project/pyproject.toml"
+  run "$project/setup.sh" --check
+  [ "$status" -eq 1 ]
+  [[ $output == *"torch            ok        2."*"no-such-package  missing   No module named 'no_such_package'"* ]]
+  required=$(sed -n '/^dependencies/,/^]/s/^    "\([a-z0-9-]*\).*/\1/p' "$project/pyproject.toml")
+  [ "$(wc -w <<<"$required")" -ge 15 ]
+  for row in python versions $required '\[export\]' '\[tensorboard\]' '\[dev\]' accelerator apex 'toy data' COCO backbone disk; do
+    grep --quiet "^$row  *\(ok\|none\|missing\) " <<<"$output" || { echo "no row $row in $output" && return 1; }
   done
 }
