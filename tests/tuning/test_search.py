@@ -217,7 +217,8 @@ def test_config_file_passes_shellcheck_and_dry_run_and_keeps_user_folders(config
         == 0
     )
     path = config_dir / "config_mine.sh"
-    for command in (["shellcheck", "--shell=bash", str(path)], ["shfmt", "-i", "2", "-ci", "-d", str(path)]):
+    tools = Path(sys.executable).parent  # not on PATH
+    for command in ([tools / "shellcheck", "--shell=bash", path], [tools / "shfmt", "-i", "2", "-ci", "-d", path]):
         assert subprocess.run(command, capture_output=True, text=True).stdout == ""
     script = f'source {path}; exec "$0" -m ssd preflight --dry-run'
     done = subprocess.run(
