@@ -5,32 +5,32 @@ Tests of their own run the commands of CLUSTER.md, RECOVERY.md, REPORT.md, SUBMI
 
 import argparse
 import functools
-import importlib.util
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from config_files import exported
-from detection import cli
 from detection.tuning import search
 from maskrcnn import config as maskrcnn_config
-from maskrcnn.__main__ import COMMANDS as MASKRCNN
 from paths import ROOT
 from perf import run as perf_run
 from ssd import config as ssd_config
-from ssd.__main__ import COMMANDS as SSD
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/golden/**/*.md")])
 LOAD = {"ssd": ssd_config.load, "maskrcnn": maskrcnn_config.load}
-COMMANDS = {"ssd": SSD, "maskrcnn": MASKRCNN}
 SCRIPT_FLAGS = {"--dry-run", "--preflight", "--model-summary", "--all"}
 RUNNERS = ("./run_and_time.sh", "./run_with_docker.sh", "./run.sub")
 # Programs of the machine, and scripts whose arguments are those of another program.
 OTHERS = {"cd", "cp", "curl", "docker", "git", "kill", "ls", "rm", "scancel", "scontrol"}
 OTHERS |= {"./tests/run.sh", "./prepare-json.py", ".ci/run", ".venv/bin/pre-commit", "perf/accelerator.sh"}
+
+
+INLINE = re.compile(r"((?:\w+=\S* )*)(?:\.venv/bin/)?(python -m [\w.]+ (?!COMMAND|NAME)[\w-]|\./\w+\.sh)")
 
 
 class Command(NamedTuple):
@@ -44,15 +44,25 @@ class Command(NamedTuple):
         return f"{self.page}: {' '.join(self.words)}"
 
 
+def inline_code(page: Path) -> list[str]:
+    """Return the code spans of a page that concern this program: in tables of two projects, not the first column."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    if page.name in ("MIGRATION.md", "CHANGELOG.md"):
+        text = re.sub(r"^\| [^|]+ \|", "|", text, flags=re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
 def commands() -> list[Command]:
-    """Return the distinct commands of the console blocks and of MIGRATION.md's middle column."""
+    """Return the distinct commands with arguments in console blocks and code spans."""
     found = {}
     for page in PAGES:
-        text = page.read_text()
-        blocks = "".join(re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-        lines = re.findall(r"^\$ (.*)$", blocks, re.MULTILINE)
-        if page.name == "MIGRATION.md":
-            lines += re.findall(r"^\| [^|]+ \| `([^`|]+)` \|", text, re.MULTILINE)
+        blocks = "".join(re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+        lines = re.findall(r"^\$ (.*)$", blocks.replace("\\\n", " "), re.MULTILINE)
+        for span in inline_code(page):
+            if match := re.match(
+                r"((?:\w+=\S* )*)(?:\.venv/bin/)?(python -m [\w.]+ (?!COMMAND|NAME)[\w-]|\./\w+\.sh)", span
+            ):
+                lines.append(match[1] + span[match.start(2) :].replace("python", ".venv/bin/python", 1))
         for line in lines:
             words = shlex.split(line, comments=True)
             start = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
@@ -115,6 +125,7 @@ class Parsed(Exception):
     """The arguments were accepted."""
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", PYTHON, ids=str)
 def test_program_accepts_its_arguments(command, monkeypatch, tmp_path):
     module, *words = command.words[2:]
@@ -132,13 +143,9 @@ def test_program_accepts_its_arguments(command, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    if module in LOAD:
-        main = functools.partial(cli.main, commands=COMMANDS[module])
-    else:
-        name = f"{module}.__main__" if importlib.util.find_spec(module).submodule_search_locations else module
-        main = importlib.import_module(name).main
+    monkeypatch.setattr(sys, "argv", [module, *words])
     with pytest.raises(Parsed):
-        main(words)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -155,6 +162,26 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}, target
 
 
+@functools.cache
+def source() -> str:
+    """Return the text of all programs, and the flags of all settings."""
+    files = [
+        path for name in ("ssd", "maskrcnn", "detection", "mlperf", "perf") for path in (ROOT / name).rglob("*.py")
+    ]
+    texts = [path.read_text() for path in [*files, *ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("tests/*.sh")]]
+    names = {name for load in LOAD.values() for name in vars(load([], {}).config)}
+    return "\n".join([*texts, *(f"--{name.replace('_', '-')}\n--no-{name.replace('_', '-')}" for name in names)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_flags_exist(page):
+    if page.name == "EXPERIMENTS.md":
+        return  # it names flags of earlier versions
+    flags = {flag for span in inline_code(page) for flag in re.findall(r"(?<!\S)--[a-z][\w-]+", span)}
+    foreign = {"--shm-size", "--ipc", "--exclude-editable"}  # of docker and pip
+    assert [flag for flag in sorted(flags - foreign) if not re.search(rf"(?<![\w-]){flag}(?![\w-])", source())] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
     if page.name in ("CHANGELOG.md", "EXPERIMENTS.md"):
@@ -165,5 +192,5 @@ def test_named_files_exist(page):
 
 def test_index_lists_every_page():
     index = (ROOT / "docs/README.md").read_text()
-    names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md", "COMPATIBILITY.md"}
+    names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert names == set(re.findall(r"\]\((\w+\.md)\)", index))
