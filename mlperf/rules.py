@@ -11,7 +11,6 @@ from typing import Any
 
 RULESETS = ("0.7.0", "1.0.0", "1.1.0")
 DIVISIONS = ("closed", "open")
-STATUSES = ("cloud", "onprem", "preview", "research")
 
 _SINCE_1_0 = RULESETS[1:]
 
@@ -277,12 +276,6 @@ MASKRCNN = Rules(
 )
 
 BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN}
-
-
-def init_limit_s(ruleset: str) -> int:
-    """Return the maximum seconds between init_start and init_stop."""
-    _require("ruleset", ruleset, RULESETS)
-    return 20 * 60 if ruleset == "0.7.0" else 30 * 60
 
 
 def scheduled_eval_epochs(benchmark: str, ruleset: str, last_epoch: int) -> tuple[int, ...]:
