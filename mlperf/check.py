@@ -66,11 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
                     checked.append((run, verdict))
                 elif verdict.passed:
                     print(f"  not scored: {reason}")
-        except OSError as error:
-            print(f"error: {path}: {error.strerror}. Name a readable log.", file=sys.stderr)
-            status = 2
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (OSError, InputError) as error:
+            unreadable = isinstance(error, OSError) and f"{path}: {error.strerror}. Name a readable log."
+            print(f"error: {unreadable or error}", file=sys.stderr)
             status = 2
     results = [score_entry(list(group)) for group in _group_by_entry(checked)]
     for result in results:

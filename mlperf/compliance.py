@@ -33,10 +33,7 @@ def check(path: Path, ruleset: str) -> Verdict:
         raise ValueError(f"unknown ruleset {ruleset!r}: choose one of {', '.join(RULESETS)}.")
     with open(path, encoding="utf-8", errors="replace") as log:
         resumed = any('"key": "resumed"' in line for line in log)
-    # In a separate process: the checker keeps state in module globals and sets up the root logger.
-    command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training"]
-    command += ["--ruleset", ruleset, "--log_output", os.devnull, str(path.resolve())]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    process = run_checker("compliance_checker", "--usage", "training", "--ruleset", ruleset, str(path.resolve()))
     messages = _parse_warnings(process.stderr)
     if process.returncode != 0 and "ERROR - FAILED" not in process.stderr:
         reason = process.stderr.strip().rpartition("\n")[2]
@@ -44,6 +41,12 @@ def check(path: Path, ruleset: str) -> Verdict:
     if resumed:
         messages.insert(0, "the run was resumed: it is not an MLPerf result")
     return Verdict(process.returncode == 0 and not resumed, ruleset, messages)
+
+
+def run_checker(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an official checker in a separate process: it keeps state in module globals and sets up the root logger."""
+    command = [sys.executable, "-m", f"mlperf_logging.{name}", *arguments, "--log_output", os.devnull]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
 
 def _parse_warnings(stderr: str) -> list[str]:

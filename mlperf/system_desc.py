@@ -2,7 +2,6 @@
 
 import platform
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,40 +9,15 @@ from pathlib import Path
 import torch
 
 FIELDS = (
-    "submitter",
-    "division",
-    "status",
-    "system_name",
-    "number_of_nodes",
-    "host_processors_per_node",
-    "host_processor_model_name",
-    "host_processor_core_count",
-    "host_processor_vcpu_count",
-    "host_processor_frequency",
-    "host_processor_caches",
-    "host_processor_interconnect",
-    "host_memory_capacity",
-    "host_storage_type",
-    "host_storage_capacity",
-    "host_networking",
-    "host_networking_topology",
-    "host_memory_configuration",
-    "accelerators_per_node",
-    "accelerator_model_name",
-    "accelerator_host_interconnect",
-    "accelerator_frequency",
-    "accelerator_on-chip_memories",
-    "accelerator_memory_configuration",
-    "accelerator_memory_capacity",
-    "accelerator_interconnect",
-    "accelerator_interconnect_topology",
-    "cooling",
-    "hw_notes",
-    "framework",
-    "other_software_stack",
-    "operating_system",
-    "sw_notes",
-)
+    "submitter", "division", "status", "system_name", "number_of_nodes", "host_processors_per_node",
+    "host_processor_model_name", "host_processor_core_count", "host_processor_vcpu_count", "host_processor_frequency",
+    "host_processor_caches", "host_processor_interconnect", "host_memory_capacity", "host_storage_type",
+    "host_storage_capacity", "host_networking", "host_networking_topology", "host_memory_configuration",
+    "accelerators_per_node", "accelerator_model_name", "accelerator_host_interconnect", "accelerator_frequency",
+    "accelerator_on-chip_memories", "accelerator_memory_configuration", "accelerator_memory_capacity",
+    "accelerator_interconnect", "accelerator_interconnect_topology", "cooling", "hw_notes", "framework",
+    "other_software_stack", "operating_system", "sw_notes",
+)  # fmt: skip
 """Fields that the official checker of system descriptions requires. Each is a string."""
 
 _NOT_APPLICABLE = "N/A"
@@ -157,18 +131,15 @@ def _read_software() -> dict[str, str | None]:
     name = None
     with suppress(OSError):
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
-    packages = (f"{package} {number}" for package, number in _package_versions(_PACKAGES))
+    packages = []
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages.append(f"{package} {version(package)}")
     return {
         "framework": f"PyTorch {torch.__version__}",
         "other_software_stack": ", ".join((f"Python {platform.python_version()}", *packages)),
         "operating_system": " ".join(filter(None, (name, platform.system(), platform.release()))),
     }
-
-
-def _package_versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            yield package, version(package)
 
 
 def _read(path: Path) -> str:
