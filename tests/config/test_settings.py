@@ -347,5 +347,5 @@ def test_help_of_a_topic_shows_its_settings_with_the_values_of_the_system(capsys
     shown = capsys.readouterr().out
     assert "default 0.125" in shown
     assert "--batch-size" not in shown
-    with pytest.raises(InputError, match="--help foo: unknown topic. Topics: run, data"):
+    with pytest.raises(InputError, match=r"--help foo: unknown topic. Topics: run, data"):
         load(["--help", "foo"], {})

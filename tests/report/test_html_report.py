@@ -231,7 +231,7 @@ def test_run_stopped_after_one_step_has_no_empty_plots_and_a_reason(run_copy):
     (run_copy / "result_0.txt").write_text(log[: log.index("\n", log.index('"epoch_start"')) + 1])
     page = make_page(run_copy)
     assert "the run stopped early: SIGTERM after step 1" in page.text
-    assert [plot["aria-label"][:8] for plot in page.plots()] == ["Time fro"]
+    assert [plot["aria-label"][:9] for plot in page.plots()] == ["Time from"]
 
 
 @pytest.mark.filterwarnings("error")
