@@ -83,7 +83,7 @@ def resolve(
     variables = {_env_name(prefix, name, field): name for name, field in fields.items()}
     if {"-h", "--help"} & set(argv):
         print(_format_help(cls, prefix, argv, environ))
-        raise SystemExit(0)
+        argparse.ArgumentParser().exit()
     flags, errors = _read_flags(_build_parser(cls, prefix, environ), argv, _former_names(fields))
     errors += _check_unknown_variables(prefix, environ, fields, variables)
 
