@@ -20,11 +20,9 @@ BANNED = (
     r"goes on\b",
     r"breaks off",
     r"\bmade.up\b",
-    r"\bis none\b",
     r"\bis no (number|folder|file|name)\b",
-    r"(?<![\w.$-])\.\d+ of\b",
-    r"\d %",
 )
+BANNED_IN_DOCUMENTS = (*BANNED, r"\d %", r"(?<![\w.)*/$-])\.\d")
 
 
 def docstrings(path):
@@ -47,8 +45,8 @@ def test_texts_avoid_banned_idioms():
     hits = [
         f"{name}:{number}: {line.strip()}"
         for name in texts
-        if name != "tests/test_language.py"
+        if name not in ("tests/test_language.py", "CONTRIBUTING.md")
         for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1)
-        if re.search("|".join(BANNED), line)
+        if re.search("|".join(BANNED_IN_DOCUMENTS if name.endswith(".md") else BANNED), line)
     ]
     assert not hits

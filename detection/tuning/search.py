@@ -48,7 +48,7 @@ CONFIG_DIR = Path()  # the folder of ./run_and_time.sh
 
 @dataclass(frozen=True)
 class TuneTarget(Generic[Config]):
-    """What to tune: a workload's package, settings prefix, preflight checks and recipe as settings."""
+    """Target of the search: package of a workload, settings prefix, preflight checks and recipe as settings."""
 
     package: str
     prefix: str
