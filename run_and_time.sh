@@ -42,8 +42,8 @@ On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run saves a checkpoint and exits. The 
 Other modes: --mode evaluate --weights FILE prints the twelve COCO metrics. --mode bench-train and bench-infer measure
 throughput. They exit with 0 and print no RESULT line.
 
-exit status: 0 target reached, 1 crash, 2 bad configuration or input, 3 target not reached; with several experiments,
-that of the first one that failed
+exit status: 0 target reached or --max-steps completed, 1 crash, 2 bad configuration or input, 3 target not reached;
+with several experiments, that of the first one that failed
 END
 }
 
@@ -225,6 +225,10 @@ if ((status == 0 && NODE_RANK == 0)); then
   fi
   if "$python" -m detection.engine.experiments --is-resumed "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
     echo "No RESULT line: the run was resumed, so this time covers only its last part"
+    exit
+  fi
+  if grep -qs '"key": "run_stop".*"status": "aborted"' "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
+    echo "No RESULT line: the run stopped at --max-steps, before its target"
     exit
   fi
   echo "RESULT,$mlperf_name,,$seconds,$org,$start"

@@ -71,7 +71,8 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
             return 2
         except TrainingStopped as stopped:
             if rank_info.rank == 0:  # same on every rank
-                print(f"stopped by {stopped}. Progress is saved. Resume with --resume auto.", file=sys.stderr)
+                stream = sys.stderr if stopped.status else sys.stdout
+                print(f"stopped by {stopped}. Progress is saved. Resume with --resume auto.", file=stream)
             return stopped.status
         except NonFiniteLossError as error:
             if rank_info.rank == 0:  # same on every rank
@@ -97,7 +98,7 @@ def check_bn_group(config: RunConfig, rank_info: RankInfo) -> None:
 def open_run(config: RunConfig, process: ProcessContext) -> Iterator[RunContext]:
     """Open the run folder and the logs, and log the submission and init_start.
 
-    On exit, ignore further signals, so that this process ends with its own exit status.
+    On exit, ignore a further signal, so that this process ends with its own exit status.
     """
     ranks = process.ranks
     folder = Path(ranks.broadcast(config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))))
@@ -136,7 +137,7 @@ def open_run(config: RunConfig, process: ProcessContext) -> Iterator[RunContext]
             log.event("seed", seed)
         yield run
     finally:
-        process.signals.ignore_signals()
+        process.signals.finish()
         log.close()
         logger.close()
 

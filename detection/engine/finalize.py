@@ -11,6 +11,8 @@ from detection.engine.state import RunContext
 from detection.engine.workload import EXIT_TARGET_NOT_REACHED, TrainResult
 from mlperf import compliance
 
+METRIC_TOLERANCE = 1e-9  # the libraries add in different orders
+
 
 class Evaluator(Protocol):
     """Results of the last evaluation."""
@@ -26,29 +28,47 @@ class Evaluator(Protocol):
 
 
 def finalize_run(result: TrainResult, run: RunContext, evaluator: Evaluator) -> int:
-    """Write the detections, check the log, verify the final metrics and list all files. Return the exit status."""
-    if run.ranks.is_main:
-        for name, detections in evaluator.coco_results().items():
-            (run.folder / name).write_text(json.dumps(detections))
-        if run.config.mode == "train":
-            print_result(result, run)
-        official = evaluator.verify_official()
-        (run.folder / "classes.json").write_text(json.dumps(evaluator.per_class_ap))
-        print_run_files(run.folder)
-        if official != result.metrics:
-            official_text = format_targets(official, run)
-            print(
-                f"error: final metrics: pycocotools computes {official_text}. "
-                "Run again with --coco-eval-backend pycocotools.",
-                file=sys.stderr,
-            )
-            return 1
-        print("pycocotools confirms the final metrics")
-        if run.log.write_error:
-            reason = run.log.write_error.strerror
-            print(f"error: the MLPerf log is incomplete ({reason}) and cannot be submitted", file=sys.stderr)
-            return 1
+    """Write the detections, check the log, verify the final metrics and list all files. Return the exit status.
+
+    All ranks return together, since the launcher terminates the others as soon as one exits with a status.
+    """
+    is_valid = True
+    with run.watchdog.extended():
+        if run.ranks.is_main:
+            for name, detections in evaluator.coco_results().items():
+                (run.folder / name).write_text(json.dumps(detections))
+            if run.config.mode == "train":
+                print_result(result, run)
+            official = evaluator.verify_official()
+            (run.folder / "classes.json").write_text(json.dumps(evaluator.per_class_ap))
+            print_run_files(run.folder)
+            is_valid = is_confirmed(result.metrics, official, run) and is_log_complete(run)
+        is_valid = run.ranks.broadcast(is_valid)
+    if not is_valid:
+        return 1
     return 0 if result.target_reached or run.config.mode == "evaluate" else EXIT_TARGET_NOT_REACHED
+
+
+def is_confirmed(metrics: Mapping[str, float], official: Mapping[str, float], run: RunContext) -> bool:
+    """Return whether pycocotools confirms the metrics up to rounding, and print the verdict with any difference."""
+    difference = max(abs(metrics[name] - value) for name, value in official.items())
+    if not difference <= METRIC_TOLERANCE:
+        print(
+            f"error: final metrics: pycocotools computes {format_targets(official, run)} (largest difference of any "
+            f"metric: {difference:.1e}). Run again with --coco-eval-backend pycocotools.",
+            file=sys.stderr,
+        )
+        return False
+    print("pycocotools confirms the final metrics" + (f" within {difference:.1e}" if difference else ""))
+    return True
+
+
+def is_log_complete(run: RunContext) -> bool:
+    """Return whether every line of the MLPerf log was written, and print an error if not."""
+    if run.log.write_error:
+        reason = run.log.write_error.strerror
+        print(f"error: the MLPerf log is incomplete ({reason}) and cannot be submitted", file=sys.stderr)
+    return run.log.write_error is None
 
 
 def print_result(result: TrainResult, run: RunContext) -> None:

@@ -17,7 +17,7 @@ from detection.engine.metadata import run_metadata
 from detection.engine.model_mode import set_train_mode
 from detection.engine.remaining_work import remaining_blocks, remaining_epochs
 from detection.engine.state import RunContext, TrainState
-from detection.engine.workload import EXIT_TARGET_NOT_REACHED, TrainingStopped, TrainResult, TrainSource, Workload
+from detection.engine.workload import TrainingStopped, TrainResult, TrainSource, Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
 
@@ -114,7 +114,7 @@ def train_epoch(state: TrainState, data: TrainSource[Batch], workload: Workload[
             check_stop_request(state, run)
             if 0 < config.max_steps <= state.step:
                 save_restore.save(state, run, save_restore.log_offsets(run))
-                raise TrainingStopped(f"max_steps: {state.step} steps completed", EXIT_TARGET_NOT_REACHED)
+                raise TrainingStopped(f"--max-steps as requested: {state.step} steps completed", 0)
             mark_s = time.monotonic()
         logger.flush_losses(state.step - 1, epoch, lr=lr)
         logger.end_epoch(epoch, step=state.step)

@@ -1,8 +1,10 @@
 """Graceful shutdown on Ctrl-C, or on SIGTERM from the launcher or the scheduler."""
 
 import ctypes
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from detection.runtime.distributed import DistContext
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_INTERVAL_S = 1.0
+FORCED_EXIT_GRACE_S = 1.0  # for log and files, after a second signal
 
 
 def set_parent_death_signal() -> None:
@@ -36,26 +39,34 @@ class SignalHandler:
     """Context that handles SIGINT and SIGTERM.
 
     A signal raises RunInterrupted at once, except for a first one within `deferred`. That one stays pending until
-    `poll` returns it, so that training stops between two steps and saves a checkpoint.
+    `poll` returns it, so that training stops between two steps and saves a checkpoint. After `finish`, signals raise
+    nothing. In every phase, a second signal ends the process within FORCED_EXIT_GRACE_S, even if its main thread waits
+    for another rank.
     """
 
     def __init__(self) -> None:
         self.pending: int | None = None
-        self.is_deferring = False
+        self.is_deferring = self.is_finishing = False
         self.steps_left = self.interval = 1
         self.last_poll_s = time.monotonic()
 
     def __enter__(self) -> Self:
         self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
+        read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self.write_fd, False)
+        self.previous_fd = signal.set_wakeup_fd(self.write_fd, warn_on_full_buffer=False)
+        threading.Thread(target=force_exit, args=(read_fd,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.previous_fd)
+        os.close(self.write_fd)
 
     def on_signal(self, signal_number: int, _: FrameType | None) -> None:
         """Store the signal as pending, or raise RunInterrupted."""
-        if self.pending is not None or not self.is_deferring:
+        if not self.is_finishing and (self.pending is not None or not self.is_deferring):
             raise RunInterrupted(signal_number)
         self.pending = signal_number
 
@@ -68,10 +79,9 @@ class SignalHandler:
         finally:
             self.is_deferring = False
 
-    def ignore_signals(self) -> None:
-        """Ignore further signals, so that the process exits with its own status."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    def finish(self) -> None:
+        """Ignore a first signal from here on, so that the process exits with its own status."""
+        self.is_finishing = True
 
     def poll(self, ranks: DistContext, *, blocking: bool = False) -> int | None:
         """Return the pending signal of any rank. Every rank must call this after each step and gets the same result.
@@ -92,3 +102,14 @@ class SignalHandler:
         self.interval = self.steps_left = min(1000, max(1, int(POLL_INTERVAL_S / max(step_s, 1e-6))))
         self.last_poll_s = now_s
         return int(pending) or None
+
+
+def force_exit(wakeup_fd: int) -> None:
+    """Exit the process shortly after its second signal. The interpreter writes each signal number to the pipe."""
+    with os.fdopen(wakeup_fd, "rb", buffering=0) as pipe:
+        num_signals = 0
+        while number := pipe.read(1):
+            num_signals += number[0] in SIGNALS
+            if num_signals == 2:
+                time.sleep(FORCED_EXIT_GRACE_S)
+                os._exit(128 + number[0])

@@ -137,9 +137,10 @@ def test_run_interrupted_in_evaluation_repeats_it(uninterrupted_run, tmp_path):
 def test_run_stopped_by_max_steps_can_be_resumed(uninterrupted_run, tmp_path):
     run = tmp_path / "run"
     for stop, step in (("3", 3), ("7", 7)):
-        status, _, err = processes.run(run, "--batch-size", "5", "--max-steps", stop, "--resume", "auto")
-        assert status == 3
-        assert f"stopped by max_steps: {step} steps completed" in err
+        status, out, err = processes.run(run, "--batch-size", "5", "--max-steps", stop, "--resume", "auto")
+        assert status == 0, err
+        assert f"stopped by --max-steps as requested: {step} steps completed" in out
+        assert read(run / "result_0.txt")[-1].metadata["status"] == "aborted"
         assert run_dir.list_checkpoints(run)[-1].step == step
     assert processes.run(run, "--batch-size", "5", "--resume", "auto")[0] == 3
     assert processes.bit_identical(processes.load_tensors(run), processes.load_tensors(uninterrupted_run))
@@ -214,7 +215,7 @@ def test_run_without_checkpoint_starts_over_and_keeps_its_old_log(uninterrupted_
 def test_more_ranks_resume_at_the_same_image(uninterrupted_run, tmp_path):
     run = tmp_path / "run"
     flags = ("--batch-size", "4", "--bn-group", "0", "--log-every", "1")
-    assert processes.run(run, *flags, "--max-steps", "3")[0] == 3  # 12 of the 24 images of the first epoch
+    assert processes.run(run, *flags, "--max-steps", "3")[0] == 0  # 12 of the 24 images of the first epoch
     status, _, err = processes.run(run, *flags, "--resume", "auto", ranks=2)
     assert status == 3, err
     # 12 more images in 2 steps of 8 and 4, after the equivalent of 2 (1.5) steps of 8. Then 3 per epoch.

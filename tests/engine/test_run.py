@@ -3,12 +3,14 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from detection.data import coco
+from detection.engine import finalize
 from detection.evaluation import sample_predictions
 from detection.runtime import device
 from detection.synthetic import toy
@@ -187,6 +189,16 @@ def test_metrics_that_pycocotools_does_not_confirm_fail_the_run(environment, cap
     monkeypatch.setattr(SSDEvaluator, "verify_official", lambda self: {"AP": 0.123})
     assert train.main([*FEW_STEPS, "--target", "0"]) == 1
     assert "pycocotools computes AP 0.123" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(0.0, 0), (3e-10, 0), (2e-9, 1)])
+def test_metrics_are_confirmed_up_to_rounding(capsys, error, status):
+    metrics = {"AP": 0.25, "AP50": 0.5}
+    official = metrics | {"AP50": 0.5 + error}
+    run = SimpleNamespace(logger=SimpleNamespace(metadata={"targets": {"AP": 0.2}}))
+    assert finalize.is_confirmed(metrics, official, run) == (status == 0)
+    shown = capsys.readouterr()
+    assert (f"{error:.1e}" in shown.out + shown.err) == bool(error)
 
 
 def test_non_finite_loss_aborts_the_run(environment, tmp_path, capsys):

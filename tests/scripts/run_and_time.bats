@@ -311,6 +311,15 @@ END
   [[ $output == "error: no Python 3.8 or newer on PATH, which runs the experiments. Install python3 or set PYTHON."* ]]
 }
 
+@test "a run that ends at --max-steps prints no RESULT" {
+  mkdir -p "$BATS_TEST_TMPDIR/run"
+  echo ':::MLLOG {"key": "run_stop", "value": null, "metadata": {"status": "aborted"}}' >"$BATS_TEST_TMPDIR/run/result_0.txt"
+  RUN=$BATS_TEST_TMPDIR/run run_and_time --max-steps 3
+  [ "$status" -eq 0 ]
+  [[ $output == *"No RESULT line: the run stopped at --max-steps"* ]]
+  [[ $output != *RESULT,* ]]
+}
+
 @test "a resumed run prints no RESULT" {
   mkdir -p "$BATS_TEST_TMPDIR/run"
   sed -i "s|/runs/this one|$BATS_TEST_TMPDIR/run|" "$folder/venv/bin/python"
