@@ -14,7 +14,7 @@ RUN mkdir ssd maskrcnn detection mlperf perf && ./setup.sh --system-site-package
 
 # Writable by any user: run_with_docker.sh passes the caller's user ID, who then owns the logs.
 RUN mkdir -m 1777 data results
-ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV HOME=/tmp USER=mlperf LOGNAME=mlperf PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ECHO_LOG=1
 
 COPY . .
 

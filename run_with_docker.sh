@@ -57,7 +57,7 @@ log_dir=$(require_dir LOGDIR "$log_dir")
 options=(
   --rm --init --ipc=host --ulimit memlock=-1 --ulimit stack=67108864
   --user "$(id -u):$(id -g)"
-  --env LOGDIR=/results --env BENCHMARK --env DGXSYSTEM --env DGXNGPU
+  --env LOGDIR=/results --env BENCHMARK --env DGXSYSTEM --env DGXNGPU --env ECHO_LOG
 )
 if [[ $("$docker" --version) == podman* ]]; then options+=(--userns=keep-id); fi
 dataset=${BENCHMARK^^}_DATASET

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 _TOKEN = ":::MLLOG "
-_HIDDEN_ON_TERMINAL = ("config", "weights_initialization")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -29,12 +28,9 @@ class MlperfLog:
     """Writer of one run's MLPerf log, flushed after each line.
 
     path: the log file. None makes a silent log that writes nowhere, for every rank but the first.
-    echo: also print each line to stdout.
     append: continue an existing file (a resumed run). Otherwise an existing file raises ValueError, since a log holds
     one run.
-    before_echo: called before each printed line to clear a progress bar, since a line must start at column 0. It may
-    be set later. On a terminal the current line is cleared in any case, and the 120 lines with the configuration and
-    the weight names are not printed. The file has them.
+    echo: called with each line, to print it as well.
 
     `start`, `end` and `event` record their caller's position, relative to the repository. Values and metadata
     are JSON values, NumPy numbers or arrays, or tensors. NaN and infinity, which JSON lacks, raise ValueError.
@@ -43,10 +39,9 @@ class MlperfLog:
     def __init__(
         self,
         path: Path | None,
-        echo: bool = True,
         *,
         append: bool = False,
-        before_echo: Callable[[], None] | None = None,
+        echo: Callable[[str], None] | None = None,
     ) -> None:
         from mlperf_logging.mllog.mllog import MLLogger
 
@@ -54,7 +49,6 @@ class MlperfLog:
         self.write_error: OSError | None = None
         """Error of a line that could not be written. The run continues, but its log is incomplete."""
         self._echo = echo
-        self.before_echo = before_echo
         self._line = _LineLogger("mlperf")
         # mllog uses root_dir as a regular expression, hence the escape. Offset 2 skips our own method.
         self._mllog = MLLogger(self._line, default_stack_offset=2, root_dir=re.escape(str(_REPOSITORY)))
@@ -73,19 +67,19 @@ class MlperfLog:
         """Log `<key>_start`, the start of an interval, such as init, run, block, epoch or eval."""
         if self._file is not None:
             self._mllog.start(f"{key}_start", _to_json_value(key, value), _to_json_value(key, metadata))
-            self._write(key)
+            self._write()
 
     def end(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_stop`, the end of an interval."""
         if self._file is not None:
             self._mllog.end(f"{key}_stop", _to_json_value(key, value), _to_json_value(key, metadata))
-            self._write(key)
+            self._write()
 
     def event(self, key: str, value: object = None, **metadata: object) -> None:
         """Log a point in time, such as a hyperparameter or `eval_accuracy`."""
         if self._file is not None:
             self._mllog.event(key, _to_json_value(key, value), _to_json_value(key, metadata))
-            self._write(key)
+            self._write()
 
     def file_offset(self) -> int:
         """Return the size of the file in bytes, or 0 for a silent log."""
@@ -105,7 +99,7 @@ class MlperfLog:
     ) -> None:
         self.close()
 
-    def _write(self, key: str) -> None:
+    def _write(self) -> None:
         assert self._file is not None
         try:
             self._file.write(self._line.text + "\n")
@@ -113,12 +107,8 @@ class MlperfLog:
             if self.write_error is None:
                 print(f"warning: {self.path} is incomplete from here: {error.strerror}", file=sys.stderr, flush=True)
             self.write_error = error
-        on_terminal = sys.stdout.isatty()
-        if self._echo and not (on_terminal and key in _HIDDEN_ON_TERMINAL):
-            if self.before_echo is not None:
-                self.before_echo()
-            clear = "\r\033[K" if on_terminal else ""
-            print(clear + self._line.text, flush=True)
+        if self._echo is not None:
+            self._echo(self._line.text)
 
 
 class _LineLogger(logging.Logger):

@@ -32,8 +32,8 @@ REQUIRED_FILES = ("README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh"
 """Files that an implementation folder must contain."""
 
 _PER_RUN_SETTINGS = {
-    "seed", "run_index", "data_dir", "run_dir", "log_dir", "resume", "summary_json", "page_cache_dropped",
-    "source_commit", "experiment", "summary", "caches_cleared", "commit",
+    "seed", "run_index", "data_dir", "run_dir", "log_dir", "resume", "summary_json", "echo_log",
+    "page_cache_dropped", "source_commit", "experiment", "summary", "caches_cleared", "commit",
 }  # fmt: skip
 """Settings that may differ between runs of one recipe. The last four are names in older logs."""
 

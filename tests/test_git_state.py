@@ -57,7 +57,7 @@ def test_a_run_without_a_repository_logs_the_commit_of_the_environment(tmp_path,
 
     monkeypatch.setattr(git_state.read, "__defaults__", ("", tmp_path))
     config = load([], {"DETECTION_SOURCE_COMMIT": f"{COMMIT}-dirty"}).config
-    with MlperfLog(tmp_path / "log.txt", echo=False) as log:
+    with MlperfLog(tmp_path / "log.txt") as log:
         entrypoint.log_submission(log, config, num_nodes=1)
     (commit_event,) = (event for event in read(tmp_path / "log.txt") if event.key == "commit")
     assert (commit_event.value, commit_event.metadata["dirty"]) == (COMMIT, True)

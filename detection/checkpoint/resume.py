@@ -14,7 +14,7 @@ from detection.config.settings import InputError, to_json
 # Settings that may change when a run is resumed: they have no effect on training.
 MUTABLE_SETTINGS = {
     "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "run_index",
-    "weights", "eval_before_training", "summary_json", "tensorboard",
+    "weights", "eval_before_training", "summary_json", "tensorboard", "echo_log",
 }  # fmt: skip
 
 

@@ -222,7 +222,10 @@ class RunConfig:
     tensorboard: bool = setting(
         False, help="also write TensorBoard events to the run folder; tensorboard must be installed separately"
     )
-    log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="interval between lines of loss and throughput")
+    log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="interval between readings of the loss")
+    echo_log: bool = setting(
+        False, env="ECHO_LOG", help="also print the MLPerf log to stdout; run.sub and the container set it"
+    )
     system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the system")
     ruleset: Literal["0.7.0", "1.0.0", "1.1.0"] = setting("1.1.0", help="MLPerf training ruleset of the log")
     division: Literal["closed", "open"] = setting("closed", help="open if data, model or recipe differ from MLPerf's")

@@ -121,7 +121,7 @@ def open_run(config: RunConfig, process: ProcessContext) -> Iterator[RunContext]
         log = MlperfLog(
             log_file if ranks.is_main and config.mode == "train" else None,
             append=resume_point is not None and resume_point.appends_to_log,
-            before_echo=logger.hide_bar,
+            echo=logger.print if config.echo_log else None,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

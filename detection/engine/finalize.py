@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -88,8 +89,10 @@ def format_targets(metrics: Mapping[str, float], run: RunContext) -> str:
 
 
 def print_run_files(folder: Path) -> None:
-    """List the files of the run folder."""
+    """List the files of the run folder, and the number of files in its folders."""
+    names = [
+        f"{path.name}/ ({sum(1 for _ in path.iterdir())})" if path.is_dir() else path.name
+        for path in sorted(folder.iterdir())
+    ]
     print(f"Run folder {folder}/:")
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            print(f"  {path.relative_to(folder)}")
+    print(textwrap.fill(", ".join(names), width=80, initial_indent="  ", subsequent_indent="  "))

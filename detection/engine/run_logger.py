@@ -21,6 +21,9 @@ from detection.engine.tensorboard import TensorBoardLogger
 from detection.runtime.device import peak_memory_gib
 from detection.runtime.distributed import DistContext
 
+# At most 80 columns: the speed of tqdm's bar would be that of this rank, in steps.
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {remaining} to evaluation{postfix}"
+
 # Metadata that the summary event repeats from run_start, so that it can be read on its own.
 RUN_METADATA_KEYS = ("benchmark", "network", "mode", "system", "ranks", "device", "precision", "global_batch_size")
 
@@ -32,8 +35,8 @@ class NonFiniteLossError(ArithmeticError):
 class RunLogger:
     """Logger of loss and throughput, which reads the loss from the device every `log_every` steps.
 
-    Only the first rank prints and writes. The other ranks make the same calls to take part in the mean over ranks. A
-    terminal shows a bar, a file or pipe gets one line per reading.
+    Only the first rank prints and writes. The other ranks make the same calls to take part in the mean over ranks.
+    Each epoch is one line. In between, a terminal shows a bar, and a file or pipe gets one line per reading.
     """
 
     def __init__(
@@ -76,16 +79,22 @@ class RunLogger:
         """Log the end of an epoch after `step` steps of the run. All its losses must have been read."""
         totals = self.epoch_totals
         totals.train_s = time.monotonic() - self.epoch_s
+        loss, rate = totals.loss_sum / max(1, totals.steps), totals.images / totals.train_s
         self.write_event(
             "epoch",
             epoch=epoch,
             step=step,
-            loss=totals.loss_sum / max(1, totals.steps),
+            loss=loss,
             images=totals.images,
-            images_per_s=totals.images / totals.train_s,
+            images_per_s=rate,
             seconds=round(totals.train_s, 3),
         )
         self.totals.train_s += totals.train_s
+        self.epoch_line = f"epoch {epoch}/{self.num_epochs}"
+        if totals.steps:  # none are left if a resumed run only repeats the evaluation
+            self.epoch_line += f": loss {loss:.3f}, {rate:.1f} img/s"
+        if epoch != self.block[-1]:
+            self.print(f"{self.epoch_line}, {format_hms(totals.train_s)}")
 
     def finish(self, *, converged: bool, **more: object) -> None:
         """Write the summary of the run. more: additional fields."""
@@ -117,13 +126,24 @@ class RunLogger:
             except OSError as error:
                 self.print(f"warning: {self.summary_file}: not written: {error.strerror}")
 
-    def start_training(self, num_steps: int, num_epochs: int, first_step: int) -> None:
-        """Start the bar and the estimate of the remaining time, at `first_step` of `num_steps`."""
-        self.num_steps, self.num_epochs, self.first_step = num_steps, num_epochs, first_step
+    def start_training(self, steps_per_epoch: int, num_epochs: int, first_step: int) -> None:
+        """Start the estimate of the remaining time, at `first_step`."""
+        self.steps_per_epoch, self.num_epochs, self.first_step = steps_per_epoch, num_epochs, first_step
+        self.num_steps = steps_per_epoch * num_epochs
         self.start_s = self.mark_s = time.monotonic()
+
+    def start_block(self, block: range, step: int) -> None:
+        """Start the bar of the epochs up to the next evaluation, after `step` steps of the run."""
+        self.block = block
         if self.ranks.is_main and self.on_terminal:
-            bar_format = "{desc} {percentage:3.0f}%|{bar:24}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=num_steps, initial=first_step, bar_format=bar_format, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(
+                total=len(block) * self.steps_per_epoch,
+                initial=max(0, step - (block.start - 1) * self.steps_per_epoch),
+                bar_format=BAR_FORMAT,
+                dynamic_ncols=True,
+                leave=False,
+            )
+            self.bar.set_description_str(f"epoch {block.start}/{self.num_epochs}")
 
     def log_step(self, step: int, epoch: int, *, loss: Tensor, num_images: int, lr: float, local_step_s: float) -> None:
         """Count a step.
@@ -174,8 +194,8 @@ class RunLogger:
         )
         remaining_s = (now_s - self.start_s) / (step + 1 - self.first_step) * (self.num_steps - step - 1)
         if self.bar is not None:
-            self.bar.set_description(f"epoch {epoch}/{self.num_epochs}")
-            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2g}, {rate:.1f} img/s")
+            self.bar.set_description_str(f"epoch {epoch}/{self.num_epochs}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} img/s")
         elif not self.on_terminal:
             parts_text = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
             self.print(
@@ -199,8 +219,11 @@ class RunLogger:
             )
 
     def pause(self) -> None:
-        """Stop the throughput timer, for an evaluation."""
+        """Stop the throughput timer and the bar, for an evaluation."""
         self.pause_s = time.monotonic()
+        if self.bar is not None:
+            self.bar.bar_format = "{desc} evaluating"
+            self.bar.refresh()
 
     def resume(self) -> None:
         """Restart the throughput timer."""
@@ -214,9 +237,13 @@ class RunLogger:
         seconds = time.monotonic() - self.pause_s
         self.totals.eval_s += seconds
         self.write_event("evaluation", epoch=epoch, seconds=round(seconds, 3), metrics=dict(metrics))
-        self.print(f"evaluation after epoch {epoch}" if epoch else "evaluation of the initial weights")
-        for row in range(0, len(metrics), 6):
-            self.print("  " + "  ".join(f"{k:>5} {v:6.4f}" for k, v in list(metrics.items())[row : row + 6]))
+        self.close_bar()
+        if epoch:
+            scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in targets)
+            self.print(f"{self.epoch_line}, {scores}, {format_hms(self.epoch_totals.train_s + seconds)}")
+        else:
+            self.print(f"evaluation of the initial weights, {format_hms(seconds)}")
+        self.print(format_metrics(metrics))
         for name, target in targets.items():
             gap = metrics[name] - target
             self.print(
@@ -251,10 +278,15 @@ class RunLogger:
         """Return the size of metrics.jsonl in bytes."""
         return os.fstat(self.file.fileno()).st_size if self.file is not None else 0
 
-    def close(self) -> None:
-        """Remove the bar and close all files."""
+    def close_bar(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        """Remove the bar and close all files."""
+        self.close_bar()
         if self.file is not None:
             self.file.close()
         if self.tensorboard is not None:
@@ -276,6 +308,18 @@ class Totals:
         self.steps += steps
         self.images += images
         self.loss_sum += loss_sum
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Format metrics as a table of at most 80 columns, with a row for boxes and one for masks, if any."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        kind, _, stat = name.rpartition("_")
+        rows.setdefault(kind or "box", {})[stat] = value
+    lines = ["      " + "".join(f"{stat:>6}" for stat in rows["box"])]
+    for kind, row in rows.items():
+        lines.append(f"  {kind:<4}" + "".join(f"{'-' if value == -1 else f'{value:.3f}':>6}" for value in row.values()))
+    return "\n".join(lines)
 
 
 def find_straggler(local_step_s: list[float], step_s: float) -> int | None:

@@ -59,7 +59,7 @@ def train_timed(state: TrainState, workload: Workload[Batch], run: RunContext) -
     if not run.appends_to_log:
         log.event("train_samples", data.train_samples)
         log.event("eval_samples", data.eval_samples)
-    logger.start_training(data.steps_per_epoch * run.config.epochs, run.config.epochs, first_step=state.step)
+    logger.start_training(data.steps_per_epoch, run.config.epochs, first_step=state.step)
 
     if run.config.eval_before_training and not run.resume_point:
         metrics = evaluate_initial(state, data, workload, run)
@@ -67,6 +67,7 @@ def train_timed(state: TrainState, workload: Workload[Batch], run: RunContext) -
         logger.resume()
 
     for block in remaining_blocks(state, run):
+        logger.start_block(block, state.step)
         for epoch in remaining_epochs(block, state, run):
             train_epoch(state, data, workload, run)
             log_offsets = save_restore.log_offsets(run)  # a run that is interrupted in its evaluation repeats it

@@ -1,6 +1,7 @@
 """Graceful shutdown on Ctrl-C, or on SIGTERM from the launcher or the scheduler."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from detection.runtime.distributed import DistContext
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_INTERVAL_S = 1.0
 FORCED_EXIT_GRACE_S = 1.0  # for log and files, after a second signal
+DUPLICATE_S = 0.3  # a launcher and a scheduler may both pass on the same signal
 
 
 def set_parent_death_signal() -> None:
@@ -47,6 +49,7 @@ class SignalHandler:
     def __init__(self) -> None:
         self.pending: int | None = None
         self.is_deferring = self.is_finishing = False
+        self.first_signal_s = math.inf
         self.steps_left = self.interval = 1
         self.last_poll_s = time.monotonic()
 
@@ -66,7 +69,9 @@ class SignalHandler:
 
     def on_signal(self, signal_number: int, _: FrameType | None) -> None:
         """Store the signal as pending, or raise RunInterrupted."""
-        if not self.is_finishing and (self.pending is not None or not self.is_deferring):
+        self.first_signal_s = min(self.first_signal_s, time.monotonic())
+        is_first = time.monotonic() - self.first_signal_s < DUPLICATE_S
+        if not self.is_finishing and not (is_first and self.is_deferring):
             raise RunInterrupted(signal_number)
         self.pending = signal_number
 
@@ -107,9 +112,10 @@ class SignalHandler:
 def force_exit(wakeup_fd: int) -> None:
     """Exit the process shortly after its second signal. The interpreter writes each signal number to the pipe."""
     with os.fdopen(wakeup_fd, "rb", buffering=0) as pipe:
-        num_signals = 0
+        first_s = math.inf
         while number := pipe.read(1):
-            num_signals += number[0] in SIGNALS
-            if num_signals == 2:
-                time.sleep(FORCED_EXIT_GRACE_S)
-                os._exit(128 + number[0])
+            if number[0] in SIGNALS:
+                first_s = min(first_s, time.monotonic())
+                if time.monotonic() - first_s > DUPLICATE_S:
+                    time.sleep(FORCED_EXIT_GRACE_S)
+                    os._exit(128 + number[0])

@@ -17,6 +17,7 @@ from detection.config.settings import LaunchLayout, ResolvedSettings, env_names
 RUN_ONLY_SETTINGS = {
     *("mode", "weights", "benchmark_input", "benchmark_steps", "benchmark_warmup", "data_dir", "log_dir", "run_dir"),
     *("resume", "max_steps", "run_index", "summary_json", "seed", "system", "platform", "page_cache_dropped"),
+    "echo_log",
 }
 
 

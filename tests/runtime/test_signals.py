@@ -56,6 +56,13 @@ def test_second_signal_ends_the_process_in_every_phase(start, prepare, wait):
     assert process.wait(timeout=20) in (128 + signal.SIGTERM, 1)
 
 
+def test_duplicate_of_a_signal_is_no_second_one(start):
+    process = start("pass", "time.sleep(3); raise SystemExit(signals.pending)")
+    process.terminate()
+    process.terminate()
+    assert process.wait(timeout=20) == signal.SIGTERM
+
+
 def test_first_signal_after_finish_keeps_the_exit_status(start):
     process = start("signals.finish()", "time.sleep(1); raise SystemExit(3)")
     process.terminate()

@@ -29,7 +29,7 @@ def write_run(
     without: key of the lines to omit. minutes: timed duration. commit: value and metadata of that event. changes: other
     values by key.
     """
-    log = MlperfLog(path, echo=False)
+    log = MlperfLog(path)
     epochs = epochs or EPOCHS[benchmark]
     recipe = RECIPES[benchmark]
     values = {key: value for key, value in recipe.items() if key not in NOT_IN_LOG}
