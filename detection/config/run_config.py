@@ -165,7 +165,9 @@ class RunConfig:
         help=device_names.DEVICE_HELP,
     )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
-        "auto", help="auto: bf16 if the device has fast bf16, else fp16 with loss scaling, else fp32"
+        "auto",
+        help="auto: bf16 if the device has fast bf16, else fp16 with loss scaling, else fp32; a step that loss scaling "
+        "skips still advances the learning-rate schedule, as in the references",
     )
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", help="data type of the gradient all-reduce; bf16 and fp16 send half the bytes with less precision"

@@ -77,6 +77,8 @@ def print_result(result: TrainResult, run: RunContext) -> None:
     status = "target reached" if result.target_reached else f"target not reached in {run.config.epochs} epochs"
     targets = ", ".join(map(str, run.logger.metadata["targets"].values()))
     print(f"{format_targets(result.metrics, run)} after epoch {result.epoch}, target {targets}: {status}")
+    if run.logger.num_skipped:
+        print(f"fp16 loss scaling skipped {run.logger.num_skipped} steps, which advanced the learning-rate schedule")
     verdict = compliance.check(run_dir.log_path(run.folder, run.config.run_index), run.config.ruleset)
     print(f"MLPerf compliance ({verdict.ruleset}): {'PASS' if verdict.passed else 'FAIL'}")
     for message in verdict.messages:

@@ -39,6 +39,7 @@ def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext
         ),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision.scale_gradients),
         precision=precision,
+        skipped_steps=torch.zeros((), dtype=torch.int64, device=ranks.device),
     )
 
 
@@ -74,4 +75,5 @@ def warm_up(state: TrainState, workload: Workload[Batch], run: RunContext, train
     state.model.load_state_dict(initial_weights)
     optim.reset_optimizer_state(state.optimizer)
     state.scaler = torch.amp.GradScaler(ranks.device.type, enabled=state.scaler.is_enabled())
+    state.skipped_steps.zero_()
     state.step = 0

@@ -1,5 +1,8 @@
 """Metadata of a run: what trains, on what, and to which target."""
 
+import sys
+from pathlib import Path
+
 import torch
 
 from detection.data.batch import Batch
@@ -21,6 +24,7 @@ def run_metadata(workload: Workload[Batch], run: RunContext, state: TrainState) 
         "device": device.device_name(ranks.device),
         "precision": state.precision.name,
         "torch": torch.__version__,
+        "packages": installed_packages(),
         "machine": system_desc.system_summary(),
         "seed": run.seed,
         "global_batch_size": config.global_batch_size(ranks.world_size),
@@ -29,3 +33,11 @@ def run_metadata(workload: Workload[Batch], run: RunContext, state: TrainState) 
         "loss_names": list(workload.loss_names),
         "resumed_from": run.resume_point.path.name if run.resume_point else None,
     }
+
+
+def installed_packages() -> str:
+    """Return where the packages of this environment come from, as setup.sh recorded it: a hash of constraints.txt."""
+    try:
+        return (Path(sys.prefix) / ".packages").read_text().strip()
+    except OSError:
+        return "unknown"

@@ -57,6 +57,7 @@ class RunLogger:
         self.totals = Totals()
         self.epoch_totals = Totals()
         self.last_evaluation: dict[str, object] = {"epoch": None, "metrics": {}}
+        self.num_skipped = 0
         self.losses: list[Tensor] = []  # of each step since the last reading, on the device
         self.images = 0
         self.local_s = 0.0
@@ -88,11 +89,13 @@ class RunLogger:
             images=totals.images,
             images_per_s=rate,
             seconds=round(totals.train_s, 3),
+            skipped_steps=totals.skipped_steps,
         )
         self.totals.train_s += totals.train_s
         self.epoch_line = f"epoch {epoch}/{self.num_epochs}"
         if totals.steps:  # none are left if a resumed run only repeats the evaluation
-            self.epoch_line += f": loss {loss:.3f}, {rate:.1f} img/s"
+            skipped = f" ({totals.skipped_steps} skipped)" if totals.skipped_steps else ""
+            self.epoch_line += f": loss {loss:.3f}{skipped}, {rate:.1f} img/s"
         if epoch != self.block[-1]:
             self.print(f"{self.epoch_line}, {format_hms(totals.train_s)}")
 
@@ -113,6 +116,7 @@ class RunLogger:
                 "eval_s": round(totals.eval_s, 3),
                 "images": totals.images,
                 "images_per_s": totals.images / totals.train_s if totals.train_s else None,
+                "skipped_steps": self.num_skipped,
                 **more,
             }
         )
@@ -126,8 +130,12 @@ class RunLogger:
             except OSError as error:
                 self.print(f"warning: {self.summary_file}: not written: {error.strerror}")
 
-    def start_training(self, steps_per_epoch: int, num_epochs: int, first_step: int) -> None:
-        """Start the estimate of the remaining time, at `first_step`."""
+    def start_training(self, steps_per_epoch: int, num_epochs: int, first_step: int, skipped_steps: Tensor) -> None:
+        """Start the estimate of the remaining time, at `first_step`.
+
+        skipped_steps: the counter of steps that the gradient scaler skipped, (), read together with the losses.
+        """
+        self.skipped_counter, self.num_skipped = skipped_steps, int(skipped_steps)
         self.steps_per_epoch, self.num_epochs, self.first_step = steps_per_epoch, num_epochs, first_step
         self.num_steps = steps_per_epoch * num_epochs
         self.start_s = self.mark_s = time.monotonic()
@@ -177,6 +185,9 @@ class RunLogger:
         memory_gib = peak_memory_gib(self.ranks.device)
         for totals in (self.totals, self.epoch_totals):
             totals.add(steps, self.images, loss * steps)
+        num_skipped = int(self.skipped_counter)
+        self.epoch_totals.skipped_steps += num_skipped - self.num_skipped
+        self.num_skipped = num_skipped
         self.losses = []
         self.images = 0
         self.local_s = 0.0
@@ -295,13 +306,17 @@ class RunLogger:
 
 @dataclass
 class Totals:
-    """Steps, images and time so far. train_s excludes evaluations, eval_s is evaluations only."""
+    """Steps, images and time so far. train_s excludes evaluations, eval_s is evaluations only.
+
+    skipped_steps: steps that the gradient scaler skipped, counted for epochs only.
+    """
 
     steps: int = 0
     images: int = 0
     loss_sum: float = 0.0
     train_s: float = 0.0
     eval_s: float = 0.0
+    skipped_steps: int = 0
 
     def add(self, steps: int, images: int, loss_sum: float) -> None:
         """Add steps and their summed loss."""

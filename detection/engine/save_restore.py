@@ -48,6 +48,7 @@ def save(
         "samples": state.images_in_epoch,
         "evaluated": state.epoch_evaluated,
         "step": state.step,
+        "skipped_steps": int(state.skipped_steps),
         "global_batch_size": run.config.global_batch_size(run.ranks.world_size),
         "categories": [asdict(category) for category in state.categories],
         "written": dict(log_offsets),
@@ -85,4 +86,5 @@ def restore(state: TrainState, resume_point: ResumePoint, config: RunConfig, ran
     state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.images_in_epoch, state.epoch_evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
     state.step = round(saved["step"] * saved["global_batch_size"] / config.global_batch_size(ranks.world_size))
+    state.skipped_steps.fill_(saved.get("skipped_steps", 0))
     checkpointer.set_rng_states(saved["random"], ranks.device)

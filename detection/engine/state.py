@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detection.checkpoint.resume import ResumePoint
 from detection.config.run_config import RunConfig
@@ -23,13 +23,15 @@ class TrainState:
     """Model, optimizer and progress of training.
 
     step: completed steps. epoch: current or last epoch, from 1. images_in_epoch: images of it trained so far.
-    epoch_evaluated: the epoch and its evaluation are complete.
+    epoch_evaluated: the epoch and its evaluation are complete. skipped_steps: number of steps whose update the gradient
+    scaler skipped, () on the device.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
+    skipped_steps: Tensor
     step: int = 0
     epoch: int = 0
     images_in_epoch: int = 0

@@ -59,7 +59,7 @@ def train_timed(state: TrainState, workload: Workload[Batch], run: RunContext) -
     if not run.appends_to_log:
         log.event("train_samples", data.train_samples)
         log.event("eval_samples", data.eval_samples)
-    logger.start_training(data.steps_per_epoch, run.config.epochs, first_step=state.step)
+    logger.start_training(data.steps_per_epoch, run.config.epochs, state.step, state.skipped_steps)
 
     if run.config.eval_before_training and not run.resume_point:
         metrics = evaluate_initial(state, data, workload, run)
@@ -146,7 +146,7 @@ def train_step(
 
     The batch, on the device, is split into `grad_accum_steps` micro-batches. Each loss is weighted by the global
     batch, so the sum of the gradients is the gradient of the global mean. Code is compiled for a full batch. The last
-    batch of an epoch may be smaller and runs in eager mode.
+    batch of an epoch may be smaller and runs in eager mode. A step that the gradient scaler skips counts as a step.
     """
     optim.set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
@@ -163,7 +163,10 @@ def train_step(
             total += loss.detach()
             state.step_timer.lap("backward")
     state.scaler.step(state.optimizer)
-    state.scaler.update()
+    if state.scaler.is_enabled():
+        scale = state.scaler.scale(torch.ones_like(total[0]))
+        state.scaler.update()
+        state.skipped_steps += state.scaler.scale(torch.ones_like(total[0])) < scale
     state.step_timer.lap("optimizer")
     state.step += 1
     return total
