@@ -64,6 +64,7 @@ expect_metadata() {
 }
 expect_metadata '{{.OCIv1.Config.User}}' 1000:1000
 expect_metadata '{{.OCIv1.Config.Env}}' "DETECTION_SOURCE_COMMIT=$commit"
+expect_metadata '{{.OCIv1.Config.Env}}' ECHO_LOG=1
 expect_metadata '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.revision:$commit"
 expect_metadata '{{.OCIv1.Config.Labels}}' "org.opencontainers.image.version:$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
 

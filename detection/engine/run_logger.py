@@ -21,7 +21,7 @@ from detection.engine.tensorboard import TensorBoardLogger
 from detection.runtime.device import peak_memory_gib
 from detection.runtime.distributed import DistContext
 
-# At most 80 columns: the speed of tqdm's bar would be that of this rank, in steps.
+# Fits 80 columns, the width of many terminals, where a wrapped bar would not be erased.
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {remaining} to evaluation{postfix}"
 
 # Metadata that the summary event repeats from run_start, so that it can be read on its own.

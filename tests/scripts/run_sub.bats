@@ -40,7 +40,7 @@ printf '%s\n' srun "$@" --end-- >>"$CALLS"
 if [[ $* == *drop_caches* ]]; then exit "${CACHES:-0}"; fi
 all=$*
 echo "$RUN_INDEX $PAGE_CACHE_DROPPED $RUN_DIR [$DATADIR]${all##*run_and_time.sh}" >>"$RUNS"
-echo "output of the run"
+echo "output of the run${ECHO_LOG:+ and the MLPerf log}"
 if [[ -n ${WAIT:-} ]]; then
   trap 'kill %1; echo "srun got USR1"; exit 143' USR1
   sleep 60 3>&- &
@@ -77,7 +77,7 @@ job() {
   [ "$status" -eq 0 ]
   [ "$(grep --count --line-regexp srun "$CALLS")" -eq 5 ]
   for i in 1 2 3 4 5; do
-    [ "$(<"$LOGDIR/job_42_$i.log")" = "output of the run" ]
+    [ "$(<"$LOGDIR/job_42_$i.log")" = "output of the run and the MLPerf log" ]
     grep --quiet --line-regexp -e "$((i - 1)) 0 $LOGDIR/pair/ssd/job_42/experiment_$((i - 1)) \[\] --seed 5 --seed $((i + 4))" "$RUNS"
   done
   [ "$(head -n 5 "$CALLS" | xargs)" = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none" ]
@@ -163,7 +163,7 @@ write_log_end() {
   NEXP=4 SLURM_RESTART_COUNT=1 job --seed 5
   [ "$status" -eq 3 ]
   [ "$(sed 's/ .*\]/:/' "$RUNS")" = "$(printf '%s\n' '2: --seed 5 --seed 7 --resume auto' '3: --seed 5 --seed 8')" ]
-  [ "$(<"$LOGDIR/job_42_3.log")" = "$(printf 'first part\noutput of the run')" ]
+  [ "$(<"$LOGDIR/job_42_3.log")" = "$(printf 'first part\noutput of the run and the MLPerf log')" ]
 }
 
 @test "srun gets a signal that it forwards, and no other experiment starts" {
