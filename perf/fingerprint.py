@@ -55,7 +55,10 @@ def main(argv: list[str]) -> int:
     if expected is None:
         return 0
     differing = [
-        f"{name}: {part}" for name in fingerprint for part in ("weights", "log") if fingerprint[name] != expected[name]
+        f"{name}: {part}"
+        for name, parts in fingerprint.items()
+        for part in parts
+        if parts[part] != expected.get(name, {}).get(part)
     ]
     print("differs: " + ", ".join(differing) if differing else "the same")
     return 1 if differing else 0

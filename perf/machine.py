@@ -1,25 +1,30 @@
-"""Description of the machine: hardware, versions and commit."""
+"""Description of the machine: hardware, versions, commit and load."""
 
 import os
 import platform
+import re
 import subprocess
+import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from detection.config.settings import InputError
 from detection.runtime.device import device_name, select_device
 
 PACKAGES = ("torch", "torchvision", "torchcodec", "numpy", "pillow", "pycocotools", "hotcoco")
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915")  # kernel modules of accelerators
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "perf" / "results"
+LOAD_INTERVAL_S = 0.5
+IDLE_PERCENT = 10  # of one core that other processes may use
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """Return hardware, versions and commit. device: the one that a run would choose if None."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=RESULTS.parent, check=True).stdout.strip()
     return {
         "hardware": device_name(device or select_device("auto", local_rank=0)),
         "processor": processor_name(),
@@ -29,8 +34,61 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": source_commit(),
     }
+
+
+def measure_load() -> dict[str, Any]:
+    """Return the load average of the last minute, and the CPU use of other processes in percent of one core."""
+    start_s, busy_s, own_s = time.perf_counter(), busy_cpu_s(), time.process_time()
+    time.sleep(LOAD_INTERVAL_S)
+    others_s = busy_cpu_s() - busy_s - (time.process_time() - own_s)
+    percent = max(0.0, 100 * others_s / (time.perf_counter() - start_s))
+    return {
+        "load_1min": round(os.getloadavg()[0], 2),
+        "other_cpu_percent": round(percent),
+        "is_idle": percent <= IDLE_PERCENT,
+    }
+
+
+def busy_cpu_s() -> float:
+    """Return the seconds that all cores have computed since the machine started, for any process."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def source_commit(root: Path = ROOT) -> str:
+    """Return the short commit, with "-dirty" if files other than documents and results differ, or "unknown"."""
+    git = ["git", "-C", str(root), "-c", f"safe.directory={root}"]
+    status = [*git, "status", "--porcelain", "--", ".", ":(exclude)docs", ":(exclude)perf/results"]
+    commands = ([*git, "rev-parse", "--short", "HEAD"], status)
+    try:
+        head, changes = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("-dirty" if changes else "")
+
+
+def select_out(out: Path | None, default: Path, commit: str, *, allow_dirty: bool = False) -> Path:
+    """Return `out`, or `default` if None. Raise InputError if it is in the repository and the commit is not clean.
+
+    allow_dirty: replace `default` by a temporary folder, and protect only the folder `default`.
+    """
+    is_clean = commit != "unknown" and not commit.endswith("-dirty")
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="perf-results-")) if allow_dirty and not is_clean else default
+    if not is_clean and out.resolve().is_relative_to(default if allow_dirty else ROOT):
+        raise InputError(
+            f"{out}: results of commit {commit} are not reproducible. Commit all files, pass --out with a folder "
+            "outside the repository, or pass --allow-dirty to write to a temporary folder."
+        )
+    return out
+
+
+def process_mib(pid: int, file: str, *fields: str) -> float:
+    """Return the sum of some fields of a file of a process in /proc, in MiB."""
+    text = Path(f"/proc/{pid}/{file}").read_text()
+    return sum(int(kib) for kib in re.findall(rf"^(?:{'|'.join(fields)}):\s+(\d+) kB", text, re.MULTILINE)) / 1024
 
 
 def package_version(package: str) -> str | None:
@@ -50,7 +108,5 @@ def processor_name() -> str:
 
 def driver_version() -> str:
     """Return the version of the accelerator's kernel driver, or "" if the system does not report one."""
-    versions = [
-        path.read_text().strip() for path in Path("/sys/module").glob("*/version") if path.parent.name in DRIVERS
-    ]
-    return " ".join(versions)
+    paths = [path for path in Path("/sys/module").glob("*/version") if path.parent.name in DRIVERS]
+    return " ".join(path.read_text().strip() for path in paths)

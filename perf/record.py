@@ -2,8 +2,9 @@
 
     python -m perf.record RUN_FOLDER NAME [--note TEXT]
 
-Writes perf/results/<date>_<name>/ with the run's config, log and metrics, a summary (hardware, versions, commit,
-times, AP by epoch) and a plot of the AP. The commit is the one that the run logged, or else that of this repository.
+Writes perf/results/<date>_<name>/ with the run's config, log and metrics, and a summary: hardware, versions, commit,
+times, AP by epoch. A run of uncommitted code is rejected with exit status 2. `python -m detection.report` plots records
+as it plots runs.
 """
 
 import argparse
@@ -13,20 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from detection.config.run_config import CUSTOM_DATA_SETTINGS
+from detection.config.settings import InputError
 from mlperf.log import read
-from perf.machine import RESULTS, machine
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from perf.machine import RESULTS, machine, select_out
 
 PATH_SETTINGS = ("data_dir", "run_dir", "log_dir", *CUSTOM_DATA_SETTINGS)
 
 
-def main(argv: list[str]) -> None:
-    """Copy, summarize and plot."""
+def main(argv: list[str], results: Path = RESULTS) -> int:
+    """Copy and summarize; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +33,11 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     (log,) = arguments.run.glob("result_*.txt")
     summary = {"note": arguments.note} | machine() | summarize(log)
-    folder = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
+    try:
+        folder = select_out(None, results, summary["commit"]) / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     folder.mkdir(parents=True)
     config = json.loads((arguments.run / "config.json").read_text())
     for path in (log, arguments.run / "config.json", arguments.run / "metrics.jsonl"):
@@ -46,57 +47,31 @@ def main(argv: list[str]) -> None:
                 text = text.replace(config[key], Path(config[key]).name)
         (folder / path.name).write_text(text)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot(summary, folder / "curve.png")
     print(f"wrote {folder}/")
+    return 0
 
 
 def summarize(log: Path) -> dict[str, Any]:
-    """Return times and accuracy of a run from its MLPerf log."""
+    """Return commit, times and accuracy of a run from its MLPerf log."""
     events = read(log)
-    time_ms = {event.key: event.time_ms for event in events}
-    evaluations = [e for e in events if e.key == "eval_accuracy"]
-    epochs = zip(
-        [e.time_ms for e in events if e.key == "epoch_start"],
-        [e.time_ms for e in events if e.key == "epoch_stop"],
-        strict=False,  # the last epoch of an interrupted run has no end
-    )
-    epoch_s = sorted((stop - start) / 1000 for start, stop in epochs)
-    commit = next((e for e in events if e.key == "commit"), None)
-    (samples,) = (e.value for e in events if e.key == "train_samples")
-    logged_commit = {} if commit is None else {"commit": commit.value + "-dirty" * bool(commit.metadata["dirty"])}
-    return logged_commit | {
-        "init_s": (time_ms["init_stop"] - time_ms["init_start"]) / 1000,
-        "run_s": (time_ms["run_stop"] - time_ms["run_start"]) / 1000,
+    last = {event.key: event for event in events}
+    start_ms = last["run_start"].time_ms
+    starts, stops = ([e.time_ms for e in events if e.key == key] for key in ("epoch_start", "epoch_stop"))
+    # The last epoch of an interrupted run has no end.
+    epoch_s = sorted((stop - start) / 1000 for start, stop in zip(starts, stops, strict=False))
+    median_s = epoch_s[len(epoch_s) // 2]
+    evaluations = {e.metadata["epoch_num"]: e for e in events if e.key == "eval_accuracy"}
+    return {
+        "commit": last["commit"].value + "-dirty" * (last["commit"].metadata["dirty"] is not False),
+        "init_s": (last["init_stop"].time_ms - last["init_start"].time_ms) / 1000,
+        "run_s": (last["run_stop"].time_ms - start_ms) / 1000,
         "status": events[-1].metadata["status"],
-        "epoch_s": {
-            "n": len(epoch_s),
-            "min": epoch_s[0],
-            "median": epoch_s[len(epoch_s) // 2],
-            "max": epoch_s[-1],
-        },
-        "images_per_s_median": samples / epoch_s[len(epoch_s) // 2],
-        "ap_by_epoch": {e.metadata["epoch_num"]: e.value for e in evaluations},
-        "minutes_by_epoch": {
-            e.metadata["epoch_num"]: round((e.time_ms - time_ms["run_start"]) / 60000, 2) for e in evaluations
-        },
+        "epoch_s": {"n": len(epoch_s), "min": epoch_s[0], "median": median_s, "max": epoch_s[-1]},
+        "images_per_s_median": last["train_samples"].value / median_s,
+        "ap_by_epoch": {epoch: e.value for epoch, e in evaluations.items()},
+        "minutes_by_epoch": {epoch: round((e.time_ms - start_ms) / 60000, 2) for epoch, e in evaluations.items()},
     }
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Plot AP by epoch."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    accuracies: dict[int, Any] = summary["ap_by_epoch"]
-    has_masks = all(isinstance(value, dict) for value in accuracies.values())
-    curves = {"box": [value["BBOX"] if has_masks else value for value in accuracies.values()]}
-    if has_masks:
-        curves["mask"] = [value["SEGM"] for value in accuracies.values()]
-    for name, values in curves.items():
-        axes.plot(list(accuracies), values, marker="o", label=name)
-    axes.legend()
-    axes.set(xlabel="epoch", ylabel="AP (IoU 0.50:0.95)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

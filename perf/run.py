@@ -3,7 +3,8 @@
     python -m perf.run [NAME ...] [--quick] [--check] [--photos DIR] [--profile] ...
 
 Times every part of training, from JPEG bytes to the COCO metric, interleaved with its baselines, and compares it with
-the machine's roofline. Prints a table and writes perf/results/<date>_<hardware>_<commit>.json.
+the machine's roofline. Prints a table and writes perf/results/<date>_<hardware>_<commit>.json with the machine and its
+load. Uncommitted changes are an error, unless --out is outside the repository.
 
 Exits with 0, with 1 if --check finds a requirement that is not met, or with 2 on invalid input.
 """
@@ -28,8 +29,8 @@ import torch
 from detection.config.settings import InputError
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
 from perf import table
-from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, full_size, num_cores, quick_size
-from perf.machine import RESULTS, machine
+from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, bench_size, num_cores
+from perf.machine import RESULTS, machine, measure_load, select_out
 from perf.maskrcnn import evaluation as maskrcnn_evaluation
 from perf.maskrcnn import training as maskrcnn_training
 from perf.photos import open_photos
@@ -95,12 +96,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     photos_help = "also measure on these photos: COCO's layout, or JPEG files"
     parser.add_argument("--photos", metavar="DIR", type=Path, help=photos_help)
     parser.add_argument("--profile", action="store_true", help="also trace a step and an end-to-end epoch")
-    parser.add_argument("--no-baseline", action="store_true", help="skip the baselines")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu ...")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "tf32", "fp32"))
     parser.add_argument("--batch-size", type=int, help="of training; default: depends on the device")
     parser.add_argument("--seed", type=int, default=0, help="of photos, weights and augmentation")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder or .json file for the results")
+    parser.add_argument("--out", type=Path, help="folder or .json file for the results; default: perf/results")
+    dirty_help = "measure uncommitted code; results go to --out or a temporary folder"
+    parser.add_argument("--allow-dirty", action="store_true", help=dirty_help)
     return parser.parse_args(argv)
 
 
@@ -108,7 +110,7 @@ def make_context(arguments: argparse.Namespace, size: BenchSize | None, scratch:
     """Return the context that the flags select. Raise InputError if the device or the photos are missing."""
     device = select_device(arguments.device, local_rank=0)
     on_cpu = device.type == "cpu"
-    selected = size or (quick_size if arguments.quick else full_size)(on_cpu)
+    selected = size or bench_size(on_cpu=on_cpu, quick=arguments.quick)
     if arguments.check and not size:
         selected = replace(selected, metric_images=tuple(sorted({*selected.metric_images, FULL_METRIC_IMAGES})))
     if arguments.batch_size is not None:
@@ -117,8 +119,6 @@ def make_context(arguments: argparse.Namespace, size: BenchSize | None, scratch:
         selected = replace(selected, batch_size=arguments.batch_size, maskrcnn_batch_size=arguments.batch_size)
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: should be at least 0.")
-    if arguments.check and arguments.no_baseline:
-        raise InputError("--check: needs the baselines that --no-baseline skips. Pass one of them.")
     return BenchContext(
         device=device,
         precision_name=arguments.precision,
@@ -126,17 +126,19 @@ def make_context(arguments: argparse.Namespace, size: BenchSize | None, scratch:
         size=selected,
         scratch=scratch,
         real_photos=open_photos(arguments.photos, selected.photos) if arguments.photos else None,
-        with_baselines=not arguments.no_baseline,
     )
 
 
 def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
     """Measure the parts, print and write the results of each as soon as it ends, and return the exit status."""
-    names = select_parts(arguments, on_cpu=context.device.type == "cpu")
+    on_cpu = context.device.type == "cpu"
+    names = select_parts(arguments, on_cpu=on_cpu)
     metadata = machine(context.device)
-    path = result_path(arguments.out, context, metadata["commit"])
+    out = select_out(arguments.out, RESULTS, metadata["commit"], allow_dirty=arguments.allow_dirty)
+    path, load = result_path(out, context, metadata["commit"]), measure_load()
     content: dict[str, Any] = {
         "machine": metadata,
+        "load": load,
         "precision": context.precision.name,
         "seed": context.seed,
         "size": asdict(context.size),
@@ -146,6 +148,8 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
         "results": [],
     }
     print(f"{metadata['hardware']} ({metadata['processor']}), {context.precision.name}: {', '.join(names)}", flush=True)
+    if not load["is_idle"]:
+        print(f"note: other processes use {load['other_cpu_percent']}% of a core, which affects all times", flush=True)
     results: list[Result] = []
     for name in names:
         start_s = time.perf_counter()
@@ -165,7 +169,7 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
     print(f"\nwrote {path} after {sum(content['seconds'].values()):.0f} s")
     if not arguments.check:
         return 0
-    text, passed = table.check(results, on_cpu=context.device.type == "cpu")
+    text, passed = table.check(results, on_cpu=on_cpu)
     print(f"\n{text}")
     return 0 if passed else 1
 

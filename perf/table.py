@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from detection.config.settings import InputError
 from perf.harness import Result
 from perf.profiler import Operation
+from perf.timing import Quartiles
 
 RESULT = TypeAdapter(Result)
 
@@ -82,13 +83,16 @@ def format_results(results: Iterable[Result]) -> str:
                 f"{format_number(value.min)} to {format_number(value.max)}",
                 str(value.n),
                 "" if result.roofline_fraction is None else f"{100 * result.roofline_fraction:.1f}%",
-                f"{format_number(speedup.median)} × ({format_number(speedup.q1)} to {format_number(speedup.q3)})"
-                if speedup
-                else "",
+                format_ratio(speedup) if speedup else "",
             )
         )
         part = result.part
     return align(rows)
+
+
+def format_ratio(ratio: Quartiles) -> str:
+    """Return median and quartiles of a ratio as text."""
+    return f"{format_number(ratio.median)} × ({format_number(ratio.q1)} to {format_number(ratio.q3)})"
 
 
 def format_operations(operations: Iterable[Operation]) -> str:
@@ -150,6 +154,16 @@ def read(path: Path) -> dict[str, Any]:
 def rename_keys(record: dict[str, Any], new_names: dict[str, str]) -> dict[str, Any]:
     """Return a record with the keys in `new_names` renamed."""
     return {new_names.get(key, key): value for key, value in record.items()}
+
+
+def caption(record: dict[str, Any]) -> str:
+    """Return number of samples, date, machine, commit and load of a record."""
+    host, load = record["machine"], record["load"]
+    return (
+        f"n = {record['n']}, {record['date']}, {host['hardware']}, {host['processor']}, "
+        f"torch {host['versions']['torch']}, commit {host['commit']}, load {load['load_1min']}"
+        f"{'' if load['is_idle'] else ', other processes busy'}"
+    )
 
 
 def format_number(number: float) -> str:

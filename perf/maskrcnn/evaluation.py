@@ -4,6 +4,7 @@ D detections of an image, S side of a mask (28).
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from perf.harness import BenchContext, Result
 from perf.maskrcnn import baseline, training
 from perf.maskrcnn.baseline import Scene
 from perf.maskrcnn.training import VariantPair, slow_rounds
-from perf.photos import synthesize_gt
 from perf.ssd.predictions import make_rows
 from perf.timing import Variant
 
@@ -34,24 +34,22 @@ PASTED_IMAGES = 4
 
 def time_paste(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's mask pasting to RLE, 100 masks per image, against torchvision and pycocotools."""
-    scenes = make_scenes(gt_with_masks(context, PASTED_IMAGES), context.seed)
+    scenes = make_scenes(context.gt_split(PASTED_IMAGES, segmentations=True), context.seed)
     optimized, baselines = paste_variants(scenes, context.device)
-    yield from context.compare("maskrcnn_paste", optimized, *context.baselines(baselines))
+    yield from context.compare("maskrcnn_paste", optimized, *baselines)
 
 
 def paste_variants(scenes: list[Scene], device: torch.device) -> VariantPair:
     """Return mask pasting of scenes. Each variant returns the RLE masks of every image."""
 
-    def run_optimized() -> list[list[CocoRle]]:
+    def run() -> list[list[CocoRle]]:
         return [masks.paste_masks(scene.masks, scene.boxes_xyxy, scene.size_hw) for scene in scenes]
 
     def run_torchvision() -> list[list[CocoRle]]:
         return [baseline.paste_scene(scene, device) for scene in scenes]
 
-    return VariantPair(
-        Variant(f"one thread, {DETECTIONS_PER_IMAGE} per image", run_optimized, len(scenes)),
-        (Variant("torchvision, full images", run_torchvision, len(scenes)),),
-    )
+    optimized = Variant(f"one thread, {DETECTIONS_PER_IMAGE} per image", run, len(scenes))
+    return VariantPair(optimized, (Variant("torchvision, full images", run_torchvision, len(scenes)),))
 
 
 def time_evaluation(context: BenchContext) -> Iterator[Result]:
@@ -60,7 +58,7 @@ def time_evaluation(context: BenchContext) -> Iterator[Result]:
     yield from context.compare(
         "maskrcnn_evaluation",
         optimized,
-        *context.baselines(baselines),
+        *baselines,
         requirement="maskrcnn evaluation",
         rounds=slow_rounds(context),
         warm_up=False,
@@ -70,22 +68,17 @@ def time_evaluation(context: BenchContext) -> Iterator[Result]:
 def evaluation_variants(context: BenchContext) -> VariantPair:
     """Return evaluations without network and files. Each returns the metrics of boxes and masks."""
     config = training.load_config(context, "--no-legacy-boxes")  # as torchvision writes them
-    gt = gt_with_masks(context, context.size.maskrcnn_eval_images)
+    gt = context.gt_split(context.size.maskrcnn_eval_images, segmentations=True)
     scenes = make_scenes(gt, context.seed)
     pycocotools = CocoMaskMetric(gt.annotation_file)
     data = SyntheticDetectionSource(gt, scenes, config, context.device)
     evaluator = MaskRCNNEvaluator(config, context.ranks, data.predict)
-    no_network = nn.Identity()
     title = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
+    run = partial(evaluator, nn.Identity(), data)
+    run_baseline = partial(baseline.evaluate, scenes, pycocotools, context.device)
     return VariantPair(
-        Variant(f"{max(1, config.num_workers)} threads, {title}", lambda: evaluator(no_network, data), len(scenes)),
-        (
-            Variant(
-                f"torchvision's paste, pycocotools, {title}",
-                lambda: baseline.evaluate(scenes, pycocotools, context.device),
-                len(scenes),
-            ),
-        ),
+        Variant(f"{max(1, config.num_workers)} threads, {title}", run, len(scenes)),
+        (Variant(f"torchvision's paste, pycocotools, {title}", run_baseline, len(scenes)),),
     )
 
 
@@ -151,8 +144,3 @@ def make_blobs(count: int, rng: np.random.Generator) -> NDArray[np.float32]:
     logits = 12 * (rim - np.hypot(x, y)) + rng.normal(0, 0.5, (count, MASK_SIZE, MASK_SIZE))
     probabilities: NDArray[np.float32] = (1 / (1 + np.exp(-logits))).astype(np.float32)
     return probabilities
-
-
-def gt_with_masks(context: BenchContext, num_images: int) -> Split:
-    """Return ground truth with polygons of `num_images` images, without image files."""
-    return synthesize_gt(context.scratch / f"gt_masks_{num_images}", num_images, context.seed, segmentations=True)

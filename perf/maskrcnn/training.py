@@ -66,7 +66,7 @@ def time_step(context: BenchContext) -> Iterator[Result]:
         yield from context.compare(
             "maskrcnn_step",
             optimized,
-            *context.baselines(baselines),
+            *baselines,
             unit="img/s",
             work=count_work(optimized.run, optimized.images),
             roofline=context.roofline(precision_name=name),
@@ -142,25 +142,31 @@ def backbone_variants(context: BenchContext, config: Config) -> VariantPair:
         sum(level.float().sum() for level in levels).backward()
         return [level.detach() for level in levels]
 
-    batch_size, precision, shape = len(pixels), context.precision.name, shape_text(context)
+    return precision_variants(
+        context,
+        (f"folded, {shape_text(context)}", lambda: features(optimized, channels_last)),
+        (shape_text(context), lambda: features(torchvision, pixels)),
+        lambda: features(tuned, channels_last),
+    )
+
+
+def precision_variants(
+    context: BenchContext,
+    optimized: tuple[str, Callable[[], object]],
+    torchvision: tuple[str, Callable[[], object]],
+    run_tuned: Callable[[], object],
+) -> VariantPair:
+    """Return our stage, torchvision's in float32, and torchvision's in our precision and layout.
+
+    optimized, torchvision: title and function.
+    """
+    images, precision = context.size.maskrcnn_batch_size, context.precision.name
+    title, run_torchvision = torchvision
     return VariantPair(
-        Variant(
-            f"{precision}, folded, {shape}",
-            with_autocast(context, lambda: features(optimized, channels_last)),
-            batch_size,
-        ),
+        Variant(f"{precision}, {optimized[0]}", with_autocast(context, optimized[1]), images),
         (
-            baseline_variant(
-                context,
-                f"torchvision, float32, channels first, {shape}",
-                lambda: features(torchvision, pixels),
-                batch_size,
-            ),
-            Variant(
-                f"torchvision, {precision}, channels last",
-                with_autocast(context, lambda: features(tuned, channels_last)),
-                batch_size,
-            ),
+            baseline_variant(context, f"torchvision, float32, channels first, {title}", run_torchvision, images),
+            Variant(f"torchvision, {precision}, channels last, {title}", with_autocast(context, run_tuned), images),
         ),
     )
 
@@ -264,7 +270,7 @@ def time_mask_head(context: BenchContext) -> Iterator[Result]:
 def mask_head_variants(context: BenchContext) -> VariantPair:
     """Return the mask head with its loss. Each variant returns the loss and the gradient of the regions."""
     config = load_config(context)
-    batch_size, num_regions = config.batch_size, config.batch_size * MASK_REGIONS
+    num_regions = config.batch_size * MASK_REGIONS
     regions = torch.randn(num_regions, NUM_CHANNELS, MASK_POOL_SIZE, MASK_POOL_SIZE, device=context.device)
     labels = torch.randint(1, config.num_classes, (num_regions,), device=context.device)
     targets = torch.randint(0, 2, (num_regions, MASK_SIZE, MASK_SIZE), device=context.device).float()
@@ -290,33 +296,18 @@ def mask_head_variants(context: BenchContext) -> VariantPair:
         assert x.grad is not None
         return loss.detach(), x.grad
 
-    precision = context.precision.name
-    return VariantPair(
-        Variant(
-            f"{precision}, one class, {MASK_REGIONS} regions per image",
-            with_autocast(context, lambda: train(one_class, optimized, channels_last)),
-            batch_size,
-        ),
-        (
-            baseline_variant(
-                context,
-                "torchvision, float32, channels first, all classes",
-                lambda: train(all_classes, torchvision, regions),
-                batch_size,
-            ),
-            Variant(
-                f"torchvision, {precision}, channels last, all classes",
-                with_autocast(context, lambda: train(all_classes, tuned, channels_last)),
-                batch_size,
-            ),
-        ),
+    return precision_variants(
+        context,
+        (f"one class, {MASK_REGIONS} regions per image", lambda: train(one_class, optimized, channels_last)),
+        ("all classes", lambda: train(all_classes, torchvision, regions)),
+        lambda: train(all_classes, tuned, channels_last),
     )
 
 
 def compare(context: BenchContext, part: str, variants: VariantPair, *, count: bool = False) -> Iterator[Result]:
     """Time a stage of the step against its baselines. count: count its work, if its operations allow it."""
     work = count_work(variants.optimized.run, variants.optimized.images) if count else None
-    yield from context.compare(part, variants.optimized, *context.baselines(variants.baselines), work=work)
+    yield from context.compare(part, variants.optimized, *variants.baselines, work=work)
 
 
 def with_autocast(context: BenchContext, run: Callable[[], object]) -> Callable[[], object]:
@@ -365,15 +356,9 @@ def make_batch(context: BenchContext) -> Batch:
     """Return landscape synthetic photos with polygons as a run gets them, on the device."""
     split = context.polygon_split()
     min_px, max_px = context.size.maskrcnn_image_px
-    images = MaskRCNNTrainDataset(
-        split,
-        seed=context.seed,
-        min_size_px=min_px,
-        max_size_px=max_px,
-        flip=False,
-        legacy=False,
-        pixels=HostImagePipeline(),
-    )
+    sizes = {"min_size_px": min_px, "max_size_px": max_px}
+    pixels = HostImagePipeline()
+    images = MaskRCNNTrainDataset(split, seed=context.seed, **sizes, flip=False, legacy=False, pixels=pixels)
     landscape = np.resize(np.flatnonzero(is_landscape(split.sizes_hw)), context.size.maskrcnn_batch_size)
     batch = images.__getitems__([(1, index) for index in landscape.tolist()])
     assert isinstance(batch, Batch)

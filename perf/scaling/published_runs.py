@@ -31,11 +31,6 @@ class PublishedRun(NamedTuple):
     minutes: float
     relative_clock: float = 1.0
 
-    @property
-    def step_s(self) -> float:
-        """Mean time of a step in seconds."""
-        return self.epoch_s / (TRAIN_IMAGES / self.layout.global_batch_size)
-
 
 class Generation(NamedTuple):
     """Accelerators of one kind with software of one year.
@@ -97,14 +92,12 @@ def fit(network: Network, published: Sequence[PublishedRun]) -> Accelerator:
     Communication time is subtracted first. Its exposed part depends on the fit, so the fit iterates.
     """
     accelerator = Accelerator(math.inf, 0.0)
+    steps_s = np.array([one.epoch_s / TRAIN_IMAGES * one.layout.global_batch_size for one in published])
+    columns = np.array([[1, one.layout.batch_size] for one in published]) / steps_s[:, None]
     for _ in range(5):
-        times = []
-        for one in published:
-            parts = step(network, accelerator, one.system, one.layout)
-            times.append(one.step_s - parts.gradient - parts.batch_norm)
-        weights = 1 / np.array([one.step_s for one in published])
-        columns = np.array([[1, one.layout.batch_size] for one in published]) * weights[:, None]
-        (overhead_s, image_s), *_ = np.linalg.lstsq(columns, np.array(times) * weights, rcond=None)
+        steps = [step(network, accelerator, one.system, one.layout) for one in published]
+        exposed_s = np.array([one.gradient + one.batch_norm for one in steps])
+        (overhead_s, image_s), *_ = np.linalg.lstsq(columns, 1 - exposed_s / steps_s, rcond=None)
         accelerator = Accelerator(1 / float(image_s), max(0.0, float(overhead_s)))
     return accelerator
 

@@ -10,11 +10,10 @@ GB is 1e9 bytes.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd.anchors import IMAGE_SIZE_PX
@@ -54,18 +53,11 @@ class Network(NamedTuple):
 
     grad_ready_times: for each gradient, in the order of the backward pass, the fraction of the backward pass after
     which it is ready, and its elements. forward_fraction: of the floating-point operations of a step.
-    operations: per step, each of them one kernel or more.
     """
 
     grad_ready_times: tuple[tuple[float, int], ...]
     forward_fraction: float
     batch_norms: int
-    operations: int
-
-    @property
-    def elements(self) -> int:
-        """Number of elements of the gradient, which is the number of parameters."""
-        return sum(elements for _, elements in self.grad_ready_times)
 
 
 class Accelerator(NamedTuple):
@@ -117,16 +109,11 @@ class Layout(NamedTuple):
 class Step(NamedTuple):
     """Seconds of each part of a step. data: additional time to wait for images."""
 
-    fixed: float
+    overhead: float
     images: float
     gradient: float
     batch_norm: float
     data: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return sum(self)
 
 
 class Run(NamedTuple):
@@ -144,25 +131,13 @@ class Run(NamedTuple):
         return (self.epochs * self.epoch_s + self.epochs / EVAL_INTERVAL * self.evaluation_s) / 60
 
 
-class Operations(TorchDispatchMode):
-    """Counter of operations other than views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 def count_network(num_classes: int = 81) -> Network:
     """Count the operations of a step of SSD300 without computing anything."""
     with torch.device("meta"):
         model = SSD300(num_classes).train()
         images = torch.empty(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
     ready: list[tuple[int, int]] = []
-    with FlopCounterMode(display=False) as flops, Operations() as operations:
+    with FlopCounterMode(display=False) as flops:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(
                 lambda tensor: ready.append((flops.get_total_flops(), tensor.numel()))
@@ -175,7 +150,6 @@ def count_network(num_classes: int = 81) -> Network:
         grad_ready_times=tuple(((flop - forward) / (total - forward), elements) for flop, elements in ready),
         forward_fraction=forward / total,
         batch_norms=sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()),
-        operations=operations.count,
     )
 
 
@@ -200,27 +174,19 @@ def run(network: Network, accelerator: Accelerator, system: System, layout: Layo
         layout=layout,
         step=predicted_step,
         epochs=epochs(layout.global_batch_size),
-        epoch_s=TRAIN_IMAGES / layout.global_batch_size * predicted_step.total,
+        epoch_s=TRAIN_IMAGES / layout.global_batch_size * sum(predicted_step),
         evaluation_s=evaluation_s if system.evaluates else 0.0,
     )
 
 
-def best_run(
-    network: Network,
-    accelerator: Accelerator,
-    system: System,
-    ranks: int,
-    *,
-    max_batch_size: int = 228,
-    max_global_batch_size: int = 4096,
-) -> Run:
-    """Return the fastest run on `ranks` accelerators over all batch sizes per rank up to `max_batch_size`.
+def best_run(network: Network, accelerator: Accelerator, system: System, ranks: int) -> Run:
+    """Return the fastest run on `ranks` accelerators over all batch sizes per rank up to 228.
 
     The global batch is limited to 4,096 images, since no convergence point is published beyond.
     """
     nodes = max(1, ranks // system.per_node)
     runs = []
-    for batch_size in range(1, min(max_batch_size, max_global_batch_size // ranks) + 1):
+    for batch_size in range(1, min(228, max(EPOCHS) // ranks) + 1):
         group = min(ranks, 2 ** math.ceil(math.log2(max(1, MIN_SPAN / batch_size))))
         layout = Layout(nodes, ranks // nodes, batch_size, group)
         runs.append(run(network, accelerator, system, layout))
@@ -253,8 +219,7 @@ def exposed_s(network: Network, system: System, layout: Layout, backward_s: floa
     """Predict how long the all-reduces, one after another, extend beyond the backward pass."""
     end_s = 0.0
     for fraction, elements in buckets(network):
-        ready_s = fraction * backward_s if system.overlaps else backward_s
-        end_s = max(end_s, ready_s)
+        end_s = max(end_s, fraction * backward_s if system.overlaps else backward_s)
         end_s += all_reduce_s(elements * system.gradient_bytes, system, layout.nodes, layout.per_node)
     return end_s - backward_s if layout.ranks > 1 else 0.0
 

@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms, tv_tensors
-from torchvision.transforms import v2
+from torchvision import transforms
 
 from detection.boxes import pairwise_iou, xyxy_to_cxcywh
 from detection.data.coco import Split
@@ -155,36 +153,6 @@ class EvalSamples(Dataset[Tensor]):
         return image
 
 
-class V2Samples(Dataset[Tensor]):
-    """Training samples by torchvision's transforms v2. For information: the crop has another distribution."""
-
-    def __init__(self, split: Split):
-        self.split = split
-        self.transform = v2.Compose(
-            [
-                v2.RandomIoUCrop(),
-                v2.RandomHorizontalFlip(),
-                v2.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX)),
-                v2.ColorJitter(*JITTER_RANGES),
-                v2.SanitizeBoundingBoxes(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return image `index`, (3, 300, 300) normalized. Its boxes are transformed, but not encoded."""
-        image = tv_tensors.Image(decode_jpeg(self.split.image_path(index).read_bytes()))
-        boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(self.split.boxes(index)),
-            format=tv_tensors.BoundingBoxFormat.XYXY,
-            canvas_size=image.shape[-2:],
-        )
-        labels = torch.from_numpy(self.split.image_labels(index))
-        pixels: Tensor = self.transform({"image": image, "boxes": boxes, "labels": labels})["image"]
-        return pixels
-
-
 def make_loader(
     dataset: Dataset[Any], batch_size: int, num_workers: int, device: torch.device, *, train: bool = True
 ) -> DataLoader[Any]:
@@ -253,32 +221,6 @@ def make_step(device: torch.device, num_classes: int = 81) -> Callable[[Sample],
         loss.backward()
         optimizer.step()
         return loss.detach()
-
-    return step
-
-
-def make_vgg(num_classes: int = 81) -> Any:
-    """Return torchvision's SSD300 with VGG-16 backbone, random weights and MLPerf's detection settings."""
-    return torchvision.models.detection.ssd300_vgg16(
-        weights=None,
-        weights_backbone=None,
-        num_classes=num_classes,
-        score_thresh=0.05,
-        nms_thresh=0.5,
-        topk_candidates=200,
-        detections_per_img=200,
-    )
-
-
-def make_vgg_step(device: torch.device, num_classes: int = 81) -> Callable[[Tensor, list[dict[str, Tensor]]], None]:
-    """Return a training step of torchvision's SSD300 on images (B, 3, 300, 300), `boxes` in pixels and `labels`."""
-    model = make_vgg(num_classes).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
-
-    def step(images: Tensor, targets: list[dict[str, Tensor]]) -> None:
-        optimizer.zero_grad()
-        sum(model(list(images), targets).values()).backward()
-        optimizer.step()
 
     return step
 

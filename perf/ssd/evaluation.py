@@ -22,7 +22,7 @@ from perf.ssd.predictions import EARLY, TRAINED, make_rows, predict
 from perf.timing import Variant, quartiles
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.data import SSDTrainSource
-from ssd.postprocess import Detections, detect
+from ssd.postprocess import detect
 
 GT_IMAGES = 256
 DETECTIONS_PER_IMAGE = 200
@@ -39,32 +39,15 @@ def time_detect(context: BenchContext) -> Iterator[Result]:
 def time_detect_scores(context: BenchContext, name: str, deltas: Tensor, logits: Tensor) -> Iterator[Result]:
     """Time detection with deltas (B, A, 4) and logits (B, A, K)."""
     anchors, num_images = make_anchors(context.device), len(deltas)
-    with torch.device("meta"):  # its weights are not used
-        vgg = baseline.make_vgg(logits.shape[-1])
-    outputs = {"bbox_regression": deltas.contiguous(), "cls_logits": logits.contiguous()}
     reference_deltas, reference_logits = (t.transpose(1, 2).contiguous() for t in (deltas, logits))
-    anchors_px = [IMAGE_SIZE_PX * anchors.boxes_xyxy] * num_images
-    sizes_px = [(IMAGE_SIZE_PX, IMAGE_SIZE_PX)] * num_images
 
-    def run_optimized() -> Detections:
-        return detect(deltas, logits, anchors)
-
-    def run_baseline() -> Detections:
-        return baseline.detect(reference_deltas, reference_logits, anchors)
-
-    def run_torchvision() -> object:
-        return vgg.postprocess_detections(outputs, anchors_px, sizes_px)
-
-    per_image = round(len(run_optimized().scores) / num_images)
+    optimized = partial(detect, deltas, logits, anchors)
+    per_image = round(len(optimized().scores) / num_images)
+    box_by_box = partial(baseline.detect, reference_deltas, reference_logits, anchors)
     yield from context.compare(
         "detect",
-        Variant(f"{name} scores, batch {num_images}, {per_image} detections per image", run_optimized, num_images),
-        *context.baselines(
-            [
-                Variant(f"box by box, {name} scores", run_baseline, num_images),
-                Variant(f"torchvision's postprocess, {name} scores", run_torchvision, num_images),
-            ]
-        ),
+        Variant(f"{name} scores, batch {num_images}, {per_image} detections per image", optimized, num_images),
+        Variant(f"box by box, {name} scores", box_by_box, num_images),
         requirement=f"detection, {name} scores",
     )
 
@@ -80,7 +63,7 @@ def time_metric(context: BenchContext) -> Iterator[Result]:
         yield from context.compare(
             "metric",
             Variant(f"hotcoco, {title}", partial(hotcoco, rows)),
-            *context.baselines([Variant(f"pycocotools, {title}", partial(pycocotools, rows))]),
+            Variant(f"pycocotools, {title}", partial(pycocotools, rows)),
             unit="s",
             requirement="metric" if is_full else "",
             rounds=context.size.full_metric_rounds if is_full else None,
@@ -119,8 +102,8 @@ def time_evaluate(context: BenchContext) -> Iterator[Result]:
         context.compare(
             "evaluate",
             Variant(title, with_precision(config.precision, context, run_evaluation), size.eval_images),
+            baseline_evaluation(context, data, *outputs),
             Variant("the forward pass alone", with_precision(config.precision, context, run_forward), len(images)),
-            *context.baselines(baseline_evaluation(context, data, *outputs)),
             rounds=min(size.rounds, 3),
         )
     )
@@ -130,10 +113,8 @@ def time_evaluate(context: BenchContext) -> Iterator[Result]:
     yield Result("evaluate", "fraction of the forward pass", "%", percent)
 
 
-def baseline_evaluation(
-    context: BenchContext, data: SSDTrainSource, deltas: Tensor, logits: Tensor
-) -> Iterator[Variant]:
-    """Yield the baseline from files to detections, without the metric, with fewer images."""
+def baseline_evaluation(context: BenchContext, data: SSDTrainSource, deltas: Tensor, logits: Tensor) -> Variant:
+    """Return the baseline from files to detections, without the metric, with fewer images."""
     num_images, batch_size = context.size.baseline_eval_images, min(SMALL_BATCH, len(deltas))
     model = baseline.BaselineSSD300(logits.shape[-1]).to(context.device).eval()
     dataset = Subset(baseline.EvalSamples(data.val), range(num_images))
@@ -147,7 +128,7 @@ def baseline_evaluation(
             model(images.to(context.device))
             baseline.detect(deltas[: len(images)], logits[: len(images)], anchors)
 
-    yield baseline_variant(context, f"Pillow, float32, box by box, no metric, batch {batch_size}", run, num_images)
+    return baseline_variant(context, f"Pillow, float32, box by box, no metric, batch {batch_size}", run, num_images)
 
 
 class FixedOutputModel(nn.Module):

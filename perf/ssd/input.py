@@ -3,14 +3,15 @@
 B images, G boxes of one image.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
 from math import ceil
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from detection.data.image_pipeline import CropSpec, DeviceBatchInput, SourceImag
 from detection.data.prefetch import prefetch, to_device
 from detection.runtime.device import supports_jpeg_decode
 from perf.harness import BenchContext, Result
+from perf.machine import process_mib
 from perf.photos import PhotoSet
 from perf.roofline import Work, bytes_moved
 from perf.ssd import baseline
@@ -50,10 +52,12 @@ def time_decode(context: BenchContext) -> Iterator[Result]:
     library = "Pillow" if image_io.decode is image_io.decode_with_pillow else "torchcodec"
     for photos in context.photo_sets:
         encoded = photos.encoded()
-        optimized = Variant(f"{library}, {photos.name}", for_each(image_io.decode, encoded), len(encoded))
-        pillow = Variant(f"Pillow, {photos.name}", for_each(baseline.decode_jpeg, encoded), len(encoded))
+        decode_all = partial(for_each, image_io.decode, encoded)
+        optimized = Variant(f"{library}, {photos.name}", decode_all, len(encoded))
+        pillow_all = partial(for_each, baseline.decode_jpeg, encoded)
+        pillow = Variant(f"Pillow, {photos.name}", pillow_all, len(encoded))
         with limit_threads(1):
-            yield from context.compare("decode", optimized, *context.baselines([pillow]))
+            yield from context.compare("decode", optimized, pillow)
         if supports_jpeg_decode(context.device):
             files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in encoded]
             decode_on_device = partial(image_io.decode_jpeg_on_device, files, context.device)
@@ -61,14 +65,10 @@ def time_decode(context: BenchContext) -> Iterator[Result]:
             yield from context.compare("decode", accelerator)
 
 
-def for_each(decode: Callable[[bytes], object], encoded: list[bytes]) -> Callable[[], object]:
-    """Return a function that decodes the files one after another."""
-
-    def run() -> None:
-        for data in encoded:
-            decode(data)
-
-    return run
+def for_each(run: Callable[[Any], object], items: Iterable[Any]) -> None:
+    """Call `run` with each item."""
+    for item in items:
+        run(item)
 
 
 def time_resize(context: BenchContext) -> Iterator[Result]:
@@ -103,7 +103,7 @@ def time_resize_photos(context: BenchContext, photos: PhotoSet) -> Iterator[Resu
     yield from context.compare(
         "resize",
         Variant(f"tries at once, torch, {photos.name}", run_optimized, len(encoded)),
-        *context.baselines([Variant(f"try by try, Pillow, {photos.name}", run_baseline, len(encoded))]),
+        Variant(f"try by try, Pillow, {photos.name}", run_baseline, len(encoded)),
     )
     if context.device.type != "cpu":
         yield from context.compare("resize", device_resize_variant(context, dataset), unit="img/s")
@@ -144,15 +144,11 @@ def time_jitter(context: BenchContext) -> Iterator[Result]:
         jittered = augment.color_jitter(augment.to_float(batch.images), batch.jitter, batch.jitter_order)
         return augment.normalize(jittered)
 
-    def run_baseline() -> None:
-        for image in images:
-            baseline.color_jitter(image)
-
     with limit_threads(1):
         yield from context.compare(
             "jitter",
             Variant(f"batch of {len(images)}", run_optimized, len(images)),
-            *context.baselines([Variant("torchvision on Pillow, one core", run_baseline, len(images))]),
+            Variant("torchvision on Pillow, one core", partial(for_each, baseline.color_jitter, images), len(images)),
             work=Work(bytes=bytes_moved(batch.images, run_optimized()) / len(images)),
             roofline=context.roofline(num_threads=1),
         )
@@ -165,8 +161,7 @@ def time_encode(context: BenchContext) -> Iterator[Result]:
     anchors, cpu_anchors = make_anchors(context.device), make_anchors("cpu")
     gt = [(b[is_box], k[is_box]) for b, k, is_box in zip(batch.boxes_xyxy, batch.labels, batch.labels > 0, strict=True)]
 
-    def run_optimized() -> tuple[Tensor, Tensor]:
-        return encode(boxes, labels, anchors)
+    optimized = partial(encode, boxes, labels, anchors)
 
     def run_baseline() -> None:
         for image_boxes, image_labels in gt:
@@ -175,9 +170,9 @@ def time_encode(context: BenchContext) -> Iterator[Result]:
     with limit_threads(1):
         yield from context.compare(
             "encode",
-            Variant(f"batch of {len(gt)}", run_optimized, len(gt)),
-            *context.baselines([Variant("image by image, one core", run_baseline, len(gt))]),
-            work=Work(bytes=bytes_moved(boxes, labels, *run_optimized()) / len(gt)),
+            Variant(f"batch of {len(gt)}", optimized, len(gt)),
+            Variant("image by image, one core", run_baseline, len(gt)),
+            work=Work(bytes=bytes_moved(boxes, labels, *optimized()) / len(gt)),
             roofline=context.roofline(num_threads=1),
         )
 
@@ -194,7 +189,7 @@ def time_input(context: BenchContext) -> Iterator[Result]:
 def per_core_throughput(context: BenchContext, photos: PhotoSet) -> Iterator[Result]:
     """Time all stages in this process: those of a worker and of the device, then those of a worker alone."""
     dataset = train_dataset(context.make_train_source(photos, len(photos.photos), num_workers=0))
-    samples, v2_samples = baseline.Samples(dataset.split), baseline.V2Samples(dataset.split)
+    samples = baseline.Samples(dataset.split)
     anchors = make_anchors("cpu")
     offsets = range(0, len(samples), SMALL_BATCH)
     chunks = [range(start, min(start + SMALL_BATCH, len(samples))) for start in offsets]
@@ -211,27 +206,17 @@ def per_core_throughput(context: BenchContext, photos: PhotoSet) -> Iterator[Res
         for batch in batches():
             prepare_batch(batch, anchors)
 
-    def run_worker() -> None:
-        for _ in batches():
-            pass
-
-    def run_baseline(dataset: baseline.Samples | baseline.V2Samples) -> None:
+    def run_baseline() -> None:
         for chunk in chunks:
-            default_collate([dataset[index] for index in chunk])
+            default_collate([samples[index] for index in chunk])
 
     title = f"one core, {photos.name}"
-    pillow = Variant(f"Pillow and torchvision, {title}", lambda: run_baseline(samples), len(samples))
-    v2 = Variant(f"torchvision v2 without targets, {title}", lambda: run_baseline(v2_samples), len(samples))
-    yield from context.compare(
-        "input",
-        Variant(title, run_all, len(samples)),
-        *context.baselines([pillow, v2]),
-        unit="img/s",
-        requirement="input per core",
-    )
+    pillow = Variant(f"Pillow and torchvision, {title}", run_baseline, len(samples))
+    all_stages = Variant(title, run_all, len(samples))
+    yield from context.compare("input", all_stages, pillow, unit="img/s", requirement="input per core")
     for cache in ("", ", image cache on host"):
-        worker = Variant(f"worker stages alone{cache}, {title}", run_worker, len(samples))
-        yield from context.compare("input", worker, *context.baselines([pillow]), unit="img/s")
+        worker = Variant(f"worker stages alone{cache}, {title}", lambda: deque(batches(), maxlen=0), len(samples))
+        yield from context.compare("input", worker, pillow, unit="img/s")
         config = context.config(image_cache="host", image_cache_gib=1)
         dataset.pixels, _ = device_cache.build(config, dataset.split, context.ranks)
 
@@ -239,7 +224,8 @@ def per_core_throughput(context: BenchContext, photos: PhotoSet) -> Iterator[Res
 def worker_throughput(context: BenchContext, photos: PhotoSet, num_workers: int) -> Iterator[Result]:
     """Time epochs of the run's own loader, prepared for the network on the device."""
     batch_size = context.size.batch_size
-    num_images = sample_images(context, batch_size, num_workers)
+    min_images = context.size.input_images * max(1, num_workers)
+    num_images = batch_size * max(ceil(min_images / batch_size), BATCHES_PER_WORKER * num_workers)
     data = context.make_train_source(photos, num_images, num_workers=num_workers)
     anchors = make_anchors(context.device)
     epochs = count(1)
@@ -248,27 +234,14 @@ def worker_throughput(context: BenchContext, photos: PhotoSet, num_workers: int)
         for rank_batch in prefetch(data.train_batches(next(epochs)), context.device):
             prepare_batch(rank_batch.batch, anchors)
 
-    def run_baseline() -> None:
-        for _ in prefetch(loader, context.device):
-            pass
-
     baseline_batch = min(batch_size, SMALL_BATCH)
     baseline_images = baseline_batch * ceil(data.train_samples / BASELINE_SLOWDOWN / baseline_batch)
     samples = Subset(baseline.Samples(train_dataset(data).split), range(baseline_images))
     loader = baseline.make_loader(samples, baseline_batch, num_workers, context.device)
     title = f"{num_workers} workers, {photos.name}"
-    yield from context.compare(
-        "input",
-        Variant(title, run_optimized, data.train_samples),
-        *context.baselines([Variant(f"Pillow and torchvision, {title}", run_baseline, baseline_images)]),
-        unit="img/s",
-    )
-
-
-def sample_images(context: BenchContext, batch_size: int, num_workers: int) -> int:
-    """Return the number of images in a sample of the input: full batches, a minimum number per worker."""
-    min_images = context.size.input_images * max(1, num_workers)
-    return batch_size * max(ceil(min_images / batch_size), BATCHES_PER_WORKER * num_workers)
+    pillow_name = f"Pillow and torchvision, {title}"
+    pillow = Variant(pillow_name, lambda: deque(prefetch(loader, context.device), maxlen=0), baseline_images)
+    yield from context.compare("input", Variant(title, run_optimized, data.train_samples), pillow, unit="img/s")
 
 
 def time_memory(context: BenchContext) -> Iterator[Result]:
@@ -282,20 +255,13 @@ def time_memory(context: BenchContext) -> Iterator[Result]:
         (worker,) = [worker] if worker else set(active_children()) - children
         num_images += rank_batch.global_batch_size
         assert worker.pid
-        readings.append((num_images, proportional_set_mib(worker.pid)))
+        readings.append((num_images, process_mib(worker.pid, "smaps_rollup", "Pss")))
     early = [mib for images, mib in readings if images >= min_images][:READINGS]
     late = [mib for _, mib in readings][-READINGS:]
     yield Result("memory", f"worker after {min_images} images", "MiB", quartiles(early))
     yield Result("memory", f"worker after {max_images} images", "MiB", quartiles(late))
     growth = quartiles([after / median(early) for after in late])
     yield Result("memory", "growth", "×", growth, requirement="worker memory growth")
-
-
-def proportional_set_mib(pid: int) -> float:
-    """Return the memory of a process in MiB, with its part of the memory that it shares."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    (kib,) = (int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return kib / 1024
 
 
 def make_batch(context: BenchContext, batch_size: int) -> Batch:

@@ -5,7 +5,9 @@ B images, A anchors, K classes with background 0.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,6 @@ from perf.roofline import Work, bytes_moved, count_flop
 from perf.ssd import baseline
 from perf.ssd.input import make_batch
 from perf.timing import Variant, quartiles, time_calls
-from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX, NUM_ANCHORS, make_anchors
 from ssd.config import Config
 from ssd.data import Batch
@@ -58,40 +59,33 @@ def baseline_variant(context: BenchContext, name: str, run: Callable[[], object]
 
 
 def time_forward(context: BenchContext) -> Iterator[Result]:
-    """Time the forward pass of evaluation by batch size."""
-    for batch_size in context.size.batch_sizes:
-        yield from time_forward_batch(context, batch_size)
-
-
-def time_forward_batch(context: BenchContext, batch_size: int) -> Iterator[Result]:
-    """Time the forward pass of a batch of noise."""
+    """Time the forward pass of evaluation by batch size, with images of noise."""
     model = SSD300().to(context.device).to(memory_format=torch.channels_last).eval()
-    images = torch.randn(batch_size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, device=context.device)
-    channels_last = images.contiguous(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def run() -> None:
-        with context.precision.autocast(context.device):
-            model(channels_last)
-
     name = context.precision.name
-    yield from context.compare(
-        "forward",
-        Variant(f"{name}, batch {batch_size}", with_precision(name, context, run), batch_size),
-        *context.baselines([baseline_forward(context, images)] if batch_size == context.size.batch_size else []),
-        work=count_flop(SSD300, context.precision.dtype, backward=False, batch_size=batch_size),
-    )
+    for batch_size in context.size.batch_sizes:
+        images = torch.randn(batch_size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, device=context.device)
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        run = with_precision(name, context, partial(forward, model, channels_last, context))
+        yield from context.compare(
+            "forward",
+            Variant(f"{name}, batch {batch_size}", run, batch_size),
+            *([baseline_forward(context, images)] if batch_size == context.size.batch_size else []),
+            work=count_flop(SSD300, context.precision.dtype, backward=False, batch_size=batch_size),
+        )
+
+
+@torch.inference_mode()
+def forward(model: nn.Module, images: Tensor, context: BenchContext | None = None) -> None:
+    """Run the forward pass in the precision of the context, or in float32 without one."""
+    with context.precision.autocast(context.device) if context else nullcontext():
+        model(images)
 
 
 def baseline_forward(context: BenchContext, images: Tensor) -> Variant:
     """Return the baseline's forward pass of images (B, 3, 300, 300)."""
     model = baseline.BaselineSSD300().to(context.device).eval()
-
-    @torch.inference_mode()
-    def run() -> None:
-        model(images)
-
-    return baseline_variant(context, f"float32, channels first, batch {len(images)}", run, len(images))
+    name = f"float32, channels first, batch {len(images)}"
+    return baseline_variant(context, name, partial(forward, model, images), len(images))
 
 
 def time_loss(context: BenchContext) -> Iterator[Result]:
@@ -116,7 +110,7 @@ def time_loss(context: BenchContext) -> Iterator[Result]:
     yield from context.compare(
         "loss",
         Variant(f"one sort, batch {batch_size}", run_one_sort, batch_size),
-        *context.baselines([Variant(f"two sorts, float32, batch {batch_size}", run_two_sorts, batch_size)]),
+        Variant(f"two sorts, float32, batch {batch_size}", run_two_sorts, batch_size),
         work=Work(bytes=bytes_moved(fused, fused, sample.deltas, sample.labels) / batch_size),
     )
 
@@ -127,10 +121,13 @@ def time_step(context: BenchContext) -> Iterator[Result]:
     sample = prepared_batch(context, batch_size)
     work = count_flop(SSD300, context.precision.dtype, backward=True, batch_size=batch_size)
     run = network_step(context, sample)
+    baseline_step = baseline.make_step(context.device, context.photos.num_classes)
+    contiguous = sample._replace(image=sample.image.contiguous())
+    name = f"float32, channels first, batch {batch_size}"
     yield from context.compare(
         "step",
         Variant(f"network, loss and update, {context.precision.name}, batch {batch_size}", run, batch_size),
-        *context.baselines(baseline_steps(context, sample)),
+        baseline_variant(context, name, lambda: baseline_step(contiguous), batch_size),
         unit="img/s",
         work=work,
         requirement="training step",
@@ -208,22 +205,3 @@ def time_compilation(part: str, step: Variant, device: torch.device) -> Result |
         print(f"skipping the compiled step: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return None
     return Result(part, "compilation and first step", "s", quartiles([first_s]))
-
-
-def baseline_steps(context: BenchContext, sample: baseline.Sample) -> Iterator[Variant]:
-    """Yield the baseline's step, and that of torchvision's SSD300, which is another network."""
-    batch_size = len(sample.labels)
-    step = baseline.make_step(context.device, context.photos.num_classes)
-    contiguous = sample._replace(image=sample.image.contiguous())
-    name = f"float32, channels first, batch {batch_size}"
-    yield baseline_variant(context, name, lambda: step(contiguous), batch_size)
-
-    vgg_step = baseline.make_vgg_step(context.device, context.photos.num_classes)
-    batch = to_device(make_batch(context, batch_size), context.device)
-    pixels = augment.to_float(batch.images).contiguous()
-    targets = [
-        {"boxes": IMAGE_SIZE_PX * boxes[labels > 0], "labels": labels[labels > 0]}
-        for boxes, labels in zip(batch.boxes_xyxy, batch.labels, strict=True)
-    ]
-    name = f"torchvision's ssd300_vgg16, batch {batch_size}"
-    yield baseline_variant(context, name, lambda: vgg_step(pixels, targets), batch_size)

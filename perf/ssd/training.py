@@ -1,11 +1,9 @@
-"""End-to-end training, from JPEG bytes to updated weights, and its rate by batch size, workers and data size."""
+"""End-to-end training, from JPEG bytes to updated weights, and its rate by batch size and number of workers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any
-
-import numpy as np
 
 from detection.data.prefetch import prefetch
 from detection.engine import train_loop
@@ -13,9 +11,9 @@ from detection.runtime.device import supports_jpeg_decode
 from perf.harness import BenchContext, Result
 from perf.roofline import count_flop
 from perf.ssd import baseline
-from perf.ssd.input import SMALL_BATCH, train_dataset
+from perf.ssd.input import train_dataset
 from perf.ssd.network import baseline_variant, build, full_step, with_precision
-from perf.timing import Variant, limit_threads
+from perf.timing import Variant
 from ssd.config import Config
 from ssd.model import SSD300
 
@@ -31,62 +29,31 @@ def time_end_to_end(context: BenchContext) -> Iterator[Result]:
     results = context.compare(
         "end-to-end",
         epochs(context, batch_size, context.num_workers),
-        *context.baselines(baseline_epochs(context)),
+        baseline_epochs(context),
         step,
         unit="img/s",
         work=work,
-        requirement="end to end" if context.with_baselines else "",
+        requirement="end to end",
     )
     yield replace(next(results), requirement="end to end rate")
     yield from results
-    for settings in cache_settings(context):
+    cache_settings = [{"image_cache": "host"}]
+    if context.device.type != "cpu":
+        cache_settings.append({"image_cache": "device"})
+    if supports_jpeg_decode(context.device):
+        cache_settings.append({"jpeg_decoder": "gpu"})
+    for settings in cache_settings:
         cached = epochs(context, batch_size, context.num_workers, **settings)
         yield from context.compare("end-to-end", cached, step, unit="img/s", work=work)
 
 
-def cache_settings(context: BenchContext) -> list[dict[str, Any]]:
-    """Return the settings of all image caches and JPEG decoders that the device supports."""
-    settings: list[dict[str, Any]] = [{"image_cache": "host"}]
-    if context.device.type != "cpu":
-        settings.append({"image_cache": "device"})
-    if supports_jpeg_decode(context.device):
-        settings.append({"jpeg_decoder": "gpu"})
-    return settings
-
-
 def time_scaling(context: BenchContext) -> Iterator[Result]:
-    """Time end-to-end epochs by batch size and workers, then the input by data size."""
+    """Time end-to-end epochs by batch size and number of workers."""
     batch_size = context.size.batch_size
-    batch_sizes = [other for other in context.size.batch_sizes if other != batch_size]
-    workers = [other for other in context.size.workers if other != context.num_workers]
-    yield from context.compare(
-        "scaling",
-        epochs(context, batch_size, context.num_workers),
-        *(epochs(context, other, context.num_workers) for other in batch_sizes),
-        *(epochs(context, batch_size, other) for other in workers),
-        unit="img/s",
-    )
-    for num_images in context.size.data_sizes:
-        yield from time_data_size(context, num_images)
-
-
-def time_data_size(context: BenchContext, num_images: int) -> Iterator[Result]:
-    """Time opening a data set of `num_images` images, and reading random images on one core."""
-    title = f"{num_images} images"
-    context.make_data_dir(context.photos, num_images)
-
-    def open_data() -> object:
-        return context.make_train_source(context.photos, num_images, num_workers=0)
-
-    yield from context.compare("scaling", Variant(f"open a data set of {title}", open_data), unit="s")
-    dataset = train_dataset(context.make_train_source(context.photos, num_images, num_workers=0))
-    rng = np.random.default_rng(context.seed)
-
-    def read() -> None:
-        dataset.__getitems__([(1, int(index)) for index in rng.integers(0, num_images, SMALL_BATCH)])
-
-    with limit_threads(1):
-        yield from context.compare("scaling", Variant(f"one core, {title}", read, SMALL_BATCH), unit="img/s")
+    others = [(other, context.num_workers) for other in context.size.batch_sizes if other != batch_size]
+    others += [(batch_size, other) for other in context.size.workers if other != context.num_workers]
+    usual = epochs(context, batch_size, context.num_workers)
+    yield from context.compare("scaling", usual, *(epochs(context, *other) for other in others), unit="img/s")
 
 
 def run_config(context: BenchContext, batch_size: int, **settings: Any) -> Config:
@@ -116,8 +83,8 @@ def epochs(context: BenchContext, batch_size: int, num_workers: int, **settings:
     return Variant(name, with_precision(config.precision, context, run), num_images)
 
 
-def baseline_epochs(context: BenchContext) -> Iterator[Variant]:
-    """Yield epochs of the baseline."""
+def baseline_epochs(context: BenchContext) -> Variant:
+    """Return epochs of the baseline."""
     batch_size = min(context.size.batch_size, BASELINE_BATCH)
     num_images = max(1, context.size.baseline_epoch_images // batch_size) * batch_size
     split = train_dataset(context.make_train_source(context.photos, num_images, num_workers=0)).split
@@ -129,4 +96,4 @@ def baseline_epochs(context: BenchContext) -> Iterator[Variant]:
             step(batch)
 
     name = f"baseline, float32, batch {batch_size}, {context.num_workers} workers"
-    yield baseline_variant(context, name, run, num_images)
+    return baseline_variant(context, name, run, num_images)

@@ -9,96 +9,107 @@ import torch
 from detection.config.settings import InputError
 from detection.runtime.distributed import DistContext
 from paths import ROOT
-from perf import curves, footprint, growth
+from perf import cost_curves
+from perf.cost_curves import AXES, Axis
+from perf.machine import process_mib
 from perf.page import split_at_marker
 from ssd.config import Config
 from ssd.data import SSDTrainSource
-
-NAMES = [axis.name for axis in curves.axes()]
 
 
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Measure points in this process, since each new process imports torch."""
-    monkeypatch.setattr(footprint, "run_in_subprocess", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(cost_curves, "run_in_subprocess", lambda function, *arguments: function(*arguments))
 
 
-def points(works, times):
-    return [{"work": work, "min": time} for work, time in zip(works, times, strict=True)]
+@pytest.fixture
+def clean_idle_machine(monkeypatch):
+    machine = {"hardware": "cpu", "processor": "x", "versions": {"torch": "2.9"}, "commit": "abc1234"}
+    monkeypatch.setattr(cost_curves, "machine", lambda: machine)
+    monkeypatch.setattr(cost_curves, "measure_load", lambda: {"load_1min": 0.1, "is_idle": True})
 
 
 def test_exponent_is_fitted_to_the_upper_end():
-    works = [0, 1, 10, 100, 1000]
-    assert growth.exponent(points(works, [5, 5, 10**2, 100**2, 1000**2])) == pytest.approx(2, abs=0.01)
-    assert growth.exponent(points([0, 7], [1, 2])) is None
-
-
-def test_points_have_median_and_range_over_rounds():
-    values = {("a", 1): [{"time": 3.0}, {"time": 1.0}, {"time": 8.0}], ("b", 1): [{"rate": 2.0}] * 3}
-    a, b = growth.series(values)
-    (point,) = a["points"]
-    assert [point[key] for key in ("work", "n", "median", "min", "max")] == [1, 3, 3.0, 1.0, 8.0]
-    assert (a["measure"], a["unit"], b["measure"], b["unit"]) == ("time", "ms", "rate", "img/s")
-    assert b["exponent"] is None
+    column = {
+        str(amount): {"min": time} for amount, time in {0: 5, 1: 5, 10: 10**2, 100: 100**2, 1000: 1000**2}.items()
+    }
+    assert cost_curves.format_exponent(column) == "2.00"
+    assert cost_curves.format_exponent({"0": {"min": 1}, "7": {"min": 2}}) == ""
 
 
 def allocate(mib):
-    return footprint.cost(lambda: np.ones(mib * 2**20, dtype=np.uint8))
+    return cost_curves.cost(lambda: np.ones(mib * 2**20, dtype=np.uint8))
 
 
 def test_peak_memory_excludes_earlier_allocations():
     bytearray(512 * 2**20)
-    assert footprint.run_in_subprocess(allocate, 64)["memory"] == pytest.approx(64, abs=8)
-
-
-@pytest.mark.parametrize("candidates", [1, 100, 10_000, 100_000])
-def test_synthetic_logits_have_the_number_of_candidates(candidates):
-    scores = curves.synthetic_logits(candidates).softmax(dim=-1)[..., 1:]
-    assert (scores > 0.05).sum(dim=(1, 2)).tolist() == [candidates] * curves.BATCH_SIZE
+    assert cost_curves.run_in_subprocess(allocate, 64)["memory, MiB"] == pytest.approx(64, abs=8)
 
 
 @pytest.mark.slow
-def test_command_writes_tables_plots_and_records(tmp_path, in_one_process, capsys):
-    page = tmp_path / "page.md"
-    page.write_text("".join(f"# {name}\n<!-- {name} -->\nold\n<!-- end -->\n" for name in NAMES) + "the end\n")
-    assert growth.main(["--quick", "--rounds", "1", "--out", str(tmp_path), "--page", str(page)]) == 0
-    records = json.loads((tmp_path / "growth.json").read_text())
-    assert list(records) == NAMES
+def test_command_measures_every_axis_and_updates_the_page(tmp_path, in_one_process, monkeypatch, capsys):
+    page, out = tmp_path / "page.md", tmp_path / "curves.json"
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in AXES) + "the end\n")
+    for name, amounts in {"images": (40,), "workers": (0, 1), "batch": (1,)}.items():
+        monkeypatch.setitem(AXES, name, AXES[name]._replace(amounts=amounts))
+    monkeypatch.setitem(AXES["workers"].curves, "1,000 images", AXES["workers"].curves.pop("118,287 images"))
+    assert cost_curves.main(["--rounds", "1", "--out", str(out), "--page", str(page)]) == 0
+    records = json.loads(out.read_text())
+    assert list(records) == list(AXES)
     output = capsys.readouterr().out
-    for axis in curves.axes():
-        assert (tmp_path / f"{axis.name}.png").stat().st_size > 10_000
-        record = records[axis.name]
+    for name, record in records.items():
         assert {"hardware", "commit"} <= record["machine"].keys()
-        measured = {(s["curve"], point["work"]) for s in record["series"] for point in s["points"]}
-        assert measured == {(curve.name, work) for curve in axis.curves for work in curve.quick}
-        assert all(point["min"] > 0 for s in record["series"] for point in s["points"])
-        assert growth.table(record) in output
-        assert growth.table(record) in page.read_text()
+        assert {int(amount) for column in record["columns"].values() for amount in column} == set(AXES[name].amounts)
+        assert cost_curves.format_record(record) in output
+        assert cost_curves.format_record(record) in page.read_text()
     assert "old" not in page.read_text()
     assert page.read_text().endswith("the end\n")
 
 
-def test_measuring_one_axis_keeps_the_records_of_others(tmp_path, in_one_process):
-    (tmp_path / "growth.json").write_text('{"images": 1, "batch": 2}')
-    axis = curves.Axis("batch", "images", (curves.Curve("nothing", (), (1,), lambda work, folder: {"time": 1.0}),))
-    growth.measure_all([axis], tmp_path, None, rounds=2, quick=True)
-    records = json.loads((tmp_path / "growth.json").read_text())
+def test_measuring_one_axis_keeps_the_records_of_others(tmp_path, in_one_process, clean_idle_machine, monkeypatch):
+    out = tmp_path / "curves.json"
+    out.write_text('{"images": 1, "batch": 2}')
+    times = iter([3.0, 1.0, 8.0])
+    monkeypatch.setitem(AXES, "batch", Axis("images", (1,), {"step": lambda *_: {"time, ms": next(times)}}))
+    assert cost_curves.main(["batch", "--rounds", "3", "--out", str(out)]) == 0
+    records = json.loads(out.read_text())
     assert records["images"] == 1
-    (series,) = records["batch"]["series"]
-    assert [(point["work"], point["n"], point["median"]) for point in series["points"]] == [(1, 2, 1.0)]
+    assert records["batch"]["columns"]["step: time, ms"]["1"] == {
+        "n": 3,
+        "median": 3.0,
+        "min": 1.0,
+        "q1": 2.0,
+        "q3": 5.5,
+        "max": 8.0,
+    }
+    assert "3.00 (1.00 to 8.00)" in cost_curves.format_record(records["batch"])
+
+
+def test_table_omits_times_of_a_loaded_machine(tmp_path, in_one_process, clean_idle_machine, monkeypatch):
+    out = tmp_path / "curves.json"
+    values = {"time, ms": 1.0, "rate, img/s": 2.0, "memory, MiB": 3.0}
+    monkeypatch.setitem(AXES, "batch", Axis("images", (1,), {"step": lambda *_: values}))
+    monkeypatch.setattr(cost_curves, "measure_load", lambda: {"load_1min": 7.5, "is_idle": False})
+    assert cost_curves.main(["batch", "--out", str(out)]) == 0
+    table = cost_curves.format_record(json.loads(out.read_text())["batch"])
+    assert "memory, MiB" in table
+    assert "time, ms" not in table
+    assert "rate, img/s" not in table
+    assert "load 7.5, other processes busy" in table
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["sizes"], "sizes: no such axis. Choose from images, boxes"),
+        (["sizes"], "sizes: no such axis. Choose from images, workers, batch"),
         (["--rounds", "0"], "--rounds 0"),
         (["--page", "nowhere.md", "batch"], "nowhere.md: No such file"),
     ],
 )
 def test_invalid_input_gives_one_message_before_measuring(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(growth, "measure", lambda *_, **__: pytest.fail("measured"))
-    assert growth.main([*flags, "--out", str(tmp_path)]) == 2
+    monkeypatch.setattr(cost_curves, "measure", lambda *_: pytest.fail("measured"))
+    assert cost_curves.main([*flags, "--out", str(tmp_path / "x.json")]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -119,16 +130,15 @@ def test_workers_do_not_copy_the_annotations(small_toy):
         rank_batches = data.train_batches(1)
         next(rank_batches)
         (worker,) = multiprocessing.active_children()
-        private.append(footprint.memory_mib("smaps_rollup", "Private_Clean", "Private_Dirty", process=worker.pid))
+        private.append(process_mib(worker.pid, "smaps_rollup", "Private_Clean", "Private_Dirty"))
         del rank_batches, data, images
     assert private[1] - private[0] < 50
 
 
 def test_page_shows_the_records():
     page = (ROOT / "docs" / "PERFORMANCE.md").read_text()
-    records = json.loads((growth.OUT / "growth.json").read_text())
-    assert set(records) <= set(NAMES)
-    for name in records:
-        assert growth.table(records[name]) in page
-        assert f"performance/{name}.png" in page
-        assert (growth.OUT / f"{name}.png").is_file()
+    records = json.loads(cost_curves.RECORDS.read_text())
+    assert set(records) <= set(AXES)
+    for record in records.values():
+        assert not record["machine"]["commit"].endswith("-dirty")
+        assert cost_curves.format_record(record) in page

@@ -8,7 +8,7 @@ import torch
 
 from detection.evaluation.coco_metric import COCO_STATS
 from maskrcnn.roi_heads import BOX_POOL_SIZE
-from perf.harness import BenchContext, quick_size
+from perf.harness import BenchContext, bench_size
 from perf.maskrcnn import baseline, evaluation
 from perf.maskrcnn import training as parts
 from perf.timing import limit_threads
@@ -28,7 +28,7 @@ def one_thread_and_seed():
 def context(tmp_path_factory):
     """Two images of 128 × 192 pixels with padding: multiples of 64, for which both have the same anchors."""
     sizes = {"maskrcnn_batch_size": 2, "maskrcnn_image_px": (128, 192), "maskrcnn_eval_images": 6}
-    size = replace(quick_size(on_cpu=True), photos=4, **sizes)
+    size = replace(bench_size(on_cpu=True, quick=True), photos=4, **sizes)
     folder = tmp_path_factory.mktemp("perf")
     return BenchContext(device=CPU, precision_name="fp32", seed=0, size=size, scratch=folder)
 
@@ -83,7 +83,7 @@ def test_mask_loss_of_one_class_equals_that_among_all_classes(context, monkeypat
 
 def test_pasted_masks_have_the_same_pixels(context, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 15)
-    scenes = evaluation.make_scenes(evaluation.gt_with_masks(context, 3), seed=1)
+    scenes = evaluation.make_scenes(context.gt_split(3, segmentations=True), seed=1)
     optimized, (torchvision,) = evaluation.paste_variants(scenes, CPU)
     actual = optimized.run()
     assert actual == torchvision.run()
@@ -101,7 +101,7 @@ def test_evaluations_have_the_same_metrics(context, monkeypatch):
 
 
 def test_synthetic_detections_are_inside_their_images(context):
-    for scene in evaluation.make_scenes(evaluation.gt_with_masks(context, 3), seed=2):
+    for scene in evaluation.make_scenes(context.gt_split(3, segmentations=True), seed=2):
         height, width = scene.size_hw
         assert (scene.boxes_xyxy >= 0).all()
         assert (scene.boxes_xyxy <= [width, height, width, height]).all()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from detection.config.settings import InputError
+from paths import ROOT
 from perf import table
-from perf.harness import BenchSize, Result, full_size, quick_size
+from perf.harness import BenchSize, Result, bench_size
 from perf.machine import RESULTS
 from perf.maskrcnn import training
 from perf.roofline import count_flop
@@ -41,7 +42,6 @@ TINY = BenchSize(
     maskrcnn_image_px=(64, 96),
     maskrcnn_eval_images=2,
     memory_images=(32, 128),
-    data_sizes=(10,),
     compiled=False,
     traced_steps=1,
     matrix_side=64,
@@ -58,7 +58,6 @@ def measured(tmp_path_factory, small_toy):
         patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call per sample
         patch.setattr("ssd.model.Backbone", TinyBackbone)
         patch.setattr("perf.ssd.baseline.Backbone", TinyBackbone)
-        patch.setattr("perf.ssd.baseline.make_vgg_step", lambda *_: lambda images, targets: images.sum())
         for name in ("training.BOX_REGIONS", "training.MASK_REGIONS", "evaluation.DETECTIONS_PER_IMAGE"):
             patch.setattr(f"perf.maskrcnn.{name}", 4)
         small = ("--backbone", "resnet18", "--box-batch-size-per-image", "16")
@@ -122,6 +121,7 @@ def test_file_describes_machine_and_settings(measured):
     assert {"hardware", "driver", "versions", "commit", "cores"} <= content["machine"].keys()
     assert content["size"]["photos"] == TINY.photos
     assert content["precision"] == "fp32"
+    assert {"load_1min", "other_cpu_percent", "is_idle"} == content["load"].keys()
 
 
 def test_network_work_matches_a_calculation_by_hand():
@@ -243,6 +243,14 @@ def test_a_file_without_results_is_rejected_by_name(tmp_path, text, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv", [[], ["--out", "results/x.json"], ["--allow-dirty", "--out", "perf/results"]])
+def test_uncommitted_code_is_not_recorded(argv, monkeypatch, capsys):
+    monkeypatch.setattr("perf.machine.source_commit", lambda: "abc1234-dirty")
+    monkeypatch.chdir(ROOT)
+    assert main(["decode", *argv], TINY) == 2
+    assert "results of commit abc1234-dirty are not reproducible" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -252,7 +260,6 @@ def test_a_file_without_results_is_rejected_by_name(tmp_path, text, capsys):
         (["--device", "abacus"], "abacus"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--seed", "-1"], "--seed -1"),
-        (["--check", "--no-baseline"], "--no-baseline"),
         (["decode", "--out", "README.md/x"], "README.md"),
         (["--precison", "bf16"], "--precison"),
     ],
@@ -272,10 +279,11 @@ def test_list_shows_all_parts(capsys):
 
 
 def test_sizes_match_the_device():
-    for size in (full_size, quick_size):
-        assert size(True).batch_size in size(True).batch_sizes
-        assert size(False).epoch_images % size(False).batch_size == 0
-    assert max(full_size(True).metric_images) == 5000
+    for quick in (False, True):
+        cpu, accelerator = (bench_size(on_cpu=on_cpu, quick=quick) for on_cpu in (True, False))
+        assert cpu.batch_size in cpu.batch_sizes
+        assert accelerator.epoch_images % accelerator.batch_size == 0
+    assert max(bench_size(on_cpu=True).metric_images) == 5000
 
 
 def test_quick_selects_parts_of_ssd_and_maskrcnn_selects_its_own():

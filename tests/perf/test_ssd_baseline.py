@@ -156,13 +156,6 @@ def test_a_step_updates_the_weights(monkeypatch):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.slow
-def test_torchvision_network_takes_a_step_on_our_batches():
-    step = baseline.make_vgg_step(torch.device("cpu"), 5)
-    boxes, labels = boxes_and_labels(0)
-    step(torch.rand(1, 3, 300, 300), [{"boxes": 300 * boxes, "labels": labels.clamp(max=4)}])
-
-
 @pytest.mark.parametrize("scores", [TRAINED, EARLY], ids=["trained", "early"])
 def test_detections_are_the_same(toy_split, scores):
     deltas, logits = predict(scores, toy_split, ANCHORS, 2, seed=0)
