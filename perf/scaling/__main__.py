@@ -181,7 +181,7 @@ def plot(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[R
         (line,) = axes.plot(DEVICE_COUNTS, model, label=f"model: {generation.name}")
         points = [one.published for name, one in checks if name == generation.name]
         axes.plot([one.layout.ranks for one in points], [one.minutes for one in points], "o", color=line.get_color())
-    axes.plot(DEVICE_COUNTS, [runs[0].minutes / ranks for ranks in DEVICE_COUNTS], ":", color="grey", label="ideal")
+    axes.plot(DEVICE_COUNTS, [runs[0].minutes / ranks for ranks in DEVICE_COUNTS], ":", color="gray", label="ideal")
     axes.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="minutes to the target", title="dots: published")
     axes.set_xticks(DEVICE_COUNTS, [f"{ranks:,}" for ranks in DEVICE_COUNTS], rotation=45, minor=False)
     axes.legend(frameon=False, fontsize=8)
