@@ -124,7 +124,7 @@ if ((DGXNNODES > 1)); then
     # Only Slurm may know the name of a node. Its address is the one that Slurm itself uses.
     MASTER_ADDR=$(scontrol show node "$first" | grep -oP '\bNodeAddr=\K\S+' || echo "$first")
   fi
-  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}" # in a container without scontrol: run.sub is on node 0
+  : "${MASTER_ADDR:=${SLURM_LAUNCH_NODE_IPADDR:-}}"     # in a container without scontrol: run.sub is on node 0
   if $dry_run; then : "${MASTER_ADDR:=MASTER_ADDR}"; fi # a placeholder
   [[ -n $MASTER_ADDR ]] || die "DGXNNODES=$DGXNNODES: MASTER_ADDR is not set. Set it to the address of node 0"
   # Two Slurm jobs on one node need different ports.
