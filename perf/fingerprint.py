@@ -30,8 +30,8 @@ WORKLOADS: Mapping[str, tuple[str, Sequence[str]]] = {
     "maskrcnn": ("maskrcnn", ()),
 }
 FLAGS = ("--seed", "7", "--precision", "fp32", "--device", "cpu", "--compile", "off")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CLEAR_CACHES": "0"}
-VARYING_KEYS = {"config", "commit"}  # where the run lies, and which commit made it
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DGXSYSTEM": "toy"}
+VARYING_KEYS = {"config", "commit"}  # folders of the run, and its commit
 VARYING_METADATA = {"file", "lineno"}
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fingerprint-") as folder:
         for name, (package, flags) in WORKLOADS.items():
             run_dir = Path(folder) / name
-            train(package, [*flags, "--max-steps", str(arguments.steps)], run_dir)
+            train(package, [*flags, "--max-steps", str(arguments.steps)], Path(folder), run_dir)
             fingerprint[name] = {"weights": hash_weights(run_dir), "log": log_lines(run_dir)}
             print(f"{name:<12} {fingerprint[name]['weights'][:16]}", flush=True)
     if arguments.out:
@@ -64,14 +64,16 @@ def main(argv: list[str]) -> int:
     return 1 if differing else 0
 
 
-def train(package: str, flags: Sequence[str], run_dir: Path) -> None:
-    """Train a workload by the command that users type."""
-    environment = os.environ | ENVIRONMENT | {"BENCHMARK": package, "DGXSYSTEM": "toy", "RUN_DIR": str(run_dir)}
-    environment |= {"VENV": str(Path(sys.prefix))}
-    command = ["./run_and_time.sh", *FLAGS, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, EXIT_TARGET_NOT_REACHED):
-        raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+def train(package: str, flags: Sequence[str], folder: Path, run_dir: Path) -> None:
+    """Train a workload with the toy system's config file, on toy data in `folder`."""
+    config = "config_toy.sh" if package == "ssd" else f"config_toy_{package}.sh"
+    make_data = '[[ -e $DATADIR ]] || "$0" -m detection.synthetic.toy "$DATADIR"'
+    script = f'set -e; {make_data}; . ./{config}; exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, "-m", package, "train", *FLAGS, *flags]
+    environment = os.environ | ENVIRONMENT | {"DATADIR": str(folder / "toy"), "RUN_DIR": str(run_dir)}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode not in (0, EXIT_TARGET_NOT_REACHED):
+        raise SystemExit(f"{package} train: exit status {process.returncode}\n{process.stdout}{process.stderr}")
 
 
 def hash_weights(run_dir: Path) -> str:
@@ -85,7 +87,7 @@ def hash_weights(run_dir: Path) -> str:
 
 
 def log_lines(run_dir: Path) -> list[list[Any]]:
-    """Return key, value and metadata of each event of the MLPerf log, without what differs from run to run."""
+    """Return key, value and metadata of each event of the MLPerf log, except those that differ between runs."""
     events = log.read(run_dir / "result_0.txt")
     return [
         [event.key, event.value, {k: v for k, v in event.metadata.items() if k not in VARYING_METADATA}]
