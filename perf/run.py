@@ -3,7 +3,7 @@
     python -m perf.run [NAME ...] [--quick] [--check] [--photos DIR] [--profile] ...
 
 Times every part of training, from JPEG bytes to the COCO metric, interleaved with its baselines, and compares it with
-the machine's roofline. Prints a table and writes perf/results/<date>_<hardware>_<commit>.json with the machine and its
+the machine's roofline. Prints a table and writes perf/results/<time>_<hardware>_<commit>.json with the machine and its
 load. Uncommitted changes are an error, unless --out is outside the repository.
 
 Exits with 0, with 1 if --check finds a requirement that is not met, or with 2 on invalid input.
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +203,7 @@ def result_path(out: Path, context: BenchContext, commit: str) -> Path:
     if out.suffix == ".json":
         return out
     hardware = f"{num_cores()}core_cpu" if context.device.type == "cpu" else device_name(context.device)
-    stem = f"{datetime.now(UTC):%Y-%m-%d}_{re.sub(r'[^a-z0-9]+', '_', hardware.lower())}_{commit}"
-    names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
-    return next(path for name in names if not (path := folder / f"{name}.json").exists())
+    return folder / f"{datetime.now(UTC):%Y-%m-%d_%H%M%S}_{re.sub(r'[^a-z0-9]+', '_', hardware.lower())}_{commit}.json"
 
 
 def profile(context: BenchContext, path: Path) -> dict[str, list[Operation]]:

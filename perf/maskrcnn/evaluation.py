@@ -24,7 +24,7 @@ from maskrcnn.roi_heads import MASK_SIZE
 from perf.harness import BenchContext, Result
 from perf.maskrcnn import baseline, training
 from perf.maskrcnn.baseline import Scene
-from perf.maskrcnn.training import VariantPair, slow_rounds
+from perf.maskrcnn.training import slow_rounds
 from perf.ssd.predictions import make_rows
 from perf.timing import Variant
 
@@ -35,11 +35,10 @@ PASTED_IMAGES = 4
 def time_paste(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's mask pasting to RLE, 100 masks per image, against torchvision and pycocotools."""
     scenes = make_scenes(context.gt_split(PASTED_IMAGES, segmentations=True), context.seed)
-    optimized, baselines = paste_variants(scenes, context.device)
-    yield from context.compare("maskrcnn_paste", optimized, *baselines)
+    yield from context.compare("maskrcnn_paste", *paste_variants(scenes, context.device))
 
 
-def paste_variants(scenes: list[Scene], device: torch.device) -> VariantPair:
+def paste_variants(scenes: list[Scene], device: torch.device) -> list[Variant]:
     """Return mask pasting of scenes. Each variant returns the RLE masks of every image."""
 
     def run() -> list[list[CocoRle]]:
@@ -49,23 +48,21 @@ def paste_variants(scenes: list[Scene], device: torch.device) -> VariantPair:
         return [baseline.paste_scene(scene, device) for scene in scenes]
 
     optimized = Variant(f"one thread, {DETECTIONS_PER_IMAGE} per image", run, len(scenes))
-    return VariantPair(optimized, (Variant("torchvision, full images", run_torchvision, len(scenes)),))
+    return [optimized, Variant("torchvision, full images", run_torchvision, len(scenes))]
 
 
 def time_evaluation(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's evaluation of synthetic detections, 100 per image, against torchvision and pycocotools."""
-    optimized, baselines = evaluation_variants(context)
     yield from context.compare(
         "maskrcnn_evaluation",
-        optimized,
-        *baselines,
+        *evaluation_variants(context),
         requirement="maskrcnn evaluation",
         rounds=slow_rounds(context),
         warm_up=False,
     )
 
 
-def evaluation_variants(context: BenchContext) -> VariantPair:
+def evaluation_variants(context: BenchContext) -> list[Variant]:
     """Return evaluations without network and files. Each returns the metrics of boxes and masks."""
     config = training.load_config(context, "--no-legacy-boxes")  # as torchvision writes them
     gt = context.gt_split(context.size.maskrcnn_eval_images, segmentations=True)
@@ -76,10 +73,10 @@ def evaluation_variants(context: BenchContext) -> VariantPair:
     title = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
     run = partial(evaluator, nn.Identity(), data)
     run_baseline = partial(baseline.evaluate, scenes, pycocotools, context.device)
-    return VariantPair(
+    return [
         Variant(f"{max(1, config.num_workers)} threads, {title}", run, len(scenes)),
-        (Variant(f"torchvision's paste, pycocotools, {title}", run_baseline, len(scenes)),),
-    )
+        Variant(f"torchvision's paste, pycocotools, {title}", run_baseline, len(scenes)),
+    ]
 
 
 class SyntheticDetectionSource(MaskRCNNEvalSource):

@@ -1,15 +1,16 @@
 """Mask R-CNN's training step and its stages, compared with torchvision's.
 
 Where torchvision is the baseline, ours runs with `--variant torchvision`. Both then compute the same from the same
-weights, so that the ratio is that of speed alone. A network with random weights finds fewer regions with an object than
-one in training, so the step underestimates the cost of the mask head. Part `maskrcnn_mask_head` measures that.
+weights, so that the ratio is that of speed alone. The first variant of each list is ours. All of them return what they
+compute, so that tests can compare them. A network with random weights finds fewer regions with an object than one in
+training, so the step underestimates the cost of the mask head. Part `maskrcnn_mask_head` measures that.
 
 B images, A anchors.
 """
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,25 +51,17 @@ SLOW_ROUNDS = 3
 BOX_REGIONS, MASK_REGIONS = 512, 64
 
 
-class VariantPair(NamedTuple):
-    """An optimized variant and its baselines. Each returns what it computes, so that tests can compare them."""
-
-    optimized: Variant
-    baselines: tuple[Variant, ...]
-
-
 def time_step(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's training step, from pixels to updated weights, against torchvision's."""
     for name in dict.fromkeys((context.precision.name, "fp32")):
         config = load_config(context, "--variant", "torchvision", "--precision", name)
-        optimized, baselines = step_variants(context, config)
+        variants = step_variants(context, config)
         is_default = name == context.precision.name
         yield from context.compare(
             "maskrcnn_step",
-            optimized,
-            *baselines,
+            *variants,
             unit="img/s",
-            work=count_work(optimized.run, optimized.images),
+            work=count_work(variants[0].run, config.batch_size),
             roofline=context.roofline(precision_name=name),
             requirement="maskrcnn step" if is_default else "",
             rounds=None if is_default else slow_rounds(context),
@@ -92,17 +85,15 @@ def time_reference_step(context: BenchContext, compile: str) -> Iterator[Result]
     yield from context.compare("maskrcnn_step", step, unit="img/s", work=work, rounds=slow_rounds(context))
 
 
-def step_variants(context: BenchContext, config: Config) -> VariantPair:
+def step_variants(context: BenchContext, config: Config) -> list[Variant]:
     """Return the step, and torchvision's with the same images and weights. Both return five losses."""
     batch_size = config.batch_size
     model = torchvision_model(context, config)
     run = optimized_step(context, config, model)
     step = baseline.make_step(model.to(context.device), baseline.to_model_input(make_batch(context)))
     name = f"torchvision, float32, channels first, {shape_text(context)}"
-    return VariantPair(
-        Variant(f"{config.precision}, channels last, {shape_text(context)}", run, batch_size),
-        (baseline_variant(context, name, step, batch_size),),
-    )
+    optimized = Variant(f"{config.precision}, channels last, {shape_text(context)}", run, batch_size)
+    return [optimized, baseline_variant(context, name, step, batch_size)]
 
 
 def optimized_step(context: BenchContext, config: Config, torchvision: nn.Module) -> Callable[[], object]:
@@ -121,11 +112,12 @@ def optimized_step(context: BenchContext, config: Config, torchvision: nn.Module
 
 def time_backbone(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's ResNet and FPN, forward and backward: folded frozen batch norm against separate modules."""
-    config = load_config(context, "--variant", "torchvision")
-    yield from compare(context, "maskrcnn_backbone", backbone_variants(context, config), count=True)
+    variants = backbone_variants(context, load_config(context, "--variant", "torchvision"))
+    work = count_work(variants[0].run, variants[0].images)
+    yield from context.compare("maskrcnn_backbone", *variants, work=work)
 
 
-def backbone_variants(context: BenchContext, config: Config) -> VariantPair:
+def backbone_variants(context: BenchContext, config: Config) -> list[Variant]:
     """Return the backbone, torchvision's, and torchvision's in our precision and layout. Each returns P2 to P6."""
     batch = make_batch(context)
     pixels = torch.randn(batch.images.shape, device=context.device)
@@ -155,29 +147,27 @@ def precision_variants(
     optimized: tuple[str, Callable[[], object]],
     torchvision: tuple[str, Callable[[], object]],
     run_tuned: Callable[[], object],
-) -> VariantPair:
+) -> list[Variant]:
     """Return our stage, torchvision's in float32, and torchvision's in our precision and layout.
 
     optimized, torchvision: title and function.
     """
     images, precision = context.size.maskrcnn_batch_size, context.precision.name
     title, run_torchvision = torchvision
-    return VariantPair(
+    return [
         Variant(f"{precision}, {optimized[0]}", with_autocast(context, optimized[1]), images),
-        (
-            baseline_variant(context, f"torchvision, float32, channels first, {title}", run_torchvision, images),
-            Variant(f"torchvision, {precision}, channels last, {title}", with_autocast(context, run_tuned), images),
-        ),
-    )
+        baseline_variant(context, f"torchvision, float32, channels first, {title}", run_torchvision, images),
+        Variant(f"torchvision, {precision}, channels last, {title}", with_autocast(context, run_tuned), images),
+    ]
 
 
 def time_roi_align(context: BenchContext) -> Iterator[Result]:
     """Time RoIAlign over Mask R-CNN's FPN levels, forward and backward, against torchvision's."""
     for pool_size, regions in ((BOX_POOL_SIZE, BOX_REGIONS), (MASK_POOL_SIZE, MASK_REGIONS)):
-        yield from compare(context, "maskrcnn_roi_align", roi_align_variants(context, pool_size, regions))
+        yield from context.compare("maskrcnn_roi_align", *roi_align_variants(context, pool_size, regions))
 
 
-def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) -> VariantPair:
+def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) -> list[Variant]:
     """Return RoIAlign on P2 to P5. Each variant returns the pooled regions and the gradient of the finest level."""
     batch = make_batch(context)
     batch_size, (height, width) = len(batch.images), batch.images.shape[2:]
@@ -205,10 +195,10 @@ def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) ->
         return pooled.detach(), torch.autograd.grad(pooled, float_levels, upstream)[0]
 
     precision, title = context.precision.name, f"{per_image} regions of {pool_size} × {pool_size} per image"
-    return VariantPair(
+    return [
         Variant(f"{precision}, {title}", with_precision(precision, context, run_optimized), batch_size),
-        (baseline_variant(context, f"torchvision, float32, {title}", run_torchvision, batch_size),),
-    )
+        baseline_variant(context, f"torchvision, float32, {title}", run_torchvision, batch_size),
+    ]
 
 
 def jitter_boxes(boxes_xyxy: Tensor, count: int) -> Tensor:
@@ -221,10 +211,10 @@ def jitter_boxes(boxes_xyxy: Tensor, count: int) -> Tensor:
 
 def time_proposals(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's region proposals of given RPN outputs against torchvision's."""
-    yield from compare(context, "maskrcnn_proposals", proposal_variants(context))
+    yield from context.compare("maskrcnn_proposals", *proposal_variants(context))
 
 
-def proposal_variants(context: BenchContext) -> VariantPair:
+def proposal_variants(context: BenchContext) -> list[Variant]:
     """Return proposals of given RPN outputs. Each variant returns the boxes (P, 4) of the first image.
 
     As in a trained network, anchors that overlap an object have a higher score, and their boxes move towards it.
@@ -256,18 +246,18 @@ def proposal_variants(context: BenchContext) -> VariantPair:
         boxes: list[Tensor] = network.filter_proposals(decoded, logits, image_sizes, anchors_per_level)[0]
         return boxes[0]
 
-    return VariantPair(
-        Variant(f"by level, {shape_text(context)}", run_optimized, batch_size),
-        (Variant("torchvision", run_torchvision, batch_size),),
-    )
+    optimized = Variant(f"by level, {shape_text(context)}", run_optimized, batch_size)
+    return [optimized, Variant("torchvision", run_torchvision, batch_size)]
 
 
 def time_mask_head(context: BenchContext) -> Iterator[Result]:
     """Time Mask R-CNN's mask head and loss, forward and backward: masks of one class against those of all."""
-    yield from compare(context, "maskrcnn_mask_head", mask_head_variants(context), count=True)
+    variants = mask_head_variants(context)
+    work = count_work(variants[0].run, variants[0].images)
+    yield from context.compare("maskrcnn_mask_head", *variants, work=work)
 
 
-def mask_head_variants(context: BenchContext) -> VariantPair:
+def mask_head_variants(context: BenchContext) -> list[Variant]:
     """Return the mask head with its loss. Each variant returns the loss and the gradient of the regions."""
     config = load_config(context)
     num_regions = config.batch_size * MASK_REGIONS
@@ -302,12 +292,6 @@ def mask_head_variants(context: BenchContext) -> VariantPair:
         ("all classes", lambda: train(all_classes, torchvision, regions)),
         lambda: train(all_classes, tuned, channels_last),
     )
-
-
-def compare(context: BenchContext, part: str, variants: VariantPair, *, count: bool = False) -> Iterator[Result]:
-    """Time a stage of the step against its baselines. count: count its work, if its operations allow it."""
-    work = count_work(variants.optimized.run, variants.optimized.images) if count else None
-    yield from context.compare(part, variants.optimized, *variants.baselines, work=work)
 
 
 def with_autocast(context: BenchContext, run: Callable[[], object]) -> Callable[[], object]:

@@ -36,7 +36,7 @@ def context(tmp_path_factory):
 def test_steps_have_the_same_losses_at_every_repetition(context):
     flags = ("--variant", "torchvision", "--backbone", "resnet18", "--precision", "fp32", "--rpn-post-nms-top-n", "200")
     config = parts.load_config(context, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
-    optimized, (torchvision,) = parts.step_variants(context, config)
+    optimized, torchvision = parts.step_variants(context, config)
     first = optimized.run()
     assert first.shape == (len(baseline.LOSSES),)
     assert torch.isfinite(first).all()
@@ -48,7 +48,7 @@ def test_steps_have_the_same_losses_at_every_repetition(context):
 
 def test_backbones_have_the_same_features(context):
     config = parts.load_config(context, "--variant", "torchvision", "--backbone", "resnet18")
-    optimized, baselines = parts.backbone_variants(context, config)
+    optimized, *baselines = parts.backbone_variants(context, config)
     features = optimized.run()
     assert [level.shape[1] for level in features] == [256] * 5
     for variant in baselines:
@@ -57,14 +57,14 @@ def test_backbones_have_the_same_features(context):
 
 
 def test_roi_align_has_the_same_regions_and_gradient(context):
-    optimized, (torchvision,) = parts.roi_align_variants(context, BOX_POOL_SIZE, 24)
+    optimized, torchvision = parts.roi_align_variants(context, BOX_POOL_SIZE, 24)
     for actual, expected in zip(optimized.run(), torchvision.run(), strict=True):
         assert actual.abs().sum() > 0
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_proposals_are_the_same(context):
-    optimized, (torchvision,) = parts.proposal_variants(context)
+    optimized, torchvision = parts.proposal_variants(context)
     actual = optimized.run()
     assert len(actual) > 50
     torch.testing.assert_close(actual, torchvision.run(), rtol=1e-4, atol=1e-2)
@@ -72,7 +72,7 @@ def test_proposals_are_the_same(context):
 
 def test_mask_loss_of_one_class_equals_that_among_all_classes(context, monkeypatch):
     monkeypatch.setattr(parts, "MASK_REGIONS", 3)
-    optimized, baselines = parts.mask_head_variants(context)
+    optimized, *baselines = parts.mask_head_variants(context)
     loss, gradient = optimized.run()
     for variant in baselines:
         baseline_loss, baseline_gradient = variant.run()
@@ -84,7 +84,7 @@ def test_mask_loss_of_one_class_equals_that_among_all_classes(context, monkeypat
 def test_pasted_masks_have_the_same_pixels(context, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 15)
     scenes = evaluation.make_scenes(context.gt_split(3, segmentations=True), seed=1)
-    optimized, (torchvision,) = evaluation.paste_variants(scenes, CPU)
+    optimized, torchvision = evaluation.paste_variants(scenes, CPU)
     actual = optimized.run()
     assert actual == torchvision.run()
     assert [len(image_masks) for image_masks in actual] == [15] * 3
@@ -92,7 +92,7 @@ def test_pasted_masks_have_the_same_pixels(context, monkeypatch):
 
 def test_evaluations_have_the_same_metrics(context, monkeypatch):
     monkeypatch.setattr(evaluation, "DETECTIONS_PER_IMAGE", 20)
-    optimized, (torchvision,) = evaluation.evaluation_variants(context)
+    optimized, torchvision = evaluation.evaluation_variants(context)
     metrics = optimized.run()
     assert metrics == pytest.approx(torchvision.run(), abs=1e-9)
     assert set(metrics) == {*COCO_STATS, *(f"mask_{name}" for name in COCO_STATS)}
