@@ -256,7 +256,7 @@ def test_uncommitted_code_is_not_recorded(argv, monkeypatch, capsys):
     [
         (["stepp"], "Did you mean step?"),
         (["decode", "--photos", "nowhere"], "nowhere"),
-        (["decode", "--photos", "docs"], "docs"),
+        (["decode", "--photos", "ssd"], "--photos ssd: no .jpg file"),
         (["--device", "abacus"], "abacus"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--seed", "-1"], "--seed -1"),
