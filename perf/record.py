@@ -52,9 +52,11 @@ def main(argv: list[str], results: Path = RESULTS) -> int:
 
 
 def summarize(log: Path) -> dict[str, Any]:
-    """Return commit, times and accuracy of a run from its MLPerf log."""
+    """Return commit, times and accuracy of a run from its MLPerf log. Raises InputError if the log names no commit."""
     events = read(log)
     last = {event.key: event for event in events}
+    if "commit" not in last:
+        raise InputError(f"{log}: names no commit. Only runs of this program can be recorded.")
     start_ms = last["run_start"].time_ms
     starts, stops = ([e.time_ms for e in events if e.key == key] for key in ("epoch_start", "epoch_stop"))
     # The last epoch of an interrupted run has no end.

@@ -73,4 +73,5 @@ def test_a_record_contains_the_commit_of_its_run(tmp_path):
 
     logged = write_run(tmp_path / "a.txt", commit={"value": COMMIT, "dirty": True})
     assert summarize(logged)["commit"] == f"{COMMIT}-dirty"
-    assert "commit" not in summarize(write_run(tmp_path / "b.txt"))
+    with pytest.raises(InputError, match="names no commit"):
+        summarize(write_run(tmp_path / "b.txt"))

@@ -47,6 +47,8 @@ def test_texts_avoid_banned_idioms():
         for name in texts
         if name not in ("tests/test_language.py", "CONTRIBUTING.md")
         for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1)
-        if re.search("|".join(BANNED_IN_DOCUMENTS if name.endswith(".md") else BANNED), line)
+        if re.search("|".join(BANNED), line)
+        # Code spans quote the commands of other programs.
+        or (name.endswith(".md") and re.search("|".join(BANNED_IN_DOCUMENTS), re.sub("`.*?`", "", line)))
     ]
     assert not hits

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import commands
 from detection.engine import throughput, train_loop
 from detection.evaluation.coco_metric import COCO_STATS
 from detection.synthetic import toy
-from ssd import checkpoint_names, preflight, train
+from ssd import checkpoint_names, train
 from ssd.model import SSD300
 from torchrun import launch
 
@@ -58,7 +60,7 @@ def test_public_checkpoint_evaluates_to_the_metrics_of_its_detections(
     torch.save({"model": checkpoint_names.to_reference(state)}, tmp_path / "reference.pt")
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--weights", str(tmp_path / "reference.pt"), "--summary-json", str(summary))
-    assert preflight.main(flags) == 0
+    assert commands.ssd("preflight", *flags) == 0
     assert capsys.readouterr().out.splitlines()[2] == "evaluate"
     assert train.main(list(flags)) == 0
     shown = capsys.readouterr().out
@@ -129,7 +131,7 @@ def test_throughput_modes_time_the_steps_of_the_training_loop(environment, tmp_p
 def test_synthetic_input_needs_no_data_set(environment, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
     flags = [*BENCHMARK, "--mode", "bench-infer", "--benchmark-input", "synthetic", "--dataset", "coco2017"]
-    assert preflight.main(flags) == 0
+    assert commands.ssd("preflight", *flags) == 0
     assert "no data set is read" in capsys.readouterr().err
     assert train.main(flags) == 0
     assert "real input" not in capsys.readouterr().out
@@ -154,8 +156,9 @@ def test_two_ranks_measure_jointly(environment, tmp_path, mode):
 
 def test_weights_of_another_network_are_rejected_before_the_timer_starts(environment, state, tmp_path, capsys):
     torch.save(state, tmp_path / "four.pt")
-    for main in (preflight.main, train.main):
-        assert main(["--mode", "evaluate", "--weights", str(tmp_path / "four.pt"), "--network", "ssd300-r50"]) == 2
+    flags = ["--mode", "evaluate", "--weights", str(tmp_path / "four.pt"), "--network", "ssd300-r50"]
+    for main in (partial(commands.ssd, "preflight"), lambda *words: train.main(list(words))):
+        assert main(*flags) == 2
         shown = capsys.readouterr()
         assert shown.err.count("error:") == 1
         assert "Pass --network ssd300-r34 --backbone resnet18 --num-classes 4" in shown.err
