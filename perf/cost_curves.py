@@ -42,7 +42,7 @@ from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext
 from detection.synthetic.coco_scenes import TRAIN_IMAGES
-from perf.machine import ROOT, machine, measure_load, process_mib, select_out
+from perf.machine import ROOT, LoadMeter, machine, process_mib, select_out
 from perf.page import markdown, split_at_marker, update_table
 from perf.photos import synthesize_gt, synthesize_photos
 from perf.ssd.predictions import make_rows
@@ -59,6 +59,7 @@ PEAK_RESET = Path("/proc/self/clear_refs")
 NUM_CLASSES = 81  # COCO's categories and the background
 NUM_PHOTOS = 64  # different ones, which data sets repeat
 LOADED_BATCHES, LOADED_BATCH_SIZE = 40, 16
+FITTED = ("time, ms", "memory, MiB")  # measures that may follow a power law
 FITTED_POINTS = 3  # at the upper end, where fixed costs matter least
 
 Values = dict[str, float]
@@ -101,7 +102,7 @@ def measure_axes(arguments: argparse.Namespace) -> None:
         raise InputError(f"--rounds {arguments.rounds}: should be at least 1.")
     if not PEAK_RESET.exists():
         raise InputError(f"{PEAK_RESET}: missing, but needed to measure peak memory. Use Linux.")
-    host, load = machine(), measure_load()
+    host = machine()
     out = select_out(arguments.out, RECORDS, host["commit"], allow_dirty=arguments.allow_dirty)
     out = out / RECORDS.name if out.is_dir() else out
     names = arguments.names or list(AXES)
@@ -110,8 +111,16 @@ def measure_axes(arguments: argparse.Namespace) -> None:
     records = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="cost-curves-") as folder:
         for name in names:
-            metadata = {"machine": host, "load": load, "date": f"{datetime.now(UTC):%Y-%m-%d}", "n": arguments.rounds}
-            records[name] = metadata | measure(AXES[name], Path(folder), arguments.rounds)
+            load_meter = LoadMeter()
+            columns = measure(AXES[name], Path(folder), arguments.rounds)
+            records[name] = {
+                "machine": host,
+                "load": load_meter.read(),
+                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+                "n": arguments.rounds,
+                "title": AXES[name].title,
+                "columns": columns,
+            }
             out.write_text(json.dumps(records, indent=1) + "\n")
             print(f"\n{format_record(records[name])}", flush=True)
             if arguments.page:
@@ -125,11 +134,10 @@ def measure(axis: Axis, folder: Path, rounds: int) -> dict[str, Any]:
     for curve, amount in tqdm(points * rounds, unit="point", disable=None, leave=False):
         for name, value in run_in_subprocess(axis.curves[curve], amount, folder).items():
             samples.setdefault(f"{curve}: {name}", {}).setdefault(amount, []).append(value)
-    columns = {
+    return {
         column: {amount: asdict(quartiles(values)) for amount, values in by_amount.items()}
         for column, by_amount in samples.items()
     }
-    return {"title": axis.title, "columns": columns}
 
 
 def format_record(record: dict[str, Any]) -> str:
@@ -142,7 +150,9 @@ def format_record(record: dict[str, Any]) -> str:
     for amount in amounts:
         points = [{int(key): point for key, point in column.items()}.get(amount) for column in columns.values()]
         rows.append((f"{amount:,}", *(format_point(point) if point else "" for point in points)))
-    rows.append(("scaling exponent", *(format_exponent(column) for column in columns.values())))
+    exponents = [format_exponent(column) if name.endswith(FITTED) else "" for name, column in columns.items()]
+    if any(exponents):
+        rows.append(("scaling exponent", *exponents))
     return f"{markdown(rows)}\n\n{caption(record)}"
 
 

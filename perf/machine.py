@@ -19,7 +19,6 @@ PACKAGES = ("torch", "torchvision", "torchcodec", "numpy", "pillow", "pycocotool
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915")  # kernel modules of accelerators
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "perf" / "results"
-LOAD_INTERVAL_S = 0.5
 IDLE_PERCENT = 10  # of one core that other processes may use
 
 
@@ -38,17 +37,25 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def measure_load() -> dict[str, Any]:
-    """Return the load average of the last minute, and the CPU use of other processes in percent of one core."""
-    start_s, busy_s, own_s = time.perf_counter(), busy_cpu_s(), time.process_time()
-    time.sleep(LOAD_INTERVAL_S)
-    others_s = busy_cpu_s() - busy_s - (time.process_time() - own_s)
-    percent = max(0.0, 100 * others_s / (time.perf_counter() - start_s))
-    return {
-        "load_1min": round(os.getloadavg()[0], 2),
-        "other_cpu_percent": round(percent),
-        "is_idle": percent <= IDLE_PERCENT,
-    }
+class LoadMeter:
+    """Load of the machine: the load average at the start, and the CPU use of other processes since."""
+
+    def __init__(self) -> None:
+        self.load_1min = os.getloadavg()[0]
+        self.start_s, self.start_busy_s, self.start_own_s = time.perf_counter(), busy_cpu_s(), own_cpu_s()
+
+    def read(self, own_s: float | None = None) -> dict[str, Any]:
+        """Return the load so far. own_s: CPU time of the measured processes, by default this one and its children."""
+        own_s = own_cpu_s() - self.start_own_s if own_s is None else own_s
+        other_s = busy_cpu_s() - self.start_busy_s - own_s
+        percent = max(0.0, 100 * other_s / (time.perf_counter() - self.start_s))
+        load = {"load_1min": round(self.load_1min, 2), "other_cpu_percent": round(percent)}
+        return load | {"is_idle": percent <= IDLE_PERCENT}
+
+
+def own_cpu_s() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def busy_cpu_s() -> float:

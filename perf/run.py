@@ -29,7 +29,7 @@ from detection.config.settings import InputError
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
 from perf import table
 from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, bench_size, num_cores
-from perf.machine import RESULTS, machine, measure_load, select_out
+from perf.machine import RESULTS, LoadMeter, machine, select_out
 from perf.maskrcnn import evaluation as maskrcnn_evaluation
 from perf.maskrcnn import training as maskrcnn_training
 from perf.photos import open_photos
@@ -134,10 +134,10 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
     names = select_parts(arguments, on_cpu=on_cpu)
     metadata = machine(context.device)
     out = select_out(arguments.out, RESULTS, metadata["commit"], allow_dirty=arguments.allow_dirty)
-    path, load = result_path(out, context, metadata["commit"]), measure_load()
+    path, load_meter = result_path(out, context, metadata["commit"]), LoadMeter()
     content: dict[str, Any] = {
         "machine": metadata,
-        "load": load,
+        "load": {},
         "precision": context.precision.name,
         "seed": context.seed,
         "size": asdict(context.size),
@@ -147,8 +147,6 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
         "results": [],
     }
     print(f"{metadata['hardware']} ({metadata['processor']}), {context.precision.name}: {', '.join(names)}", flush=True)
-    if not load["is_idle"]:
-        print(f"note: other processes use {load['other_cpu_percent']}% of a core, which affects all times", flush=True)
     results: list[Result] = []
     for name in names:
         start_s = time.perf_counter()
@@ -158,6 +156,7 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
         results += part_results
         content["results"] += [asdict(result) for result in part_results]
         content["seconds"][name] = round(time.perf_counter() - start_s, 1)
+        content["load"] = load = load_meter.read()
         print(f"\n{table.format_results(part_results)}", flush=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.profile:
@@ -165,6 +164,8 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
             content["top_ops"][name] = [operation._asdict() for operation in operations]
             print(f"\ntop operations of {name}\n{table.format_operations(operations)}")
         path.write_text(json.dumps(content, indent=1) + "\n")
+    if not load["is_idle"]:
+        print(f"\nnote: other processes used {load['other_cpu_percent']}% of a core, which affects all times")
     print(f"\nwrote {path} after {sum(content['seconds'].values()):.0f} s")
     if not arguments.check:
         return 0

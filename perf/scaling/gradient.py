@@ -33,7 +33,7 @@ from detection.engine.initialization import build_state
 from detection.engine.state import TrainState
 from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext, init_process_group
-from perf.machine import machine, measure_load
+from perf.machine import LoadMeter, machine, own_cpu_s
 from perf.table import align, caption
 from perf.timing import Variant, quartiles, time_calls
 from ssd.config import Config
@@ -64,9 +64,10 @@ def main(argv: list[str]) -> int:
         config = Config(batch_size=arguments.batch_size, seed=0, compile="off")
         device = select_device("auto", rank_info.local_rank)
         with init_process_group(rank_info, device, timeout_s=600, force=True) as ranks:
-            ranks.barrier()  # all ranks have started, so that the load is that of other processes
-            load = measure_load()
+            load_meter, start_s = LoadMeter(), own_cpu_s()
             results = measure(config, ranks, arguments.rounds)
+            all_ranks_s = ranks.world_size * ranks.all_reduce_mean(torch.tensor([own_cpu_s() - start_s], device=device))
+            load = load_meter.read(all_ranks_s.item())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

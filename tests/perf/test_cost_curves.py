@@ -27,7 +27,7 @@ def in_one_process(monkeypatch):
 def clean_idle_machine(monkeypatch):
     machine = {"hardware": "cpu", "processor": "x", "versions": {"torch": "2.9"}, "commit": "abc1234"}
     monkeypatch.setattr(cost_curves, "machine", lambda: machine)
-    monkeypatch.setattr(cost_curves, "measure_load", lambda: {"load_1min": 0.1, "is_idle": True})
+    monkeypatch.setattr(cost_curves.LoadMeter, "read", lambda _: {"load_1min": 0.1, "is_idle": True})
 
 
 def test_exponent_is_fitted_to_the_upper_end():
@@ -90,7 +90,7 @@ def test_table_omits_times_of_a_loaded_machine(tmp_path, in_one_process, clean_i
     out = tmp_path / "curves.json"
     values = {"time, ms": 1.0, "rate, img/s": 2.0, "memory, MiB": 3.0}
     monkeypatch.setitem(AXES, "batch", Axis("images", (1,), {"step": lambda *_: values}))
-    monkeypatch.setattr(cost_curves, "measure_load", lambda: {"load_1min": 7.5, "is_idle": False})
+    monkeypatch.setattr(cost_curves.LoadMeter, "read", lambda _: {"load_1min": 7.5, "is_idle": False})
     assert cost_curves.main(["batch", "--out", str(out)]) == 0
     table = cost_curves.format_record(json.loads(out.read_text())["batch"])
     assert "memory, MiB" in table

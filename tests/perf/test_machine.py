@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 from detection.config.settings import InputError
 from git_repository import git
 from perf import machine, record
-from perf.machine import measure_load, select_out, source_commit
+from perf.machine import LoadMeter, select_out, source_commit
 
 
 @pytest.fixture
@@ -54,13 +55,17 @@ def test_results_of_uncommitted_code_stay_out_of_the_repository(repository, comm
         select_out(results / "x.json", results, commit, allow_dirty=True)
 
 
-def test_load_includes_other_processes():
+def test_load_is_that_of_processes_which_are_not_measured():
+    meter = LoadMeter()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinner:
-        load = measure_load()
+        time.sleep(1)
+        load = meter.read()
         spinner.kill()
     assert load["other_cpu_percent"] > 20
     assert not load["is_idle"]
     assert load["load_1min"] >= 0
+    # Once a child has ended, its CPU time is that of the measured program.
+    assert meter.read()["other_cpu_percent"] < load["other_cpu_percent"]
 
 
 def write_run(folder, dirty):
