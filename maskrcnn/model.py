@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
+from detection.nn import box_coder, matcher
 from detection.runtime.device import device_constant
-from maskrcnn import box_coder, masks, matcher, rpn
+from maskrcnn import masks, rpn
 from maskrcnn.anchors import STRIDES_PX
 from maskrcnn.backbone import ResNetFPN, normalize
 from maskrcnn.config import Config

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 
-from maskrcnn import box_coder
+from detection.nn import box_coder
 from maskrcnn.config import Config
 from maskrcnn.roi_align import Rois
 

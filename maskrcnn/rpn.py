@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
-from maskrcnn import box_coder, matcher
+from detection.nn import box_coder, matcher
 from maskrcnn.anchors import RATIOS, grid_hw, make_anchors
 from maskrcnn.backbone import NUM_CHANNELS
 from maskrcnn.config import Config

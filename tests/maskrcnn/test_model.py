@@ -12,10 +12,12 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from detection.config.settings import InputError
 from detection.engine.optim import freeze_batch_norm
+from detection.nn import box_coder, matcher
+from detection.nn.resnet import conv_frozen_bn
 from detection.runtime import device
-from maskrcnn import box_coder, masks, matcher, rpn, weights
+from maskrcnn import masks, rpn, weights
 from maskrcnn.anchors import STRIDES_PX, make_anchors
-from maskrcnn.backbone import ResNetFPN, conv_frozen_bn, normalize
+from maskrcnn.backbone import ResNetFPN, normalize
 from maskrcnn.config import TORCHVISION_PRESET, load
 from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
 from maskrcnn.roi_align import Rois, roi_align

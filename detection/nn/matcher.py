@@ -7,7 +7,7 @@ number of ranks nor a resume changes it. B images, G ground-truth boxes, N ancho
 import torch
 from torch import Tensor
 
-from maskrcnn.box_coder import pairwise_iou
+from detection.nn.box_coder import pairwise_iou
 
 IGNORED = -1
 

@@ -1,0 +1,1 @@
+"""Parts of networks that workloads share: box coder, matcher and residual blocks."""
