@@ -22,8 +22,8 @@ TORCHVISION_PRESET = {
     "batch_norm_eps": "1e-5",
     "legacy_boxes": "false",
     "drop_straddling": "false",
+    "rpn_post_nms_top_n_per_image": "2000",
     "proposals_per_batch": "false",
-    "rpn_pre_nms_top_n_eval": "1000",
     "box_smooth_l1_beta": "0.1111111111111111",
     "mask_targets": "roi-align",
     "weight_decay_on_bias_and_norm": "true",
@@ -115,14 +115,20 @@ class Config(RunConfig):
         2000, ge=1, unit="per level", formerly="rpn_before_nms", help="proposals before NMS, in training"
     )
     rpn_pre_nms_top_n_eval: int = setting(
-        2000, ge=1, unit="per level", formerly="rpn_before_nms_eval", help="proposals before NMS, in evaluation"
+        1000, ge=1, unit="per level", formerly="rpn_before_nms_eval", help="proposals before NMS, in evaluation"
     )
-    rpn_post_nms_top_n: int = setting(2000, ge=1, formerly="rpn_after_nms", help="proposals after NMS, in training")
+    rpn_post_nms_top_n_per_image: int = setting(
+        1000,
+        ge=1,
+        unit="per image",
+        formerly="rpn_after_nms rpn_post_nms_top_n",
+        help="proposals after NMS, in training (MLPerf: 1000)",
+    )
     rpn_post_nms_top_n_eval: int = setting(
         1000, ge=1, unit="per image", formerly="rpn_after_nms_eval", help="proposals after NMS, in evaluation"
     )
     proposals_per_batch: bool = setting(
-        True, help="apply rpn_post_nms_top_n to a rank's whole batch, not to each image"
+        True, help="keep the best proposals of a rank's whole batch, as many as for its images; no: of each image"
     )
     rpn_nms_threshold: float = setting(
         0.7, gt=0, le=1, unit="IoU", formerly="rpn_nms_iou", help="suppress proposals that overlap a better one by more"
@@ -214,7 +220,7 @@ class Config(RunConfig):
             "opt_learning_rate_warmup_factor": self.warmup_factor,
             "opt_learning_rate_decay_factor": self.lr_decay_factor,
             "opt_learning_rate_decay_steps": list(self.decay_steps(world_size)),
-            "num_image_candidates": self.rpn_post_nms_top_n,
+            "num_image_candidates": self.rpn_post_nms_top_n_per_image * self.batch_size,
             "min_image_size": self.min_image_size,
             "max_image_size": self.max_image_size,
         }

@@ -73,7 +73,9 @@ def generate_proposals(
     """
     legacy, batch = config.legacy_boxes, len(logits)
     pre_nms_top_n = config.rpn_pre_nms_top_n if training else config.rpn_pre_nms_top_n_eval
-    post_nms_top_n = config.rpn_post_nms_top_n if training else config.rpn_post_nms_top_n_eval
+    post_nms_top_n = config.rpn_post_nms_top_n_per_image if training else config.rpn_post_nms_top_n_eval
+    if training and config.proposals_per_batch:
+        post_nms_top_n *= config.batch_size // config.grad_accum_steps
     boxes, scores = [], []
     start = 0
     for rows, columns in grid_hw(*images.shape[2:]):
@@ -86,7 +88,8 @@ def generate_proposals(
         scores.append(best)
         start += count
     all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-    large = (box_coder.widths_heights(all_boxes, legacy=legacy) >= MIN_PROPOSAL_PX).all(dim=-1)
+    # A legacy box is never empty, and the reference has no minimum size.
+    large = (box_coder.widths_heights(all_boxes, legacy=legacy) >= (0 if legacy else MIN_PROPOSAL_PX)).all(dim=-1)
     # Dropping small boxes here would need their number on the host. Instead, they overlap no box and come last.
     all_boxes = all_boxes.masked_fill(~large[..., None], OUTSIDE_PX)
     all_scores = all_scores.masked_fill(~large, -math.inf)

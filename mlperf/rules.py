@@ -220,7 +220,12 @@ MASKRCNN = Rules(
             _is_scaled_60000_80000,
             depends_on="global_batch_size",
         ),
-        Constraint("num_image_candidates", "a multiple of 1000", _is_multiple_of(1000)),
+        Constraint(
+            "num_image_candidates",
+            "1000 per image of a rank's batch",
+            lambda candidates, batch_size: candidates == 1000 * batch_size,
+            depends_on="batch_size",
+        ),
         Constraint("min_image_size", "800 px", lambda pixels: pixels == 800),
         Constraint("max_image_size", "1333 px", lambda pixels: pixels == 1333),
         _ACCUMULATION,
@@ -246,7 +251,7 @@ MASKRCNN = Rules(
         "anchor_sizes": (32, 64, 128, 256, 512),
         "drop_straddling": True,
         "rpn_pre_nms_top_n": 2000,
-        "rpn_pre_nms_top_n_eval": 2000,
+        "rpn_pre_nms_top_n_eval": 1000,
         "rpn_post_nms_top_n_eval": 1000,
         "proposals_per_batch": True,
         "rpn_nms_threshold": 0.7,
@@ -262,7 +267,7 @@ MASKRCNN = Rules(
         "max_detections": 100,
         "skip_missing_images": False,
     },
-    constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n"},
+    constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image"},
     # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
     free=_FREE | {"bn_group", "variant", "group_by_aspect_ratio"},
     reference_points=(

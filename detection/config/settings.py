@@ -32,8 +32,9 @@ def setting(
     """Declare one field of a settings class.
 
     help: meaning and source of the value. unit: unit of the value. env: name of its environment variable if that is
-    not prefix + NAME. heading: starts a new section of `--help` at this field. formerly: earlier name, for the message
-    about an unknown setting. constraints: keywords of `pydantic.Field` (ge, le, gt, lt, pattern, min_length).
+    not prefix + NAME. heading: starts a new section of `--help` at this field. formerly: earlier names, separated by
+    spaces, for the message about an unknown setting. constraints: keywords of `pydantic.Field` (ge, le, gt, lt,
+    pattern, min_length).
     """
     metadata: dict[str, Any] = {"unit": unit, "env": env, "heading": heading, "formerly": formerly}
     return Field(default, description=help, json_schema_extra=metadata, **constraints)
@@ -266,7 +267,7 @@ def _build_parser(cls: type, prefix: str, environ: Mapping[str, str]) -> _Parser
 
 
 def _former_names(fields: Mapping[str, FieldInfo]) -> dict[str, str]:
-    return {_metadata(field)["formerly"]: name for name, field in fields.items() if _metadata(field)["formerly"]}
+    return {former: name for name, field in fields.items() for former in _metadata(field)["formerly"].split()}
 
 
 def _read_flags(

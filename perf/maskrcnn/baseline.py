@@ -77,7 +77,7 @@ def make_model(config: Config) -> Any:
         backbone,
         config.num_classes,
         rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n,
-        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n,
+        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_per_image,
         rpn_batch_size_per_image=config.rpn_batch_size_per_image,
         box_batch_size_per_image=config.box_batch_size_per_image,
         _skip_resize=True,

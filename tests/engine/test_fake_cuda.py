@@ -28,7 +28,16 @@ pytestmark = pytest.mark.skipif(
 
 RANKS = DistContext(rank=0, world_size=1, device=CUDA)
 COMMON = ("--num-classes", "5", "--batch-size", "2", "--eval-batch-size", "2", "--compile", "off")
-SMALL = ("--backbone", "resnet18", "--min-image-size", "96", "--max-image-size", "128", "--rpn-post-nms-top-n", "50")
+SMALL = (
+    "--backbone",
+    "resnet18",
+    "--min-image-size",
+    "96",
+    "--max-image-size",
+    "128",
+    "--rpn-post-nms-top-n-per-image",
+    "25",
+)
 
 
 def ssd_workload(*flags):

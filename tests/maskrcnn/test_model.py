@@ -24,7 +24,7 @@ from maskrcnn.roi_align import Rois, roi_align
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 128, 192  # multiples of 64: at other sizes, torchvision's anchors of P6 have another stride
-SMALL = ("--backbone", "resnet18", "--freeze-at", "0", "--rpn-post-nms-top-n", "100")
+SMALL = ("--backbone", "resnet18", "--freeze-at", "0", "--rpn-post-nms-top-n-per-image", "25")
 SMALL += ("--box-batch-size-per-image", "32")
 ALL = "100000"  # more samples than anchors, so that sampling takes all
 TORCHVISION = ("--variant", "torchvision", "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
@@ -338,15 +338,38 @@ def test_proposals_can_be_limited_per_batch():
     deltas = torch.zeros(2, len(anchors), 4)
     images, sizes_hw = torch.zeros(2, 3, 64, 64), torch.full((2, 2), 64)
 
-    def count_proposals(*flags):
-        config = make_config("--no-legacy-boxes", "--rpn-post-nms-top-n", "30", *flags)
-        proposals = rpn.generate_proposals(logits, deltas, anchors, images, sizes_hw, config, training=True)
+    def count_proposals(*flags, training=True):
+        flags = ("--no-legacy-boxes", "--rpn-post-nms-top-n-per-image", "30", "--rpn-post-nms-top-n-eval", "20", *flags)
+        config = make_config(*flags)
+        proposals = rpn.generate_proposals(logits, deltas, anchors, images, sizes_hw, config, training=training)
         return proposals.valid.sum(dim=1).tolist()
 
     assert count_proposals("--no-proposals-per-batch") == [30, 30]
-    first, second = count_proposals("--proposals-per-batch")
-    assert first + second == 30
-    assert first > 25
+    for flags in (("--batch-size", "2"), ("--batch-size", "6", "--grad-accum-steps", "3")):
+        first, second = count_proposals(*flags)
+        assert first + second == 60
+        assert first > 50
+    # The last batch of an epoch, with fewer images, keeps as many as a full one.
+    assert sum(count_proposals("--batch-size", "3")) == 90
+    assert count_proposals("--batch-size", "2", training=False) == [20, 20]
+
+
+def test_legacy_proposals_have_no_minimum_size():
+    anchors = make_anchors(64, 64, CPU, legacy=True)
+    deltas = torch.zeros(1, len(anchors), 4)
+    deltas[..., 2:] = -20  # of log(width) and log(height)
+    logits = torch.randn(1, len(anchors), generator=torch.Generator().manual_seed(9))
+    for legacy in (True, False):
+        config = make_config("--legacy-boxes" if legacy else "--no-legacy-boxes", "--batch-size", "1")
+        proposals = rpn.generate_proposals(
+            logits, deltas, anchors, torch.zeros(1, 3, 64, 64), torch.full((1, 2), 64), config, training=True
+        )
+        assert proposals.valid.any() == legacy
+
+
+@pytest.mark.parametrize(("flags", "candidates"), [((), 4000), (("--batch-size", "12"), 12000)])
+def test_number_of_candidates_follows_the_batch_of_a_rank(flags, candidates):
+    assert load(list(flags), {}).config.hyperparameters(8)["num_image_candidates"] == candidates
 
 
 def test_straddling_anchors_can_be_ignored():

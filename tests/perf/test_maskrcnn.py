@@ -34,7 +34,16 @@ def context(tmp_path_factory):
 
 
 def test_steps_have_the_same_losses_at_every_repetition(context):
-    flags = ("--variant", "torchvision", "--backbone", "resnet18", "--precision", "fp32", "--rpn-post-nms-top-n", "200")
+    flags = (
+        "--variant",
+        "torchvision",
+        "--backbone",
+        "resnet18",
+        "--precision",
+        "fp32",
+        "--rpn-post-nms-top-n-per-image",
+        "200",
+    )
     config = parts.load_config(context, *flags, "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
     optimized, torchvision = parts.step_variants(context, config)
     first = optimized.run()

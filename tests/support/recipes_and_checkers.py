@@ -35,6 +35,7 @@ A100 = {
     "opt_learning_rate_warmup_factor": 0.000192,
     "opt_learning_rate_decay_factor": 0.1,
     "opt_learning_rate_decay_steps": (12000, 16000),
+    "batch_size": 6,
     "num_image_candidates": 6000,
     "min_image_size": 800,
     "max_image_size": 1333,

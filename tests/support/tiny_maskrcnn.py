@@ -7,7 +7,7 @@ SMALL = {
     "BATCH_NORM_EPS": "1e-5",
     "MIN_IMAGE_SIZE": "96",
     "MAX_IMAGE_SIZE": "128",
-    "RPN_POST_NMS_TOP_N": "50",
+    "RPN_POST_NMS_TOP_N_PER_IMAGE": "25",
     "RPN_POST_NMS_TOP_N_EVAL": "20",
     "BOX_BATCH_SIZE_PER_IMAGE": "16",
     "BATCH_SIZE": "2",
