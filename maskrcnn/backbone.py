@@ -1,21 +1,12 @@
-"""Backbone: a ResNet with frozen batch norm and a feature pyramid network.
-
-Modules and their names are torchvision's, so that its weights load. B images, H and W of the padded images.
-"""
+"""Backbone and its input. B images, H and W of the padded images."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.ops import FeaturePyramidNetwork
+from torch import Tensor
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detection.nn.resnet import conv_frozen_bn, residual_forward
+from detection.nn.resnet_fpn import STAGES, ResNetFPN
 from detection.runtime.device import device_constant
 from maskrcnn.config import Config, InputFormat
-
-NUM_CHANNELS = 256  # of each level of the pyramid
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 # Mean and standard deviation of ImageNet, 0 to 255, in channel order.
 PIXEL_MEAN_STD = {
@@ -33,34 +24,13 @@ def normalize(images: Tensor, sizes_hw: Tensor, input_format: InputFormat) -> Te
     return images * is_image[:, None]
 
 
-class ResNetFPN(nn.Module):
-    """torchvision's ResNet and feature pyramid: images to the five levels P2 to P6."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        body = getattr(resnet, config.backbone)(weights=None)
-        widths = [
-            getattr(body, stage)[-1].conv2.out_channels * type(getattr(body, stage)[-1]).expansion for stage in STAGES
-        ]
-        del body.fc, body.avgpool
-        self.body = body
-        self.fpn = FeaturePyramidNetwork(widths, NUM_CHANNELS, extra_blocks=LastLevelMaxPool())
-        for module in body.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps = config.batch_norm_eps
-            elif isinstance(module, resnet.Bottleneck) and config.stride_in_1x1:
-                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        if config.freeze_at:
-            for frozen in (body.conv1, body.bn1, *(getattr(body, stage) for stage in STAGES[: config.freeze_at])):
-                frozen.requires_grad_(False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return P2 to P6, each (B, 256, h, w), of normalized images (B, 3, H, W)."""
-        x = F.relu(conv_frozen_bn(images, self.body.conv1, self.body.bn1))
-        x = self.body.maxpool(x)
-        levels = {}
-        for stage in STAGES:
-            for module in getattr(self.body, stage):
-                x = residual_forward(x, module)
-            levels[stage] = x
-        return list(self.fpn(levels).values())
+def make_backbone(config: Config) -> ResNetFPN:
+    """Build the backbone: images to the five levels P2 to P6."""
+    return ResNetFPN(
+        config.backbone,
+        STAGES,
+        LastLevelMaxPool(),
+        freeze_at=config.freeze_at,
+        batch_norm_eps=config.batch_norm_eps,
+        stride_in_1x1=config.stride_in_1x1,
+    )

@@ -14,7 +14,7 @@ from detection.nn import box_coder, matcher
 from detection.runtime.device import device_constant
 from maskrcnn import masks, rpn
 from maskrcnn.anchors import STRIDES_PX
-from maskrcnn.backbone import ResNetFPN, normalize
+from maskrcnn.backbone import make_backbone, normalize
 from maskrcnn.config import Config
 from maskrcnn.postprocess import Detections, select_detections
 from maskrcnn.roi_align import Rois, roi_align
@@ -46,7 +46,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.backbone = ResNetFPN(config)
+        self.backbone = make_backbone(config)
         self.rpn = RPN(config)
         self.box_head = BoxHead(config.num_classes)
         self.mask_head = MaskHead(config.num_classes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from maskrcnn.backbone import NUM_CHANNELS
+from detection.nn.resnet_fpn import NUM_CHANNELS
 
 BOX_POOL_SIZE, MASK_POOL_SIZE = 7, 14
 MASK_SIZE = 2 * MASK_POOL_SIZE

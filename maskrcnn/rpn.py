@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from detection.nn import box_coder, matcher
+from detection.nn.resnet_fpn import NUM_CHANNELS
 from maskrcnn.anchors import RATIOS, grid_hw, make_anchors
-from maskrcnn.backbone import NUM_CHANNELS
 from maskrcnn.config import Config
 from maskrcnn.postprocess import grouped_nms, stack_padded
 

@@ -1,1 +1,1 @@
-"""Parts of networks that workloads share: box coder, matcher and residual blocks."""
+"""Parts of networks that workloads share: box coder, matcher, residual blocks and feature pyramid."""

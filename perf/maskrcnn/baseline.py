@@ -23,8 +23,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection.data.rle import CocoRle
 from detection.evaluation.coco_metric import CocoMaskMetric
+from detection.nn.resnet_fpn import STAGES
 from maskrcnn import masks
-from maskrcnn.backbone import STAGES
 from maskrcnn.config import Config
 from maskrcnn.data import Batch
 from maskrcnn.evaluator import CocoDetections, box_and_mask_metrics, concat

@@ -26,11 +26,11 @@ from detection.engine import train_loop
 from detection.engine.initialization import build_state
 from detection.engine.optim import freeze_batch_norm
 from detection.nn import box_coder
+from detection.nn.resnet_fpn import NUM_CHANNELS
 from detection.runtime.device import should_compile
 from detection.synthetic import coco_scenes
 from maskrcnn import rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
-from maskrcnn.backbone import NUM_CHANNELS
 from maskrcnn.config import Config, load
 from maskrcnn.data import Batch, MaskRCNNTrainDataset, is_landscape
 from maskrcnn.evaluator import MaskRCNNEvaluator

@@ -17,7 +17,7 @@ from detection.nn.resnet import conv_frozen_bn
 from detection.runtime import device
 from maskrcnn import masks, rpn, weights
 from maskrcnn.anchors import STRIDES_PX, make_anchors
-from maskrcnn.backbone import ResNetFPN, normalize
+from maskrcnn.backbone import make_backbone, normalize
 from maskrcnn.config import TORCHVISION_PRESET, load
 from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
 from maskrcnn.roi_align import Rois, roi_align
@@ -394,7 +394,7 @@ def test_folded_batch_norm_is_exact():
 
 @pytest.mark.parametrize(("flag", "strides"), [("--stride-in-1x1", (2, 1)), ("--no-stride-in-1x1", (1, 2))])
 def test_stride_and_frozen_stages_follow_the_settings(flag, strides):
-    backbone = ResNetFPN(make_config("--freeze-at", "1", flag))
+    backbone = make_backbone(make_config("--freeze-at", "1", flag))
     first = backbone.body.layer2[0]
     assert (first.conv1.stride[0], first.conv2.stride[0]) == strides
     trainable = {
