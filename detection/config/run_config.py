@@ -73,7 +73,10 @@ class RunConfig:
     bn_group: int = setting(
         1, ge=0, le=65536, unit="ranks", help="group that shares batch norm statistics; must divide the ranks; 0: all"
     )
-    momentum: float = setting(0.9, ge=0, lt=1, help="SGD momentum (MLPerf: 0.9)")
+    optimizer: Literal["sgd", "adam", "adamw"] = setting(
+        "sgd", help="adamw: Adam with decoupled weight decay (MLPerf: sgd, and adam for RetinaNet)"
+    )
+    momentum: float = setting(0.9, ge=0, lt=1, help="momentum of SGD (MLPerf: 0.9)")
     weight_decay: float
     weight_decay_on_bias_and_norm: bool = setting(
         True, formerly="decay_biases", help="apply weight decay to biases and batch norm, too (MLPerf SSD: yes)"
@@ -269,6 +272,10 @@ class RunConfig:
             raise ValueError(f"--mode {self.mode} does not resume. Pass --weights FILE instead of --resume.")
         if self.mode != "train" and self.eval_before_training:
             raise ValueError(f"--eval-before-training requires --mode train, not {self.mode}.")
+        if self.optimizer != "sgd" and self.optimizer_backend != "torch":
+            raise ValueError(
+                f"--optimizer-backend {self.optimizer_backend} has only sgd. Pass torch for adam or adamw."
+            )
         if self.jpeg_decoder == "gpu" and self.image_cache == "host":
             raise ValueError("--jpeg-decoder gpu excludes --image-cache host. Pass --image-cache device or none.")
         return self

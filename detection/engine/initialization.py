@@ -29,8 +29,9 @@ def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext
         model.compile()
     return TrainState(
         model=ranks.wrap_ddp(model, config.gradient_dtype),
-        optimizer=optim.build_sgd(
+        optimizer=optim.build_optimizer(
             model,
+            name=config.optimizer,
             backend=config.optimizer_backend,
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedules."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -7,19 +8,28 @@ from torch import nn
 
 from detection.config.settings import InputError
 
+# With torch's default betas (0.9, 0.999) and epsilon (1e-8), as in MLPerf's RetinaNet.
+TORCH_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
-def build_sgd(
+
+def build_optimizer(
     model: nn.Module,
     *,
-    backend: str,
+    name: str = "sgd",
+    backend: str = "torch",
     momentum: float,
     weight_decay: float,
     weight_decay_on_bias_and_norm: bool = True,
     bias_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Build SGD over all trained parameters, with a learning rate of 0 until `set_learning_rate`.
+    """Build an optimizer over all trained parameters, with a learning rate of 0 until `set_learning_rate`.
 
-    backend: fused update of "torch" or of "apex", which compute the same. weight_decay_on_bias_and_norm: apply weight
+    name: one of `TORCH_OPTIMIZERS`. backend: fused update of "torch" or, for SGD, of "apex", which compute the same.
+    momentum: of SGD. weight_decay_on_bias_and_norm: apply weight
     decay to biases and batch norm, too. bias_lr_factor: factor on the learning rate of these. If either differs, they
     form their own parameter group. Raise InputError if apex is not installed. On devices without torch's fused kernel
     the update is not fused: slower, and equal up to rounding.
@@ -34,10 +44,12 @@ def build_sgd(
             {"params": biases, "weight_decay": decay, "lr_factor": bias_lr_factor},
         ]
     if backend == "torch":
-        fused = all(supports_fused_sgd(device) for device in {parameter.device for parameter in trained})
-        sgd = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
-        reset_optimizer_state(sgd)
-        return sgd
+        optimizer_class = TORCH_OPTIMIZERS[name]
+        arguments: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
+        fused = all(supports_fused(optimizer_class, device) for device in {parameter.device for parameter in trained})
+        optimizer = optimizer_class(parameters, lr=0.0, weight_decay=weight_decay, fused=fused, **arguments)
+        reset_optimizer_state(optimizer)
+        return optimizer
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
@@ -45,8 +57,8 @@ def build_sgd(
             f"--optimizer-backend apex: apex cannot be imported ({error}). "
             "Install it, or pass --optimizer-backend torch."
         ) from error
-    optimizer: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-    return optimizer
+    sgd: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+    return sgd
 
 
 def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -58,17 +70,17 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        if group.get("fused") and group["momentum"]:
+        if group.get("fused") and group.get("momentum"):
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def supports_fused_sgd(device: torch.device) -> bool:
+def supports_fused(optimizer_class: Callable[..., torch.optim.Optimizer], device: torch.device) -> bool:
     """Try torch's fused update on a device: torch lists every third-party device as supported."""
     parameter = nn.Parameter(torch.zeros(1, device=device))
     parameter.grad = torch.zeros_like(parameter)
     try:
-        torch.optim.SGD([parameter], lr=0.0, momentum=0.9, fused=True).step()
+        optimizer_class([parameter], lr=0.0, fused=True).step()
     except RuntimeError:  # includes NotImplementedError
         return False
     return True
@@ -83,6 +95,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def multistep_lr(
     step: int,
     epoch: int,
+    steps_per_epoch: int,
     *,
     peak: float,
     warmup_steps: int,
@@ -100,9 +113,22 @@ def multistep_lr(
     return rate * (warmup_start_factor * (1 - progress) + progress)
 
 
+def linear_warmup_lr(
+    step: int, epoch: int, steps_per_epoch: int, *, peak: float, warmup_epochs: float, warmup_start_factor: float
+) -> float:
+    """Return the learning rate of a step (from 0): linear warm-up over so many epochs, then constant.
+
+    Warm-up starts at peak·warmup_start_factor (MLPerf's RetinaNet).
+    """
+    warmup_steps = warmup_epochs * steps_per_epoch
+    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    return peak * (warmup_start_factor * (1 - progress) + progress)
+
+
 def mlperf_ssd_lr(
     step: int,
     epoch: int,
+    steps_per_epoch: int,
     *,
     peak: float,
     warmup_steps: int,

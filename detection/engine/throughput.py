@@ -38,7 +38,7 @@ def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[st
     set_train_mode(state.model, run.config)
 
     def step_fn(rank_batch: RankBatch[Any]) -> int:
-        lr = workload.lr_schedule(state.step, 1)
+        lr = workload.lr_schedule(state.step, 1, run.config.benchmark_steps)
         train_loop.train_step(state, rank_batch, lr, workload, run.config, run.ranks)
         return len(rank_batch.batch[0])
 

@@ -103,7 +103,7 @@ def train_epoch(state: TrainState, data: TrainSource[Batch], workload: Workload[
     with run.signals.deferred():
         mark_s = time.monotonic()
         for rank_batch in prefetch(data.train_batches(epoch, state.images_in_epoch), ranks.device):
-            lr = workload.lr_schedule(state.step, epoch)
+            lr = workload.lr_schedule(state.step, epoch, data.steps_per_epoch)
             loss = train_step(state, rank_batch, lr, workload, config, ranks)
             state.images_in_epoch += rank_batch.global_batch_size
             run.watchdog.heartbeat()

@@ -40,7 +40,7 @@ class Workload(Generic[Batch]):
     loss: loss terms (L,) of a batch on the device, each summed over the images. Training minimizes their sum.
     loss_names: names of the L terms.
     dummy_batch, dummy_eval_batch: batches of the real shapes, made without the data set.
-    lr_schedule: learning rate of a step (from 0) in an epoch (from 1).
+    lr_schedule: learning rate of a step (from 0) in an epoch (from 1) of so many steps.
     predict: detections of the model in an evaluation batch on the device.
     evaluate: metrics over the evaluation set, identical on every rank.
     targets: minimum value of each metric that ends the run.
@@ -55,7 +55,7 @@ class Workload(Generic[Batch]):
     dummy_eval_batch: Callable[[], Any]
     make_train_source: Callable[[], TrainSource[Batch]]
     make_eval_source: Callable[[], EvalSource]
-    lr_schedule: Callable[[int, int], float]
+    lr_schedule: Callable[[int, int, int], float]
     predict: Callable[[nn.Module, Any], object]
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
     targets: Mapping[str, float]

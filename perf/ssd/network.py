@@ -162,7 +162,7 @@ def network_step(context: BenchContext, sample: baseline.Sample) -> Callable[[],
     rank_batch: RankBatch[Any] = RankBatch(sample, batch_size, 1 / batch_size)
 
     def step() -> None:
-        lr = workload.lr_schedule(state.step, 1)
+        lr = workload.lr_schedule(state.step, 1, 1)
         train_loop.train_step(state, rank_batch, lr, prepared_workload, config, context.ranks)
 
     return with_precision(config.precision, context, step)
@@ -175,7 +175,7 @@ def full_step(context: BenchContext, config: Config) -> Callable[[], object]:
     rank_batch = RankBatch(batch, config.batch_size, 1 / config.batch_size)
 
     def step() -> None:
-        lr = workload.lr_schedule(state.step, 1)
+        lr = workload.lr_schedule(state.step, 1, 1)
         train_loop.train_step(state, rank_batch, lr, workload, config, context.ranks)
 
     return with_precision(config.precision, context, step)

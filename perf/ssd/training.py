@@ -74,7 +74,7 @@ def epochs(context: BenchContext, batch_size: int, num_workers: int, **settings:
     def run() -> None:
         epoch = next(epoch_numbers)
         for rank_batch in prefetch(data.train_batches(epoch), context.device):
-            lr = workload.lr_schedule(state.step, epoch)
+            lr = workload.lr_schedule(state.step, epoch, data.steps_per_epoch)
             train_loop.train_step(state, rank_batch, lr, workload, config, context.ranks)
 
     cache_titles = {"none": "", "host": ", image cache on host", "device": ", image cache on device"}

@@ -18,22 +18,22 @@ SCHEDULE = {
 
 
 def test_warm_up_is_linear_from_zero_to_the_peak():
-    rates = [optim.mlperf_ssd_lr(step, 1, **SCHEDULE) for step in (0, 325, 649, 650, 5000)]
+    rates = [optim.mlperf_ssd_lr(step, 1, 100, **SCHEDULE) for step in (0, 325, 649, 650, 5000)]
     assert rates == pytest.approx([0, 0.045, 0.09 * 649 / 650, 0.09, 0.09])
 
 
 def test_warm_up_factor_sets_the_first_rate():
-    rate = optim.mlperf_ssd_lr(0, 1, **(SCHEDULE | {"warmup_factor": 1.0}))
+    rate = optim.mlperf_ssd_lr(0, 1, 100, **(SCHEDULE | {"warmup_factor": 1.0}))
     assert rate == pytest.approx(0.045)
 
 
 def test_rate_decays_after_the_decay_epochs():
-    rates = [optim.mlperf_ssd_lr(10**6, epoch, **SCHEDULE) for epoch in (44, 45, 55, 56)]
+    rates = [optim.mlperf_ssd_lr(10**6, epoch, 100, **SCHEDULE) for epoch in (44, 45, 55, 56)]
     assert rates == pytest.approx([0.09, 0.009, 0.009, 0.0009])
 
 
 def test_without_warm_up_training_starts_at_the_peak():
-    assert optim.mlperf_ssd_lr(0, 1, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
+    assert optim.mlperf_ssd_lr(0, 1, 100, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
 
 
 def test_frozen_batch_norm_is_constant():
@@ -42,7 +42,7 @@ def test_frozen_batch_norm_is_constant():
     mean = model[1].running_mean.clone()
     model(torch.randn(2, 3, 5, 5)).sum().backward()
     assert torch.equal(model[1].running_mean, mean)
-    trained = optim.build_sgd(model, backend="torch", momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
+    trained = optim.build_optimizer(model, backend="torch", momentum=0.9, weight_decay=0.0).param_groups[0]["params"]
     assert [p.shape for p in trained] == [model[0].weight.shape, model[0].bias.shape]
 
 
@@ -54,7 +54,7 @@ def test_update_is_fused_if_the_device_supports_it(monkeypatch, error):
             raise NotImplementedError(error)
 
         monkeypatch.setattr(torch, "_fused_sgd_", missing)
-    optimizer = optim.build_sgd(nn.Linear(2, 2), backend="torch", momentum=0.9, weight_decay=0.1)
+    optimizer = optim.build_optimizer(nn.Linear(2, 2), backend="torch", momentum=0.9, weight_decay=0.1)
     assert optimizer.defaults["fused"] is (error is None)
 
 
@@ -62,7 +62,7 @@ def test_missing_apex_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     model = nn.Linear(2, 2)
     with pytest.raises(InputError, match="--optimizer-backend apex"):
-        optim.build_sgd(model, backend="apex", momentum=0.9, weight_decay=0.0)
+        optim.build_optimizer(model, backend="apex", momentum=0.9, weight_decay=0.0)
 
 
 def test_installed_apex_is_used(monkeypatch):
@@ -70,13 +70,13 @@ def test_installed_apex_is_used(monkeypatch):
     fake_apex.FusedSGD = torch.optim.SGD
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", fake_apex)
-    optimizer = optim.build_sgd(nn.Linear(2, 2), backend="apex", momentum=0.9, weight_decay=0.1)
+    optimizer = optim.build_optimizer(nn.Linear(2, 2), backend="apex", momentum=0.9, weight_decay=0.1)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 0.1)
 
 
 def test_weight_decay_can_exclude_biases_and_batch_norm():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = optim.build_sgd(
+    optimizer = optim.build_optimizer(
         model, backend="torch", momentum=0.0, weight_decay=0.5, weight_decay_on_bias_and_norm=False
     )
     for parameter in model.parameters():
@@ -95,7 +95,7 @@ def test_skipped_first_step_leaves_no_uninitialized_momentum(momentum):
     for skipped in (True, False):
         layer = torch.nn.Linear(1000, 1, bias=False)
         torch.nn.init.ones_(layer.weight)
-        sgd = optim.build_sgd(layer, backend="torch", momentum=momentum, weight_decay=0.1)
+        sgd = optim.build_optimizer(layer, backend="torch", momentum=momentum, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         optim.set_learning_rate(sgd, 0.1)
         garbage = [torch.full((1, 1000), 7e9) for _ in range(50)]  # uninitialized memory

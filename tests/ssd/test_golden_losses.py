@@ -52,7 +52,7 @@ def test_optimized_losses_match_the_baseline(small_toy, steps):
     baseline_model = make_baseline(model).double().train()
     optimized = model.double().to(memory_format=torch.channels_last).train()
     optimized_loss = train.make_loss(CPU, compiled=False)
-    optimized_sgd = optim.build_sgd(optimized, backend="torch", momentum=0.9, weight_decay=5e-4)
+    optimized_sgd = optim.build_optimizer(optimized, backend="torch", momentum=0.9, weight_decay=5e-4)
     baseline_sgd = torch.optim.SGD(baseline_model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
     data = SSDTrainSource(config, DistContext(0, 1, CPU), seed=2)
     batches = (rank_batch.batch for epoch in range(1, steps) for rank_batch in data.train_batches(epoch))

@@ -144,7 +144,7 @@ def train(config: Config, process: entrypoint.ProcessContext) -> int:
             make_train_source=open_data,
             make_eval_source=open_data,
             predict=lambda model, batch: model(batch.inputs),
-            lr_schedule=lambda step, epoch: 0.05 / epoch + 1e-4 * step,
+            lr_schedule=lambda step, epoch, _: 0.05 / epoch + 1e-4 * step,
             evaluate=evaluate,
             targets={"AP": config.target},
             mlperf_accuracy=lambda metrics: metrics["AP"],
