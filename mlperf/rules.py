@@ -152,6 +152,7 @@ SSD = Rules(
         *_target_constraints("target", _SSD_TARGET),
     ),
     fixed={
+        "optimizer": "sgd",
         "momentum": 0.9,
         "lr_decay_factor": 0.1,
         "weight_decay_on_bias_and_norm": True,
@@ -237,6 +238,7 @@ MASKRCNN = Rules(
         *_target_constraints("mask_target", _MASK_TARGET),
     ),
     fixed={
+        "optimizer": "sgd",
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "weight_decay_on_bias_and_norm": False,

@@ -273,9 +273,7 @@ class RunConfig:
         if self.mode != "train" and self.eval_before_training:
             raise ValueError(f"--eval-before-training requires --mode train, not {self.mode}.")
         if self.optimizer != "sgd" and self.optimizer_backend != "torch":
-            raise ValueError(
-                f"--optimizer-backend {self.optimizer_backend} has only sgd. Pass torch for adam or adamw."
-            )
+            raise ValueError(f"--optimizer-backend {self.optimizer_backend}: has only sgd. Pass torch for others.")
         if self.jpeg_decoder == "gpu" and self.image_cache == "host":
             raise ValueError("--jpeg-decoder gpu excludes --image-cache host. Pass --image-cache device or none.")
         return self
