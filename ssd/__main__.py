@@ -37,9 +37,9 @@ def export(arguments: Namespace) -> int:
 
 def conformance(arguments: Namespace) -> int:
     """Compare with the MLPerf reference."""
-    from ssd.conformance import main
+    from ssd.conformance import SUITE
 
-    return main(arguments)
+    return SUITE.run(arguments)
 
 
 COMMANDS = cli.CommandSet("ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance)

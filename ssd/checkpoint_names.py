@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ssd.anchors import ANCHORS_PER_CELL
-from ssd.model import SSD300
 
 BACKBONE_PREFIXES = {
     "model.layer1.0.": "backbone.conv1.",
@@ -68,23 +67,3 @@ def from_reference(state: Mapping[str, Tensor], prefixes: Mapping[str, str] = ML
             parts = [state[f"{part}.{level}.{kind}"].unflatten(0, (-1, num_anchors)) for part in ("loc", "conf")]
             ours[f"heads.{level}.{kind}"] = torch.cat(parts).transpose(0, 1).flatten(0, 1)
     return ours
-
-
-def list_reference_tensors() -> list[tuple[str, tuple[int, ...], str]]:
-    """List name, shape and kind of the MLPerf reference's tensors, in the order of its checkpoints.
-
-    The kind determines how conformance.py fills a tensor: conv, bias, bn_weight, running_mean, running_var, counter.
-    """
-    with torch.device("meta"):
-        state = to_reference(SSD300().state_dict())
-    return [(name, tuple(tensor.shape), infer_kind(name, tensor)) for name, tensor in state.items()]
-
-
-def infer_kind(name: str, tensor: Tensor) -> str:
-    """Infer the kind of a tensor from its name and number of dimensions."""
-    last = name.rpartition(".")[2]
-    if last == "num_batches_tracked":
-        return "counter"
-    if last == "weight":
-        return "conv" if tensor.dim() == 4 else "bn_weight"
-    return last

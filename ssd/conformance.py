@@ -1,30 +1,22 @@
-"""Conformance test: compares this program with the numbers of the MLPerf reference, on any device.
+"""Comparisons of SSD300 with the numbers of the MLPerf reference, part by part."""
 
-    python -m ssd conformance FILE.npz [--device D] [--precision P]
-
-Run it first on a new accelerator. FILE.npz holds vectors that the reference computed once. Each comparison prints its
-largest error, its tolerance and a verdict. The exit status is 0 if all comparisons pass, 1 if one fails, and 2 if the
-file cannot be used.
-"""
-
-import json
-import sys
-import zipfile
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.boxes import xyxy_to_cxcywh
-from detection.config.settings import InputError
-from detection.runtime.device import Precision, device_name, select_device, select_precision
+from detection.evaluation.conformance import (
+    Comparison,
+    ConformanceContext,
+    ConformanceSuite,
+    ReferenceNetwork,
+    ReferenceTensor,
+    max_abs_error,
+    max_rel_error,
+)
 from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode, match
@@ -44,60 +36,12 @@ GRADIENT_TOLERANCE = {"fp32": 1e-2, "tf32": 1e-1, "bf16": 2.5e-1, "fp16": 1e-1}
 CROP_TOLERANCE = 0.02
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Result of one comparison: the largest error and its tolerance."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """True if the error is within the tolerance. It is nan, and fails, if the shapes differ."""
-        return self.error <= self.tolerance
-
-
-@dataclass(frozen=True)
-class ConformanceContext:
-    """Context of the comparisons: the vectors, the reference's tensors and parameters, the device, the precision."""
-
-    vectors: dict[str, NDArray[Any]]
-    tensors: list[tuple[str, tuple[int, ...], str]]
-    parameters: list[str]
-    device: torch.device
-    precision: Precision
-
-    def scalar(self, key: str) -> int:
-        """Return a vector that is a single integer."""
-        return int(self.vectors[key])
-
-    def vector(self, key: str) -> Tensor:
-        """Return a vector as a tensor on the device."""
-        return torch.from_numpy(self.vectors[key]).to(self.device)
-
-    def as_tensor(self, array: NDArray[np.float64]) -> Tensor:
-        """Convert an array of random numbers to float32 on the device."""
-        return torch.from_numpy(array.astype(np.float32)).to(self.device)
-
-    def padded_gt(self, cases: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the ground truth of encode cases, padded: boxes (B, G, 4) and labels (B, G)."""
-        boxes = [self.vector(f"encode{case}_gt_xyxy") for case in cases]
-        labels = [self.vector(f"encode{case}_gt_labels") for case in cases]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(boxes, batch_first=True), pad(labels, batch_first=True)
-
-
-def max_abs_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute error, or nan if the shapes differ."""
-    if actual.shape != expected.shape:
-        return float("nan")
-    return float((actual.double() - expected.double()).abs().max()) if actual.numel() else 0.0
-
-
-def max_rel_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute error divided by the mean magnitude of `expected`."""
-    return max_abs_error(actual, expected) / max(float(expected.double().abs().mean()), 1e-12)
+def padded_gt(context: ConformanceContext, cases: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the ground truth of encode cases, padded: boxes (B, G, 4) and labels (B, G)."""
+    boxes = [context.vector(f"encode{case}_gt_xyxy") for case in cases]
+    labels = [context.vector(f"encode{case}_gt_labels") for case in cases]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(boxes, batch_first=True), pad(labels, batch_first=True)
 
 
 def compare_anchors(context: ConformanceContext) -> Iterator[Comparison]:
@@ -112,7 +56,7 @@ def compare_anchors(context: ConformanceContext) -> Iterator[Comparison]:
 def compare_targets(context: ConformanceContext) -> Iterator[Comparison]:
     """Compare the positive anchors, and their boxes and labels. All cases form one padded batch."""
     cases = list(range(context.scalar("encode_cases")))
-    boxes, labels = context.padded_gt(cases)
+    boxes, labels = padded_gt(context, cases)
     anchors = make_anchors(context.device)
     matched = match(boxes, labels, anchors)
     _, anchor_labels = encode(boxes, labels, anchors)
@@ -146,7 +90,7 @@ def compare_losses(context: ConformanceContext) -> Iterator[Comparison]:
     while f"loss{case}_seed" in context.vectors:
         encode_cases = [int(k) for k in context.vectors[f"loss{case}_encode_cases"]]
         pred_deltas, logits = random_predictions(context, context.scalar(f"loss{case}_seed"), len(encode_cases))
-        loss = multibox_loss(pred_deltas, logits, *encode(*context.padded_gt(encode_cases), anchors)).sum(dim=1).mean()
+        loss = multibox_loss(pred_deltas, logits, *encode(*padded_gt(context, encode_cases), anchors)).sum(dim=1).mean()
         loss.backward()
         yield Comparison(f"loss {case}", max_rel_error(loss.detach(), context.vector(f"loss{case}_value")), 1e-5)
         for name, tensor, stride in (("loc", pred_deltas, 1), ("cls", logits, 9)):
@@ -158,7 +102,7 @@ def compare_losses(context: ConformanceContext) -> Iterator[Comparison]:
             expected = context.vector(f"loss{case}_grad_{name}_sum_abs")
             yield Comparison(f"loss {case}: sum of |{name}|", max_rel_error(gradient.abs().sum(), expected), 1e-4)
         case += 1
-    boxes, labels = context.padded_gt([context.scalar("loss_empty_encode_case")])
+    boxes, labels = padded_gt(context, [context.scalar("loss_empty_encode_case")])
     boxes, labels = torch.cat([boxes, torch.zeros_like(boxes)]), torch.cat([labels, torch.zeros_like(labels)])
     pred_deltas, logits = random_predictions(context, context.scalar("loss_empty_seed"), 2)
     loss = multibox_loss(pred_deltas, logits, *encode(boxes, labels, anchors)).sum(dim=1).mean()
@@ -189,10 +133,31 @@ def compare_detections(context: ConformanceContext) -> Iterator[Comparison]:
         case += 1
 
 
+def reference_network() -> ReferenceNetwork:
+    """Return the MLPerf reference's tensors and parameters, in the order of its checkpoints.
+
+    The kinds are those of `reference_state`.
+    """
+    with torch.device("meta"):
+        state = checkpoint_names.to_reference(SSD300().state_dict())
+    tensors = [ReferenceTensor(name, tuple(tensor.shape), infer_kind(name, tensor)) for name, tensor in state.items()]
+    return ReferenceNetwork(tensors, [t.name for t in tensors if t.kind in ("conv", "bias", "bn_weight")])
+
+
+def infer_kind(name: str, tensor: Tensor) -> str:
+    """Infer the kind of a tensor from its name and number of dimensions."""
+    last = name.rpartition(".")[2]
+    if last == "num_batches_tracked":
+        return "counter"
+    if last == "weight":
+        return "conv" if tensor.dim() == 4 else "bn_weight"
+    return last
+
+
 def reference_state(context: ConformanceContext) -> dict[str, Tensor]:
     """Generate the reference's state dict, with weights that follow from the seed."""
     state = {}
-    for i, (name, shape, kind) in enumerate(context.tensors):
+    for i, (name, shape, kind, _) in enumerate(context.network.tensors):
         noise = np.random.default_rng(context.scalar("model_seed_base") + i).standard_normal(shape)
         match kind:
             case "conv":
@@ -235,7 +200,7 @@ def compare_network(context: ConformanceContext) -> Iterator[Comparison]:
     model.train()
     with context.precision.autocast(context.device):
         deltas, logits = model(images)
-        targets = encode(*context.padded_gt([3, 6]), make_anchors(context.device))
+        targets = encode(*padded_gt(context, [3, 6]), make_anchors(context.device))
         loss = multibox_loss(deltas, logits, *targets).sum(dim=1).mean()
     loss.backward()
     yield Comparison(
@@ -244,7 +209,7 @@ def compare_network(context: ConformanceContext) -> Iterator[Comparison]:
     gradients = checkpoint_names.to_reference(
         {name: t.grad for name, t in model.named_parameters() if t.grad is not None}
     )
-    actual = torch.stack([gradients[name].double().norm() for name in context.parameters])
+    actual = torch.stack([gradients[name].double().norm() for name in context.network.parameters])
     expected = context.vector("model_train_grad_norms")
     # Behind a ReLU that is never active, the reference's gradient is 0, too.
     error = float(((actual - expected).abs() / torch.where(expected > 0, expected, 1)).max())
@@ -284,56 +249,8 @@ def compare_crops(context: ConformanceContext) -> Iterator[Comparison]:
                 yield Comparison(f"crop, {max_samples} tries, {case}: {name}", error, tolerance)
 
 
-COMPARISONS: tuple[Callable[[ConformanceContext], Iterator[Comparison]], ...] = (
-    compare_anchors,
-    compare_targets,
-    compare_losses,
-    compare_detections,
-    compare_network,
-    compare_crops,
+SUITE = ConformanceSuite(
+    "SSD300",
+    (compare_anchors, compare_targets, compare_losses, compare_detections, compare_network, compare_crops),
+    reference_network,
 )
-
-
-def load_vectors(path: Path, device: str, precision: str) -> ConformanceContext:
-    """Read the vectors, and the tensor names from `<stem>_state_dict.json` or, without that file, the built-in ones."""
-    try:
-        with np.load(path) as archive:
-            vectors = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: not a file of conformance vectors ({error}). Pass the reference's .npz file."
-        ) from error
-    names_file = path.with_name(f"{path.stem}_state_dict.json")
-    tensors = checkpoint_names.list_reference_tensors()
-    parameters = [name for name, _, kind in tensors if kind in ("conv", "bias", "bn_weight")]
-    if names_file.exists():
-        content = json.loads(names_file.read_text())
-        tensors = [(name, tuple(shape), kind) for name, shape, kind in content["state_dict"]]
-        parameters = content["parameters"]
-    torch_device = select_device(device, local_rank=0)
-    return ConformanceContext(vectors, tensors, parameters, torch_device, select_precision(precision, torch_device))
-
-
-def main(arguments: Namespace) -> int:
-    """Run all comparisons, with the arguments of `detection.arguments.parse_conformance`; return the exit status."""
-    try:
-        context = load_vectors(arguments.file, arguments.device, arguments.precision)
-        print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")
-        failed = count = absent = 0
-        for compare in COMPARISONS:
-            try:
-                for result in compare(context):
-                    verdict = "ok" if result.passed else "FAIL"
-                    print(f"{result.name:<40} error {result.error:9.2e}  tolerance {result.tolerance:7.0e}  {verdict}")
-                    failed, count = failed + (not result.passed), count + 1
-            except KeyError as error:
-                absent += 1
-                print(f"{compare.__name__.removeprefix('compare_'):<40} absent: the file has no vector {error}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not count:
-        print(f"error: {arguments.file}: holds no vectors of SSD300. Pass another file.", file=sys.stderr)
-        return 2
-    print(f"{count - failed} of {count} comparisons passed" + (f", {absent} parts absent" if absent else ""))
-    return 1 if failed else 0

@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from detection.config.settings import InputError
+from detection.evaluation.conformance import max_rel_error
 from ssd import checkpoint_names, conformance, weights
 from ssd.commands import describe_checkpoint
 from ssd.config import load
@@ -110,7 +111,7 @@ def test_checkpoint_with_a_smaller_backbone_loads(tmp_path):
 
 
 def test_mlperf_reference_checkpoint_reproduces_its_outputs(golden, tmp_path):
-    bench = conformance.load_vectors(golden, "cpu", "fp32")
+    bench = conformance.SUITE.load(golden, "cpu", "fp32")
     state = conformance.reference_state(bench)
     torch.save(
         {"model": state, "label_map": {1: "person"}}, tmp_path / "iter_1.pt", _use_new_zipfile_serialization=False
@@ -121,8 +122,8 @@ def test_mlperf_reference_checkpoint_reproduces_its_outputs(golden, tmp_path):
     images = bench.as_tensor(rng.standard_normal((2, 3, 300, 300)))
     with torch.no_grad():
         deltas, logits = (t.transpose(1, 2) for t in model(images))
-    assert conformance.max_rel_error(deltas[:, :, ::53], bench.vector("model_eval_loc_sample")) < 1e-4
-    assert conformance.max_rel_error(logits[:, ::4, ::53], bench.vector("model_eval_cls_sample")) < 1e-4
+    assert max_rel_error(deltas[:, :, ::53], bench.vector("model_eval_loc_sample")) < 1e-4
+    assert max_rel_error(logits[:, ::4, ::53], bench.vector("model_eval_cls_sample")) < 1e-4
 
 
 def test_own_checkpoint_gets_the_mean_statistics_of_all_ranks(tmp_path):

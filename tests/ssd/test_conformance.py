@@ -1,23 +1,29 @@
 """Conformance to the MLPerf reference, through the command that users run on a new accelerator."""
 
-import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import commands
+from detection.evaluation.conformance import part_name, read_network
 from paths import ROOT
 from ssd import checkpoint_names, conformance
+from ssd.conformance import SUITE
 from ssd.model import SSD300
 
 
-@pytest.mark.parametrize("compare", conformance.COMPARISONS, ids=lambda compare: compare.__name__)
+def compare_only(monkeypatch, *comparisons):
+    monkeypatch.setattr(conformance, "SUITE", replace(SUITE, comparisons=comparisons))
+
+
+@pytest.mark.parametrize("compare", SUITE.comparisons, ids=part_name)
 def test_every_comparison_with_the_reference_passes(golden, compare):
-    context = conformance.load_vectors(golden, "cpu", "fp32")
+    context = SUITE.load(golden, "cpu", "fp32")
     results = list(compare(context))
     assert results
     assert [result for result in results if not result.passed] == []
@@ -26,21 +32,18 @@ def test_every_comparison_with_the_reference_passes(golden, compare):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_every_comparison_passes_on_the_accelerator(golden, precision):
-    context = conformance.load_vectors(golden, "auto", precision)
+    context = SUITE.load(golden, "auto", precision)
     assert context.device.type != "cpu"
-    failed = [result for compare in conformance.COMPARISONS for result in compare(context) if not result.passed]
+    failed = [result for compare in SUITE.comparisons for result in compare(context) if not result.passed]
     assert failed == []
 
 
-def test_builtin_tensor_names_match_the_reference(golden):
-    content = json.loads(golden.with_name("ssd_reference_state_dict.json").read_text())
-    assert checkpoint_names.list_reference_tensors() == [
-        (name, tuple(shape), kind) for name, shape, kind in content["state_dict"]
-    ]
+def test_builtin_network_is_that_of_the_reference(golden):
+    assert conformance.reference_network() == read_network(golden.with_name("ssd_reference_state_dict.json"))
 
 
 def test_network_in_bf16_is_within_its_tolerance(golden):
-    context = conformance.load_vectors(golden, "cpu", "bf16")
+    context = SUITE.load(golden, "cpu", "bf16")
     assert [result for result in conformance.compare_network(context) if not result.passed] == []
 
 
@@ -48,7 +51,7 @@ def test_failed_comparison_is_reported_with_exit_status_1(golden, tmp_path, caps
     vectors = dict(np.load(golden))
     vectors["default_boxes_xyxy"] = vectors["default_boxes_xyxy"] + np.float32(1e-3)
     np.savez(tmp_path / "changed.npz", **vectors)
-    monkeypatch.setattr(conformance, "COMPARISONS", (conformance.compare_anchors,))
+    compare_only(monkeypatch, conformance.compare_anchors)
     assert commands.ssd("conformance", str(tmp_path / "changed.npz"), "--device", "cpu") == 1
     output = capsys.readouterr().out
     assert "anchors xyxy" in output
@@ -71,7 +74,7 @@ def test_unusable_file_is_rejected_with_exit_status_2(tmp_path, capsys, content,
 
 
 def test_absent_vectors_are_reported_and_the_other_parts_compared(golden, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(conformance, "COMPARISONS", (conformance.compare_losses, conformance.compare_anchors))
+    compare_only(monkeypatch, conformance.compare_losses, conformance.compare_anchors)
     vectors = {name: value for name, value in np.load(golden).items() if not name.startswith("loss")}
     np.savez(tmp_path / "part.npz", **vectors)
     assert commands.ssd("conformance", tmp_path / "part.npz", "--device", "cpu") == 0

@@ -1,0 +1,171 @@
+"""Conformance test: compares a program with the numbers that a reference computed once, on any device.
+
+    python -m WORKLOAD conformance FILE.npz [--device D] [--precision P]
+
+Run it first on a new accelerator. Each comparison prints its largest error, its tolerance and a verdict. The exit
+status is 0 if all comparisons pass, 1 if one fails, and 2 if the file cannot be used. The comparisons of a workload
+are in its own module `conformance`.
+"""
+
+import json
+import sys
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detection.config.settings import InputError
+from detection.runtime.device import Precision, device_name, select_device, select_precision
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of one comparison: the largest error and its tolerance."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """True if the error is within the tolerance. It is nan, and fails, if the shapes differ."""
+        return self.error <= self.tolerance
+
+
+class ReferenceTensor(NamedTuple):
+    """Tensor of the reference's network. `kind` and `factor` determine how the vectors' seeds fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    factor: float = 1.0
+
+
+class ReferenceNetwork(NamedTuple):
+    """Tensors of the reference's network in the order of its checkpoints, and the names of its trained parameters."""
+
+    tensors: list[ReferenceTensor]
+    parameters: list[str]
+
+
+class MissingVector(KeyError):
+    """A vector that the file does not hold."""
+
+
+class Vectors(dict[str, NDArray[Any]]):
+    """Vectors by key. Raises MissingVector instead of KeyError."""
+
+    def __missing__(self, key: str) -> NDArray[Any]:
+        raise MissingVector(key)
+
+
+@dataclass(frozen=True)
+class ConformanceContext:
+    """Context of the comparisons: the vectors, the reference's network, the device, the precision of the network."""
+
+    vectors: Vectors
+    network: ReferenceNetwork
+    device: torch.device
+    precision: Precision
+
+    def scalar(self, key: str) -> int:
+        """Return a vector that is a single integer."""
+        return int(self.vectors[key])
+
+    def vector(self, key: str) -> Tensor:
+        """Return a vector as a tensor on the device."""
+        return torch.from_numpy(self.vectors[key]).to(self.device)
+
+    def as_tensor(self, array: NDArray[np.float64]) -> Tensor:
+        """Convert an array of random numbers to float32 on the device."""
+        return torch.from_numpy(array.astype(np.float32)).to(self.device)
+
+
+Compare = Callable[[ConformanceContext], Iterator[Comparison]]
+
+
+@dataclass(frozen=True)
+class ConformanceSuite:
+    """Comparisons of a workload, by part.
+
+    title: name of the network. default_network: returns the reference's network for a file without a state dict.
+    """
+
+    title: str
+    comparisons: tuple[Compare, ...]
+    default_network: Callable[[], ReferenceNetwork]
+
+    def load(self, path: Path, device: str, precision: str) -> ConformanceContext:
+        """Read the vectors, and the tensor names from `<stem>_state_dict.json` if it exists; raise InputError."""
+        try:
+            with np.load(path) as archive:
+                vectors = Vectors({name: archive[name] for name in archive.files})
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path}: not a file of conformance vectors ({error}). Pass the reference's .npz file."
+            ) from error
+        names_file = path.with_name(f"{path.stem}_state_dict.json")
+        network = read_network(names_file) if names_file.exists() else self.default_network()
+        torch_device = select_device(device, local_rank=0)
+        return ConformanceContext(vectors, network, torch_device, select_precision(precision, torch_device))
+
+    def run(self, arguments: Namespace) -> int:
+        """Run all comparisons, with the arguments of `arguments.parse_conformance`; return the exit status."""
+        try:
+            context = self.load(arguments.file, arguments.device, arguments.precision)
+            print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")
+            failed = count = absent = 0
+            for compare in self.comparisons:
+                try:
+                    for result in compare(context):
+                        verdict = "ok" if result.passed else "FAIL"
+                        numbers = f"error {result.error:9.2e}  tolerance {result.tolerance:7.0e}"
+                        print(f"{result.name:<40} {numbers}  {verdict}")
+                        failed, count = failed + (not result.passed), count + 1
+                except MissingVector as error:
+                    absent += 1
+                    print(f"{part_name(compare):<40} absent: the file has no vector {error}")
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if not count:
+            print(f"error: {arguments.file}: holds no vectors of {self.title}. Pass another file.", file=sys.stderr)
+            return 2
+        print(f"{count - failed} of {count} comparisons passed" + (f", {absent} parts absent" if absent else ""))
+        return 1 if failed else 0
+
+
+def part_name(compare: Compare) -> str:
+    """Return the name of the part that a function compares."""
+    return compare.__name__.removeprefix("compare_")
+
+
+def read_network(path: Path) -> ReferenceNetwork:
+    """Read the reference's tensors and parameters from a file of their names; raise InputError."""
+    try:
+        content = json.loads(path.read_text())
+        tensors = [ReferenceTensor(name, tuple(shape), *rest) for name, shape, *rest in content["state_dict"]]
+        return ReferenceNetwork(tensors, content["parameters"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}: not the tensor names of a reference ({error}). Restore the file, or delete it."
+        ) from error
+
+
+def max_abs_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute error, or nan if the shapes differ."""
+    if actual.shape != expected.shape:
+        return float("nan")
+    return float((actual.double() - expected.double()).abs().max()) if actual.numel() else 0.0
+
+
+def max_rel_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute error divided by the mean magnitude of `expected`."""
+    return max_abs_error(actual, expected) / max(float(expected.double().abs().mean()), 1e-12)
