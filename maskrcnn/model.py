@@ -6,13 +6,12 @@ B images, G ground-truth boxes of the image with the most, R ROIs of all images,
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
 from detection.nn import box_coder, matcher
 from detection.runtime.device import device_constant
-from maskrcnn import masks, rpn
+from maskrcnn import loss, masks, rpn
 from maskrcnn.anchors import STRIDES_PX
 from maskrcnn.backbone import make_backbone, normalize
 from maskrcnn.config import Config
@@ -22,7 +21,6 @@ from maskrcnn.roi_heads import BOX_POOL_SIZE, MASK_POOL_SIZE, MASK_SIZE, BoxHead
 from maskrcnn.rpn import RPN
 
 LOSS_NAMES = ("objectness", "rpn_box", "classifier", "box", "mask")
-POSITIVE_IOU = 0.5
 POOLED_STRIDES_PX = STRIDES_PX[:4]  # P6 serves the RPN only
 
 
@@ -70,17 +68,20 @@ class MaskRCNN(nn.Module):
         )
         if targets is None:
             return self.detect(features[:4], proposals, sizes_hw)
+        num_candidates = proposals.valid.shape[1] + targets.labels.shape[1]
+        anchor_priority = matcher.hash_uniform(targets.seeds, len(anchors))
+        roi_priority = matcher.hash_uniform(targets.seeds + 1, num_candidates)
         return torch.stack(
             [
-                *self.rpn_losses(logits, deltas, anchors, sizes_hw, targets),
-                *self.head_losses(features[:4], proposals, images, targets),
+                *self.rpn_losses(logits, deltas, anchors, sizes_hw, targets, anchor_priority),
+                *self.head_losses(features[:4], proposals, images, targets, roi_priority),
             ]
         )
 
     def rpn_losses(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes_hw: Tensor, targets: Targets
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes_hw: Tensor, targets: Targets, priority: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the objectness and box losses of the anchors, ()."""
+        """Return the objectness and box losses of the anchors, (). priority: (B, A) for `matcher.sample_pos_neg`."""
         config, legacy = self.config, self.config.legacy_boxes
         with torch.no_grad():
             matched, match_labels = rpn.assign_targets(
@@ -92,36 +93,33 @@ class MaskRCNN(nn.Module):
                 legacy=legacy,
             )
             sampled, is_sampled = matcher.sample_pos_neg(
-                match_labels, targets.seeds, config.rpn_batch_size_per_image, config.rpn_positive_fraction
+                match_labels, priority, config.rpn_batch_size_per_image, config.rpn_positive_fraction
             )
         return rpn.rpn_loss(
             logits, deltas, anchors, targets.boxes_xyxy, matched, sampled, is_sampled, match_labels, legacy=legacy
         )
 
     def head_losses(
-        self, features: list[Tensor], proposals: rpn.Proposals, images: Tensor, targets: Targets
+        self, features: list[Tensor], proposals: rpn.Proposals, images: Tensor, targets: Targets, priority: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the class, box and mask losses, ()."""
+        """Return the class, box and mask losses, (). priority: (B, P + G) as for `loss.sample_rois`."""
         config = self.config
         with torch.no_grad():
-            rois, matched, is_positive = self.sample_rois(proposals, targets)
-        labels = targets.labels[rois.batch_index, matched] * is_positive
+            rois, matched, labels = loss.sample_rois(proposals, targets.boxes_xyxy, targets.labels, priority, config)
         logits, deltas = self.box_head(self.roi_pool(features, rois, BOX_POOL_SIZE))
-        class_loss = F.cross_entropy(logits, labels)
 
-        positives = is_positive.nonzero()[:, 0]
+        positives = labels.nonzero()[:, 0]
         gt_index = rois.batch_index[positives], matched[positives]
         positive_rois = Rois(rois.boxes_xyxy[positives], rois.batch_index[positives])
-        roi_labels = labels[positives]
         target_deltas = box_coder.encode(
             targets.boxes_xyxy[gt_index],
             positive_rois.boxes_xyxy,
             box_coder.BOX_HEAD_WEIGHTS,
             legacy=config.legacy_boxes,
         )
-        box_loss = F.smooth_l1_loss(
-            deltas[positives, roi_labels], target_deltas, beta=config.box_smooth_l1_beta, reduction="none"
-        ).sum()
+        class_loss, box_loss = loss.box_losses(
+            logits, deltas, labels, positives, target_deltas, config.box_smooth_l1_beta
+        )
 
         with torch.no_grad():
             edges = targets.edges[gt_index]
@@ -130,8 +128,8 @@ class MaskRCNN(nn.Module):
                 if config.mask_targets == "roi-align"
                 else masks.rasterize_edges(edges, positive_rois.boxes_xyxy, MASK_SIZE)
             )
-        mask_loss = self.mask_loss(features, positive_rois, roi_labels, mask_targets.float())
-        return class_loss, box_loss / max(1, len(labels)), mask_loss
+        mask_loss = self.mask_loss(features, positive_rois, labels[positives], mask_targets.float())
+        return class_loss, box_loss, mask_loss
 
     def mask_loss(self, features: list[Tensor], rois: Rois, labels: Tensor, mask_targets: Tensor) -> Tensor:
         """Return the binary cross-entropy of the masks, (); without positive ROIs, 0 that still uses every weight."""
@@ -141,7 +139,7 @@ class MaskRCNN(nn.Module):
             logits = self.mask_head(self.roi_pool(features, dummy_rois, MASK_POOL_SIZE), dummy_index)
             return logits.sum() * 0.0
         logits = self.mask_head(self.roi_pool(features, rois, MASK_POOL_SIZE), labels)
-        return F.binary_cross_entropy_with_logits(logits, mask_targets)
+        return loss.mask_loss(logits, mask_targets)
 
     def roi_align_masks(self, edges: Tensor, rois: Rois, images: Tensor) -> Tensor:
         """Sample whole bitmaps with RoIAlign, as torchvision does: masks (R, 28, 28), between 0 and 1 at the border."""
@@ -150,35 +148,6 @@ class MaskRCNN(nn.Module):
         bitmaps = masks.rasterize_edges(edges, whole, side).float()[:, None]
         indices = torch.arange(len(edges), device=edges.device)[:, None].to(edges)
         return ops.roi_align(bitmaps, torch.cat([indices, rois.boxes_xyxy], dim=1), (MASK_SIZE, MASK_SIZE))[:, 0]
-
-    def sample_rois(self, proposals: rpn.Proposals, targets: Targets) -> tuple[Rois, Tensor, Tensor]:
-        """Sample ROIs to train on from the proposals and the ground-truth boxes.
-
-        Returns them, the index (R,) of the ground-truth box of highest IoU, and whether each is positive (R,) bool.
-        """
-        config = self.config
-        boxes = torch.cat([proposals.boxes_xyxy, targets.boxes_xyxy], dim=1)
-        valid = torch.cat([proposals.valid, targets.labels > 0], dim=1)
-        matches = [
-            matcher.match(
-                image_boxes,
-                gt_boxes,
-                labels > 0,
-                positive_iou=POSITIVE_IOU,
-                negative_iou=POSITIVE_IOU,
-                allow_low_quality_matches=False,
-                legacy=config.legacy_boxes,
-            )
-            for image_boxes, gt_boxes, labels in zip(boxes, targets.boxes_xyxy, targets.labels, strict=True)
-        ]
-        matched, match_labels = (torch.stack(part) for part in zip(*matches, strict=True))
-        match_labels = match_labels.masked_fill(~valid, matcher.IGNORED)
-        sampled, is_sampled = matcher.sample_pos_neg(
-            match_labels, targets.seeds + 1, config.box_batch_size_per_image, config.box_positive_fraction
-        )
-        image, slot = is_sampled.nonzero(as_tuple=True)
-        box = sampled[image, slot]
-        return Rois(boxes[image, box], image), matched[image, box], match_labels[image, box] == 1
 
     def roi_pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """Pool the ROIs (R, 256, size, size) from the four finest levels of the pyramid."""

@@ -43,17 +43,21 @@ class RPN(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits (B, A) and deltas (B, A, 4) of all anchors, float32."""
-        logits, deltas = self.head(features)
-        batch = len(features[0])
-        return (
-            torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1) for level in logits], dim=1).float(),
-            torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in deltas], dim=1).float(),
-        )
+        return flatten_levels(*self.head(features))
 
     def anchors(self, images: Tensor) -> Tensor:
         """Return the anchors (A, 4) of padded images (B, 3, H, W)."""
         height, width = images.shape[2:]
         return make_anchors(height, width, images.device, legacy=self.legacy, sizes_px=self.sizes_px)
+
+
+def flatten_levels(logits: list[Tensor], deltas: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join logits (B, 3, h, w) and deltas (B, 12, h, w) of each level to (B, A) and (B, A, 4), float32."""
+    batch = len(logits[0])
+    return (
+        torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1) for level in logits], dim=1).float(),
+        torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in deltas], dim=1).float(),
+    )
 
 
 @torch.no_grad()
@@ -139,10 +143,14 @@ def assign_targets(
     )
     match_labels = torch.stack(labels)
     if drop_straddling:
-        limits = sizes_hw.flip(1)[:, None].to(anchors)
-        is_inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] < limits).all(dim=-1)
-        match_labels = match_labels.masked_fill(~is_inside, matcher.IGNORED)
+        match_labels = match_labels.masked_fill(~is_inside(anchors, sizes_hw), matcher.IGNORED)
     return torch.stack(index), match_labels
+
+
+def is_inside(anchors: Tensor, sizes_hw: Tensor) -> Tensor:
+    """Return (B, A) True for anchors (A, 4) that do not cross the border of the image, sizes_hw (B, 2)."""
+    limits = sizes_hw.flip(1)[:, None].to(anchors)
+    return (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] < limits).all(dim=-1)
 
 
 def rpn_loss(

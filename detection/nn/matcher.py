@@ -38,14 +38,16 @@ def match(
     return index, match_labels
 
 
-def sample_pos_neg(match_labels: Tensor, seeds: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+def sample_pos_neg(
+    match_labels: Tensor, priority: Tensor, count: int, positive_fraction: float
+) -> tuple[Tensor, Tensor]:
     """Sample `count` positives and negatives of each image, at most `positive_fraction` of them positive.
 
-    match_labels: (B, N) as from `match`. seeds: (B,). Returns indices (B, S), positives first, and a mask (B, S) of
-    the sampled ones: if an image has too few, other indices fill the rest. S ≤ count + positives.
+    match_labels: (B, N) as from `match`. priority: (B, N) random numbers in [0, 1): the lowest are sampled, as from
+    `hash_uniform`. Returns indices (B, S), positives first, and a mask (B, S) of the sampled ones: if an image has too
+    few, other indices fill the rest. S ≤ count + positives.
     """
     num_boxes = match_labels.shape[1]
-    priority = hash_uniform(seeds, num_boxes)
     max_positives = min(int(count * positive_fraction), num_boxes)
     value, positives = priority.masked_fill(match_labels != 1, 2).topk(max_positives, dim=1, largest=False)
     is_positive = value < 2

@@ -169,7 +169,7 @@ def test_mask_rcnn_training_step_synchronizes_for_each_nms_and_twice_more(flags)
     assert counts == {
         # Each level of each image.
         ("maskrcnn/postprocess.py nms_with_cpu_fallback", "torchvision::nms"): 5 * config.batch_size,
-        ("maskrcnn/model.py MaskRCNN.sample_rois", "aten::nonzero"): config.grad_accum_steps,  # sampled regions
+        ("maskrcnn/loss.py sample_rois", "aten::nonzero"): config.grad_accum_steps,  # sampled regions
         ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.grad_accum_steps,  # regions with a mask
     }
 

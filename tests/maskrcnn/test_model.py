@@ -305,13 +305,14 @@ def test_sampling_keeps_the_positive_fraction_and_depends_only_on_the_seed():
     match_labels[:2, ::10] = 1  # a hundred positives in two images, none in the third
     match_labels[:, 1::10] = matcher.IGNORED
     seeds = torch.tensor([5, 6, 7])
-    sampled, is_sampled = matcher.sample_pos_neg(match_labels, seeds, 64, 0.25)
+    priority = matcher.hash_uniform(seeds, 1000)
+    sampled, is_sampled = matcher.sample_pos_neg(match_labels, priority, 64, 0.25)
     sampled_labels = match_labels.gather(1, sampled)
     assert [int((sampled_labels[i][is_sampled[i]] == 1).sum()) for i in range(3)] == [16, 16, 0]
     assert is_sampled.sum(dim=1).tolist() == [64, 64, 64]
     assert (sampled_labels[is_sampled] >= 0).all()
     assert all(len(set(sampled[i][is_sampled[i]].tolist())) == 64 for i in range(3))
-    single, is_single = matcher.sample_pos_neg(match_labels[1:2], seeds[1:2], 64, 0.25)
+    single, is_single = matcher.sample_pos_neg(match_labels[1:2], priority[1:2], 64, 0.25)
     assert torch.equal(single[is_single], sampled[1][is_sampled[1]])
 
 
@@ -327,7 +328,7 @@ def test_hash_is_uniform():
 
 def test_sampling_takes_all_if_there_are_too_few():
     match_labels = torch.tensor([[1, 0, matcher.IGNORED, 0]])
-    sampled, is_sampled = matcher.sample_pos_neg(match_labels, torch.tensor([1]), 64, 0.5)
+    sampled, is_sampled = matcher.sample_pos_neg(match_labels, torch.rand(1, 4), 64, 0.5)
     assert sorted(sampled[is_sampled].tolist()) == [0, 1, 3]
 
 
