@@ -26,10 +26,12 @@ OUTSIDE_PX = -1e4  # outside of every image
 class Proposals(NamedTuple):
     """Proposals of a batch.
 
-    boxes_xyxy: (B, P, 4) pixels of the padded images, highest score first. valid: (B, P), False for padding.
+    boxes_xyxy: (B, P, 4) pixels of the padded images, highest score first. logits: (B, P) of their objectness.
+    valid: (B, P), False for padding.
     """
 
     boxes_xyxy: Tensor
+    logits: Tensor
     valid: Tensor
 
 
@@ -110,7 +112,7 @@ def generate_proposals(
     if training and config.proposals_per_batch and sum(map(len, kept_scores)) > post_nms_top_n:
         min_score = torch.cat(kept_scores).topk(post_nms_top_n).values[-1]
         valid = valid & (stack_padded(kept_scores) >= min_score)
-    return Proposals(stack_padded(kept_boxes), valid)
+    return Proposals(stack_padded(kept_boxes), stack_padded(kept_scores), valid)
 
 
 def assign_targets(
