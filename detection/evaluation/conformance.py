@@ -11,7 +11,7 @@ import json
 import sys
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,9 +163,64 @@ def max_abs_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest absolute error, or nan if the shapes differ."""
     if actual.shape != expected.shape:
         return float("nan")
-    return float((actual.double() - expected.double()).abs().max()) if actual.numel() else 0.0
+    return float((to_float64(actual) - to_float64(expected)).abs().max()) if actual.numel() else 0.0
 
 
 def max_rel_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest absolute error divided by the mean magnitude of `expected`."""
-    return max_abs_error(actual, expected) / max(float(expected.double().abs().mean()), 1e-12)
+    return max_abs_error(actual, expected) / max(float(to_float64(expected).abs().mean()), 1e-12)
+
+
+def max_peak_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute error divided by the largest magnitude of `expected`."""
+    peak = float(to_float64(expected).abs().max()) if expected.numel() else 0.0
+    return max_abs_error(actual, expected) / max(peak, 1e-12)
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Convert to float64 on the CPU: some devices have none."""
+    return tensor.detach().cpu().double()
+
+
+def compare_rows(
+    name: str,
+    actual: Mapping[str, Sequence[Tensor]],
+    expected: Mapping[str, Sequence[Tensor]],
+    tolerances: Mapping[str, float],
+    *,
+    max_unmatched: float = 0,
+    sampled: bool = False,
+) -> Iterator[Comparison]:
+    """Compare rows of several columns as sets, image by image: the order of equal scores is arbitrary.
+
+    actual, expected: of each image the column's values, (N, ...) and (M, ...). Yields the fraction of rows without a
+    counterpart within the tolerances, then the largest error of each column between a row and its nearest counterpart.
+    The latter has no meaning, and is omitted, if rows may be unmatched. sampled: `expected` holds only some of the
+    rows.
+    """
+    unmatched, total, errors = 0, 0, dict.fromkeys(tolerances, 0.0)
+    first, *_ = tolerances
+    for image in range(len(expected[first])):
+        distances = {column: max_distances(actual[column][image], expected[column][image]) for column in tolerances}
+        num_actual, num_expected = distances[first].shape
+        total += num_expected
+        if not num_actual or not num_expected:
+            unmatched += num_expected if sampled else max(num_actual, num_expected)
+            continue
+        joint = torch.stack([part / max(tolerances[column], 1e-9) for column, part in distances.items()]).amax(dim=0)
+        nearest = [joint.min(dim=dim) for dim in ((0,) if sampled else (0, 1))]
+        outliers = max(int((distance > 1).sum()) for distance, _ in nearest)
+        unmatched += outliers if sampled else max(outliers, abs(num_actual - num_expected))
+        for dim, (_, index) in enumerate(nearest):
+            for column, part in distances.items():
+                error = float(part.gather(dim, index.unsqueeze(dim)).max())
+                errors[column] = max(errors[column], error)
+    yield Comparison(f"{name}: unmatched", unmatched / max(total, 1), max_unmatched)
+    if not max_unmatched:
+        for column, error in errors.items():
+            yield Comparison(f"{name}: {column}", error, tolerances[column])
+
+
+def max_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the largest absolute difference (N, M) between the values of each pair of rows, (N, ...) and (M, ...)."""
+    return torch.cdist(to_float64(a)[:, None].flatten(1), to_float64(b)[:, None].flatten(1), p=float("inf"))
