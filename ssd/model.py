@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from detection.runtime.device import match_memory_format
 from ssd.anchors import ANCHORS_PER_CELL
 from ssd.config import Config
 
@@ -44,6 +45,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, 300, 300) to features (B, 256, 38, 38). From resnet50 upward, C is 1024."""
+        images = match_memory_format(images, self.conv1.weight)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features: Tensor = self.layer3(self.layer2(self.layer1(x)))
         return features

@@ -186,7 +186,11 @@ class RunConfig:
     optimizer_backend: Literal["torch", "apex"] = setting(
         "torch", formerly="sgd", help="library of the fused optimizer kernel; apex must be installed separately"
     )
-    channels_last: bool = setting(True, help="channels-last memory layout of images and weights")
+    channels_last: Literal["auto", "on", "off"] = setting(
+        "auto",
+        help="channels-last memory layout of images and weights; auto: on, except in fp32 on a CPU if batch norm "
+        "trains, where its sums would be less precise",
+    )
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="batch size of evaluation")
     coco_eval_backend: Literal["auto", "hotcoco", "pycocotools"] = setting(
         "auto",

@@ -21,7 +21,9 @@ def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext
     """Move the model to the device, and build its optimizer and gradient scaler."""
     device.set_kernel_autotune(ranks.device, fixed_input_size=workload.fixed_input_size)
     precision = device.select_precision(config.precision, ranks.device)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    memory_format = device.select_memory_format(
+        config.channels_last, precision, ranks.device, trains_batch_norm=not config.freeze_batch_norm
+    )
     model = ranks.convert_sync_batchnorm(workload.model, config.bn_group_size(ranks.world_size))
     model = model.to(ranks.device).to(memory_format=memory_format)
     set_train_mode(model, config)

@@ -9,6 +9,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from detection.nn.resnet import conv_frozen_bn, residual_forward
+from detection.runtime.device import match_memory_format
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 NUM_CHANNELS = 256  # of each level of the pyramid
@@ -50,6 +51,7 @@ class ResNetFPN(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the levels of the pyramid, each (B, 256, h, w), of normalized images (B, 3, H, W)."""
+        images = match_memory_format(images, self.body.conv1.weight)
         x = F.relu(conv_frozen_bn(images, self.body.conv1, self.body.bn1))
         x = self.body.maxpool(x)
         levels = {}

@@ -167,6 +167,30 @@ def select_precision(name: str, device: torch.device) -> Precision:
             return Precision(name)
 
 
+def select_memory_format(
+    choice: str, precision: Precision, device: torch.device, *, trains_batch_norm: bool
+) -> torch.memory_format:
+    """Return the memory layout of the network's weights. "auto" is channels-last where batch norm is precise with it.
+
+    torch's batch norm on a CPU adds float32 values in float64 if they are contiguous, but in float32 if they are
+    channels-last: 120 times the rounding error on 4 x 64 x 150 x 150 values, and up to 300 times elsewhere. The bf16
+    kernels of both layouts have the same error, since they round their input and output to 8 bits.
+    """
+    if choice == "auto":
+        is_imprecise = device.type == "cpu" and precision.dtype is None and trains_batch_norm
+        choice = "off" if is_imprecise else "on"
+    return torch.channels_last if choice == "on" else torch.contiguous_format
+
+
+def match_memory_format(images: Tensor, conv_weight: Tensor) -> Tensor:
+    """Return images (B, C, H, W) in the memory layout of a convolution's weights.
+
+    A convolution computes in channels-last layout if either its images or its weights have it.
+    """
+    is_channels_last = conv_weight.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Return whether the hardware has bf16 matrix instructions (not emulated)."""
     if device.type == "cuda":

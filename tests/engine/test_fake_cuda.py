@@ -111,7 +111,7 @@ def test_fake_device_rejects_mixed_devices_and_counts_synchronizations():
     [
         ("--precision", "bf16"),
         ("--precision", "fp16", "--grad-accum-steps", "2"),
-        ("--precision", "fp32", "--no-channels-last", "--flip", "horizontal+vertical"),
+        ("--precision", "fp32", "--channels-last", "off", "--flip", "horizontal+vertical"),
         ("--precision", "bf16", "--network", "ssd300-r50", "--bias-lr-factor", "2", "--freeze-batch-norm"),
     ],
 )
@@ -157,7 +157,7 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
     "flags",
     [
         ("--precision", "bf16"),
-        ("--precision", "fp16", "--batch-size", "3", "--no-channels-last"),
+        ("--precision", "fp16", "--batch-size", "3", "--channels-last", "off"),
         ("--precision", "fp32", "--variant", "torchvision"),
         ("--precision", "bf16", "--grad-accum-steps", "2", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5"),
     ],
