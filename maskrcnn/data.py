@@ -17,8 +17,9 @@ from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io, loader
 from detection.data.batch import RankBatch
 from detection.data.coco import Split
+from detection.data.eval_source import CocoEvalSource
 from detection.data.image_pipeline import CropSpec, ImagePipeline
-from detection.data.loader import EpochBatchSampler, SampleKey, iter_batches, make_loader, pad
+from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
 from detection.evaluation.coco_metric import CocoMaskMetric
 from detection.runtime.distributed import DistContext
 from maskrcnn import masks
@@ -197,23 +198,14 @@ def order_by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.in
     return np.lexsort(np.array(resized).T)
 
 
-class MaskRCNNEvalSource:
-    """Evaluation images of a run, and the metric over them."""
+class MaskRCNNEvalSource(CocoEvalSource):
+    """Evaluation images of a run, ordered by their size, and the metric over them."""
 
     def __init__(self, config: Config, ranks: DistContext):
         val = read_split(config, "val")
-        self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
-        self.metric = CocoMaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
-        rank_indices = order_by_shape(val.sizes_hw, config)[ranks.rank :: ranks.world_size].tolist()
-        batches = [
-            rank_indices[i : i + config.eval_batch_size] for i in range(0, len(rank_indices), config.eval_batch_size)
-        ]
         dataset = MaskRCNNEvalDataset(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
-        self.eval_loader = make_loader(dataset, batches, num_workers=config.num_workers, device=ranks.device)
-
-    def eval_batches(self) -> Iterator[EvalBatch]:
-        """Yield this rank's evaluation batches, ordered by image size. InputError names an unreadable image."""
-        return iter_batches(self.eval_loader)
+        super().__init__(val, order_by_shape(val.sizes_hw, config), dataset, config, ranks)
+        self.metric = CocoMaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
 
 
 class MaskRCNNTrainSource(MaskRCNNEvalSource):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from detection.data.prefetch import prefetch
 from detection.data.rle import CocoRle
+from detection.engine.workload import OtherEvaluation
 from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoMaskMetric, to_mask_results, to_results
 from detection.runtime.distributed import DistContext
 from maskrcnn.config import Config
@@ -32,6 +34,11 @@ class CocoDetections(NamedTuple):
 
     rows: NDArray[np.float64]
     masks: list[CocoRle]
+
+    def select(self, image_ids: NDArray[np.int64]) -> "CocoDetections":
+        """Return the detections on these images."""
+        selected = np.isin(self.rows[:, 0], image_ids)
+        return CocoDetections(self.rows[selected], list(compress(self.masks, selected)))
 
 
 class MaskRCNNEvaluator:
@@ -53,22 +60,43 @@ class MaskRCNNEvaluator:
 
         Mask metrics have the names of the box metrics with the prefix mask_: AP and mask_AP.
         """
-        category_ids = np.array([0, *(category.id for category in data.val.categories)])
-        rank_detections = concat(list(self.iter_detections(model, data, category_ids)))
         self.annotation_file = data.val.annotation_file
-        self.detections = concat(self.ranks.gather_objects(rank_detections))
-        computed = box_and_mask_metrics(data.metric, self.detections) if data.metric else None
+        self.detections = self.detect_all(model, data, data.eval_batches())
+        return self.compute_metrics(self.detections, data)
+
+    def evaluate_other(self, model: nn.Module, data: MaskRCNNEvalSource) -> OtherEvaluation | None:
+        """Return the metrics of the choice of `eval_images` that the last evaluation did not make.
+
+        Detect only on images that it left out. Return None if all images have boxes.
+        """
+        if data.val.has_boxes.all():
+            return None
+        parts = [self.detections]
+        if len(data.left_out):
+            parts.append(self.detect_all(model, data, data.left_out_batches()))
+        detections = concat(parts).select(data.other_images)
+        return OtherEvaluation(data.other_choice, len(data.other_images), self.compute_metrics(detections, data))
+
+    def detect_all(self, model: nn.Module, data: MaskRCNNEvalSource, batches: Iterator[EvalBatch]) -> CocoDetections:
+        """Return the detections in the batches of all ranks on the first rank, and none on the others."""
+        category_ids = np.array([0, *(category.id for category in data.val.categories)])
+        rank_detections = concat(list(self.iter_detections(model, batches, category_ids)))
+        return concat(self.ranks.gather_objects(rank_detections))
+
+    def compute_metrics(self, detections: CocoDetections, data: MaskRCNNEvalSource) -> dict[str, float]:
+        """Return the metrics of the first rank's detections, the same on every rank."""
+        computed = box_and_mask_metrics(data.metric, detections) if data.metric else None
         metrics: dict[str, float] = self.ranks.broadcast(computed)
         return metrics
 
     def iter_detections(
-        self, model: nn.Module, data: MaskRCNNEvalSource, category_ids: NDArray[np.int64]
+        self, model: nn.Module, batches: Iterator[EvalBatch], category_ids: NDArray[np.int64]
     ) -> Iterator[CocoDetections]:
         """Yield the detections of each image of this rank; category_ids: (K,), by label."""
         num_threads = max(1, self.config.num_workers)
         pending: deque[Future[CocoDetections]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
-            for batch in prefetch(data.eval_batches(), self.ranks.device):
+            for batch in prefetch(batches, self.ranks.device):
                 boxes_xyxy, scores, labels, masks = self.predict(model, batch)
                 numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy has no bfloat16
                 arrays = [tensor.cpu().numpy() for tensor in (*numbers, *batch[1:])]

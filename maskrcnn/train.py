@@ -74,6 +74,7 @@ def make_workload(
         ),
         predict=predict,
         evaluate=evaluator,
+        evaluate_other=evaluator.evaluate_other,
         targets={"AP": config.target, "mask_AP": config.mask_target},
         mlperf_accuracy=lambda metrics: {"BBOX": metrics["AP"], "SEGM": metrics["mask_AP"]},
         fixed_input_size=False,  # and the number of ROIs in the mask head differs at each step

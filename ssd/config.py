@@ -20,6 +20,7 @@ class Config(RunConfig):
     """
 
     benchmark: ClassVar[str] = "ssd"
+    reference_eval_images: ClassVar[Literal["with-boxes", "all"]] = "with-boxes"
 
     weight_decay: float = setting(5e-4, ge=0, le=1, help="weight decay (MLPerf: any)")
     epochs: int = setting(80, ge=1, le=10_000, unit="epochs", help="maximum number of epochs")

@@ -19,8 +19,9 @@ from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io, loader
 from detection.data.batch import RankBatch
 from detection.data.coco import Split
+from detection.data.eval_source import CocoEvalSource
 from detection.data.image_pipeline import CropSpec, ImagePipeline
-from detection.data.loader import EpochBatchSampler, SampleKey, iter_batches, make_loader, pad
+from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
 from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.runtime.distributed import DistContext
 from ssd import augment
@@ -148,23 +149,14 @@ class SSDEvalDataset(Dataset[EvalBatch]):
         return EvalBatch(image_io.pad_to_batch(images), ids, torch.tensor(sizes))
 
 
-class SSDEvalSource:
+class SSDEvalSource(CocoEvalSource):
     """Evaluation images of a run, and the metric over them."""
 
     def __init__(self, config: Config, ranks: DistContext):
         val = coco.read(*coco.dataset_paths(config, "val"), skip_missing_images=config.skip_missing_images)
         coco.check_num_classes(config.num_classes, val)
-        self.ranks, self.val, self.eval_samples, self.categories = ranks, val, len(val), val.categories
+        super().__init__(val, np.arange(len(val)), SSDEvalDataset(val), config, ranks)
         self.metric = CocoBoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
-        rank_indices = range(ranks.rank, len(val), ranks.world_size)
-        size = config.eval_batch_size
-        batches = [list(rank_indices[i : i + size]) for i in range(0, len(rank_indices), size)]
-        dataset = SSDEvalDataset(val)
-        self.eval_loader = make_loader(dataset, batches, num_workers=config.num_workers, device=ranks.device)
-
-    def eval_batches(self) -> Iterator[EvalBatch]:
-        """Yield this rank's evaluation batches. Each image is on one rank. InputError names an unreadable image."""
-        return iter_batches(self.eval_loader)
 
 
 class SSDTrainSource(SSDEvalSource):

@@ -5,6 +5,7 @@ Each rank processes its part of the images. The main rank gathers the detections
 Shapes: B images, D detections.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.data.prefetch import prefetch, to_device
+from detection.engine.workload import OtherEvaluation
 from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoBoxMetric, to_results
 from detection.runtime.device import supports_float64
 from detection.runtime.distributed import DistContext
@@ -39,17 +41,39 @@ class SSDEvaluator:
 
     def __call__(self, model: nn.Module, data: SSDEvalSource) -> dict[str, float]:
         """Return COCO's metrics over the evaluation images of all ranks. Every rank gets the same numbers."""
+        self.annotation_file = data.val.annotation_file
+        self.result_rows = self.detect_all(model, data, data.eval_batches())
+        return self.compute_metrics(self.result_rows, data)
+
+    def evaluate_other(self, model: nn.Module, data: SSDEvalSource) -> OtherEvaluation | None:
+        """Return the metrics of the choice of `eval_images` that the last evaluation did not make.
+
+        Detect only on images that it left out. Return None if all images have boxes.
+        """
+        if data.val.has_boxes.all():
+            return None
+        rows = self.result_rows
+        if len(data.left_out):
+            rows = np.concatenate([rows, self.detect_all(model, data, data.left_out_batches())])
+        rows = rows[np.isin(rows[:, 0], data.other_images)]
+        return OtherEvaluation(data.other_choice, len(data.other_images), self.compute_metrics(rows, data))
+
+    def detect_all(self, model: nn.Module, data: SSDEvalSource, batches: Iterator[EvalBatch]) -> NDArray[np.float64]:
+        """Return the detections (D, 7) in the batches of all ranks."""
         device = self.ranks.device
         float64_device = device if supports_float64(device) else torch.device("cpu")
         category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=float64_device)
         chunks = [torch.zeros(0, len(RESULT_COLUMNS), dtype=torch.float64, device=float64_device)]
-        for batch in prefetch(data.eval_batches(), device):
+        for batch in prefetch(batches, device):
             detections = to_device(self.predict(model, batch), float64_device)
             image_ids, sizes_wh = to_device((batch.image_ids, batch.sizes_wh), float64_device)
             chunks.append(to_result_rows(detections, image_ids, sizes_wh, category_ids))
-        self.annotation_file = data.val.annotation_file
-        self.result_rows = self.ranks.all_gather_rows(torch.cat(chunks)).cpu().numpy()
-        metrics: dict[str, float] = self.ranks.broadcast(data.metric(self.result_rows) if data.metric else None)
+        rows: NDArray[np.float64] = self.ranks.all_gather_rows(torch.cat(chunks)).cpu().numpy()
+        return rows
+
+    def compute_metrics(self, rows: NDArray[np.float64], data: SSDEvalSource) -> dict[str, float]:
+        """Return COCO's metrics of detections (D, 7), the same on every rank."""
+        metrics: dict[str, float] = self.ranks.broadcast(data.metric(rows) if data.metric else None)
         return metrics
 
     def predict(self, model: nn.Module, batch: EvalBatch) -> Detections:

@@ -83,6 +83,7 @@ def make_workload(
         ),
         predict=evaluator.predict,
         evaluate=evaluator,
+        evaluate_other=evaluator.evaluate_other,
         targets={"AP": config.target},
         mlperf_accuracy=lambda metrics: metrics["AP"],
     )

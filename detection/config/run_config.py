@@ -50,6 +50,8 @@ class RunConfig:
     """Settings shared by all workloads. Each workload sets the defaults of its MLPerf rules."""
 
     benchmark: ClassVar[str]
+    reference_eval_images: ClassVar[Literal["with-boxes", "all"]] = "all"
+    """Images on which the MLPerf reference detects."""
 
     mode: Literal["train", "evaluate", "bench-train", "bench-infer"] = setting(
         "train",
@@ -192,6 +194,11 @@ class RunConfig:
         "trains, where its sums would be less precise",
     )
     eval_batch_size: int = setting(32, ge=1, le=65536, unit="images per accelerator", help="batch size of evaluation")
+    eval_images: Literal["auto", "with-boxes", "all"] = setting(
+        "auto",
+        help="images that an evaluation detects on; with-boxes: those with a ground-truth box; auto: as the MLPerf "
+        "reference for coco2017 in the closed division (SSD300: with-boxes), else all",
+    )
     coco_eval_backend: Literal["auto", "hotcoco", "pycocotools"] = setting(
         "auto",
         formerly="metric",
@@ -286,6 +293,13 @@ class RunConfig:
     def _resolve_num_classes(self) -> Self:
         if self.num_classes == 0 and self.dataset == "coco2017":  # known without reading the annotations
             object.__setattr__(self, "num_classes", COCO_NUM_CLASSES)
+        return self
+
+    @model_validator(mode="after")
+    def _resolve_eval_images(self) -> Self:
+        if self.eval_images == "auto":
+            as_reference = self.dataset == "coco2017" and self.division == "closed"
+            object.__setattr__(self, "eval_images", self.reference_eval_images if as_reference else "all")
         return self
 
     @property

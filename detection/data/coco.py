@@ -98,10 +98,14 @@ class Split:
             masks.append(rle.fill_rings(rings, (height, width)) if rings else None)
         return masks
 
+    @property
+    def has_boxes(self) -> NDArray[np.bool_]:
+        """(N,) True for images with a box. A crowd counts as a box."""
+        return np.diff(self.box_offsets) > 0
+
     def drop_empty_images(self) -> "Split":
         """Return the split without images that have no box. A crowd counts as a box."""
-        counts = np.diff(self.box_offsets)
-        keep = counts > 0
+        counts, keep = np.diff(self.box_offsets), self.has_boxes
         return replace(
             self,
             image_ids=self.image_ids[keep],

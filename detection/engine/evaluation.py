@@ -14,9 +14,10 @@ def evaluate_only(workload: Workload[Batch], run: RunContext) -> TrainResult:
     """Evaluate the initial weights, without training and without an MLPerf log."""
     state = build_state(workload, run.config, run.ranks)
     run.logger.start_run(run_metadata(workload, run, state))
-    metrics = evaluate_initial(state, workload.make_eval_source(), workload, run)
+    data = workload.make_eval_source()
+    metrics = evaluate_initial(state, data, workload, run)
     result = TrainResult(targets_met(metrics, workload.targets), 0, metrics)
-    run.logger.finish(converged=result.target_reached)
+    finish(result, state, data, workload, run)
     return result
 
 
@@ -34,6 +35,22 @@ def evaluate(state: TrainState, data: EvalSource, workload: Workload[Batch], run
     """Return the metrics of the current model."""
     with eval_mode(state, run) as model:
         return workload.evaluate(model, data)
+
+
+def finish(
+    result: TrainResult, state: TrainState, data: EvalSource, workload: Workload[Batch], run: RunContext
+) -> None:
+    """End the timed part, evaluate the other choice of --eval-images, and write the summary even if that fails."""
+    run.logger.stop_timer()
+    other = None
+    try:
+        with eval_mode(state, run) as model:
+            other = workload.evaluate_other(model, data)
+    finally:
+        run.logger.finish(converged=result.target_reached, other_eval_images=other and other._asdict())
+    if other:
+        metrics = ", ".join(f"{name} {other.metrics[name]:.4f}" for name in workload.targets)
+        run.logger.print(f"with --eval-images {other.eval_images} ({other.images} images): {metrics}")
 
 
 def targets_met(metrics: Mapping[str, float], targets: Mapping[str, float]) -> bool:

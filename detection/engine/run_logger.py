@@ -63,6 +63,7 @@ class RunLogger:
         self.local_s = 0.0
         self.mark_s = self.pause_s = self.start_s
         self.straggler_epoch = 0
+        self.stop_s = 0.0
 
     def start_run(self, metadata: Mapping[str, Any]) -> None:
         """Start the timed part of the run, and write `metadata` in its first event."""
@@ -99,9 +100,14 @@ class RunLogger:
         if epoch != self.block[-1]:
             self.print(f"{self.epoch_line}, {format_hms(totals.train_s)}")
 
-    def finish(self, *, converged: bool, **more: object) -> None:
+    def stop_timer(self) -> None:
+        """Stop the timer of the run."""
+        self.stop_s = time.monotonic()
+
+    def finish(self, *, converged: bool, other_eval_images: Mapping[str, object] | None = None, **more: object) -> None:
         """Write the summary of the run. more: additional fields."""
         now_s = time.monotonic()
+        stop_s = self.stop_s or now_s
         totals = self.totals
         self.write_summary(
             {
@@ -111,12 +117,13 @@ class RunLogger:
                 "targets": self.metadata["targets"],
                 "e2e_s": round(now_s - self.open_s, 3),
                 "init_s": round(self.clock_s - self.open_s, 3),
-                "run_s": round(now_s - self.clock_s, 3),
+                "run_s": round(stop_s - self.clock_s, 3),
                 "train_s": round(totals.train_s, 3),
                 "eval_s": round(totals.eval_s, 3),
                 "images": totals.images,
                 "images_per_s": totals.images / totals.train_s if totals.train_s else None,
                 "skipped_steps": self.num_skipped,
+                "other_eval_images": other_eval_images,
                 **more,
             }
         )

@@ -11,7 +11,7 @@ from detection.config.run_config import RunConfig
 from detection.data.batch import Batch, RankBatch, split_micro_batches
 from detection.data.prefetch import prefetch
 from detection.engine import optim, save_restore
-from detection.engine.evaluation import evaluate, evaluate_initial, targets_met
+from detection.engine.evaluation import evaluate, evaluate_initial, finish, targets_met
 from detection.engine.initialization import build_state, warm_up
 from detection.engine.metadata import run_metadata
 from detection.engine.model_mode import set_train_mode
@@ -41,20 +41,20 @@ def train_to_target(workload: Workload[Batch], run: RunContext) -> TrainResult:
     if run.resume_point:
         run.log.event("resumed", run.resume_point.path.name, epoch_num=state.epoch, step=state.step)
     try:
-        result = train_timed(state, workload, run)
+        data = workload.make_train_source()
+        result = train_timed(state, data, workload, run)
     except BaseException as error:
         run.log.end("run", status="aborted")
         run.logger.finish(converged=False, stopped_by=type(error).__name__, stop_reason=str(error))
         raise
     run.log.end("run", status="success" if result.target_reached else "aborted", epoch_num=result.epoch)
-    run.logger.finish(converged=result.target_reached)
+    finish(result, state, data, workload, run)
     return result
 
 
-def train_timed(state: TrainState, workload: Workload[Batch], run: RunContext) -> TrainResult:
+def train_timed(state: TrainState, data: TrainSource[Batch], workload: Workload[Batch], run: RunContext) -> TrainResult:
     """Run the timed part of the training."""
     log, logger = run.log, run.logger
-    data = workload.make_train_source()
     state.categories = data.categories
     if not run.appends_to_log:
         log.event("train_samples", data.train_samples)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ class Workload(Generic[Batch]):
     lr_schedule: learning rate of a step (from 0) in an epoch (from 1) of so many steps.
     predict: detections of the model in an evaluation batch on the device.
     evaluate: metrics over the evaluation set, identical on every rank.
+    evaluate_other: after `evaluate`, the metrics of the other choice of --eval-images, or None if they are the same.
     targets: minimum value of each metric that ends the run.
     mlperf_accuracy: value of MLPerf's eval_accuracy event for the metrics.
     fixed_input_size: all batches have the same shapes, including the crops that the network makes of them.
@@ -58,9 +59,18 @@ class Workload(Generic[Batch]):
     lr_schedule: Callable[[int, int, int], float]
     predict: Callable[[nn.Module, Any], object]
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
+    evaluate_other: Callable[[nn.Module, Any], "OtherEvaluation | None"]
     targets: Mapping[str, float]
     mlperf_accuracy: Callable[[Mapping[str, float]], object]
     fixed_input_size: bool = True
+
+
+class OtherEvaluation(NamedTuple):
+    """Metrics of the model with another choice of --eval-images, and its number of images."""
+
+    eval_images: str
+    images: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

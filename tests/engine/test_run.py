@@ -117,18 +117,21 @@ def test_run_folder_has_config_metrics_checkpoint_and_detections(environment, tm
     assert sample_predictions.render_all(run) > 0
 
 
-def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch):
+def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch, capsys):
     annotations = {}
     for split in ("train", "val"):  # unordered ids with gaps, and two classes
         content = json.loads((toy_data / f"annotations/instances_{split}2017.json").read_text())
         content["categories"] = [{"id": 70, "name": "round"}, {"id": 9, "name": "with corners"}]
         for annotation in content["annotations"]:
             annotation["category_id"] = 70 if annotation["category_id"] == 1 else 9
+        if split == "val":
+            empty = content["images"][0]["id"]
+            content["annotations"] = [row for row in content["annotations"] if row["image_id"] != empty]
         annotations[split] = tmp_path / f"{split}.json"
         annotations[split].write_text(json.dumps(content))
     monkeypatch.setenv("SSD_DEVICE", "cpu")
     monkeypatch.setenv("DATADIR", str(tmp_path / "absent"))
-    flags = ["--run-dir", str(tmp_path / "run"), "--target", "0"]
+    flags = ["--run-dir", str(tmp_path / "run"), "--target", "0", "--eval-images", "with-boxes"]
     for split, file in annotations.items():
         flags += [f"--{split}-images", str(toy_data / f"{split}2017"), f"--{split}-annotations", str(file)]
     assert train.main([*FEW_STEPS, *flags]) == 0
@@ -139,6 +142,12 @@ def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch):
     assert {event.value for event in events(tmp_path / "run") if event.key == "dataset"} == {"custom"}
     detections = json.loads((tmp_path / "run/detections.json").read_text())
     assert {detection["category_id"] for detection in detections} <= {9, 70}
+    assert empty not in {detection["image_id"] for detection in detections}
+    assert [event.value for event in events(tmp_path / "run") if event.key == "eval_samples"] == [3]
+    summary = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["other_eval_images"]["images"] == 4
+    assert set(summary["other_eval_images"]["metrics"]) == set(summary["metrics"])
+    assert "with --eval-images all (4 images): AP 0." in capsys.readouterr().out
 
 
 def test_wrong_number_of_classes_is_rejected_without_preflight(environment, capsys):
