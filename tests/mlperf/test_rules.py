@@ -297,7 +297,7 @@ def test_every_setting_is_declared_once_and_changes_the_closed_division_as_decla
         selects_the_rules = name in ("ruleset", "division")
         assert selects_the_rules or preflight_rules(benchmark, **{name: value})[1] == []
     elif name in rules.fixed:
-        assert rules.fixed[name] == FIELDS[benchmark][name].default
+        assert rules.fixed[name] == getattr(CLOSED[benchmark], name), "the default in the closed division"
         _, (violation,) = preflight_rules(benchmark, **{name: value})
         assert violation.startswith(f"MLPerf 1.1.0 closed forbids {name}: {value} (allowed: {rules.fixed[name]}")
         notes, violations = preflight_rules(benchmark, **{name: value}, division="open")

@@ -31,15 +31,22 @@ def make_clone(folder: Path) -> Path:
     for path in ROOT.glob("*.sh"):
         (folder / path.name).write_bytes(path.read_bytes())
         (folder / path.name).chmod(0o755)
+    replace_environment(folder)
+    return folder
+
+
+def replace_environment(folder: Path) -> None:
+    """Make a clone use this interpreter, and its setup.sh do nothing."""
     (folder / "setup.sh").write_text("#!/bin/sh\n")
     python = folder / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    return folder
 
 
-def run_command(command: str, clone: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    command: str, clone: Path, *, timeout_s: float = 240, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run a shell command in a clone, without settings from this environment."""
     unset = ("SSD_", "MASKRCNN_", "DGX", "VENV", "RUN_DIR", "LOGDIR", "DATADIR", "NEXP")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
@@ -51,6 +58,6 @@ def run_command(command: str, clone: Path, **environ: str) -> subprocess.Complet
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout_s,
         check=False,
     )
