@@ -32,7 +32,7 @@ class MaskRCNNPredictor:
 
     def __init__(self, checkpoint: Path, score: float, device: torch.device):
         self.trained, self.device = pretrained.load(checkpoint, score), device
-        self.trained.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained.model.to(device).to(memory_format=torch.channels_last)
 
     @property
     def categories(self) -> Sequence[Category]:
