@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from detection.data.eval_source import OtherEvaluation
 from detection.data.prefetch import prefetch
 from detection.data.rle import CocoRle
-from detection.engine.workload import OtherEvaluation
 from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoMaskMetric, to_mask_results, to_results
 from detection.runtime.distributed import DistContext
 from maskrcnn.config import Config

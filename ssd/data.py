@@ -19,10 +19,9 @@ from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io, loader
 from detection.data.batch import RankBatch
 from detection.data.coco import Split
-from detection.data.eval_source import CocoEvalSource
 from detection.data.image_pipeline import CropSpec, ImagePipeline
 from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
-from detection.evaluation.coco_metric import CocoBoxMetric
+from detection.evaluation.box_evaluator import BoxEvalSource
 from detection.runtime.distributed import DistContext
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
@@ -149,14 +148,13 @@ class SSDEvalDataset(Dataset[EvalBatch]):
         return EvalBatch(image_io.pad_to_batch(images), ids, torch.tensor(sizes))
 
 
-class SSDEvalSource(CocoEvalSource):
+class SSDEvalSource(BoxEvalSource):
     """Evaluation images of a run, and the metric over them."""
 
     def __init__(self, config: Config, ranks: DistContext):
         val = coco.read(*coco.dataset_paths(config, "val"), skip_missing_images=config.skip_missing_images)
         coco.check_num_classes(config.num_classes, val)
         super().__init__(val, np.arange(len(val)), SSDEvalDataset(val), config, ranks)
-        self.metric = CocoBoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
 
 
 class SSDTrainSource(SSDEvalSource):

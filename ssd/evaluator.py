@@ -1,80 +1,23 @@
-"""Evaluator: detections on all evaluation images, then COCO's metrics.
+"""Evaluator of SSD300."""
 
-Each rank processes its part of the images. The main rank gathers the detections of all ranks and computes the metrics.
-
-Shapes: B images, D detections.
-"""
-
-from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detection.data.prefetch import prefetch, to_device
-from detection.engine.workload import OtherEvaluation
-from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoBoxMetric, to_results
-from detection.runtime.device import supports_float64
+from detection.evaluation.box_evaluator import BoxEvaluator
+from detection.nn.detections import Detections
 from detection.runtime.distributed import DistContext
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.config import Config
-from ssd.data import EvalBatch, SSDEvalSource
-from ssd.postprocess import Detections, detect
+from ssd.data import EvalBatch
+from ssd.postprocess import detect
 
 
-class SSDEvaluator:
-    """Evaluator of SSD300.
-
-    result_rows: detections of the last evaluation, (N, 7) in the columns of `coco_metric.RESULT_COLUMNS`. per_class_ap:
-    AP of each category, set by `verify_official`.
-    """
-
-    annotation_file: Path
+class SSDEvaluator(BoxEvaluator):
+    """Evaluator of SSD300, whose boxes are normalized."""
 
     def __init__(self, config: Config, ranks: DistContext):
-        self.config, self.ranks = config, ranks
-        self.result_rows: NDArray[np.float64] = np.zeros((0, len(RESULT_COLUMNS)))
-        self.per_class_ap: list[dict[str, object]] = []
-
-    def __call__(self, model: nn.Module, data: SSDEvalSource) -> dict[str, float]:
-        """Return COCO's metrics over the evaluation images of all ranks. Every rank gets the same numbers."""
-        self.annotation_file = data.val.annotation_file
-        self.result_rows = self.detect_all(model, data, data.eval_batches())
-        return self.compute_metrics(self.result_rows, data)
-
-    def evaluate_other(self, model: nn.Module, data: SSDEvalSource) -> OtherEvaluation | None:
-        """Return the metrics of the choice of `eval_images` that the last evaluation did not make.
-
-        Detect only on images that it left out. Return None if all images have boxes.
-        """
-        if data.val.has_boxes.all():
-            return None
-        rows = self.result_rows
-        if len(data.left_out):
-            rows = np.concatenate([rows, self.detect_all(model, data, data.left_out_batches())])
-        rows = rows[np.isin(rows[:, 0], data.other_images)]
-        return OtherEvaluation(data.other_choice, len(data.other_images), self.compute_metrics(rows, data))
-
-    def detect_all(self, model: nn.Module, data: SSDEvalSource, batches: Iterator[EvalBatch]) -> NDArray[np.float64]:
-        """Return the detections (D, 7) in the batches of all ranks."""
-        device = self.ranks.device
-        float64_device = device if supports_float64(device) else torch.device("cpu")
-        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=float64_device)
-        chunks = [torch.zeros(0, len(RESULT_COLUMNS), dtype=torch.float64, device=float64_device)]
-        for batch in prefetch(batches, device):
-            detections = to_device(self.predict(model, batch), float64_device)
-            image_ids, sizes_wh = to_device((batch.image_ids, batch.sizes_wh), float64_device)
-            chunks.append(to_result_rows(detections, image_ids, sizes_wh, category_ids))
-        rows: NDArray[np.float64] = self.ranks.all_gather_rows(torch.cat(chunks)).cpu().numpy()
-        return rows
-
-    def compute_metrics(self, rows: NDArray[np.float64], data: SSDEvalSource) -> dict[str, float]:
-        """Return COCO's metrics of detections (D, 7), the same on every rank."""
-        metrics: dict[str, float] = self.ranks.broadcast(data.metric(rows) if data.metric else None)
-        return metrics
+        super().__init__(ranks)
+        self.config = config
 
     def predict(self, model: nn.Module, batch: EvalBatch) -> Detections:
         """Return the detections in a batch on the device."""
@@ -88,32 +31,6 @@ class SSDEvaluator:
             max_detections=self.config.max_detections,
         )
 
-    def coco_results(self) -> dict[str, list[dict[str, object]]]:
-        """Return the detections of the last evaluation in COCO's result format, by file name."""
-        return {"detections.json": to_results(self.result_rows)}
-
-    def verify_official(self) -> dict[str, float]:
-        """Recompute the metrics of the last evaluation with the official library, and set `per_class_ap`."""
-        official = CocoBoxMetric(self.annotation_file)
-        metrics = official(self.result_rows)
-        self.per_class_ap = official.per_class_ap()
-        return metrics
-
-
-def to_result_rows(detections: Detections, image_ids: Tensor, sizes_wh: Tensor, category_ids: Tensor) -> Tensor:
-    """Convert detections to rows (D, 7) float64 of `coco_metric.RESULT_COLUMNS`, in pixels of the original images.
-
-    image_ids: (B,) and sizes_wh: (B, 2) as in `EvalBatch`. category_ids: (K,) COCO category of each label.
-    """
-    image = detections.batch_index
-    boxes_xyxy = detections.boxes_xyxy.double() * sizes_wh[image].repeat(1, 2)
-    return torch.cat(
-        [
-            image_ids[image, None],
-            boxes_xyxy[:, :2],
-            boxes_xyxy[:, 2:] - boxes_xyxy[:, :2],
-            detections.scores[:, None],
-            category_ids[detections.labels, None],
-        ],
-        dim=1,
-    )
+    def scales_wh(self, batch: EvalBatch) -> Tensor:
+        """Return the sizes (B, 2) of the original images."""
+        return batch.sizes_wh

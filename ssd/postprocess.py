@@ -8,12 +8,12 @@ Shapes: B images, A anchors, K classes (0 is background), D detections over all 
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detection.boxes import pairwise_iou
+from detection.nn.detections import Detections
 from ssd.anchors import Anchors
 from ssd.box_coder import decode
 
@@ -25,19 +25,6 @@ GROUP_SIZES = (4, 16, 64)
 BOUND_MARGIN = 1e-3
 
 
-class Detections(NamedTuple):
-    """Detections of a batch, ordered by image and then by descending score.
-
-    batch_index: (D,) position of the image in the batch. boxes_xyxy: (D, 4) normalized, not clipped. labels: (D,) in
-    1..K-1. scores: (D,) in [0, 1].
-    """
-
-    batch_index: Tensor
-    boxes_xyxy: Tensor
-    labels: Tensor
-    scores: Tensor
-
-
 def detect(
     deltas: Tensor,
     logits: Tensor,
@@ -47,7 +34,7 @@ def detect(
     nms_threshold: float = 0.5,
     max_detections: int = 200,
 ) -> Detections:
-    """Detect objects from deltas (B, A, 4) and logits (B, A, K), as in the MLPerf reference.
+    """Detect objects from deltas (B, A, 4) and logits (B, A, K), as in the MLPerf reference: normalized, not clipped.
 
     The `max_detections` best candidates of each class above the score threshold enter NMS. NMS drops a box whose IoU
     with a better kept box is at least `nms_threshold`. Each image keeps its best `max_detections`.

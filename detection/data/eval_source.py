@@ -1,7 +1,7 @@
 """Evaluation images of a COCO split: those that an evaluation detects on, and those that it leaves out."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,14 @@ from detection.config.run_config import RunConfig
 from detection.data.coco import Split
 from detection.data.loader import iter_batches, make_loader
 from detection.runtime.distributed import DistContext
+
+
+class OtherEvaluation(NamedTuple):
+    """Metrics of the model with another choice of --eval-images, and its number of images."""
+
+    eval_images: str
+    images: int
+    metrics: dict[str, float]
 
 
 class CocoEvalSource:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Any, Generic, Protocol
 
 from torch import Tensor, nn
 
 from detection.data.batch import Batch, RankBatch
 from detection.data.coco import Category
+from detection.data.eval_source import OtherEvaluation
 
 EXIT_TARGET_NOT_REACHED = 3  # exit status of a run below its target
 
@@ -59,18 +60,10 @@ class Workload(Generic[Batch]):
     lr_schedule: Callable[[int, int, int], float]
     predict: Callable[[nn.Module, Any], object]
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
-    evaluate_other: Callable[[nn.Module, Any], "OtherEvaluation | None"]
+    evaluate_other: Callable[[nn.Module, Any], OtherEvaluation | None]
     targets: Mapping[str, float]
     mlperf_accuracy: Callable[[Mapping[str, float]], object]
     fixed_input_size: bool = True
-
-
-class OtherEvaluation(NamedTuple):
-    """Metrics of the model with another choice of --eval-images, and its number of images."""
-
-    eval_images: str
-    images: int
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

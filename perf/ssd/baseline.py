@@ -24,6 +24,7 @@ from torchvision import transforms
 
 from detection.boxes import pairwise_iou, xyxy_to_cxcywh
 from detection.data.coco import Split
+from detection.nn.detections import Detections
 from ssd.anchors import ANCHORS_PER_CELL, IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.augment import (
     CROP_OPTIONS,
@@ -41,7 +42,6 @@ from ssd.augment import (
 from ssd.box_coder import POSITIVE_IOU, decode, to_deltas
 from ssd.loss import NEGATIVES_PER_POSITIVE
 from ssd.model import Backbone, feature_map_channels, make_extras
-from ssd.postprocess import Detections
 
 resize = transforms.Resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX))
 color_jitter = transforms.Compose(

@@ -12,6 +12,7 @@ import torch
 from detection.data import coco
 from detection.engine import evaluation
 from detection.engine.workload import TrainResult
+from detection.nn.detections import Detections
 from detection.runtime.distributed import DistContext
 from maskrcnn import config as maskrcnn_config
 from maskrcnn.data import MaskRCNNEvalSource
@@ -20,7 +21,6 @@ from maskrcnn.postprocess import Detections as MaskDetections
 from ssd import config as ssd_config
 from ssd.data import SSDEvalSource
 from ssd.evaluator import SSDEvaluator
-from ssd.postprocess import Detections
 
 CPU = torch.device("cpu")
 WORKLOADS = {

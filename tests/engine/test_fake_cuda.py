@@ -19,6 +19,7 @@ from detection.data.image_pipeline import CropSpec
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
 from detection.engine.initialization import build_state
+from detection.evaluation import box_evaluator
 from detection.runtime.distributed import DistContext
 from fake_cuda import CUDA, fake_cuda_device
 
@@ -144,7 +145,7 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
             )
             category_ids = torch.zeros(5, dtype=torch.int64, device=CUDA)
             syncs.take()
-            rows = ssd.evaluator.to_result_rows(detections, batch.image_ids, batch.sizes_wh, category_ids)
+            rows = box_evaluator.to_result_rows(detections, batch.image_ids, batch.sizes_wh, category_ids)
             assert (rows.device, rows.dtype, syncs.take()) == (CUDA, torch.float64, {})
         by_size.append(counts)
         # Counts candidates and kept boxes, and repeats suppression until nothing changes.
