@@ -52,6 +52,11 @@ die() {
   exit 2
 }
 
+# say TEXT: prints a line. A reader that is gone or does not read may not end or block the run.
+say() {
+  timeout 2 printf '%s\n' "$1" 2>/dev/null || true
+}
+
 dry_run=false model_summary=false help=false command=train flags=()
 for argument in "$@"; do
   case $argument in
@@ -64,20 +69,35 @@ for argument in "$@"; do
   esac
 done
 if $help && ((${#flags[@]} == 0)); then usage && echo; fi
+{ : >&1; } 2>/dev/null || exec >/dev/null
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
+if ! $help && ! $dry_run && ! $model_summary; then trap '' PIPE; fi
 
 # shellcheck source=scripts/lib/resolve_config.sh
 source ./scripts/lib/resolve_config.sh
 resolve_config .
+
+export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+require_integer NODE_RANK 0 65535
+require_integer RUN_INDEX 0 9999
+require_integer MAX_RESTARTS 0 1000000
+require_integer MASTER_PORT 1 65535
+require_integer SLURM_JOB_ID 1 4294967295
+require_integer SLURM_STEP_NUM_NODES 1 65535
+require_integer SLURM_STEP_NUM_TASKS 1 4294967295
+[[ -z ${SLURM_STEP_NUM_TASKS:-} || -z ${SLURM_STEP_NUM_NODES:-} || $SLURM_STEP_NUM_TASKS == "$SLURM_STEP_NUM_NODES" ]] ||
+  die "Slurm started this SLURM_STEP_NUM_TASKS=$SLURM_STEP_NUM_TASKS times on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES nodes. Start it once per node, with srun --ntasks-per-node=1: it starts the ranks itself"
 
 # Run this script NEXP times, one after the other.
 if [[ ${NEXP:-1} != 1 ]] && ! $help && ! $model_summary && [[ $command == train ]]; then
   [[ -z ${RUN_INDEX:-} ]] || die "RUN_INDEX=$RUN_INDEX names one run, but NEXP=$NEXP. Unset one of them"
   recipe=$(
     # shellcheck source=/dev/null
-    source "./$config" && seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"
+    source "./$config" && require_integer DGXNNODES 1 65535
+    seed=${BENCHMARK^^}_SEED && printf '%s\n' "${DGXNNODES:-1}" "${!seed:-}"
   )
   { read -r nodes && read -r seed; } <<<"$recipe" || true
-  options=(--nexp "$NEXP" --nodes "$nodes" "--seed=$seed" --hint RUN_DIR --parent "${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK")
+  options=(--nexp "$NEXP" --nodes "$nodes" --node-rank "$NODE_RANK" "--seed=$seed" --hint RUN_DIR --parent "${LOGDIR:-results}/$DGXSYSTEM/$BENCHMARK")
   if [[ -n ${RUN_DIR:-} ]]; then options+=(--folder "$RUN_DIR"); fi
   if $dry_run; then options+=(--dry-run); fi
   run_experiments "${options[@]}" -- ./run_and_time.sh "${flags[@]}"
@@ -94,7 +114,8 @@ for name in "${!preset_vars[@]}"; do
     die "$name=${preset_vars[$name]}: $config sets ${!name}. Unset it, or pass --$(tr '_[:upper:]' '-[:lower:]' <<<"$flag") ${preset_vars[$name]}"
 done
 : "${DGXNNODES:=1}" "${DGXNGPU:=1}"
-export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+require_integer DGXNNODES 1 65535
+require_integer DGXNGPU 1 4096
 ((${SLURM_STEP_NUM_NODES:-$DGXNNODES} == DGXNNODES)) ||
   die "$config sets DGXNNODES=$DGXNNODES, but Slurm started this on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES"
 ((NODE_RANK < DGXNNODES)) || die "$config sets DGXNNODES=$DGXNNODES, but NODE_RANK=$NODE_RANK. It counts from 0"
@@ -130,7 +151,9 @@ if ((DGXNNODES > 1)); then
   # Two Slurm jobs on one node need different ports.
   : "${MASTER_PORT:=$((${SLURM_JOB_ID:-0} ? 20000 + SLURM_JOB_ID % 10000 : 29500))}"
   # One port per experiment: a node that is ahead must not connect to ranks of the previous experiment.
-  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + ${RUN_INDEX:-0})))
+  port=$((MASTER_PORT + ${RUN_INDEX:-0}))
+  ((port <= 65535)) || die "MASTER_PORT=$MASTER_PORT: experiment ${RUN_INDEX:-0} would use port $port. Set a lower one"
+  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
 fi
 if ((${MAX_RESTARTS:-0} > 0)); then
   [[ ${flags[*]} == *"--resume"* ]] || die "MAX_RESTARTS=$MAX_RESTARTS: pass --resume auto, or a restart would train from scratch"
@@ -150,17 +173,19 @@ fi
 if [[ $command == inspect ]]; then exec "${launch[@]}"; fi
 
 if [[ -n ${RESET_COMMAND:-} ]]; then
-  echo "Resetting the accelerators: $RESET_COMMAND"
-  bash -c "$RESET_COMMAND" || die "RESET_COMMAND=$RESET_COMMAND: failed with status $?"
+  say "Resetting the accelerators: $RESET_COMMAND"
+  reset_output=$(bash -c "$RESET_COMMAND" 2>&1) && reset_status=0 || reset_status=$?
+  say "$reset_output"
+  ((reset_status == 0)) || die "RESET_COMMAND=$RESET_COMMAND: failed with status $reset_status"
 fi
 
 drop_page_cache() {
   if [[ ${CLEAR_CACHES:-1} != 1 ]]; then
-    echo "Page cache kept: CLEAR_CACHES=$CLEAR_CACHES"
+    say "Page cache kept: CLEAR_CACHES=$CLEAR_CACHES"
   elif sync && { echo 3 >/proc/sys/vm/drop_caches || sudo -n /sbin/sysctl -q vm.drop_caches=3; } 2>/dev/null; then
     PAGE_CACHE_DROPPED=1
   else
-    echo "Page cache kept: dropping it needs root, or sudo without a password"
+    say "Page cache kept: dropping it needs root, or sudo without a password"
   fi
 }
 # A container may not drop the page cache. run_with_docker.sh drops it outside and sets the variable.
@@ -181,22 +206,22 @@ signaled=''
 forward_signal() {
   if [[ -z $signaled ]]; then
     signaled=$1 signaled_us=${EPOCHREALTIME/[.,]/}
-    echo "SIG$1: stopping the run. Repeat the signal to end it at once" >&2
     kill -s "$2" "$!" || true
+    say "SIG$1: stopping the run. Repeat the signal to end it at once" >&2
   elif [[ $1 == "$signaled" ]] && ((${EPOCHREALTIME/[.,]/} - signaled_us > 500000)); then
     ranks=()
     { read -r -a ranks <"/proc/$!/task/$!/children" || true; } 2>/dev/null # the file has no end of line
     kill -s KILL "${ranks[@]}" "$!" 2>/dev/null || true
-    echo "SIG$1: ended the run" >&2
+    say "SIG$1: ended the run" >&2
     exit $((128 + $(kill -l "$1")))
   fi
 }
 
 start=$(timestamp)
 SECONDS=0
-echo "STARTING TIMING RUN AT $start"
+say "STARTING TIMING RUN AT $start"
 set -m # a separate process group: only this script receives Ctrl-C
-"${launch[@]}" &
+LAUNCHER_PID=$$ "${launch[@]}" &
 trap 'forward_signal INT INT' INT
 trap 'forward_signal TERM TERM' TERM
 trap 'forward_signal HUP TERM' HUP
@@ -208,29 +233,30 @@ while [[ -n $signaled ]]; do
   kill -s 0 "$!" 2>/dev/null || break
 done
 seconds=$SECONDS
-echo "ENDING TIMING RUN AT $(timestamp)"
+say "ENDING TIMING RUN AT $(timestamp)"
 
 # Outside the timed part, and after an interrupted run, too. A failure here does not change the exit status.
-if ((NODE_RANK == 0)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
+# With status 2, the run folder may belong to another run.
+if ((NODE_RANK == 0 && status != 2)) && [[ -s $RUN_DIR/metrics.jsonl ]]; then
   if [[ -s $RUN_DIR/detections.json || -s $RUN_DIR/segm.json ]]; then
-    "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || echo "warning: could not draw the sample predictions" >&2
+    "$python" -m detection.evaluation.sample_predictions "$RUN_DIR" || say "warning: could not draw the sample predictions" >&2
   fi
-  "$python" -m detection.report "$RUN_DIR" || echo "warning: could not write the report" >&2
+  "$python" -m detection.report "$RUN_DIR" || say "warning: could not write the report" >&2
 fi
 
 if ((status == 0 && NODE_RANK == 0)); then
   if [[ $mode != train ]]; then
-    echo "No RESULT line: --mode $mode does not train to a target. Its results are above, and in $RUN_DIR"
+    say "No RESULT line: --mode $mode does not train to a target. Its results are above, and in $RUN_DIR"
     exit
   fi
   if "$python" -m detection.engine.experiments --is-resumed "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
-    echo "No RESULT line: the run was resumed, so this time covers only its last part"
+    say "No RESULT line: the run was resumed, so this time covers only its last part"
     exit
   fi
   if grep -qs '"key": "run_stop".*"status": "aborted"' "$RUN_DIR/result_${RUN_INDEX:-0}.txt"; then
-    echo "No RESULT line: the run stopped at --max-steps, before its target"
+    say "No RESULT line: the run stopped at --max-steps, before its target"
     exit
   fi
-  echo "RESULT,$mlperf_name,,$seconds,$org,$start"
+  say "RESULT,$mlperf_name,,$seconds,$org,$start"
 fi
 exit "$status"

@@ -42,7 +42,7 @@ resolve_config "$script_dir"
 . "$script_dir/scripts/lib/container_mounts.sh"
 # shellcheck source=/dev/null
 . "$script_dir/$config"
-((${DGXNNODES:-1} == 1)) || die "$config is for $DGXNNODES nodes, but this script starts containers on one. Use run.sub"
+[[ ${DGXNNODES:-1} == 1 ]] || die "$config is for $DGXNNODES nodes, but this script starts containers on one. Use run.sub"
 
 docker=${DOCKER:-$(command -v docker || command -v podman || true)}
 [[ -n $docker ]] || die "neither docker nor podman is on PATH. Install one, or run without a container: ./run_and_time.sh"

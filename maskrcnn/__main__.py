@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from detection import cli
+from mlperf import stdio
 
 
 def declare() -> Any:
@@ -31,4 +32,5 @@ def predict(arguments: Namespace) -> int:
 COMMANDS = cli.CommandSet("maskrcnn", "Mask R-CNN", declare, train, predict, (0.5, 4))
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(cli.main(sys.argv[1:], COMMANDS))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf import published, rcp, score
+from mlperf import published, rcp, score, stdio
 from mlperf.compliance import Verdict as Verdict
 from mlperf.compliance import check as check
 from mlperf.errors import InputError
@@ -185,4 +185,5 @@ def _format_accuracy(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main())

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf import compliance, rules, score, system_desc
+from mlperf import compliance, rules, score, stdio, system_desc
 from mlperf.check import expand_logs
 from mlperf.errors import InputError
 from mlperf.log import read
@@ -362,4 +362,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main())

@@ -42,6 +42,7 @@ from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext
 from detection.synthetic.coco_scenes import TRAIN_IMAGES
+from mlperf import stdio
 from perf.machine import ROOT, LoadMeter, machine, process_mib, select_out
 from perf.page import markdown, split_at_marker, update_table
 from perf.photos import synthesize_gt, synthesize_photos
@@ -283,4 +284,5 @@ AXES = {
 }
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

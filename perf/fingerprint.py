@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from detection.engine.workload import EXIT_TARGET_NOT_REACHED
-from mlperf import log
+from mlperf import log, stdio
 
 ROOT = Path(__file__).parents[1]
 WORKLOADS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -97,4 +97,5 @@ def log_lines(run_dir: Path) -> list[list[Any]]:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from typing import Any
 
 from detection.config.run_config import CUSTOM_DATA_SETTINGS
 from detection.config.settings import InputError
+from mlperf import stdio
 from mlperf.log import read
 from perf.machine import RESULTS, machine, select_out
 
@@ -76,4 +77,5 @@ def summarize(log: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,7 @@ import torch
 
 from detection.config.settings import InputError
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
+from mlperf import stdio
 from perf import table
 from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, bench_size, num_cores
 from perf.machine import RESULTS, LoadMeter, machine, select_out
@@ -227,4 +228,5 @@ def summary_line(part: Callable[[BenchContext], Iterator[Result]]) -> str:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from detection import cli
+from mlperf import stdio
 
 
 def declare() -> Any:
@@ -45,4 +46,5 @@ def conformance(arguments: Namespace) -> int:
 COMMANDS = cli.CommandSet("ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance)
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(cli.main(sys.argv[1:], COMMANDS))

@@ -22,6 +22,8 @@ from mlperf.errors import InputError as InputError
 
 T = TypeVar("T")
 
+TORCHRUN_PREFIXES = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Pydantic configuration of every settings class: no unknown fields, no NaN and no infinity."""
 
@@ -152,6 +154,8 @@ class RankInfo:
     """True if a launcher started this process."""
     num_restarts: int = 0
     """Number of times that the launcher restarted the ranks of this node."""
+    launcher_pid: int = 0
+    """Process ID of the launcher, or 0 if it did not give it."""
 
     @property
     def num_nodes(self) -> int:
@@ -173,6 +177,7 @@ def read_rank_info(environ: Mapping[str, str] | None = None) -> RankInfo:
         local_world_size=_read_count(environ, "LOCAL_WORLD_SIZE", world_size, minimum=1),
         has_launcher="TORCHELASTIC_RUN_ID" in environ,
         num_restarts=_read_count(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        launcher_pid=_read_count(environ, "LAUNCHER_PID", 0),
     )
     if rank_info.rank >= world_size or rank_info.local_rank >= rank_info.local_world_size:
         raise InputError(
@@ -180,6 +185,19 @@ def read_rank_info(environ: Mapping[str, str] | None = None) -> RankInfo:
             f"LOCAL_WORLD_SIZE={rank_info.local_world_size} is out of range. Unset all four."
         )
     return rank_info
+
+
+def prepare_launch() -> int:
+    """Name this process as the parent of the ranks, and return the script that started it, or 0.
+
+    Remove variables that torchrun would take for its flags: schedulers set some of them for a torchrun of their own.
+    An unknown LOGLEVEL would end torchrun.
+    """
+    script_pid = _read_count(os.environ, "LAUNCHER_PID", 0)
+    for name in [name for name in os.environ if name.startswith(TORCHRUN_PREFIXES) or name == "LOGLEVEL"]:
+        del os.environ[name]
+    os.environ["LAUNCHER_PID"] = str(os.getpid())
+    return script_pid
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Batch sampler and data workers: the images of a rank in each step, and their batches."""
 
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +29,8 @@ warnings.filterwarnings("ignore", message="This DataLoader will create")
 # (epoch, index in the split). The key carries the epoch, because persistent workers do not see it otherwise.
 SampleKey = tuple[int, int]
 LastBatch = Literal["partial", "pad", "carry-over"]
+
+MAX_SOCKET_DIR = 70  # bytes; multiprocessing appends 32 to it, and a socket's path has at most 107
 
 
 class DataWorkerDied(RuntimeError):
@@ -117,6 +121,8 @@ def make_loader(
     dataset: Dataset[Any], batches: Iterable[list[Any]], *, num_workers: int, device: torch.device
 ) -> DataLoader[Any]:
     """Return a loader whose workers persist for the run. A dataset item is a whole batch."""
+    if num_workers:
+        make_socket_dir()
     return DataLoader(
         dataset,
         batch_sampler=batches,  # any iterable of lists works
@@ -126,6 +132,27 @@ def make_loader(
         persistent_workers=num_workers > 0,
         multiprocessing_context="fork" if num_workers else None,  # shares memory instead of copying it
         pin_memory=device.type != "cpu",
+    )
+
+
+def make_socket_dir() -> None:
+    """Create multiprocessing's folder of sockets, through which workers pass batches, where its path is short.
+
+    A socket's path has at most 107 bytes. With a longer one, a worker would report it alone, and the run would hang.
+    """
+    default = tempfile.gettempdir()
+    folders = [default] if len(os.fsencode(default)) <= MAX_SOCKET_DIR else ["/tmp", "/var/tmp", "/dev/shm"]
+    for tempfile.tempdir in folders:
+        try:
+            multiprocessing.util.get_temp_dir()  # the first call creates it
+            return
+        except OSError as error:
+            problem = error
+        finally:
+            tempfile.tempdir = default
+    raise InputError(
+        f"TMPDIR={default}: too long for sockets, and {folders[-1]} cannot be written ({problem.strerror}). Set a "
+        "shorter TMPDIR, or pass --num-workers 0."
     )
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from detection import atomic_file
 from detection.config.settings import InputError
+from mlperf import stdio
 
 SETS = ("train", "val", "trainval", "test")
 MAX_SHOWN_ERRORS = 10
@@ -211,4 +212,5 @@ def to_coco(images: dict[int, VocImage], names: Sequence[str]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from detection import git_state, run_dir
+from detection import git_state, run_dir, run_lock
 from detection.checkpoint import resume
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, RankInfo, read_rank_info, to_json
@@ -27,10 +27,11 @@ from detection.engine.run_logger import NonFiniteLossError, RunLogger
 from detection.engine.state import RunContext
 from detection.engine.tensorboard import TensorBoardLogger
 from detection.engine.workload import TrainingStopped, TrainResult, Workload
-from detection.runtime import device, numa_binding
+from detection.runtime import device, numa_binding, parent_process
 from detection.runtime.distributed import DistContext, PeerDisconnected, init_process_group
-from detection.runtime.signals import SIGNALS, RunInterrupted, SignalHandler, set_parent_death_signal
+from detection.runtime.signals import SIGNALS, RunInterrupted, SignalHandler
 from detection.runtime.watchdog import Watchdog
+from mlperf import stdio
 from mlperf.log import MlperfLog
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -48,12 +49,13 @@ class ProcessContext:
 
 def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, ProcessContext], int]) -> int:
     """Run `train` on this rank with the settings that `load` reads from the flags. Return the exit status."""
+    stdio.ignore_write_errors()
     rank_info = RankInfo()
     with SignalHandler() as signals:
         try:
             config, rank_info = load(argv), read_rank_info()
             if rank_info.has_launcher:
-                set_parent_death_signal()
+                parent_process.end_with_parent(rank_info.launcher_pid)
             check_bn_group(config, rank_info)
             rank_device = device.select_device(config.device, rank_info.local_rank)
             device_cache.validate(config, rank_device)
@@ -96,19 +98,28 @@ def check_bn_group(config: RunConfig, rank_info: RankInfo) -> None:
 
 @contextmanager
 def open_run(config: RunConfig, process: ProcessContext) -> Iterator[RunContext]:
-    """Open the run folder and the logs, and log the submission and init_start.
+    """Lock the run folder, open the logs, and log the submission and init_start.
 
     On exit, ignore a further signal, so that this process ends with its own exit status.
     """
     ranks = process.ranks
     folder = Path(ranks.broadcast(config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))))
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.hold(folder) if ranks.is_main else nullcontext(), open_logs(config, process, folder) as run:
+        yield run
+
+
+@contextmanager
+def open_logs(config: RunConfig, process: ProcessContext, folder: Path) -> Iterator[RunContext]:
+    """Open the logs in the run folder, after truncating them to the checkpoint that the run resumes from."""
+    ranks, process.watchdog.folder = process.ranks, folder
     resume_point = ranks.broadcast(resume.find_resume_point(config, folder) if ranks.is_main else None)
     if config.tensorboard:
         tensorboard.require_tensorboard()
     if ranks.is_main:
-        (folder / run_dir.CONFIG).write_text(to_json(config))
+        try:
+            (folder / run_dir.CONFIG).write_text(to_json(config))
+        except OSError as error:
+            raise InputError(f"run folder {folder}: cannot be written ({error.strerror}). Free some space.") from error
     logger = RunLogger(
         ranks,
         folder / run_dir.METRICS,

@@ -17,11 +17,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from detection import run_lock
+from detection.runtime import parent_process
+from mlperf import stdio
 from mlperf.errors import InputError
 from mlperf.log import read
 
@@ -33,6 +37,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 MAX_SEED = 2**32 - 1
 DUPLICATE_S = 1.0  # timeout and Slurm send some signals twice, which must not end the run before it has saved
 STOP_TIMEOUT_S = 120  # for a container to save a checkpoint
+OUTPUT_TIMEOUT_S = 10  # for the rest of the output, after the run has ended
 # A bad configuration and a command that cannot start would fail every time. The others mean that only the run got a
 # signal.
 FINAL_STATUSES = (2, 125, 126, 127, 129, 130, 138, 143)
@@ -150,8 +155,24 @@ def requeue(job: str) -> None:
         subprocess.run(["scontrol", "requeue", job], check=False)
 
 
+def copy_output(source: IO[bytes], log: Path, echo: bool) -> None:
+    """Append the output of a run to its log, and print it if `echo`. What cannot be written is dropped."""
+    file, has_warned = None, False
+    while text := source.read(2**16):
+        try:
+            file = file or log.open("ab", buffering=0)
+            file.write(text)
+        except OSError as error:
+            if not has_warned:
+                print(f"warning: {log}: {error.strerror}. Output is missing from it", flush=True)
+            has_warned = True
+        if echo:
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+
+
 class Job:
-    """One running experiment: a process in its own session, so that only `stop` and `kill` end it.
+    """One running experiment: a process in its own session, so that only `stop`, `kill` and our own death end it.
 
     container: name of its container, which the command's first word (docker or podman) manages.
     stop_signal: number of the signal that makes it save a checkpoint and exit, or None to forward the one received.
@@ -161,21 +182,18 @@ class Job:
         self.docker, self.container, self.stop_signal = command[0], container, stop_signal
         self.is_stopping = False
         self.stopper: subprocess.Popen[bytes] | None = None
-        self.tee: subprocess.Popen[bytes] | None = None
-        output: Any = log.open("ab") if log else None
-        if log and tee:
-            self.tee = subprocess.Popen(["tee", "--append", str(log)], stdin=subprocess.PIPE, start_new_session=True)
-            output.close()
-            output = self.tee.stdin
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
+            stdout=subprocess.PIPE if log else None,
+            stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
+            preexec_fn=parent_process.set_death_signal,
+            bufsize=0,
         )
-        if output:
-            output.close()
+        self.copier = threading.Thread(target=copy_output, args=(self.process.stdout, log, tee), daemon=True)
+        if log:
+            self.copier.start()
 
     def stop(self, received: int) -> None:
         """Ask the run to save a checkpoint and to exit. Further calls have no effect."""
@@ -205,8 +223,8 @@ class Job:
             except subprocess.TimeoutExpired:
                 if self.stopper and self.stopper.poll():  # the container did not exist yet
                     self.stopper = self._manage("stop", "-t", str(STOP_TIMEOUT_S))
-        if self.tee:
-            self.tee.wait()
+        if self.process.stdout:
+            self.copier.join(OUTPUT_TIMEOUT_S)  # a process that it left behind may keep the pipe open
         if self.container:
             self._manage("rm", "--force").wait()
         return status if status >= 0 else 128 - status
@@ -324,7 +342,7 @@ class Series:
                 print(f"{title} finished with status {status}", flush=True)
             statuses.append(status)
             if self.log(number).exists():
-                with suppress(FileExistsError):  # by an earlier call, or by another node
+                with suppress(OSError):  # it exists, from an earlier call or another node, or the disk is full
                     (self.folder / f"result_{number}.txt").symlink_to(self.log(number).relative_to(self.folder))
             if self.received or (finished[number] is None and status in FINAL_STATUSES):
                 break
@@ -345,7 +363,8 @@ class Series:
         args = self.args
         log = Path(f"{args.log}_{number + 1}.log") if args.log else None
         if log and args.fresh_logs:
-            log.write_bytes(b"")
+            with suppress(OSError):
+                log.write_bytes(b"")
         dropped = args.page_cache == "drop" and drop_page_cache(shlex.split(args.per_node))
         if self.received:
             return 128 + self.received
@@ -388,6 +407,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--nexp", default="1", metavar="N", help="number of experiments (1)")
     add("--seed", default="", help="seed of the first one, unless a flag gives it")
     add("--nodes", type=int, default=1, help="nodes of a run (1)")
+    add("--node-rank", type=int, default=0, help="number of this node (0)")
     add("--submit", metavar="WALLTIME", help="submit run.sub to Slurm with N times this time, and run nothing here")
     add("--folder", type=Path, help="run folder of all experiments")
     add("--parent", type=Path, help="parent of a new run folder, or of the one that --resume auto continues")
@@ -434,11 +454,13 @@ def main(argv: Sequence[str]) -> int:
             print(f"run folder of the NEXP={args.nexp} experiments: {series.folder}", flush=True)
             command = [*series.command(0), "--dry-run"]
             os.execvp(command[0], command)
-        return series.run()
+        with run_lock.hold(series.folder) if args.node_rank == 0 else nullcontext():
+            return series.run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

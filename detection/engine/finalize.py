@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from detection import run_dir
+from detection.atomic_file import atomic_write
 from detection.engine.state import RunContext
 from detection.engine.workload import EXIT_TARGET_NOT_REACHED, TrainResult
 from mlperf import compliance
@@ -37,17 +38,26 @@ def finalize_run(result: TrainResult, run: RunContext, evaluator: Evaluator) -> 
     with run.watchdog.extended():
         if run.ranks.is_main:
             for name, detections in evaluator.coco_results().items():
-                (run.folder / name).write_text(json.dumps(detections))
+                write_json(run, name, detections)
             if run.config.mode == "train":
                 print_result(result, run)
             official = evaluator.verify_official()
-            (run.folder / "classes.json").write_text(json.dumps(evaluator.per_class_ap))
+            write_json(run, "classes.json", evaluator.per_class_ap)
             print_run_files(run.folder)
             is_valid = is_confirmed(result.metrics, official, run) and is_log_complete(run)
         is_valid = run.ranks.broadcast(is_valid)
     if not is_valid:
         return 1
     return 0 if result.target_reached or run.config.mode == "evaluate" else EXIT_TARGET_NOT_REACHED
+
+
+def write_json(run: RunContext, name: str, value: object) -> None:
+    """Write a file of the run folder. On a full disk, warn, since the log is complete without it."""
+    try:
+        with atomic_write(run.folder / name) as partial:
+            partial.write_text(json.dumps(value))
+    except OSError as error:
+        run.logger.print(f"warning: {run.folder / name}: not written ({error.strerror})")
 
 
 def is_confirmed(metrics: Mapping[str, float], official: Mapping[str, float], run: RunContext) -> bool:
@@ -95,6 +105,7 @@ def print_run_files(folder: Path) -> None:
     names = [
         f"{path.name}/ ({sum(1 for _ in path.iterdir())})" if path.is_dir() else path.name
         for path in sorted(folder.iterdir())
+        if not path.name.startswith(".")
     ]
     print(f"Run folder {folder}/:")
     print(textwrap.fill(", ".join(names), width=80, initial_indent="  ", subsequent_indent="  "))

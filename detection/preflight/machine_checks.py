@@ -31,9 +31,8 @@ from detection.preflight import run_checks
 from detection.preflight.check_result import CheckResult, format_table, terminal_columns
 from detection.preflight.resources import MIB, check_machine, format_bytes
 from detection.preflight.run_checks import PreflightSpec, batch_bytes
-from detection.runtime import device
+from detection.runtime import device, parent_process
 from detection.runtime.distributed import DistContext, PeerDisconnected, init_process_group
-from detection.runtime.signals import set_parent_death_signal
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -61,7 +60,7 @@ def main(
     try:
         config, rank_info = spec.load(argv).config, read_rank_info()
         if rank_info.has_launcher:
-            set_parent_death_signal()
+            parent_process.end_with_parent(rank_info.launcher_pid)
         device_result, torch_device = check_device(config.device, rank_info.local_rank)
         if device_result.status != "fail":
             device_cache.validate(config, torch_device)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from detection import run_dir
+from detection import run_dir, run_lock
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, format_settings, read_launch_layout
@@ -299,18 +299,13 @@ def check_data(
 
 
 def create_run_dir(run_folder: Path, config: RunConfig) -> None:
-    """Create the run folder. Raises InputError if it cannot be written or contains the log of this run index."""
+    """Create the run folder.
+
+    Raises InputError if it cannot be written, is in use by another run, or contains the log of this run index.
+    """
     log = run_dir.log_path(run_folder, config.run_index)
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.hold(run_folder):
         if log.exists() and config.resume == "none":
             raise InputError(
                 f"{log} already exists. Choose another RUN_DIR or RUN_INDEX, or continue the run with --resume auto"
             )
-        probe_file = run_folder / f".{log.name}"
-        probe_file.touch()
-        probe_file.unlink()
-    except OSError as error:
-        raise InputError(
-            f"run folder {run_folder} cannot be written ({error.strerror}). Choose another LOGDIR"
-        ) from error

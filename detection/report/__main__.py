@@ -8,6 +8,8 @@ The first command writes an HTML report of runs. The second shows a run in progr
 
 import sys
 
+from mlperf import stdio
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
@@ -23,4 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] != ["watch"]:  # which ends with its reader
+        stdio.ignore_write_errors()
     sys.exit(main())

@@ -7,10 +7,22 @@ first, or 128 + n if signal n ended that rank or the launcher. For 2 and 3, the 
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
+from detection.config import settings
+from detection.runtime import master_address, parent_process
+from mlperf import stdio
+
+if __name__ == "__main__":  # before torch, which reads some of the variables when it is imported
+    stdio.ignore_write_errors()
+    if script_pid := settings.prepare_launch():
+        parent_process.end_with_parent(script_pid)
+
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -44,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
         args.local_addr = args.local_addr or "localhost"
     logging.disable(logging.ERROR)  # hide torchrun's failure report, in this process only
     try:
+        if not single_node and not args.rdzv_endpoint:
+            check_master(args.master_addr, args.master_port or 29500, args.node_rank)
         run(args)
     except ChildFailedError as error:
         rank, failure = _root_cause(error.failures)
@@ -61,6 +75,22 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: cannot start the ranks{address}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_master(address: str, port: int, node_rank: int) -> None:
+    """Raise InputError if node 0 does not answer. torch prints pages about it, which are dropped."""
+
+    def connect_store() -> object:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        master_address.check(address, port, node_rank, connect_store)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

@@ -1,10 +1,8 @@
 """Graceful shutdown on Ctrl-C, or on SIGTERM from the launcher or the scheduler."""
 
-import ctypes
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +18,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_INTERVAL_S = 1.0
 FORCED_EXIT_GRACE_S = 1.0  # for log and files, after a second signal
 DUPLICATE_S = 0.3  # a launcher and a scheduler may both pass on the same signal
-
-
-def set_parent_death_signal() -> None:
-    """Make the kernel send SIGTERM to this process when the launcher dies, to leave no orphans."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class RunInterrupted(KeyboardInterrupt):

@@ -29,6 +29,7 @@ from detection.arguments import parse_positive
 from detection.config.settings import InputError
 from detection.synthetic import coco_scenes, generated_dir
 from detection.synthetic.generated_dir import LICENSES, SUBDIRS, TMP_PREFIX, annotation_path
+from mlperf import stdio
 
 GENERATOR = generated_dir.Generator("detection.synthetic.coco_sized", earlier_names=("detection.rehearsal",))
 MARKER = f"{TMP_PREFIX}coco_sized"  # records the fingerprint from before the first image on
@@ -286,4 +287,5 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(_main())

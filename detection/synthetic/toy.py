@@ -24,6 +24,7 @@ from detection.arguments import parse_positive
 from detection.config.settings import InputError
 from detection.synthetic import generated_dir
 from detection.synthetic.generated_dir import LICENSES, SUBDIRS, TMP_PREFIX, annotation_path
+from mlperf import stdio
 
 SUPERSAMPLING = 4  # polygons are rasterized at this scale and averaged
 JPEG_QUALITY = 90
@@ -320,4 +321,5 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(_main())

@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib
 
 from detection.config.settings import InputError
+from mlperf import stdio
 from perf.machine import select_out, source_commit
 from perf.page import markdown, split_at_marker, update_table
 from perf.scaling import gradient
@@ -191,4 +192,5 @@ def plot(network: Network, checks: Sequence[tuple[str, Check]], runs: Sequence[R
 
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(main(sys.argv[1:]))

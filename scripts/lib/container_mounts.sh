@@ -16,8 +16,9 @@ require_file() {
   realpath --no-symlinks "$2"
 }
 
-# add_mount SOURCE TARGET ro|rw
+# add_mount SOURCE TARGET ro|rw: a caller that sets `pyxis` passes the mounts to it, which cannot quote spaces.
 add_mount() {
+  [[ -z ${pyxis:-} || $1 != *[[:space:]]* ]] || die "$1: pyxis cannot mount a path with a space. Rename it"
   [[ $1 != *[,:]* ]] || die "$1: a path with a comma or a colon cannot be mounted. Rename it"
   mounts+=("$@")
 }

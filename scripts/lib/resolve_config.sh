@@ -18,6 +18,13 @@ resolve_config() {
   [[ -f $1/$config ]] || die "DGXSYSTEM=$DGXSYSTEM: $config does not exist. Available: $files"
 }
 
+# require_integer NAME MIN MAX: rejects a variable that is set to anything else. Arithmetic would run text as a command.
+require_integer() {
+  local value=${!1:-}
+  [[ -z $value ]] || { [[ $value =~ ^(0|[1-9][0-9]{0,9})$ ]] && ((value >= $2 && value <= $3)); } ||
+    die "$1=$value: should be an integer from $2 to $3, without leading zeros. Correct or unset it"
+}
+
 # run_experiments WORD ...: becomes detection/engine/experiments.py, which runs outside the environment and containers
 # with the first working Python and needs no packages.
 run_experiments() {

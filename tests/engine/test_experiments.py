@@ -260,6 +260,45 @@ def test_output_goes_to_a_log_per_experiment(run, project):
     assert calls[0].strip() == "1 0 /inside/experiment_0 [0]"
 
 
+def test_full_disk_and_a_reader_that_is_gone_end_no_experiment(project):
+    Path("old_1.log").symlink_to("/dev/full")
+    words = ["--nexp", "2", "--folder", "a run", "--log", "old", "--tee", "--", "./run_and_time.sh"]
+    shell = ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", *COMMAND, *words]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((project / "calls").read_text().splitlines()) == 2
+    assert Path("old_2.log").read_text() == "output of the run\n"
+
+
+def test_log_that_cannot_be_written_is_named(run):
+    Path("old_1.log").symlink_to("/dev/full")
+    status, out, _, _ = run("--nexp", "1", "--log", "old")
+    assert status == 0
+    assert "warning: old_1.log: No space left on device. Output is missing from it\n" in out
+
+
+def test_run_ends_when_the_series_is_killed(project):
+    process = start("--folder", "a run")
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while "aborted" not in Path("a run/experiment_2/result_2.txt").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_second_series_in_a_folder_is_refused_and_writes_nothing(project):
+    process = start("--folder", "a run")
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
+    words = ["--nexp", "5", "--folder", "a run", "--log", "old", "--fresh-logs", "--", "./run_and_time.sh"]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: run folder a run: in use by process {process.pid} on host ")
+    assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
+    process.terminate()
+    process.communicate()
+
+
 def test_page_cache_is_dropped_on_each_node_before_each_experiment(run, project, capfd):
     for result in ("true", "false"):
         Path("node").write_text(f'#!/bin/sh\necho "$*" >>nodes\n{result}\n')
@@ -293,7 +332,17 @@ def test_log_of_a_resumed_run_is_recognized(tmp_path):
     assert experiments.main(["--is-resumed", str(log)]) == 0
 
 
-@pytest.mark.parametrize("path", ["detection/engine/experiments.py", "mlperf/log.py", "mlperf/errors.py"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "detection/engine/experiments.py",
+        "detection/run_lock.py",
+        "detection/runtime/parent_process.py",
+        "mlperf/errors.py",
+        "mlperf/log.py",
+        "mlperf/stdio.py",
+    ],
+)
 def test_module_needs_no_new_python(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -11,6 +12,7 @@ import pytest
 import processes
 from detection import run_dir
 from detection.engine.run_logger import find_straggler
+from forked import Forked
 
 TWO = ("--batch-size", "3", "--log-every", "2", "--checkpoint-every", "1 steps")
 
@@ -121,6 +123,39 @@ def test_full_disk_skips_checkpoints_and_training_continues(small_disk):
     assert re.search(r"warning: checkpoint after step \d+ not saved: ", out)
     assert "ended after epoch 3" in out
     assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_run_with_a_full_disk_for_its_output_and_a_long_tmpdir_is_complete(tmp_path):
+    """A worker passes batches through a socket in TMPDIR, whose path has at most 107 bytes."""
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    command = processes.command(tmp_path / "run", *TWO, "--num-workers", "1")
+    process = Forked(command[1:], processes.environment(TMPDIR=str(folder)), out="/dev/full", err="/dev/full")
+    assert processes.finish(process)[0] == 3
+    assert len(processes.steps(tmp_path / "run")) == 12
+    assert run_dir.list_checkpoints(tmp_path / "run")
+
+
+def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path):
+    process = processes.start(tmp_path, *TWO, "--step-s", "0.1", "--epochs", "900", ranks=2)
+    processes.wait_for(tmp_path / "metrics.jsonl", '"step"')
+    process.send_signal(signal.SIGKILL)
+    processes.wait_for(tmp_path / "result_0.txt", '"run_stop"')
+    assert run_dir.list_checkpoints(tmp_path)
+
+
+def test_second_run_in_a_folder_is_refused_and_writes_nothing(tmp_path):
+    first = processes.start(tmp_path, *TWO, "--step-s", "0.1", "--epochs", "900")
+    processes.wait_for(tmp_path / "metrics.jsonl", '"step"')
+    config = (tmp_path / "config.json").read_bytes()
+    status, out, err = processes.run(tmp_path, *TWO, "--resume", "auto", "--epochs", "9")
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        f"error: run folder {tmp_path}: in use by process {first.pid} on host {socket.gethostname()}."
+    )
+    assert (tmp_path / "config.json").read_bytes() == config
+    first.terminate()
+    processes.finish(first)
 
 
 def test_missing_shared_memory_is_reported_with_a_fix(tmp_path):

@@ -24,15 +24,15 @@ sys.exit(int(end))
 """
 
 
-def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0) -> Forked:
+def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0, **extra: str) -> Forked:
     (folder / "rank.py").write_text(RANK)
     flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
     words = ["-m", "detection.runtime.launch", *flags, "-m", "rank", *ends]
-    return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}, folder)
+    return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1", **extra}, folder)
 
 
-def result(folder: Path, *ends: str) -> tuple[int, str]:
-    process = start(folder, *ends)
+def result(folder: Path, *ends: str, **extra: str) -> tuple[int, str]:
+    process = start(folder, *ends, **extra)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
 
@@ -85,6 +85,42 @@ def test_a_signal_stops_all_ranks(tmp_path, number):
     assert process.returncode == 128 + number
     assert f"error: stopped by {number.name}" in stderr
     assert not any(alive(int(file.read_text().split()[0])) for file in files)
+
+
+def test_variables_of_a_scheduler_do_not_reach_torchrun(tmp_path):
+    variables = {"PET_RDZV_ENDPOINT": "nowhere:1", "PET_MAX_RESTARTS": "many", "PET_NPROC_PER_NODE": "3"}
+    variables |= {"TORCHELASTIC_RESTART_COUNT": "many", "LOGLEVEL": "chatty", "RANK": "7", "WORLD_SIZE": "9"}
+    assert result(tmp_path, "0", "0", **variables) == (0, "")
+    assert (tmp_path / "pid_1").read_text().endswith("2 ['0', '0']")
+
+
+# A script that starts the launcher, as run_and_time.sh does.
+SCRIPT = """
+import os, runpy, sys, time
+if os.fork():
+    time.sleep(300)
+os.environ["LAUNCHER_PID"] = str(os.getppid())
+sys.argv = sys.argv[1:]
+runpy.run_module("detection.runtime.launch", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_launcher_and_ranks_end_when_the_script_is_killed(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = ["script.py", "launch", "--nproc-per-node", "1", "-m", "rank", "wait"]
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    script = Forked(words, environ, tmp_path)
+    pid = tmp_path / "pid_0"
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    script.send_signal(signal.SIGKILL)
+    while alive(int(pid.read_text().split()[0])):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    script.communicate(timeout=60)
 
 
 def test_an_invalid_number_of_ranks_is_rejected(capsys, monkeypatch):

@@ -92,14 +92,15 @@ run_and_time() {
   [ "$(sed -n 's/python -m \([a-z_.]*\) .*/\1/p' "$calls" | tail -3)" = "$(printf 'detection.runtime.launch\ndetection.evaluation.sample_predictions\ndetection.report')" ]
 }
 
-@test "a run that did not start, and every node but the first, write no report" {
+@test "a run that did not start or was refused, and every node but the first, write no report" {
   run_and_time
   export RUN=$BATS_TEST_TMPDIR
   : >"$RUN/metrics.jsonl"
   run_and_time
   echo '{}' >"$RUN/metrics.jsonl"
   DGXSYSTEM=DGXA100_multi_2x8x56 NODE_RANK=1 MASTER_ADDR=node0 run_and_time
-  [ "$(grep --count launch "$calls")" -eq 3 ]
+  STATUS=2 run_and_time # the folder may belong to another run
+  [ "$(grep --count launch "$calls")" -eq 4 ]
   [ "$(grep --count report "$calls")" -eq 0 ]
 }
 
@@ -284,6 +285,73 @@ END
   [[ ! -e /proc/$rank || $(<"/proc/$rank/stat") == *' Z '* ]]
   grep -q 'SIGINT: ended the run' "$BATS_TEST_TMPDIR/out"
   [ "$(grep --count ENDING "$BATS_TEST_TMPDIR/out")" -eq 0 ]
+}
+
+# in_shell REDIRECTION: runs the script with the redirection and prints its status.
+in_shell() {
+  bash -c "\"$folder/run_and_time.sh\" $1; echo \${PIPESTATUS[0]} >\"$BATS_TEST_TMPDIR/status\"" 3>&-
+  echo "$(<"$BATS_TEST_TMPDIR/status")"
+}
+
+@test "output that cannot be written ends no run, and the report is written after it" {
+  mkdir "$BATS_TEST_TMPDIR/run"
+  echo '{}' >"$BATS_TEST_TMPDIR/run/metrics.jsonl"
+  export RUN=$BATS_TEST_TMPDIR/run STATUS=3 RESET_COMMAND='echo reset'
+  for redirection in '>/dev/full 2>&1' '>&- 2>&-' '2>&1 | true'; do
+    : >"$calls"
+    [ "$(in_shell "$redirection" | tail -n 1)" -eq 3 ]
+    [[ $(tail -n 1 "$calls") == "python -m detection.report "* ]]
+  done
+}
+
+@test "Ctrl-C reaches the run if the reader of the output has ended, or does not read" {
+  # shellcheck disable=SC2016 # text of the stub
+  sed -i 's/ echo "ended by $signal";//' "$folder/venv/bin/python"
+  for reader in ended stuck; do
+    rm -f "$BATS_TEST_TMPDIR"/{waits,pipe}
+    mkfifo "$BATS_TEST_TMPDIR/pipe"
+    exec 5<>"$BATS_TEST_TMPDIR/pipe"
+    if [[ $reader == stuck ]]; then head -c 65536 /dev/zero >&5; fi
+    signal=INT WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal=INT "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/pipe" 2>&1 3>&- 5>&- &
+    script=$!
+    if [[ $reader == ended ]]; then sleep 0.5 && exec 5>&-; fi
+    until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.05; done
+    kill -s INT "$script"
+    wait "$script" && status=0 || status=$?
+    [ "$status" -eq 130 ]
+  done
+}
+
+# rejected NAME [NAME=value ...]: checks that the script ends with 2 and one line that begins with NAME=.
+rejected() {
+  run env "${@:2}" "$folder/run_and_time.sh"
+  [[ $status -eq 2 && ${#lines[@]} -eq 1 && $output == "error: $1="* ]] || { echo "${*:2}: $status $output" && return 1; }
+}
+
+@test "variables that are no numbers in range are rejected by name, and never run as commands" {
+  sed -i 's/DGXNNODES=1/DGXNNODES=2/' "$folder/config_toy.sh"
+  command="a[\$(touch "$BATS_TEST_TMPDIR/pwned")]"
+  for value in abc 08 -1 1.5 ' ' 0x1 99999999999; do
+    rejected NODE_RANK NODE_RANK="$value" MASTER_ADDR=here
+  done
+  rejected NODE_RANK SLURM_NODEID="$command" MASTER_ADDR=here
+  for name in NODE_RANK MASTER_PORT MAX_RESTARTS RUN_INDEX DGXNGPU SLURM_JOB_ID SLURM_STEP_NUM_NODES SLURM_STEP_NUM_TASKS; do
+    rejected "$name" "$name=$command" MASTER_ADDR=here
+  done
+  rejected MASTER_PORT MASTER_PORT=70000 MASTER_ADDR=here
+  rejected MASTER_PORT MASTER_PORT=65535 RUN_INDEX=1 MASTER_ADDR=here
+  sed -i 's/DGXNNODES=2/DGXNNODES=08/' "$folder/config_toy.sh"
+  rejected DGXNNODES MASTER_ADDR=here
+  rejected DGXNNODES NEXP=2
+  [ ! -e "$BATS_TEST_TMPDIR/pwned" ]
+  [ "$(grep --count launch "$calls")" -eq 0 ]
+}
+
+@test "several Slurm tasks per node are rejected" {
+  run env SLURM_STEP_NUM_TASKS=8 SLURM_STEP_NUM_NODES=1 "$folder/run_and_time.sh"
+  [[ $status -eq 2 && $output == "error: Slurm started this SLURM_STEP_NUM_TASKS=8 times on SLURM_STEP_NUM_NODES=1 nodes."* ]]
+  run env SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 "$folder/run_and_time.sh"
+  [ "$status" -eq 0 ]
 }
 
 @test "NEXP runs the script again for each experiment, each with its port, and one RESULT line each" {

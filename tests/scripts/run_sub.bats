@@ -98,12 +98,19 @@ job() {
   [ "$(tail -n 1 "$RUNS" | cut -d ' ' -f 2)" = 0 ]
 }
 
+# without_spaces: renames the test's folders, since pyxis mounts no path with a space.
+without_spaces() {
+  mv "$project" "$BATS_TEST_TMPDIR/project"
+  project=$BATS_TEST_TMPDIR/project LOGDIR=$BATS_TEST_TMPDIR/logs
+}
+
 @test "with an image, pyxis mounts the folders and flags name the paths in the container" {
-  mkdir "$project/weights"
-  CONT=image.sqsh DATADIR="the data" PRETRAINED_DIR=weights NEXP=1 job --note "a b"
+  without_spaces
+  mkdir "$project/weights" "$project/data"
+  CONT=image.sqsh DATADIR=data PRETRAINED_DIR=weights NEXP=1 job --note "a b"
   [ "$status" -eq 0 ]
   grep --quiet --line-regexp -e '--container-image=image.sqsh' "$CALLS"
-  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$project/the data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
+  grep --quiet --line-regexp -e "--container-mounts=$LOGDIR:/results:rw,$project/data:/data:ro,$project/weights:/pretrained:ro" "$CALLS"
   [ "$(<"$RUNS")" = "0 0 /results/pair/ssd/job_42/experiment_0 [/data] --note a b" ]
   CONT=image.sqsh DATADIR=nowhere NEXP=1 job
   [[ $status -eq 2 && $output == "error: DATADIR=nowhere is not a folder" ]]
@@ -111,7 +118,18 @@ job() {
   [ "$(tail -n 1 "$RUNS")" = "0 0 /results/toy/ssd/job_42/experiment_0 [/tmp/toy]" ]
 }
 
+@test "with an image, a path with a space is rejected, which pyxis cannot mount" {
+  CONT=image.sqsh NEXP=1 job
+  [[ $status -eq 2 && $output == "error: $LOGDIR: pyxis cannot mount a path with a space. Rename it" ]]
+  without_spaces
+  touch "$project/my weights.pt"
+  CONT=image.sqsh DATADIR=. NEXP=1 job --weights "my weights.pt"
+  [[ $status -eq 2 && $output == "error: $project/my weights.pt: pyxis cannot mount a path with a space. Rename it" ]]
+  [ ! -s "$RUNS" ]
+}
+
 @test "with an image, files that the flags name are mounted, and flags name the paths in the container" {
+  without_spaces
   mkdir "$project/images"
   touch "$project/a.json" "$BATS_TEST_TMPDIR/w.pt"
   CONT=image NEXP=1 job --train-images images --train-annotations a.json --val-images images --val-annotations=a.json \
@@ -133,6 +151,23 @@ job() {
   SLURM_GPUS_ON_NODE=8 NEXP=1 job
   [ "$status" -eq 0 ]
   [ "$(wc -l <"$RUNS")" -eq 1 ]
+}
+
+@test "variables of Slurm that are no numbers, and several tasks per node, are rejected by name" {
+  for name in SLURM_JOB_NUM_NODES SLURM_GPUS_ON_NODE SLURM_NTASKS_PER_NODE; do
+    for value in abc 08 "a[\$(touch "$BATS_TEST_TMPDIR/pwned")]"; do
+      run env "$name=$value" SLURM_JOB_ID=42 "$project/run.sub"
+      [[ $status -eq 2 && ${#lines[@]} -eq 1 && $output == "error: $name=$value: "* ]]
+    done
+  done
+  run env SLURM_JOB_ID=4_2 "$project/run.sub"
+  [[ $status -eq 2 && $output == "error: SLURM_JOB_ID=4_2: "* ]]
+  SLURM_NTASKS_PER_NODE=8 job
+  [[ $status -eq 2 && $output == "error: job 42 has SLURM_NTASKS_PER_NODE=8. Use sbatch --ntasks-per-node=1"* ]]
+  printf 'export DGXNNODES=2 DGXNGPU=08\n' >"$project/config_pair.sh"
+  job
+  [[ $status -eq 2 && $output == "error: DGXNGPU=08: "* ]]
+  [[ ! -e $BATS_TEST_TMPDIR/pwned && ! -s $RUNS ]]
 }
 
 @test "an unknown system, an invalid count, an invalid time and a wrong folder give one message each" {

@@ -23,12 +23,15 @@ SERVER.set_forkserver_preload(
 
 
 class Forked:
-    """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen."""
+    """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen.
 
-    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT):
+    out, err: files for its output, which `communicate` then does not return.
+    """
+
+    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT, *, out: str = "", err: str = ""):
         self.argv = argv
         self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self.files]
+        names = [name or file.name for name, file in zip((out, err), self.files, strict=True)]
         self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names))
         self.process.start()
         self.pid = self.process.pid
@@ -62,6 +65,7 @@ def run_program(argv: list[str], environ: dict[str, str], cwd: Path, out: str, e
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    tempfile.tempdir = None  # from TMPDIR
     torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
     if argv[0] == "-m":
         sys.argv = argv[1:]
