@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before torch, which reads some of the variables wh
     if script_pid := settings.prepare_launch():
         parent_process.end_with_parent(script_pid)
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
