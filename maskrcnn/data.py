@@ -1,7 +1,7 @@
 """Datasets and data sources: COCO splits to batches.
 
-B images, G ground-truth boxes of the image with the most, E edges of the longest mask. H and W: the largest height and
-width of the batch, rounded up to multiples of 32.
+B images, G ground-truth boxes of the image with the most, V vertices of the longest mask. H and W: the largest height
+and width of the batch, rounded up to multiples of 32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     images: (B, 3, H, W) uint8, zeros right of and below the image, channels last, or the input of the device's image
     pipeline. sizes_hw: (B, 2) pixels of the resized image. boxes_xyxy: (B, G, 4), legacy boxes up to their last pixel,
-    and edges: (B, G, E, 4), as in `masks.mask_edges`, both in pixels of the resized image. labels: (B, G), 0 is
+    and vertices: (B, G, V, 3), as in `masks.mask_vertices`, both in pixels of the resized image. labels: (B, G), 0 is
     padding. seeds: (B,) of 31 bits, for sampling on the device.
     """
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     sizes_hw: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
-    edges: Tensor
+    vertices: Tensor
     seeds: Tensor
 
 
@@ -80,34 +80,38 @@ class MaskRCNNTrainDataset(Dataset[Batch]):
 
         An exception raised in a worker would reach the user wrapped in a traceback.
         """
-        images, sizes, boxes, labels, edges, seeds = [], [], [], [], [], []
+        images, sizes, boxes, labels, vertices, seeds = [], [], [], [], [], []
         for epoch, index in keys:
             try:
                 source = self.pixels.read(index, self.split.image_path(index))
             except InputError as error:
                 return error
             height, width = size_hw = resized_hw(source.size_hw, self.min_size_px, self.max_size_px)
-            scale = np.array([width / source.size_hw[1], height / source.size_hw[0]] * 2, dtype=np.float32)
+            scale = np.array([width / source.size_hw[1], height / source.size_hw[0]], dtype=np.float32)
             # As in the reference, legacy boxes lose a pixel of the original image, not of the resized one.
-            image_boxes = (self.split.boxes(index) - np.array([0, 0, self.legacy, self.legacy], np.float32)) * scale
-            image_edges = [box_edges * scale for box_edges in masks.mask_edges(self.split, index)]
+            image_boxes = self.split.boxes(index) - np.array([0, 0, self.legacy, self.legacy], np.float32)
+            image_boxes *= np.tile(scale, 2)
+            image_vertices = masks.mask_vertices(self.split, index)
+            for mask in image_vertices:
+                mask[:, :2] *= scale
             flipped, seed = self.sample_params(epoch, index)
             if flipped:
-                image_boxes = hflip(image_boxes, width - int(self.legacy))[:, [2, 1, 0, 3]]
-                image_edges = [hflip(box_edges, width) for box_edges in image_edges]
+                image_boxes[:, [0, 2]] = hflip(image_boxes[:, [2, 0]], width, self.legacy)
+                for mask in image_vertices:
+                    mask[:, 0] = hflip(mask[:, 0], width, self.legacy)
             whole = (0, 0, source.size_hw[1], source.size_hw[0])
             images.append(self.pixels.transform(CropSpec(source, whole, size_hw, flipped)))
             sizes.append(size_hw)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(self.split.image_labels(index)))
-            edges.append(image_edges)
+            vertices.append(image_vertices)
             seeds.append(seed)
         return Batch(
             self.pixels.collate(images, STRIDE_PX),
             torch.tensor(sizes),
             pad(boxes),
             pad(labels),
-            pad_edges(edges),
+            pad_vertices(vertices),
             torch.tensor(seeds),
         )
 
@@ -153,9 +157,12 @@ def resized_hw(size_hw: Sequence[int], min_size_px: int, max_size_px: int) -> tu
     return (shorter, longer) if size_hw[0] == short else (longer, shorter)
 
 
-def hflip(rows: masks.Floats, width: int) -> masks.Floats:
-    """Flip rows (N, 4) of x, y, x, y horizontally."""
-    return np.array([width, 0, width, 0], dtype=np.float32) + rows * np.array([-1, 1, -1, 1], dtype=np.float32)
+def hflip(x: masks.Floats, width: int, legacy: bool) -> masks.Floats:
+    """Flip x coordinates of boxes or polygons in an image.
+
+    legacy: the last pixel is width - 1. The reference flips polygons likewise, which moves them left by a pixel.
+    """
+    return width - x - np.float32(legacy)
 
 
 def pad_to_batch(images: Sequence[Tensor]) -> Tensor:
@@ -168,14 +175,14 @@ def stack_sizes(images: Sequence[Tensor]) -> Tensor:
     return torch.tensor([image.shape[1:] for image in images])
 
 
-def pad_edges(edges: Sequence[Sequence[masks.Floats]]) -> Tensor:
-    """Stack the edges (e, 4) of each box of each image to (B, G, E, 4), padded with zeros; G and E are at least 2."""
-    max_boxes = max(2, *(len(image_edges) for image_edges in edges))
-    max_edges = max(2, *(len(box_edges) for image_edges in edges for box_edges in image_edges))
-    padded = np.zeros((len(edges), max_boxes, max_edges, 4), dtype=np.float32)
-    for image, image_edges in enumerate(edges):
-        for box, box_edges in enumerate(image_edges):
-            padded[image, box, : len(box_edges)] = box_edges
+def pad_vertices(vertices: Sequence[Sequence[masks.Floats]]) -> Tensor:
+    """Stack the vertices (v, 3) of each box of each image to (B, G, V, 3), padded with zeros; G, V are at least 2."""
+    max_boxes = max(2, *(len(image_vertices) for image_vertices in vertices))
+    max_vertices = max(2, *(len(mask) for image_vertices in vertices for mask in image_vertices))
+    padded = np.zeros((len(vertices), max_boxes, max_vertices, 3), dtype=np.float32)
+    for image, image_vertices in enumerate(vertices):
+        for box, mask in enumerate(image_vertices):
+            padded[image, box, : len(mask)] = mask
     return torch.from_numpy(padded)
 
 

@@ -34,7 +34,7 @@ class Targets(NamedTuple):
 
     boxes_xyxy: Tensor
     labels: Tensor
-    edges: Tensor
+    vertices: Tensor
     seeds: Tensor
 
 
@@ -122,11 +122,11 @@ class MaskRCNN(nn.Module):
         )
 
         with torch.no_grad():
-            edges = targets.edges[gt_index]
+            vertices = targets.vertices[gt_index]
             mask_targets = (
-                self.roi_align_masks(edges, positive_rois, images)
+                self.roi_align_masks(vertices, positive_rois, images)
                 if config.mask_targets == "roi-align"
-                else masks.rasterize_edges(edges, positive_rois.boxes_xyxy, MASK_SIZE)
+                else masks.rasterize_polygons(vertices, positive_rois.boxes_xyxy, MASK_SIZE)
             )
         mask_loss = self.mask_loss(features, positive_rois, labels[positives], mask_targets.float())
         return class_loss, box_loss, mask_loss
@@ -141,12 +141,12 @@ class MaskRCNN(nn.Module):
         logits = self.mask_head(self.roi_pool(features, rois, MASK_POOL_SIZE), labels)
         return loss.mask_loss(logits, mask_targets)
 
-    def roi_align_masks(self, edges: Tensor, rois: Rois, images: Tensor) -> Tensor:
+    def roi_align_masks(self, vertices: Tensor, rois: Rois, images: Tensor) -> Tensor:
         """Sample whole bitmaps with RoIAlign, as torchvision does: masks (R, 28, 28), between 0 and 1 at the border."""
         side = max(images.shape[2:])
-        whole = device_constant((0, 0, side, side), edges.device).expand(len(edges), 4)
-        bitmaps = masks.rasterize_edges(edges, whole, side).float()[:, None]
-        indices = torch.arange(len(edges), device=edges.device)[:, None].to(edges)
+        whole = device_constant((0, 0, side, side), vertices.device).expand(len(vertices), 4)
+        bitmaps = masks.rasterize_polygons(vertices, whole, side)[:, None]
+        indices = torch.arange(len(vertices), device=vertices.device)[:, None].to(vertices)
         return ops.roi_align(bitmaps, torch.cat([indices, rois.boxes_xyxy], dim=1), (MASK_SIZE, MASK_SIZE))[:, 0]
 
     def roi_pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:

@@ -83,7 +83,7 @@ def make_workload(
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the five losses (5,) of a batch, each its mean times the number of images, as the loop sums them."""
-    targets = Targets(batch.boxes_xyxy, batch.labels, batch.edges, batch.seeds)
+    targets = Targets(batch.boxes_xyxy, batch.labels, batch.vertices, batch.seeds)
     losses: Tensor = model(batch.images, batch.sizes_hw, targets)
     return losses * len(batch.images)
 
@@ -101,13 +101,14 @@ def dummy_batch(config: Config, ranks: DistContext) -> Batch:
     height, width = sizes_hw[0].tolist()
     box = torch.tensor([0.25, 0.25, 0.75, 0.75]) * torch.tensor([width, height, width, height])
     left, top, right, bottom = box.tolist()
-    edges = torch.tensor([[left, top, left, bottom], [right, bottom, right, top]])
+    corners = ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
+    vertices = torch.tensor([(*corner, 1.0) for corner in corners])
     return Batch(
         images=images,
         sizes_hw=sizes_hw,
         boxes_xyxy=box.expand(size, 2, 4).contiguous(),
         labels=torch.ones(size, 2, dtype=torch.int64),
-        edges=edges.expand(size, 2, 2, 4).contiguous(),
+        vertices=vertices.expand(size, 2, *vertices.shape).contiguous(),
         seeds=torch.arange(size),
     )
 

@@ -95,7 +95,7 @@ class Split:
             ends = arrays.point_offsets[first : last + 1].tolist()
             # Undo the float32 rounding: pycocotools rounds to fifths of a pixel, where ties are common.
             rings = [arrays.points_xy[start:end].astype(np.float64).round(3) for start, end in pairwise(ends)]
-            masks.append(rle.fill_rings(rings, (height, width)) if rings else None)
+            masks.append(rle.fill_polygons(rings, (height, width)) if rings else None)
         return masks
 
     @property

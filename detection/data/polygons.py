@@ -25,8 +25,8 @@ _SEGMENTATION = msgspec.json.Decoder(_Segmentation)
 class PolygonArrays:
     """Masks of M boxes as rings of points x, y in pixels. Pixel i spans i to i + 1.
 
-    A ring from a polygon is closed: it ends at its first point, has at least 4 points and any orientation.
-    A ring from RLE is one vertical edge of 2 points: left edges point down, right edges point up.
+    A mask is the union of its rings, each filled by the even-odd rule. A ring is closed: it ends at its first point and
+    has at least 4 points. RLE becomes one ring, as in `rle.runs_to_polygon`.
     """
 
     ring_offsets: NDArray[np.int64]
@@ -55,9 +55,9 @@ def read(
             if isinstance(mask, RleSegmentation):
                 runs = rle.rle_to_runs(mask, sizes_hw[row])
                 if not columns.is_crowd[row]:
-                    edges = rle.runs_to_edges(runs, int(sizes_hw[row, 0]))
-                    points.frombytes(edges.tobytes())
-                    ring_lengths.extend([2] * len(edges))
+                    outline = rle.runs_to_polygon(runs, int(sizes_hw[row, 0]))
+                    points.frombytes(outline.tobytes())
+                    ring_lengths.extend([len(outline)] * bool(len(outline)))
             else:
                 for polygon in mask:
                     _check_polygon(polygon)

@@ -69,33 +69,38 @@ def _decode_counts(text: str) -> list[int]:
     return counts
 
 
-def runs_to_edges(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
-    """Convert runs to vertical edges (R, 2, 2) x, y: per rectangle the left edge down, then the right edge up.
+def runs_to_polygon(runs: NDArray[np.int64], height: int) -> NDArray[np.float32]:
+    """Convert runs to one closed polygon (P, 2) of x, y, to be filled by the even-odd rule; (0, 2) without runs.
 
-    A run over several columns becomes three rectangles: in its first column, the full columns, and the rest.
+    It moves right along the first top of each column, then left along all other tops and bottoms. Sides in between are
+    vertical, and cross no column.
     """
     runs = runs[runs[:, 0] < runs[:, 1]]
-    (left, top), (right, bottom) = np.divmod(runs[:, 0], height), np.divmod(runs[:, 1] - 1, height)
-    one_column = left == right
-    zero, full = np.zeros_like(left), np.full_like(left, height)
-    rectangles_xyxy = np.concatenate(
-        [
-            np.stack([left, top, left + 1, np.where(one_column, bottom + 1, height)], axis=1),
-            np.stack([left + 1, zero, right, full], axis=1)[right > left + 1],
-            np.stack([right, zero, right + 1, bottom + 1], axis=1)[~one_column],
-        ]
-    ).astype(np.float32)
-    return rectangles_xyxy[:, [[[0, 1], [0, 3]], [[2, 3], [2, 1]]]].reshape(-1, 2, 2)
+    if not len(runs):
+        return np.zeros((0, 2), dtype=np.float32)
+    first, last = runs[:, 0] // height, (runs[:, 1] - 1) // height
+    counts = last - first + 1
+    columns = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    sides = (np.repeat(runs, counts, axis=0) - columns[:, None] * height).clip(0, height)
+    empty = np.setdiff1d(np.arange(first[0], last[-1]), columns)  # crossed twice at the same y
+    columns, sides = np.concatenate([columns, empty]), np.concatenate([sides, np.zeros((len(empty), 2), np.int64)])
+    order = np.argsort(columns, kind="stable")
+
+    x, y = np.repeat(columns[order], 2), sides[order].ravel()  # tops at even positions, bottoms at odd ones
+    is_first = np.diff(x, prepend=-1) > 0
+    others = np.flatnonzero(~is_first)
+    path = np.concatenate([np.flatnonzero(is_first), others[np.argsort(-x[others], kind="stable")]])
+    is_bottom = path % 2
+    x = np.stack([x[path] + is_bottom, x[path] + 1 - is_bottom], axis=1).ravel()
+    y = np.repeat(y[path], 2)
+    x, y = np.append(x, x[0]), np.append(y, y[0])
+    turns = np.diff(y, prepend=-1) | np.diff(y, append=-1)  # other points lie between two of the same y
+    return np.stack([x, y], axis=1)[turns != 0].astype(np.float32)
 
 
-def fill_rings(rings: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> CocoRle:
-    """Return the mask inside the rings of one box, as in `PolygonArrays`."""
-    if len(rings[0]) == 2:  # alternating left and right edges of `runs_to_edges`
-        corners = np.concatenate(rings).reshape(-1, 4, 2)
-        shapes: Any = np.concatenate([corners[:, 0], corners[:, 2] - corners[:, 0]], axis=1)
-    else:
-        shapes = [ring[:-1].ravel().tolist() for ring in rings]
-    merged = mask_api.merge(mask_api.frPyObjects(shapes, *size_hw))
+def fill_polygons(polygons: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> CocoRle:
+    """Return the mask of one box: the union of its closed polygons (P, 2) of x, y."""
+    merged: Any = mask_api.merge(mask_api.frPyObjects([points[:-1].ravel().tolist() for points in polygons], *size_hw))
     return {"size": list(size_hw), "counts": merged["counts"].decode()}
 
 

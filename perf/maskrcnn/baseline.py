@@ -90,8 +90,8 @@ def to_model_input(batch: Batch) -> ModelInput:
     for index, (height, width) in enumerate(batch.sizes_hw.tolist()):
         is_box = batch.labels[index] > 0
         side = max(height, width)
-        square = torch.tensor([0.0, 0.0, side, side], device=batch.edges.device).expand(int(is_box.sum()), 4)
-        bitmaps = masks.rasterize_edges(batch.edges[index, is_box], square, side)[:, :height, :width]
+        square = torch.tensor([0.0, 0.0, side, side], device=batch.vertices.device).expand(int(is_box.sum()), 4)
+        bitmaps = masks.rasterize_polygons(batch.vertices[index, is_box], square, side)[:, :height, :width]
         images.append(batch.images[index, :, :height, :width].contiguous() / 255)
         gt.append(
             {

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 
 from annotation_file import annotation, content, data_folder, read
 from detection.config.settings import InputError
-from detection.data import coco
+from detection.data import coco, rle
 from paths import shared
 
 SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
@@ -49,8 +49,8 @@ def test_multi_part_polygons_are_closed_and_belong_to_their_box(folder: Path) ->
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_rle_becomes_vertical_edges(folder: Path, compressed: bool) -> None:
-    """The mask of a 4×5 image covers column 2 from row 3, all of column 3, and row 1 of column 4."""
+def test_rle_becomes_one_closed_polygon(folder: Path, compressed: bool) -> None:
+    """The mask of a 4×5 image covers column 1 from row 2 to 3, all of column 2, and row 0 of column 3."""
     data = content()
     data["images"][1].update(width=4, height=5)
     mask = {"size": [5, 4], "counts": [7, 2, 1, 6, 4]}
@@ -58,10 +58,26 @@ def test_rle_becomes_vertical_edges(folder: Path, compressed: bool) -> None:
         mask["counts"] = mask_api.frPyObjects(mask, 5, 4)["counts"].decode()
     row = annotation(4, image_id=10, bbox=[1, 0, 3, 5], segmentation=mask)
     data["annotations"].append(row)
-    edges = box_rings(read(folder, data, segmentations=True), 1)
-    down = [[1, 2], [1, 4]], [[2, 0], [2, 5]], [[3, 0], [3, 1]]
-    up = [[2, 4], [2, 2]], [[3, 5], [3, 0]], [[4, 1], [4, 0]]
-    assert sorted(edges) == sorted([list(edge) for edge in (*down, *up)])
+    (ring,) = box_rings(read(folder, data, segmentations=True), 1)
+    tops = [1, 2], [2, 2], [2, 0], [4, 0]
+    bottoms = [4, 1], [3, 1], [3, 5], [2, 5], [2, 4], [1, 4]
+    assert ring == [*map(list, tops), *map(list, bottoms), [1, 2]]
+
+
+def test_rle_with_holes_and_empty_columns_becomes_the_same_mask() -> None:
+    rng = np.random.default_rng(0)
+    for side in (1, 2, 5, 40):
+        for fraction in (0.03, 0.3, 0.7, 0.97):
+            mask = np.asfortranarray(rng.random((side, 3 * side // 2)) < fraction)
+            changes = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False, append=False))
+            polygon = rle.runs_to_polygon(changes.reshape(-1, 2), side)
+            if not mask.any():
+                assert polygon.shape == (0, 2)
+                continue
+            assert polygon[0].tolist() == polygon[-1].tolist()
+            assert ((polygon[1:] != polygon[:-1]).sum(axis=1) == 1).all()  # each side is horizontal or vertical
+            actual = rle.decode_mask(rle.fill_polygons([polygon.astype(np.float64)], mask.shape))
+            np.testing.assert_array_equal(actual, mask)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

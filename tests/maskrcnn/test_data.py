@@ -2,19 +2,22 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from annotation_file import read_one_image
 from detection.config.settings import InputError
 from detection.data import coco, image_io
 from detection.data.batch import split_micro_batches
+from detection.data.image_pipeline import HostImagePipeline
 from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.config import Config
-from maskrcnn.data import MaskRCNNTrainSource, resized_hw
-from paths import shared
+from maskrcnn.data import MaskRCNNTrainDataset, MaskRCNNTrainSource, resized_hw
+from paths import ROOT, shared
 
 CPU = torch.device("cpu")
 SINGLE_RANK = DistContext(0, 1, CPU)
@@ -96,10 +99,10 @@ def test_masks_scale_with_their_image(small_toy):
         (a["image_id"], round(a["bbox"][0], 2)): a["area"]
         for a in json.loads(split.annotation_file.read_text())["annotations"]
     }
-    for index, (_, size_hw, boxes, labels, edges, _) in samples_by_index(data).items():
+    for index, (_, size_hw, boxes, labels, vertices, _) in samples_by_index(data).items():
         height, width = size_hw.tolist()
-        whole = torch.tensor([[0.0, 0, width, height]]).expand(len(edges), 4)
-        bitmaps = masks.rasterize_edges(edges, whole, size=320)
+        whole = torch.tensor([[0.0, 0, width, height]]).expand(len(vertices), 4)
+        bitmaps = masks.rasterize_polygons(vertices, whole, size=320)
         scale = np.prod(split.sizes_hw[index]) / 320**2
         for number, box in enumerate(split.boxes(index)):
             area = areas[int(split.image_ids[index]), round(float(box[0]), 2)]
@@ -116,7 +119,7 @@ def test_flip_applies_to_boxes_and_masks(small_toy):
     flipped = [i for i in originals if not torch.equal(originals[i][0], samples[i][0])]
     assert 0.2 < len(flipped) / len(originals) < 0.8
     for index in flipped:
-        pixels, size_hw, boxes, labels, edges, _ = originals[index]
+        pixels, size_hw, boxes, labels, vertices, _ = originals[index]
         height, width = size_hw.tolist()
         actual = samples[index]
         assert torch.equal(actual[0][:, :height, :width], pixels[:, :height, :width].flip(2))
@@ -124,8 +127,8 @@ def test_flip_applies_to_boxes_and_masks(small_toy):
         torch.testing.assert_close(actual[2][valid][:, [2, 0]], width - boxes[valid][:, [0, 2]])
         assert torch.equal(actual[2][:, [1, 3]], boxes[:, [1, 3]])
         assert torch.equal(actual[3], labels)
-        bitmaps = masks.rasterize_edges(edges[valid], boxes[valid])
-        differs = masks.rasterize_edges(actual[4][valid], actual[2][valid]) != bitmaps.flip(2)
+        bitmaps = masks.rasterize_polygons(vertices[valid], boxes[valid])
+        differs = masks.rasterize_polygons(actual[4][valid], actual[2][valid]) != bitmaps.flip(2)
         assert differs.float().mean() < 0.01
         assert bitmaps.mean() > 0.3
 
@@ -135,18 +138,49 @@ def test_legacy_box_ends_with_its_last_pixel_with_and_without_flip(small_toy):
         exclusive, legacy = (
             samples_by_index(make_source(small_toy, flip=flip, legacy_boxes=on)) for on in (False, True)
         )
-        split = make_source(small_toy).train_loader.dataset.split
-        for index, (_, size_hw, boxes, labels, edges, _) in exclusive.items():
+        dataset = make_source(small_toy).train_loader.dataset
+        split = dataset.split
+        for index, (_, size_hw, boxes, labels, vertices, _) in exclusive.items():
             # A pixel of the original image.
             pixel = size_hw.flip(0) / torch.tensor(split.sizes_hw[index].tolist()).flip(0)
             valid = labels > 0
             actual, expected = legacy[index][2][valid], boxes[valid]
             torch.testing.assert_close(actual[:, 2:] - actual[:, :2], expected[:, 2:] - expected[:, :2] - pixel)
-            edges_match = torch.equal(legacy[index][4], edges)
-            assert edges_match
+            # So do polygons, as in the reference.
+            is_flipped = flip and dataset.sample_params(1, index)[0]
+            expected_vertices = vertices - torch.tensor([is_flipped, 0, 0]) * (vertices[..., 2:] > 0)
+            assert torch.equal(legacy[index][4], expected_vertices)
             shift = actual[:, 0] - expected[:, 0]
             # A flipped box loses the pixel on its left side, and the last pixel is W - 1.
             assert (shift.abs() < 1e-3).all() or torch.allclose(shift, pixel[0] - 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_boxes_and_polygons_are_transformed_as_in_the_reference(tmp_path, monkeypatch, number):
+    vectors = {
+        key.removeprefix(f"transform{number}_"): array
+        for key, array in np.load(ROOT / "tests/golden/maskrcnn/maskrcnn_reference.npz").items()
+    }
+    polygons = [vectors["points"][start:end].tolist() for start, end in pairwise(vectors["point_starts"])]
+    segmentations = [polygons[start:end] for start, end in pairwise(vectors["line_starts"])]
+    corners = vectors["truth_xyxy"].astype(np.float64)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1], axis=1).tolist()
+    split = read_one_image(tmp_path, segmentations, boxes, vectors["hw"].tolist())
+    min_size_px, max_size_px = vectors["transform_min_max"].tolist()
+    sizes = {"min_size_px": min_size_px, "max_size_px": max_size_px}
+    dataset = MaskRCNNTrainDataset(split, seed=0, **sizes, flip=True, legacy=True, pixels=HostImagePipeline())
+    for flip in (0, 1):
+        monkeypatch.setattr(dataset, "sample_params", lambda epoch, index, flip=flip: (bool(flip), 0))
+        batch = dataset.__getitems__([(1, 0)])
+        assert batch.sizes_hw[0].tolist() == vectors["resized_hw"].tolist()
+        expected = vectors[f"flip{flip}_xyxy"]
+        np.testing.assert_allclose(batch.boxes_xyxy[0, : len(expected)], expected, rtol=0, atol=3e-4)
+        points = [
+            mask[(mask[:, 2] == ring) & (mask[:, 2] > 0)][:-1, :2]  # without the last point, which closes it
+            for mask in batch.vertices[0]
+            for ring in range(1, int(mask[:, 2].max()) + 1)
+        ]
+        np.testing.assert_array_equal(torch.cat(points).flatten(), vectors[f"flip{flip}_points"])
 
 
 def test_flips_depend_on_epoch_and_seed(small_toy):
@@ -170,8 +204,8 @@ def count_samples(folder, ranks, **settings):
     """Count pixels, masks and seeds of each image, without the padding, which depends on the batch."""
     counts = Counter()
     for batch, *_ in make_source(folder, ranks, **settings).train_batches(1):
-        for pixels, (height, width), _, labels, edges, seed in zip(*batch, strict=True):
-            rows = edges[labels > 0].flatten(0, 1)
+        for pixels, (height, width), _, labels, vertices, seed in zip(*batch, strict=True):
+            rows = vertices[labels > 0].flatten(0, 1)
             rows = rows[rows.any(dim=1)]
             counts[pixels[:, :height, :width].numpy().tobytes(), rows.numpy().tobytes(), int(seed)] += 1
     return counts
@@ -287,6 +321,6 @@ def test_real_photos_keep_their_masks():
     for batch, *_ in data.train_batches(1):
         valid = batch.labels > 0
         num_boxes += int(valid.sum())
-        fill_ratios.append(masks.rasterize_edges(batch.edges[valid], batch.boxes_xyxy[valid]).mean(dim=(1, 2)))
+        fill_ratios.append(masks.rasterize_polygons(batch.vertices[valid], batch.boxes_xyxy[valid]).mean(dim=(1, 2)))
     assert num_boxes == 699
     assert 0.5 < torch.cat(fill_ratios).mean() < 0.7  # COCO's objects fill a bit more than half of their box

@@ -49,15 +49,15 @@ class Oracle:
         for row, image_id in enumerate(batch.image_ids.tolist()):
             index = self.index[image_id]
             gt_boxes = torch.from_numpy(self.split.boxes(index)) - self.last_pixel
-            edges = masks.mask_edges(self.split, index)
+            vertices = masks.mask_vertices(self.split, index)
             scale = (batch.sizes_hw[row] / batch.original_sizes_hw[row]).flip(0).repeat(2)
             for number in range(self.num_missed if image_id % 2 == 0 else 0, len(gt_boxes)):
                 slot = count - 1 - number  # so that padding comes first
                 boxes[row, slot] = gt_boxes[number] * scale
                 scores[row, slot] = 0.9 - 0.01 * number
                 labels[row, slot] = int(self.split.image_labels(index)[number])
-                gt_edges = torch.from_numpy(edges[number])[None]
-                bitmaps[row, slot] = masks.rasterize_edges(gt_edges, gt_boxes[None, number])[0]
+                gt_vertices = torch.from_numpy(vertices[number])[None]
+                bitmaps[row, slot] = masks.rasterize_polygons(gt_vertices, gt_boxes[None, number])[0]
         return Detections(boxes, scores, labels, bitmaps)
 
 

@@ -39,25 +39,25 @@ def make_config(*flags):
 def diamond(box):
     x0, y0, x1, y1 = box
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
-    return torch.tensor([[x, y0, x0, y], [x0, y, x, y1], [x, y1, x1, y], [x1, y, x, y0]], dtype=torch.float32)
+    return torch.tensor([[x, y0, 1], [x0, y, 1], [x, y1, 1], [x1, y, 1], [x, y0, 1]], dtype=torch.float32)
 
 
 def make_scene():
     """Return two images, their sizes, and their targets for our model and torchvision's."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, HEIGHT, WIDTH), dtype=torch.uint8, generator=generator)
-    boxes, labels, edges = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 4, 4)
+    boxes, labels, vertices = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 5, 3)
     torchvision_targets = []
     for image in range(2):
         gt_boxes, gt_labels = torch.tensor(BOXES[image], dtype=torch.float32), torch.tensor(LABELS[image])
         count = len(gt_boxes)
         boxes[image, :count], labels[image, :count] = gt_boxes, gt_labels
         for number, box in enumerate(BOXES[image]):
-            edges[image, number] = diamond(box)
+            vertices[image, number] = diamond(box)
         whole = torch.tensor([0.0, 0.0, WIDTH, WIDTH]).expand(count, 4)
-        bitmaps = masks.rasterize_edges(edges[image, :count], whole, WIDTH)[:, :HEIGHT].to(torch.uint8)
+        bitmaps = masks.rasterize_polygons(vertices[image, :count], whole, WIDTH)[:, :HEIGHT].to(torch.uint8)
         torchvision_targets.append({"boxes": gt_boxes, "labels": gt_labels, "masks": bitmaps})
-    targets = Targets(boxes, labels, edges, torch.tensor([1, 2]))
+    targets = Targets(boxes, labels, vertices, torch.tensor([1, 2]))
     return images, torch.tensor([[HEIGHT, WIDTH]] * 2), targets, torchvision_targets
 
 

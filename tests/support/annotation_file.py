@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from detection.data import coco
 
@@ -41,6 +44,24 @@ def annotation(number: int, **changes: Any) -> dict[str, Any]:
         "iscrowd": 0,
     }
     return row | {"segmentation": [[5, 5, 15, 5, 15, 15]]} | changes
+
+
+def read_one_image(
+    folder: Path, segmentations: Sequence[Any], boxes_xywh: Sequence[Sequence[float]], size_hw: Sequence[int]
+) -> coco.Split:
+    """Write a black image with one annotation per segmentation and box, and read it with its masks."""
+    rows = zip(segmentations, boxes_xywh, strict=True)
+    data = {
+        "images": [{"id": 1, "file_name": "1.png", "height": size_hw[0], "width": size_hw[1]}],
+        "annotations": [
+            annotation(number, image_id=1, bbox=list(box), segmentation=segmentation)
+            for number, (segmentation, box) in enumerate(rows, start=1)
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "train2017").mkdir()
+    Image.new("RGB", (size_hw[1], size_hw[0])).save(folder / "train2017" / "1.png")
+    return read(folder, data, segmentations=True)
 
 
 def read(folder: Path, data: Any, **options: bool) -> coco.Split:
