@@ -32,6 +32,7 @@ from perf import table
 from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, bench_size, num_cores
 from perf.machine import RESULTS, LoadMeter, machine, select_out
 from perf.maskrcnn import evaluation as maskrcnn_evaluation
+from perf.maskrcnn import mask_targets as maskrcnn_mask_targets
 from perf.maskrcnn import training as maskrcnn_training
 from perf.photos import open_photos
 from perf.profiler import Operation, trace
@@ -57,6 +58,7 @@ PARTS: Mapping[str, Callable[[BenchContext], Iterator[Result]]] = {
     "maskrcnn_roi_align": maskrcnn_training.time_roi_align,
     "maskrcnn_proposals": maskrcnn_training.time_proposals,
     "maskrcnn_mask_head": maskrcnn_training.time_mask_head,
+    "maskrcnn_mask_targets": maskrcnn_mask_targets.time_mask_targets,
     "maskrcnn_paste": maskrcnn_evaluation.time_paste,
     "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
 }
@@ -69,7 +71,7 @@ def main(argv: list[str], size: BenchSize | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.list:
-            print("\n".join(f"{name:<21}{summary_line(part)}" for name, part in PARTS.items()))
+            print("\n".join(f"{name:<22}{summary_line(part)}" for name, part in PARTS.items()))
             return 0
         if arguments.compare:
             first, second = (table.read(path)["results"] for path in arguments.compare)

@@ -9,7 +9,7 @@ import torch
 from detection.evaluation.coco_metric import COCO_STATS
 from maskrcnn.roi_heads import BOX_POOL_SIZE
 from perf.harness import BenchContext, bench_size
-from perf.maskrcnn import baseline, evaluation
+from perf.maskrcnn import baseline, evaluation, mask_targets
 from perf.maskrcnn import training as parts
 from perf.timing import limit_threads
 
@@ -88,6 +88,15 @@ def test_mask_loss_of_one_class_equals_that_among_all_classes(context, monkeypat
         torch.testing.assert_close(loss, baseline_loss, rtol=1e-4, atol=1e-7)
         # Rounding flips a ReLU here and there, so compare the gradient as a whole.
         assert (gradient - baseline_gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_mask_targets_have_the_bits_of_the_reference(context, monkeypatch):
+    monkeypatch.setattr(mask_targets, "REGIONS_PER_IMAGE", 20)
+    optimized, reference = mask_targets.mask_target_variants(context)
+    actual = optimized.run()
+    assert actual.shape == (2 * 20, 28, 28)
+    assert 0.2 < actual.mean() < 0.8
+    assert torch.equal(actual, reference.run())
 
 
 def test_pasted_masks_have_the_same_pixels(context, monkeypatch):
