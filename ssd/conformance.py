@@ -17,6 +17,7 @@ from detection.evaluation.conformance import (
     max_abs_error,
     max_rel_error,
 )
+from detection.runtime.device import select_memory_format
 from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode, match
@@ -175,10 +176,11 @@ def reference_state(context: ConformanceContext) -> dict[str, Tensor]:
 
 
 def reference_model(context: ConformanceContext) -> SSD300:
-    """Build the network with the reference's state dict, on the device, channels last."""
+    """Build the network with the reference's state dict, on the device, in the memory layout of a run."""
     model = SSD300(NUM_CLASSES)
     model.load_state_dict(checkpoint_names.from_reference(reference_state(context)))
-    return model.to(context.device).to(memory_format=torch.channels_last)
+    layout = select_memory_format("auto", context.precision, context.device, trains_batch_norm=True)
+    return model.to(context.device).to(memory_format=layout)
 
 
 def compare_network(context: ConformanceContext) -> Iterator[Comparison]:
@@ -186,7 +188,7 @@ def compare_network(context: ConformanceContext) -> Iterator[Comparison]:
     tolerance = NETWORK_TOLERANCE[context.precision.name]
     images = context.as_tensor(
         np.random.default_rng(context.scalar("model_seed_base") - 1).standard_normal((2, 3, 300, 300))
-    ).contiguous(memory_format=torch.channels_last)
+    )
     model = reference_model(context).eval()
     with torch.no_grad(), context.precision.autocast(context.device):
         deltas, logits = model(images)
