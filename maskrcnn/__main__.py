@@ -29,7 +29,14 @@ def predict(arguments: Namespace) -> int:
     return main(arguments)
 
 
-COMMANDS = cli.CommandSet("maskrcnn", "Mask R-CNN", declare, train, predict, (0.5, 4))
+def conformance(arguments: Namespace) -> int:
+    """Compare with the MLPerf reference."""
+    from maskrcnn.conformance import SUITE
+
+    return SUITE.run(arguments)
+
+
+COMMANDS = cli.CommandSet("maskrcnn", "Mask R-CNN", declare, train, predict, (0.5, 4), conformance=conformance)
 
 if __name__ == "__main__":
     stdio.ignore_write_errors()

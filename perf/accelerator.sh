@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
 # First checks on a new accelerator: conformance in each precision, the GPU tests, the toy runs of both benchmarks to
 # their targets, then the performance benchmarks. Takes several minutes, most of them for the performance benchmarks.
-# BENCH=0 skips those. VECTORS names the conformance vectors, OUT the output folder.
+# BENCH=0 skips those. OUT names the output folder.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${OUT:-results/accelerator}
-vectors=${VECTORS:-tests/golden/ssd/ssd_reference.npz}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 status=0
 
-if [[ -f $vectors ]]; then
+for workload in ssd maskrcnn; do
   for precision in fp32 tf32 bf16 fp16; do
-    "$python" -m ssd conformance "$vectors" --device auto --precision "$precision" >"$out/conform_$precision.txt" || status=1
-    tail -n 1 "$out/conform_$precision.txt"
-    grep FAIL "$out/conform_$precision.txt"
+    log=$out/conformance_${workload}_$precision.txt
+    "$python" -m "$workload" conformance "tests/golden/$workload/${workload}_reference.npz" --device auto \
+      --precision "$precision" >"$log" || status=1
+    tail -n 1 "$log"
+    grep FAIL "$log"
   done
-else
-  echo "skipping conformance: no vectors at $vectors. Set VECTORS to their path"
-fi
+done
 "$python" -m pytest -q -m gpu | tee "$out/pytest_gpu.txt" || status=1
 export DATADIR=${TOY_DIR:-$out/toy_data} DGXSYSTEM=toy
 "$python" -m detection.synthetic.toy "$DATADIR" || status=1
