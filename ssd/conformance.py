@@ -30,9 +30,9 @@ NUM_CLASSES = 81
 # Largest relative error of the network's outputs and loss, by precision. All other comparisons run in float32.
 NETWORK_TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-2}
 # Largest relative error of the norm of a parameter's gradient. With random weights, the early layers of this deep
-# network amplify rounding. Measured against float64 on a CPU with torch 2.15, the error is up to 0.2% in float32
-# channels first, 0.55% in float32 channels last, and 15% in bf16.
-GRADIENT_TOLERANCE = {"fp32": 1e-2, "tf32": 1e-1, "bf16": 2.5e-1, "fp16": 1e-1}
+# network amplify rounding. Measured against float64 on a CPU, the error is up to 0.22% in float32, 0.58% in float32
+# with the channels-last layout, and 15% in bf16. The reference's own error is 0.19%.
+GRADIENT_TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 2.5e-1, "fp16": 1e-1}
 # Deciles of two sets of 20,000 samples from one distribution differ by at most about 3 standard errors.
 CROP_TOLERANCE = 0.02
 
