@@ -12,6 +12,8 @@ from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, s
 
 PREFIX = "MASKRCNN_"
 
+RoiAlignMethod = Literal["auto", "torchvision", "gather"]
+
 InputFormat = Literal["caffe-bgr", "imagenet-rgb"]
 """Pixel format that the backbone's weights expect: BGR 0-255 minus the mean, or RGB of mean 0 and variance 1."""
 
@@ -152,6 +154,10 @@ class Config(RunConfig):
         "polygon",
         formerly="soft_masks",
         help="polygon: rasterize polygons within each ROI; roi-align: sample full-size masks, as torchvision",
+    )
+    roi_align: RoiAlignMethod = setting(
+        "auto",
+        help="torchvision: its kernel; gather: torch's embedding_bag, on any device; auto: torchvision except on a CPU",
     )
     min_image_size: int = setting(800, ge=32, le=8192, unit="pixels", help="short side after resizing")
     max_image_size: int = setting(1333, ge=32, le=8192, unit="pixels", help="maximum long side after resizing")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detection.nn import matcher
 from maskrcnn.config import Config
-from maskrcnn.roi_align import Rois
+from maskrcnn.roi_align import Rois, flatten_rois
 from maskrcnn.rpn import Proposals
 
 POSITIVE_IOU = 0.5
@@ -45,8 +45,8 @@ def sample_rois(
 ) -> tuple[Rois, Tensor, Tensor]:
     """Sample ROIs to train on from the proposals (B, P) and the ground-truth boxes (B, G, 4), in this order.
 
-    priority: (B, P + G) as for `matcher.sample_pos_neg`. Returns the ROIs, the index (R,) of the ground-truth box of
-    highest IoU, and the label (R,), 0 for background.
+    priority: (B, P + G) as for `matcher.sample_pos_neg`. Returns the ROIs, as many of each image, positives first; the
+    index (R,) of the ground-truth box of highest IoU; and the label (R,), 0 for background, IGNORED for padding.
     """
     boxes = torch.cat([proposals.boxes_xyxy, gt_boxes_xyxy], dim=1)
     valid = torch.cat([proposals.valid, gt_labels > 0], dim=1)
@@ -54,23 +54,26 @@ def sample_rois(
     sampled, is_sampled = matcher.sample_pos_neg(
         match_labels, priority, config.box_batch_size_per_image, config.box_positive_fraction
     )
-    image, slot = is_sampled.nonzero(as_tuple=True)
-    box = sampled[image, slot]
-    matched = matched[image, box]
-    return Rois(boxes[image, box], image), matched, gt_labels[image, matched] * (match_labels[image, box] == 1)
+    matched = matched.gather(1, sampled)
+    labels = gt_labels.gather(1, matched) * (match_labels.gather(1, sampled) == 1)
+    labels = labels.masked_fill(~is_sampled, matcher.IGNORED)
+    rois = flatten_rois(boxes.gather(1, sampled[..., None].expand(-1, -1, 4)))
+    return rois, matched.flatten(), labels.flatten()
 
 
 def box_losses(
     logits: Tensor, deltas: Tensor, labels: Tensor, positives: Tensor, target_deltas: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the class and box losses, (): means over all ROIs.
+    """Return the class and box losses, (): means over all ROIs that are not padding.
 
-    logits: (R, K). deltas: (R, K, 4). labels: (R,). positives: (P,) ROIs of an object. target_deltas: (P, 4). beta: of
-    smooth L1.
+    logits: (R, K). deltas: (R, K, 4). labels: (R,) as from `sample_rois`. positives: (P,) ROIs of an object.
+    target_deltas: (P, 4). beta: of smooth L1.
     """
+    count = (labels != matcher.IGNORED).sum().clamp(min=1)
+    class_loss = F.cross_entropy(logits, labels, ignore_index=matcher.IGNORED, reduction="sum")
     predicted = deltas[positives, labels[positives]]
     box_loss = F.smooth_l1_loss(predicted, target_deltas, beta=beta, reduction="none").sum()
-    return F.cross_entropy(logits, labels), box_loss / max(1, len(labels))
+    return class_loss / count, box_loss / count
 
 
 def mask_loss(logits: Tensor, mask_targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from maskrcnn.anchors import STRIDES_PX
 from maskrcnn.backbone import make_backbone, normalize
 from maskrcnn.config import Config
 from maskrcnn.postprocess import Detections, select_detections
-from maskrcnn.roi_align import Rois, roi_align
+from maskrcnn.roi_align import Rois, flatten_rois, roi_align
 from maskrcnn.roi_heads import BOX_POOL_SIZE, MASK_POOL_SIZE, MASK_SIZE, BoxHead, MaskHead
 from maskrcnn.rpn import RPN
 
@@ -106,9 +106,9 @@ class MaskRCNN(nn.Module):
         config = self.config
         with torch.no_grad():
             rois, matched, labels = loss.sample_rois(proposals, targets.boxes_xyxy, targets.labels, priority, config)
+        # Waits for the device, idle since NMS. The mask head of all ROIs that might be positive would take longer.
+        positives = (labels > 0).nonzero()[:, 0]
         logits, deltas = self.box_head(self.roi_pool(features, rois, BOX_POOL_SIZE))
-
-        positives = labels.nonzero()[:, 0]
         gt_index = rois.batch_index[positives], matched[positives]
         positive_rois = Rois(rois.boxes_xyxy[positives], rois.batch_index[positives])
         target_deltas = box_coder.encode(
@@ -151,14 +151,22 @@ class MaskRCNN(nn.Module):
 
     def roi_pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """Pool the ROIs (R, 256, size, size) from the four finest levels of the pyramid."""
-        return roi_align(features, rois, size, strides_px=POOLED_STRIDES_PX, legacy=self.config.legacy_boxes)
+        return roi_align(
+            features,
+            rois,
+            size,
+            strides_px=POOLED_STRIDES_PX,
+            legacy=self.config.legacy_boxes,
+            method=self.config.roi_align,
+        )
 
     def detect(self, features: list[Tensor], proposals: rpn.Proposals, sizes_hw: Tensor) -> Detections:
         """Return the detections of each image, with their masks."""
-        image, slot = proposals.valid.nonzero(as_tuple=True)
-        rois = Rois(proposals.boxes_xyxy[image, slot], image)
-        logits, deltas = self.box_head(self.roi_pool(features, rois, BOX_POOL_SIZE))
-        boxes_xyxy, scores, labels = select_detections(logits, deltas, rois, sizes_hw, self.config)
+        shape = proposals.valid.shape
+        logits, deltas = self.box_head(self.roi_pool(features, flatten_rois(proposals.boxes_xyxy), BOX_POOL_SIZE))
+        boxes_xyxy, scores, labels = select_detections(
+            logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, sizes_hw, self.config
+        )
         image, slot = (labels > 0).nonzero(as_tuple=True)
         probabilities = boxes_xyxy.new_zeros(*labels.shape, MASK_SIZE, MASK_SIZE)
         if len(image):

@@ -1,20 +1,28 @@
 """RoIAlign over a feature pyramid (Mask R-CNN, section 3; FPN, section 4.2).
 
-Each output cell is the mean of 2 × 2 samples, and each sample interpolates four features. So a cell is a weighted sum
-of 16 rows of the table of all features. `embedding_bag` computes it on any device, in the network's own type and
-layout, for all images and levels in one call. R ROIs, C channels, P cells per side.
+Each output cell is the mean of 2 × 2 samples, and each sample interpolates four features. There are two methods:
+
+- gather: a cell is a weighted sum of 16 rows of the table of all features. `embedding_bag` computes it on any device,
+  in the network's own type and layout, for all images and levels in one call. It is the fastest on a CPU.
+- torchvision: its kernel, for devices that have one. It computes in float32.
+
+Neither waits for the device. R ROIs, C channels, P cells per side.
 """
 
+from functools import cache, reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import ops
 
-from detection.runtime.device import device_constant
+from detection.runtime.device import device_constant, has_own_kernel
+from maskrcnn.config import RoiAlignMethod
 
 SAMPLING_RATIO = 2  # samples per side of a cell
 FINEST_LEVEL, CANONICAL_LEVEL, CANONICAL_PX = 2, 4, 224
+OUTSIDE_PX = -1e6  # outside of every feature map, where torchvision's kernel reads and adds nothing
 
 
 class Rois(NamedTuple):
@@ -24,6 +32,12 @@ class Rois(NamedTuple):
     batch_index: Tensor
 
 
+def flatten_rois(boxes_xyxy: Tensor) -> Rois:
+    """Return the ROIs of boxes (B, P, 4) of B images, R = B · P."""
+    images = torch.arange(len(boxes_xyxy), device=boxes_xyxy.device)
+    return Rois(boxes_xyxy.flatten(0, 1), images.repeat_interleave(boxes_xyxy.shape[1]))
+
+
 def assign_levels(rois_xyxy: Tensor, num_levels: int, *, legacy: bool) -> Tensor:
     """Return the pyramid level (R,), from 0, of each ROI: 224 pixels per side map to P4, 112 to P3."""
     size = rois_xyxy[:, 2:] - rois_xyxy[:, :2] + int(legacy)
@@ -31,20 +45,63 @@ def assign_levels(rois_xyxy: Tensor, num_levels: int, *, legacy: bool) -> Tensor
     return (level.clamp(FINEST_LEVEL, FINEST_LEVEL + num_levels - 1) - FINEST_LEVEL).long()
 
 
-def roi_align(features: list[Tensor], rois: Rois, size: int, *, strides_px: tuple[int, ...], legacy: bool) -> Tensor:
+def roi_align(
+    features: list[Tensor],
+    rois: Rois,
+    size: int,
+    *,
+    strides_px: tuple[int, ...],
+    legacy: bool,
+    method: RoiAlignMethod = "auto",
+) -> Tensor:
     """Pool the ROIs from the pyramid: (R, C, size, size).
 
     features: (B, C, h, w) of each level, finest first. Equals torchvision's RoIAlign with sampling ratio 2 and
-    without half-pixel alignment.
+    without half-pixel alignment. method "auto": gather on a CPU or where torchvision has no kernel.
     """
+    if method == "auto":
+        method = "torchvision" if has_torchvision_kernel(features[0].device) else "gather"
+    pool = pool_with_torchvision if method == "torchvision" else pool_by_gathering
+    level = assign_levels(rois.boxes_xyxy, len(features), legacy=legacy)
+    return pool(features, rois, level, size, strides_px)
+
+
+@cache
+def has_torchvision_kernel(device: torch.device) -> bool:
+    """Return whether torchvision has kernels of RoIAlign for the device, which is not a CPU."""
+    names = ("torchvision::roi_align", "torchvision::_roi_align_backward")
+    return device.type != "cpu" and all(has_own_kernel(name, device) for name in names)
+
+
+def pool_with_torchvision(
+    features: list[Tensor], rois: Rois, level: Tensor, size: int, strides_px: tuple[int, ...]
+) -> Tensor:
+    """Pool the ROIs with torchvision's kernel, where level (R,) is the index into `features`.
+
+    Selecting the ROIs of a level would need their number on the host. Instead, each level pools all ROIs, of which
+    those of other levels are moved outside and add 0. That costs a write of the result per level.
+    """
+    images = rois.batch_index[:, None].to(rois.boxes_xyxy)
+
+    def pool_level(index: int) -> Tensor:
+        boxes = rois.boxes_xyxy.masked_fill((level != index)[:, None], OUTSIDE_PX)
+        indexed = torch.cat([images, boxes], dim=1)
+        return ops.roi_align(features[index].float(), indexed, (size, size), 1 / strides_px[index], SAMPLING_RATIO)
+
+    return reduce(torch.add, map(pool_level, range(len(features)))).to(features[0].dtype)
+
+
+def pool_by_gathering(
+    features: list[Tensor], rois: Rois, level: Tensor, size: int, strides_px: tuple[int, ...]
+) -> Tensor:
+    """Pool the ROIs with `embedding_bag`, where level (R,) is the index into `features`."""
     batch, channels = features[0].shape[:2]
     device = features[0].device
-    table = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels) for level in features])
-    sizes_hw = [level.shape[2:] for level in features]
+    table = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])
+    sizes_hw = [feature.shape[2:] for feature in features]
     heights, widths = (device_constant(sides, device, torch.int64) for sides in zip(*sizes_hw, strict=True))
     level_offsets = torch.cumsum(batch * heights * widths, dim=0) - batch * heights * widths
 
-    level = assign_levels(rois.boxes_xyxy, len(features), legacy=legacy)
     height, width = heights[level], widths[level]
     first = level_offsets[level] + rois.batch_index * height * width
     boxes = rois.boxes_xyxy / device_constant(strides_px, device)[level, None]
@@ -81,4 +138,4 @@ def bilinear_taps(start: Tensor, stop: Tensor, length: Tensor, size: int) -> tup
     high_weight = torch.where(low == last, 0, position - low)
     weight = torch.stack([1 - high_weight, high_weight], dim=-1) * is_inside[..., None] / SAMPLING_RATIO
     index = torch.stack([low, high], dim=-1)
-    return index.view(len(start), size, -1), weight.view(len(start), size, -1)
+    return index.view(-1, size, 2 * SAMPLING_RATIO), weight.view(-1, size, 2 * SAMPLING_RATIO)

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from detection.nn import box_coder, matcher
+from detection.nn.nms import nms
 from detection.nn.resnet_fpn import NUM_CHANNELS
 from maskrcnn.anchors import RATIOS, grid_hw, make_anchors
 from maskrcnn.config import Config
-from maskrcnn.postprocess import grouped_nms, stack_padded
 
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 SMOOTH_L1_BETA = 1 / 9
 MIN_PROPOSAL_PX = 1e-3
-OUTSIDE_PX = -1e4  # outside of every image
 
 
 class Proposals(NamedTuple):
     """Proposals of a batch.
 
     boxes_xyxy: (B, P, 4) pixels of the padded images, highest score first. logits: (B, P) of their objectness.
-    valid: (B, P), False for padding.
+    valid: (B, P), False for padding. P follows from the settings and the size of the images, so that the host need not
+    wait for the number of proposals.
     """
 
     boxes_xyxy: Tensor
@@ -80,39 +80,37 @@ def generate_proposals(
     legacy, batch = config.legacy_boxes, len(logits)
     pre_nms_top_n = config.rpn_pre_nms_top_n if training else config.rpn_pre_nms_top_n_eval
     post_nms_top_n = config.rpn_post_nms_top_n_per_image if training else config.rpn_post_nms_top_n_eval
-    if training and config.proposals_per_batch:
+    cut_batch = training and config.proposals_per_batch
+    if cut_batch:
         post_nms_top_n *= config.batch_size // config.grad_accum_steps
-    boxes, scores = [], []
-    start = 0
-    for rows, columns in grid_hw(*images.shape[2:]):
-        count = rows * columns * len(RATIOS)
-        best, index = logits[:, start : start + count].topk(min(pre_nms_top_n, count), dim=1)
-        index = index + start
-        best_deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        decoded = box_coder.decode(best_deltas, anchors[index], box_coder.RPN_WEIGHTS, legacy=legacy)
-        boxes.append(box_coder.clip(decoded, sizes_hw[:, None], legacy=legacy))
-        scores.append(best)
-        start += count
-    all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-    # A legacy box is never empty, and the reference has no minimum size.
-    large = (box_coder.widths_heights(all_boxes, legacy=legacy) >= (0 if legacy else MIN_PROPOSAL_PX)).all(dim=-1)
-    # Dropping small boxes here would need their number on the host. Instead, they overlap no box and come last.
-    all_boxes = all_boxes.masked_fill(~large[..., None], OUTSIDE_PX)
-    all_scores = all_scores.masked_fill(~large, -math.inf)
 
-    kept_boxes, kept_scores, kept_large = [], [], []
-    for image in range(batch):
-        sizes = [level.shape[1] for level in scores]
-        keep = grouped_nms(all_boxes[image], all_scores[image], sizes, config.rpn_nms_threshold, legacy=legacy)
-        keep = keep[:post_nms_top_n]
-        kept_boxes.append(all_boxes[image, keep])
-        kept_scores.append(all_scores[image, keep])
-        kept_large.append(large[image, keep])
-    valid = stack_padded(kept_large)
-    if training and config.proposals_per_batch and sum(map(len, kept_scores)) > post_nms_top_n:
-        min_score = torch.cat(kept_scores).topk(post_nms_top_n).values[-1]
-        valid = valid & (stack_padded(kept_scores) >= min_score)
-    return Proposals(stack_padded(kept_boxes), stack_padded(kept_scores), valid)
+    # Each level is padded to the width W of the largest: (B, levels, W).
+    counts = [rows * columns * len(RATIOS) for rows, columns in grid_hw(*images.shape[2:])]
+    width = min(pre_nms_top_n, max(counts))
+    levels, start = [], 0
+    for level_logits, count in zip(logits.split(counts, dim=1), counts, strict=True):
+        top, index = level_logits.topk(min(width, count), dim=1)
+        padding = 0, width - top.shape[1]
+        is_anchor = F.pad(torch.ones_like(top, dtype=torch.bool), padding)
+        levels.append((F.pad(top, padding), F.pad(index + start, padding), is_anchor))
+        start += count
+    scores, index, valid = (torch.stack(part, dim=1).flatten(1) for part in zip(*levels, strict=True))
+    boxes = box_coder.decode(
+        deltas.gather(1, index[..., None].expand(-1, -1, 4)), anchors[index], box_coder.RPN_WEIGHTS, legacy=legacy
+    )
+    boxes = box_coder.clip(boxes, sizes_hw[:, None], legacy=legacy)
+    if not legacy:  # a legacy box is never empty, and the reference has no minimum size
+        valid = valid & (box_coder.widths_heights(boxes, legacy=legacy) >= MIN_PROPOSAL_PX).all(dim=-1)
+    exclusive_boxes = box_coder.to_exclusive(boxes, legacy=legacy)
+    keep = nms(exclusive_boxes.view(-1, width, 4), valid.view(-1, width), config.rpn_nms_threshold).view(batch, -1)
+
+    scores, order = scores.masked_fill(~keep, -math.inf).sort(dim=1, descending=True, stable=True)
+    scores, order = scores[:, :post_nms_top_n], order[:, :post_nms_top_n]
+    valid = keep.gather(1, order)
+    if cut_batch:
+        best = scores.flatten().topk(min(post_nms_top_n, scores.numel())).indices
+        valid = valid & torch.zeros_like(valid).view(-1).index_fill(0, best, True).view_as(valid)
+    return Proposals(boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores, valid)
 
 
 def assign_targets(

@@ -273,7 +273,7 @@ MASKRCNN = Rules(
     },
     constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image"},
     # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
-    free=_FREE | {"bn_group", "variant", "group_by_aspect_ratio"},
+    free=_FREE | {"bn_group", "variant", "roi_align", "group_by_aspect_ratio"},
     reference_points=(
         ReferencePoint(48, 14, 14),
         ReferencePoint(64, 14, 11.8),

@@ -5,6 +5,7 @@ number of ranks nor a resume changes it. B images, G ground-truth boxes, N ancho
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detection.nn.box_coder import pairwise_iou
@@ -44,17 +45,21 @@ def sample_pos_neg(
     """Sample `count` positives and negatives of each image, at most `positive_fraction` of them positive.
 
     match_labels: (B, N) as from `match`. priority: (B, N) random numbers in [0, 1): the lowest are sampled, as from
-    `hash_uniform`. Returns indices (B, S), positives first, and a mask (B, S) of the sampled ones: if an image has too
-    few, other indices fill the rest. S ≤ count + positives.
+    `hash_uniform`. Returns indices (B, S), positives first, S = min(count, N), and a mask (B, S) of the sampled ones:
+    if an image has too few, other indices fill the rest.
     """
     num_boxes = match_labels.shape[1]
+    num_samples = min(count, num_boxes)
     max_positives = min(int(count * positive_fraction), num_boxes)
     value, positives = priority.masked_fill(match_labels != 1, 2).topk(max_positives, dim=1, largest=False)
-    is_positive = value < 2
-    value, negatives = priority.masked_fill(match_labels != 0, 2).topk(min(count, num_boxes), dim=1, largest=False)
-    num_negatives = count - is_positive.sum(dim=1, keepdim=True)
-    is_negative = (value < 2) & (torch.arange(negatives.shape[1], device=match_labels.device) < num_negatives)
-    return torch.cat([positives, negatives], dim=1), torch.cat([is_positive, is_negative], dim=1)
+    num_positives = (value < 2).sum(dim=1, keepdim=True)
+    value, negatives = priority.masked_fill(match_labels != 0, 2).topk(num_samples, dim=1, largest=False)
+    slot = torch.arange(num_samples, device=match_labels.device)
+    is_positive = slot < num_positives
+    negative_slot = (slot - num_positives).clamp(min=0)
+    positives = F.pad(positives, (0, num_samples - max_positives))
+    sampled = torch.where(is_positive, positives, negatives.gather(1, negative_slot))
+    return sampled, is_positive | (value < 2).gather(1, negative_slot)
 
 
 def hash_uniform(seeds: Tensor, count: int) -> Tensor:

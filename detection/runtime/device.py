@@ -250,6 +250,11 @@ def free_memory_bytes(device: torch.device) -> int | None:
     return free
 
 
+def has_own_kernel(operator: str, device: torch.device) -> bool:
+    """Return whether an operator, such as "torchvision::nms", has a kernel for the device. A fallback is none."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, torch._C._dispatch_key_for_device(device.type))
+
+
 def supports_jpeg_decode(device: torch.device) -> bool:
     """Return whether torchcodec decodes JPEG files on the device."""
     return device.type == "cuda" and torch.version.hip is None

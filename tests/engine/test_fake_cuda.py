@@ -149,7 +149,7 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
             assert (rows.device, rows.dtype, syncs.take()) == (CUDA, torch.float64, {})
         by_size.append(counts)
         # Counts candidates and kept boxes, and repeats suppression until nothing changes.
-        assert {function.split(" ")[0] for function, _ in counts} == {"ssd/postprocess.py"}
+        assert {function.split(" ")[0] for function, _ in counts} == {"ssd/postprocess.py", "detection/nn/nms.py"}
         assert sum(counts.values()) < 40
     assert by_size[0] == by_size[1]
 
@@ -158,34 +158,30 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
     "flags",
     [
         ("--precision", "bf16"),
-        ("--precision", "fp16", "--batch-size", "3", "--channels-last", "off"),
+        ("--precision", "fp16", "--batch-size", "3", "--channels-last", "off", "--roi-align", "gather"),
         ("--precision", "fp32", "--variant", "torchvision"),
         ("--precision", "bf16", "--grad-accum-steps", "2", "--no-freeze-batch-norm", "--batch-norm-eps", "1e-5"),
     ],
 )
-def test_mask_rcnn_training_step_synchronizes_for_each_nms_and_twice_more(flags):
+def test_mask_rcnn_training_step_synchronizes_twice(flags):
     with fake_cuda_device() as syncs:
         workload, config = maskrcnn_workload(*flags)
         counts = training_syncs(syncs, workload, config)
     assert counts == {
-        # Each level of each image.
-        ("maskrcnn/postprocess.py nms_with_cpu_fallback", "torchvision::nms"): 5 * config.batch_size,
-        ("maskrcnn/loss.py sample_rois", "aten::nonzero"): config.grad_accum_steps,  # sampled regions
+        ("detection/nn/nms.py nms_parallel", "aten::equal"): config.grad_accum_steps,  # of all levels and images
         ("maskrcnn/model.py MaskRCNN.head_losses", "aten::nonzero"): config.grad_accum_steps,  # regions with a mask
     }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mask_rcnn_prediction_synchronizes_for_each_nms_and_four_times_more(precision):
+def test_mask_rcnn_prediction_synchronizes_four_times(precision):
     with fake_cuda_device() as syncs:
         counts, _, detections = prediction_syncs(syncs, *maskrcnn_workload("--precision", precision))
         assert {tensor.device for tensor in detections} == {CUDA}
-    suppressed = counts.pop(("maskrcnn/postprocess.py nms_with_cpu_fallback", "torchvision::nms"))
-    assert suppressed == 2 * (5 + 5)  # pyramid levels, and classes
     assert counts == {
-        ("maskrcnn/model.py MaskRCNN.detect", "aten::nonzero"): 2,  # proposals, detections
-        ("maskrcnn/postprocess.py select_detections", "aten::nonzero"): 1,  # candidates
-        ("maskrcnn/postprocess.py select_detections", "tolist"): 1,  # candidates of each class
+        ("detection/nn/nms.py nms_parallel", "aten::equal"): 2,  # pyramid levels, classes
+        ("maskrcnn/postprocess.py select_detections", "aten::_local_scalar_dense"): 1,  # candidates of a class
+        ("maskrcnn/model.py MaskRCNN.detect", "aten::nonzero"): 1,  # detections
     }
 
 

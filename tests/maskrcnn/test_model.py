@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d
 
 from detection.config.settings import InputError
 from detection.engine.optim import freeze_batch_norm
@@ -16,11 +16,10 @@ from detection.nn import box_coder, matcher
 from detection.nn.resnet import conv_frozen_bn
 from detection.runtime import device
 from maskrcnn import masks, rpn, weights
-from maskrcnn.anchors import STRIDES_PX, make_anchors
+from maskrcnn.anchors import make_anchors
 from maskrcnn.backbone import make_backbone, normalize
 from maskrcnn.config import TORCHVISION_PRESET, load
 from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
-from maskrcnn.roi_align import Rois, roi_align
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 128, 192  # multiples of 64: at other sizes, torchvision's anchors of P6 have another stride
@@ -220,24 +219,6 @@ def test_images_without_objects_give_every_weight_a_gradient():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_roi_align_matches_torchvision():
-    generator = torch.Generator().manual_seed(2)
-    levels = [torch.randn(2, 16, 64 // 2**i, 96 // 2**i, generator=generator, requires_grad=True) for i in range(4)]
-    copies = [level.detach().clone().requires_grad_() for level in levels]
-    corners = torch.rand(60, 2, generator=generator) * torch.tensor([390.0, 262.0]) - 10  # some cross the border
-    boxes = torch.cat([corners, corners + torch.rand(60, 2, generator=generator) ** 3 * 300], dim=1)
-    rois = Rois(boxes, torch.arange(2).repeat_interleave(30))
-    pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
-    expected = pooler({str(i): x for i, x in enumerate(copies)}, [boxes[:30], boxes[30:]], [(256, 384)] * 2)
-    actual = roi_align(levels, rois, 7, strides_px=STRIDES_PX[:4], legacy=False)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    noise = torch.randn(actual.shape, generator=generator)
-    for pooled in (actual, expected):
-        (pooled * noise).sum().backward()
-    for level, copy in zip(levels, copies, strict=True):
-        torch.testing.assert_close(level.grad, copy.grad, rtol=1e-4, atol=1e-3)
-
-
 def test_legacy_anchors_match_detectron():
     anchors = make_anchors(64, 64, CPU, legacy=True)
     # Detectron's generate_anchors(4, 32, (0.5, 1, 2)): the corners of the first cell of P2.
@@ -330,47 +311,6 @@ def test_sampling_takes_all_if_there_are_too_few():
     match_labels = torch.tensor([[1, 0, matcher.IGNORED, 0]])
     sampled, is_sampled = matcher.sample_pos_neg(match_labels, torch.rand(1, 4), 64, 0.5)
     assert sorted(sampled[is_sampled].tolist()) == [0, 1, 3]
-
-
-def test_proposals_can_be_limited_per_batch():
-    anchors = make_anchors(64, 64, CPU, legacy=False)
-    generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(2, len(anchors), generator=generator) + torch.tensor([[3.0], [-3.0]])
-    deltas = torch.zeros(2, len(anchors), 4)
-    images, sizes_hw = torch.zeros(2, 3, 64, 64), torch.full((2, 2), 64)
-
-    def count_proposals(*flags, training=True):
-        flags = ("--no-legacy-boxes", "--rpn-post-nms-top-n-per-image", "30", "--rpn-post-nms-top-n-eval", "20", *flags)
-        config = make_config(*flags)
-        proposals = rpn.generate_proposals(logits, deltas, anchors, images, sizes_hw, config, training=training)
-        return proposals.valid.sum(dim=1).tolist()
-
-    assert count_proposals("--no-proposals-per-batch") == [30, 30]
-    for flags in (("--batch-size", "2"), ("--batch-size", "6", "--grad-accum-steps", "3")):
-        first, second = count_proposals(*flags)
-        assert first + second == 60
-        assert first > 50
-    # The last batch of an epoch, with fewer images, keeps as many as a full one.
-    assert sum(count_proposals("--batch-size", "3")) == 90
-    assert count_proposals("--batch-size", "2", training=False) == [20, 20]
-
-
-def test_legacy_proposals_have_no_minimum_size():
-    anchors = make_anchors(64, 64, CPU, legacy=True)
-    deltas = torch.zeros(1, len(anchors), 4)
-    deltas[..., 2:] = -20  # of log(width) and log(height)
-    logits = torch.randn(1, len(anchors), generator=torch.Generator().manual_seed(9))
-    for legacy in (True, False):
-        config = make_config("--legacy-boxes" if legacy else "--no-legacy-boxes", "--batch-size", "1")
-        proposals = rpn.generate_proposals(
-            logits, deltas, anchors, torch.zeros(1, 3, 64, 64), torch.full((1, 2), 64), config, training=True
-        )
-        assert proposals.valid.any() == legacy
-
-
-@pytest.mark.parametrize(("flags", "candidates"), [((), 4000), (("--batch-size", "12"), 12000)])
-def test_number_of_candidates_follows_the_batch_of_a_rank(flags, candidates):
-    assert load(list(flags), {}).config.hyperparameters(8)["num_image_candidates"] == candidates
 
 
 def test_straddling_anchors_can_be_ignored():

@@ -1,12 +1,9 @@
-import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
 
 from detection.boxes import pairwise_iou
-from ssd import postprocess
 from ssd.anchors import make_anchors
 from ssd.box_coder import decode
-from ssd.postprocess import detect, grouped_nms
+from ssd.postprocess import detect
 from tiny_ssd import predictions
 
 
@@ -41,37 +38,9 @@ def test_detections_match_sequential_nms():
             torch.testing.assert_close(detections.boxes_xyxy[in_image], boxes)
 
 
-def test_splitting_groups_does_not_change_the_detections(monkeypatch):
-    deltas, logits = predictions(5)
-    whole = detect(deltas, logits, make_anchors())
-    monkeypatch.setattr(postprocess, "MAX_PAIRS", 1)
-    for part, same in zip(detect(deltas, logits, make_anchors()), whole, strict=True):
-        assert torch.equal(part, same)
-
-
 def test_scores_below_the_threshold_give_no_detections():
     deltas, logits = predictions(0)
     logits[..., 0] += 100
     detections = detect(deltas, logits, make_anchors())
     assert detections.boxes_xyxy.shape == (0, 4)
     assert len(detections.scores) == 0
-
-
-def test_nms_drops_a_box_with_iou_equal_to_the_threshold():
-    boxes = torch.tensor([[0.0, 0, 2, 1], [0, 0, 1, 1], [5, 5, 6, 6]])  # the IoU of the first two is 1/2
-    assert grouped_nms(boxes, torch.zeros(3, dtype=torch.int64), 0.5).tolist() == [True, False, True]
-    assert grouped_nms(boxes, torch.tensor([0, 1, 1]), 0.5).tolist() == [True, True, True]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 4))
-def test_nms_keeps_a_box_exactly_if_no_better_kept_box_overlaps_it(seed, count, groups):
-    generator = torch.Generator().manual_seed(seed)
-    lower = torch.rand(count, 2, generator=generator)
-    boxes = torch.cat([lower, lower + 0.05 + 0.5 * torch.rand(count, 2, generator=generator)], dim=1)
-    group = torch.randint(0, groups, (count,), generator=generator).sort().values
-    keep = grouped_nms(boxes, group, 0.5)
-    iou = pairwise_iou(boxes, boxes)
-    for j in range(count):
-        is_suppressed = any(keep[i] and group[i] == group[j] and iou[i, j] >= 0.5 for i in range(j))
-        assert bool(keep[j]) != is_suppressed

@@ -151,7 +151,12 @@ def backward(loss: Tensor) -> None:
                 previous = node.variable.grad
                 node.variable.grad = inputs[0].detach() if previous is None else previous + inputs[0]
             continue
-        results = node(*inputs) if gradients[node] else [None] * len(node.next_functions)
+        if not gradients[node]:
+            results: Any = [None] * len(node.next_functions)
+        elif callable(node):
+            results = node(*inputs)
+        else:  # written in Python, with a result for each argument, of which the tensors come first
+            results = node.apply(*inputs)[: len(node.next_functions)]
         results = results if isinstance(results, (tuple, list)) else [results]
         for (successor, index), result in zip(node.next_functions, results, strict=True):
             if successor is None:

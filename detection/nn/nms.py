@@ -1,0 +1,127 @@
+"""Greedy non-maximum suppression (NMS) of many groups of boxes at once.
+
+A group is the boxes that may suppress each other, such as those of one class or pyramid level in one image. Shapes:
+N boxes, G groups, W boxes of the largest group.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from detection.boxes import pairwise_iou
+
+# Limit for the number of pairs whose IoU is computed at once: about 0.5 GiB in float32.
+MAX_PAIRS = 2**25
+# Rounds between two tests for convergence. On an accelerator, a test waits for all queued work, and a round is cheap.
+ROUNDS_PER_TEST = 16
+# The sequential kernel is faster on a CPU for groups of more boxes.
+MAX_PARALLEL_ON_CPU = 16
+
+
+# Upper limits of the size classes of `grouped_nms`. Groups of one class are padded to the largest among them.
+GROUP_SIZES = (4, 16, 64)
+
+
+def nms(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool = False) -> Tensor:
+    """Return the mask (G, W) of the boxes that remain. boxes_xyxy: (G, W, 4), best first. valid: (G, W), no padding.
+
+    A box is dropped if its IoU with a better box that remains is above the threshold, or, with drop_equal, equal to it.
+    On a CPU, large groups are processed by torchvision's sequential kernel. The result is the same.
+    """
+    if boxes_xyxy.device.type == "cpu" and boxes_xyxy.shape[1] > MAX_PARALLEL_ON_CPU:
+        return nms_sequential(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
+    return nms_parallel(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
+
+
+def nms_sequential(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` group by group."""
+    if drop_equal:
+        iou_threshold = math.nextafter(iou_threshold, -math.inf)
+    keep = torch.zeros_like(valid)
+    for group in valid.any(dim=1).nonzero()[:, 0].tolist():
+        (rows,) = valid[group].nonzero(as_tuple=True)
+        kept = torchvision.ops.nms(boxes_xyxy[group, rows], -rows.to(boxes_xyxy), iou_threshold)
+        keep[group, rows[kept]] = True
+    return keep
+
+
+def nms_parallel(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` to all groups in parallel, with a single host synchronization in almost all cases.
+
+    A box remains if no better remaining box suppresses it. The loop repeats this rule until the mask is stable. The
+    result equals that of sequential NMS, because after round r at least the first r boxes of each group are final.
+    """
+    suppressors = pack_suppressors(boxes_xyxy, iou_threshold, drop_equal=drop_equal)
+    num_rounds = 1 if valid.device.type == "cpu" else ROUNDS_PER_TEST
+    keep = previous = valid
+    while True:
+        for _ in range(num_rounds):
+            previous, keep = keep, valid & ~((suppressors & pack_bits(keep).unsqueeze(1)) > 0).any(dim=-1)
+        if torch.equal(keep, previous):
+            return keep
+
+
+def pack_suppressors(boxes_xyxy: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Return for each box (G, W, 4) the better boxes that overlap it too much, as bits (G, W, ceil(W / 8)) uint8."""
+    width = boxes_xyxy.shape[1]
+    rank = torch.arange(width, device=boxes_xyxy.device)
+    better = rank < rank[:, None]
+    packed = []
+    for groups in boxes_xyxy.split(max(1, MAX_PAIRS // width**2)):
+        start, rows = 0, []
+        for part in groups.split(max(1, MAX_PAIRS // width), dim=1):
+            iou = pairwise_iou(part, groups)
+            overlaps = iou >= iou_threshold if drop_equal else iou > iou_threshold
+            rows.append(pack_bits(overlaps & better[start : (start := start + part.shape[1])]))
+        packed.append(torch.cat(rows, dim=1))
+    return torch.cat(packed)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a mask (..., N) to (..., ceil(N / 8)) uint8."""
+    bits = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(dim=-1, dtype=torch.uint8)
+
+
+def grouped_nms(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop_equal: bool = False) -> Tensor:
+    """Apply `nms` to each group of boxes: (N,) bool, True for those that remain.
+
+    boxes_xyxy: (N, 4) sorted by group and, within a group, best first. group: (N,). Groups of similar size are
+    processed together, because the cost is the square of the padded size.
+    """
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    size = counts[row]
+    keep = torch.empty_like(group, dtype=torch.bool)
+    for lower, upper in pairwise((0, *GROUP_SIZES, len(group))):
+        (same_size,) = ((size > lower) & (size <= upper)).nonzero(as_tuple=True)
+        if len(same_size):
+            boxes, valid, row_and_rank = pad_groups(boxes_xyxy[same_size], group[same_size])
+            keep[same_size] = nms(boxes, valid, iou_threshold, drop_equal=drop_equal)[row_and_rank]
+    return keep
+
+
+def pad_groups(boxes_xyxy: Tensor, group: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return boxes (G, W, 4) of the sorted groups (N,), a mask (G, W) without padding, and the index of each box."""
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    index = row, rank_in_group(group)
+    padded = boxes_xyxy.new_zeros(len(counts), int(counts.max()), 4)
+    valid = torch.zeros(padded.shape[:2], dtype=torch.bool, device=group.device)
+    padded[index], valid[index] = boxes_xyxy, True
+    return padded, valid, index
+
+
+def sort_by_group(group: Tensor, score: Tensor) -> Tensor:
+    """Return the stable order (N,) by group and, within a group, by descending score."""
+    by_score = score.argsort(descending=True, stable=True)
+    return by_score[group[by_score].argsort(stable=True)]
+
+
+def rank_in_group(sorted_group: Tensor) -> Tensor:
+    """Return the rank (N,) of each row within its group, from 0."""
+    _, inverse, counts = sorted_group.unique_consecutive(return_inverse=True, return_counts=True)
+    offsets = counts.cumsum(0) - counts
+    return torch.arange(len(sorted_group), device=sorted_group.device) - offsets[inverse]

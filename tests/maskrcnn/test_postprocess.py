@@ -1,0 +1,69 @@
+"""Tests of the selection of detections."""
+
+import pytest
+import torch
+from torchvision import ops
+
+from detection.nn import box_coder
+from maskrcnn.config import load
+from maskrcnn.postprocess import select_detections
+from maskrcnn.rpn import Proposals
+
+SIZES_HW = torch.tensor([[100, 120], [90, 120]])
+
+
+def make_outputs(generator, num_proposals=60, num_classes=6):
+    """Return logits, deltas and proposals of two images, the last proposals of the second image being padding."""
+    corners = torch.rand(2, num_proposals, 2, generator=generator) * 80
+    boxes = torch.cat([corners, corners + 5 + 30 * torch.rand(corners.shape, generator=generator)], dim=2)
+    valid = torch.ones(2, num_proposals, dtype=torch.bool)
+    valid[1, 40:] = False
+    logits = 2 * torch.randn(2, num_proposals, num_classes, generator=generator)
+    logits[:, 1::2] = logits[:, ::2]  # equal scores
+    return (
+        logits,
+        torch.randn(2, num_proposals, num_classes, 4, generator=generator),
+        Proposals(boxes, logits[..., 0], valid),
+    )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_detections_equal_suppression_class_by_class(legacy):
+    flags = ("--num-classes", "6", "--max-detections", "50", "--legacy-boxes" if legacy else "--no-legacy-boxes")
+    config = load(list(flags), {}).config
+    logits, deltas, proposals = make_outputs(torch.Generator().manual_seed(0))
+    deltas[:, ::5, :, 2:] -= 100  # nothing wider than a thousandth of a pixel
+    actual = select_detections(logits, deltas, proposals, SIZES_HW, config)
+    for image in range(2):
+        rows = []  # of score, label, proposal, box
+        scores = logits[image].softmax(dim=1)
+        for label in range(1, 6):
+            boxes = box_coder.decode(
+                deltas[image, :, label], proposals.boxes_xyxy[image], box_coder.BOX_HEAD_WEIGHTS, legacy=legacy
+            )
+            boxes = box_coder.clip(boxes, SIZES_HW[image], legacy=legacy)
+            allowed = (scores[:, label] > 0.05) & proposals.valid[image]
+            allowed &= legacy | (boxes[:, 2:] - boxes[:, :2] >= 0.01).all(dim=1)
+            (index,) = allowed.nonzero(as_tuple=True)
+            exclusive = box_coder.to_exclusive(boxes[index], legacy=legacy)
+            kept = index[ops.nms(exclusive, scores[index, label], 0.5)].tolist()
+            rows += [(-float(scores[p, label]), label, p, boxes[p].tolist()) for p in kept]
+        expected = sorted(rows)[:50]
+        boxes_xyxy, top_scores, labels = (part[image] for part in actual)
+        count = len(expected)
+        assert 20 < count <= 50
+        assert labels.tolist() == [row[1] for row in expected] + [0] * (len(labels) - count)
+        assert (-top_scores[:count]).tolist() == [row[0] for row in expected]
+        torch.testing.assert_close(boxes_xyxy[:count], torch.tensor([row[3] for row in expected]))
+        assert not boxes_xyxy[count:].any()
+        assert not top_scores[count:].any()
+
+
+def test_no_candidates_give_no_detections():
+    logits, deltas, proposals = make_outputs(torch.Generator().manual_seed(1))
+    logits[..., 0] += 100
+    boxes_xyxy, scores, labels = select_detections(
+        logits, deltas, proposals, SIZES_HW, load(["--num-classes", "6"], {}).config
+    )
+    assert boxes_xyxy.shape[:2] == scores.shape == labels.shape
+    assert not labels.any()
