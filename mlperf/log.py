@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _TOKEN = ":::MLLOG "
 _REPOSITORY = Path(__file__).resolve().parent.parent
+_MAX_DISORDER_MS = 1000  # processes of one machine write to published logs with up to 45 ms
 
 
 class MlperfLog:
@@ -50,6 +52,9 @@ class MlperfLog:
         """Error of a line that could not be written. The run continues, but its log is incomplete."""
         self._echo = echo
         self._line = _LineLogger("mlperf")
+        # A clock that nobody can set, and that counts the time of a suspended machine where the system has one.
+        self._clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        self._clock_offset_s = time.time() - time.clock_gettime(self._clock)
         # mllog uses root_dir as a regular expression, hence the escape. Offset 2 skips our own method.
         self._mllog = MLLogger(self._line, default_stack_offset=2, root_dir=re.escape(str(_REPOSITORY)))
         if path is None:
@@ -66,19 +71,19 @@ class MlperfLog:
     def start(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_start`, the start of an interval, such as init, run, block, epoch or eval."""
         if self._file is not None:
-            self._mllog.start(f"{key}_start", _to_json_value(key, value), _to_json_value(key, metadata))
+            self._mllog.start(f"{key}_start", *self._fields(key, value, metadata))
             self._write()
 
     def end(self, key: str, value: object = None, **metadata: object) -> None:
         """Log `<key>_stop`, the end of an interval."""
         if self._file is not None:
-            self._mllog.end(f"{key}_stop", _to_json_value(key, value), _to_json_value(key, metadata))
+            self._mllog.end(f"{key}_stop", *self._fields(key, value, metadata))
             self._write()
 
     def event(self, key: str, value: object = None, **metadata: object) -> None:
         """Log a point in time, such as a hyperparameter or `eval_accuracy`."""
         if self._file is not None:
-            self._mllog.event(key, _to_json_value(key, value), _to_json_value(key, metadata))
+            self._mllog.event(key, *self._fields(key, value, metadata))
             self._write()
 
     def file_offset(self) -> int:
@@ -98,6 +103,11 @@ class MlperfLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _fields(self, key: str, value: object, metadata: object) -> tuple[Any, Any, None, int]:
+        """Return value, metadata, namespace and milliseconds since 1970 of an event."""
+        time_ms = int(1000 * (self._clock_offset_s + time.clock_gettime(self._clock)))
+        return _to_json_value(key, value), _to_json_value(key, metadata), None, time_ms
 
     def _write(self) -> None:
         assert self._file is not None
@@ -184,3 +194,18 @@ def read(path: Path, errors: list[str] | None = None) -> list[Event]:
                 continue
             events.append(event)
     return events
+
+
+def find_clock_error(events: list[Event]) -> str:
+    """Return why a run has no valid time, or "". A clock that was set back makes a run look faster than it was."""
+    latest_ms = start_ms = None
+    for event in events:
+        if latest_ms is not None and latest_ms - event.time_ms > _MAX_DISORDER_MS:
+            seconds = (latest_ms - event.time_ms) / 1000
+            return f"the clock was set back by {seconds:,.0f} s before line {event.line} ({event.key})"
+        latest_ms = event.time_ms if latest_ms is None else max(latest_ms, event.time_ms)
+        if event.key == "run_start" and start_ms is None:
+            start_ms = event.time_ms
+        elif event.key == "run_stop" and start_ms is not None and event.time_ms < start_ms:
+            return f"line {event.line}: run_stop is before run_start"
+    return ""

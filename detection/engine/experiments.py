@@ -27,7 +27,7 @@ from detection import run_lock
 from detection.runtime import parent_process
 from mlperf import stdio
 from mlperf.errors import InputError
-from mlperf.log import read
+from mlperf.log import find_clock_error, read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,8 +96,9 @@ def is_resumed(log: Path) -> bool:
 
 def duration_s(log: Path) -> str:
     """Return the time by the MLPerf log, or "-". A resumed run includes its interruptions."""
-    times = {event.key: event.time_ms for event in _events(log)}
-    if not {"run_start", "run_stop"} <= times.keys():
+    events = _events(log)
+    times = {event.key: event.time_ms for event in events}
+    if not {"run_start", "run_stop"} <= times.keys() or find_clock_error(events):
         return "-"
     return str((times["run_stop"] - times["run_start"] + 500) // 1000)
 

@@ -2,13 +2,14 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mlperf.log import Event, MlperfLog, read
+from mlperf.log import Event, MlperfLog, find_clock_error, read
 from paths import SHARED
 
 SHARED_LOGS = SHARED / "logs"
@@ -49,6 +50,36 @@ def test_each_line_is_flushed_to_file_and_stdout(tmp_path: Path, capsys: pytest.
     log.event("seed", 2)
     assert [event.value for event in read(path)] == [1, 2]
     log.close()
+
+
+def test_times_do_not_follow_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MlperfLog(tmp_path / "log.txt") as log:
+        log.start("run")
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        log.end("run")
+    start, stop = read(tmp_path / "log.txt")
+    assert 0 <= stop.time_ms - start.time_ms < 60_000
+
+
+@pytest.mark.parametrize(
+    ("keys", "times_ms", "error"),
+    [
+        (["run_start", "eval_start", "run_stop"], [0, 500, 9000], ""),
+        (["run_start", "eval_start", "run_stop"], [1000, 955, 9000], ""),  # as in published logs
+        (["init_start", "run_start", "run_stop"], [9000, 9000, 4000], "set back by 5 s before line 3 (run_stop)"),
+        (["init_start", "run_start", "eval_start"], [9000, 7000, 8000], "set back by 2 s before line 2 (run_start)"),
+        (["run_start", "epoch_start", "eval_start", "run_stop"], [4000, 3400, 2800, 9000], "set back by 1 s"),
+        (["run_start", "run_stop"], [500, 400], "line 2: run_stop is before run_start"),
+        (["run_stop"], [0], ""),
+        ([], [], ""),
+    ],
+)
+def test_clock_that_was_set_back_is_found(keys: list[str], times_ms: list[int], error: str) -> None:
+    events = [
+        Event(ms, "POINT_IN_TIME", key, None, {}, line)
+        for line, (key, ms) in enumerate(zip(keys, times_ms, strict=True), start=1)
+    ]
+    assert error in find_clock_error(events) if error else find_clock_error(events) == ""
 
 
 def test_silent_log_writes_nothing(
