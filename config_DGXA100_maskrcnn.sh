@@ -5,6 +5,7 @@ export DGXNGPU=${DGXNGPU:-8}
 export WALLTIME=04:00:00
 export DATADIR=${DATADIR:-data/coco}
 export MASKRCNN_PRETRAINED_BACKBONE=${PRETRAINED_DIR:-data}/R-50.pkl
+export MASKRCNN_RULESET=1.1.0
 export MASKRCNN_BATCH_SIZE=12    # images per accelerator, 96 in total
 export MASKRCNN_BASE_LR=0.02     # per 16 images
 export MASKRCNN_LR_ROUND_TO=0.02 # peak 0.12

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
     """Return the values that the MLPerf rules constrain."""
-    return config.hyperparameters(world_size) | {"target": config.target, "mask_target": config.mask_target}
+    accuracy = {"BBOX": config.target, "SEGM": config.mask_target}
+    return config.hyperparameters(world_size) | {"eval_accuracy": accuracy}
 
 
 def image_bytes(config: Config) -> int:

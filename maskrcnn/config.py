@@ -65,6 +65,7 @@ class Config(RunConfig):
         help='evaluate after these, as 1,2 or "every 1", and after the last (MLPerf: every epoch)',
     )
 
+    ruleset: str = setting("3.1.0", help="MLPerf training ruleset of the log (0.7.0 to 3.1.0)")
     base_lr: float = setting(
         0.02, gt=0, le=1, unit="per 16 images", heading="Training", help="learning rate after warm-up"
     )

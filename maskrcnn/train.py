@@ -20,7 +20,7 @@ from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
 from maskrcnn.postprocess import Detections
 from mlperf.log import MlperfLog
-from mlperf.rules import maskrcnn_tensor_names
+from mlperf.rules import tensor_names
 
 
 def main(argv: list[str]) -> int:
@@ -131,5 +131,5 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> N
     """Log the recipe, and each initialized layer."""
     for key, value in config.hyperparameters(ranks.world_size).items():
         log.event(key, value)
-    for name in maskrcnn_tensor_names():
+    for name in tensor_names("maskrcnn"):
         log.event("weights_initialization", tensor=name)

@@ -1,6 +1,6 @@
 """Command line for the official checkers: each log by itself, and the runs of a result jointly.
 
-    python -m mlperf.check RUN... [--ruleset 1.1.0] [--json FILE]
+    python -m mlperf.check RUN... [--ruleset 3.1.0] [--json FILE]
 
 Print PASS or FAIL and the checker's reasons for each log. For two or more logs of one system, also print the score and
 its spread, the verdicts of the official seed and convergence checkers, and published results. Copies of a log count as
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf import published, rcp, score, stdio
+from mlperf import published, rcp, rules, score, stdio
 from mlperf.compliance import Verdict as Verdict
 from mlperf.compliance import check as check
 from mlperf.errors import InputError
+from mlperf.log import read
 from mlperf.published import PublishedResult
 from mlperf.rcp import JointCheck
-from mlperf.rules import RULESETS
+from mlperf.requirements import RULESETS
 from mlperf.score import EntryKey, LoggedRun, Score
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mlperf.check", description="Check MLPerf logs of training runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="MLPerf log, or folder with result_*.txt")
     parser.add_argument(
-        "--ruleset", choices=RULESETS, help=f"default: the one in the run's configuration, or {RULESETS[-1]}"
+        "--ruleset", choices=RULESETS, help="default: the one in the run's configuration, or the benchmark's newest"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
     options = parser.parse_args(arguments)
@@ -57,10 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
                 if run and (first_log := first_logs.setdefault(run.identity, log)) is not log:
                     print(f"SAME {log} (the run in {first_log}, which counts once)")
                     continue
-                verdict = check(log, options.ruleset or (run and run.ruleset) or RULESETS[-1])
+                verdict = check(log, options.ruleset or select_ruleset(log))
                 _print_verdict(log, verdict)
                 if run and not (verdict.passed or options.ruleset or run.ruleset):
-                    print(f"  {_suggest_ruleset(log, verdict.ruleset)}")
+                    print(f"  {_suggest_ruleset(run, verdict.ruleset)}")
                 status = max(status, 0 if verdict.passed else 1)
                 if run:
                     checked.append((run, verdict))
@@ -99,13 +100,24 @@ def expand_logs(path: Path) -> list[Path]:
     return paths
 
 
+def select_ruleset(log: Path) -> str:
+    """Return the ruleset to check a log with: its own, or the newest that has its benchmark.
+
+    Raises InputError if the log names one that this program does not know.
+    """
+    name, benchmark, ruleset = score.identify_run(read(log, errors=[]))
+    if ruleset and ruleset not in RULESETS:
+        raise InputError(f"{log}: names ruleset {ruleset}. Choose one of {', '.join(RULESETS)} with --ruleset")
+    return ruleset or (rules.newest_ruleset(benchmark, name) if benchmark else RULESETS[-1])
+
+
 def score_entry(checked: Sequence[tuple[LoggedRun, Verdict]]) -> EntryResult:
     """Score runs of one entry, all checked with one ruleset, and run the joint checks."""
     runs, verdicts = [run for run, _ in checked], [verdict for _, verdict in checked]
     entry, ruleset = runs[0].entry, verdicts[0].ruleset
     failed = [run.path for run, verdict in checked if not verdict.passed]
     joint_checks = rcp.check([run.path for run in runs], ruleset, entry.division) if len(runs) > 1 else []
-    published_results = published.for_benchmark(entry.benchmark) if entry.dataset == score.DATASET else ()
+    published_results = () if entry.dataset else published.for_benchmark(runs[0].benchmark)
     return EntryResult(entry, ruleset, runs, verdicts, score.score(runs, failed), joint_checks, published_results)
 
 
@@ -151,10 +163,12 @@ def _read_run(log: Path) -> tuple[LoggedRun | None, str]:
         return None, str(error)
 
 
-def _suggest_ruleset(log: Path, checked: str) -> str:
-    """Suggest an older ruleset for a log that names none and fails the newest, as published logs do."""
-    passing = [ruleset for ruleset in RULESETS if ruleset != checked and check(log, ruleset).passed]
-    suggestion = f"it passes --ruleset {passing[-1]}" if passing else "it does not pass an older one either"
+def _suggest_ruleset(run: LoggedRun, checked: str) -> str:
+    """Suggest another ruleset for a log that names none and fails the newest, as published logs do."""
+    name = run.entry.benchmark
+    others = [other for other in reversed(RULESETS) if other != checked and rules.identify_benchmark(name, other)]
+    passing = next((other for other in others if check(run.path, other).passed), None)
+    suggestion = f"it passes --ruleset {passing}" if passing else "it does not pass another one either"
     return f"the log names no ruleset and was checked with {checked}: {suggestion}"
 
 

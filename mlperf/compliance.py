@@ -1,13 +1,14 @@
 """The official compliance checker as a function."""
 
-import os
+import logging
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlperf.rules import RULESETS
+from mlperf.log import find_clock_error, read
+from mlperf.requirements import RULESETS
 
 _MAX_MESSAGE_CHARS = 600  # the checker repeats its whole state
 _LIST = re.compile(r"\[\n.*?(?:\]|\Z)", re.DOTALL)  # and the names of all 119 tensors
@@ -15,11 +16,15 @@ _LIST = re.compile(r"\[\n.*?(?:\]|\Z)", re.DOTALL)  # and the names of all 119 t
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of the official compliance checker for one log. messages: its warnings and errors."""
+    """Result of the official compliance checker for one log.
+
+    messages: its warnings and errors. disqualified: why the run is no result although that checker accepts its log.
+    """
 
     passed: bool
     ruleset: str
     messages: list[str]
+    disqualified: str = ""
 
 
 def check(path: Path, ruleset: str) -> Verdict:
@@ -31,31 +36,50 @@ def check(path: Path, ruleset: str) -> Verdict:
     """
     if ruleset not in RULESETS:
         raise ValueError(f"unknown ruleset {ruleset!r}: choose one of {', '.join(RULESETS)}.")
-    with open(path, encoding="utf-8", errors="replace") as log:
-        resumed = any('"key": "resumed"' in line for line in log)
-    process = run_checker("compliance_checker", "--usage", "training", "--ruleset", ruleset, str(path.resolve()))
-    messages = _parse_warnings(process.stderr)
-    if process.returncode != 0 and "ERROR - FAILED" not in process.stderr:
-        reason = process.stderr.strip().rpartition("\n")[2]
-        messages.append(f"the official checker crashed on this log: {reason}")
-    if resumed:
-        messages.insert(0, "the run was resumed: it is not an MLPerf result")
-    return Verdict(process.returncode == 0 and not resumed, ruleset, messages)
+    events = read(path, errors=[])
+    clock_error = find_clock_error(events)
+    disqualified = f"{clock_error}: the run has no valid time" if clock_error else ""
+    if any(event.key == "resumed" for event in events):
+        disqualified = "the run was resumed: it is not an MLPerf result"
+    from mlperf_logging.compliance_checker import mlp_compliance
+
+    mlp_compliance.enqueued_configs.clear()  # left by a log on which it crashed
+    checker = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
+    passed = False
+    messages = [disqualified] if disqualified else []
+    with captured_logs(logging.WARNING) as records:
+        try:
+            passed = checker.check_file(path, f"training_{ruleset}/common.yaml")
+        except Exception as error:  # it evaluates values without validation
+            checker.log_messages()
+            logging.error("the official checker crashed on this log: %r", error)
+    messages += [
+        _shorten(message) for record in records for message in record.getMessage().split("\n" + "-" * 30 + "\n")
+    ]
+    return Verdict(passed and not disqualified, ruleset, messages, disqualified)
 
 
-def run_checker(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an official checker in a separate process: it keeps state in module globals and sets up the root logger."""
-    command = [sys.executable, "-m", f"mlperf_logging.{name}", *arguments, "--log_output", os.devnull]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+@contextmanager
+def captured_logs(level: int) -> Iterator[list[logging.LogRecord]]:
+    """Capture what the official checkers log from a level on. Otherwise they would set up the root logger and print."""
+    records: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    root = logging.getLogger()
+    previous_handlers, previous_level = root.handlers[:], root.level
+    root.handlers[:] = [Collector()]
+    root.setLevel(level)
+    try:
+        yield records
+    finally:
+        root.handlers[:] = previous_handlers
+        root.setLevel(previous_level)
 
 
-def _parse_warnings(stderr: str) -> list[str]:
-    """Return the warnings in the checker's output, one per rule, without its dump of internal state."""
-    messages = []
-    for record in re.split(r"^(?=(?:INFO|WARNING|ERROR) - )", stderr, flags=re.MULTILINE):
-        if record.startswith("WARNING - "):
-            for text in record.removeprefix("WARNING - ").split("\n" + "-" * 30 + "\n"):
-                message = text.partition("\ncurrent context[s]=")[0].strip()
-                message = _LIST.sub("[…]", message)
-                messages.append(message if len(message) <= _MAX_MESSAGE_CHARS else message[:_MAX_MESSAGE_CHARS] + " …")
-    return messages
+def _shorten(message: str) -> str:
+    """Return a message of the checker without its dump of internal state."""
+    message = _LIST.sub("[…]", message.partition("\ncurrent context[s]=")[0].strip())
+    return message if len(message) <= _MAX_MESSAGE_CHARS else message[:_MAX_MESSAGE_CHARS] + " …"

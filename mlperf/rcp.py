@@ -2,13 +2,14 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlperf_logging.package_checker.seed_checker import SeedChecker
 
+from mlperf.compliance import captured_logs
 from mlperf.score import RUNS_PER_RESULT
 
 _RULESET_WITHOUT_RCP = "0.7.0"  # it has neither check
@@ -32,9 +33,11 @@ def check(paths: Sequence[Path], ruleset: str, division: str) -> list[JointCheck
 
 
 def _check_seeds(paths: Sequence[Path], ruleset: str) -> JointCheck:
-    with _captured_logs() as messages:
+    with captured_logs(logging.ERROR) as records, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one per rank and log that has several seeds, which is allowed
         passed = SeedChecker(ruleset).check_seeds([str(path) for path in paths])
-    return JointCheck("seeds", passed, "unique in each run" if passed else " ".join(messages))
+    errors = " ".join(record.getMessage().strip() for record in records)
+    return JointCheck("seeds", passed, "unique in each run" if passed else errors)
 
 
 def _check_convergence(paths: Sequence[Path], ruleset: str) -> JointCheck:
@@ -42,7 +45,7 @@ def _check_convergence(paths: Sequence[Path], ruleset: str) -> JointCheck:
         return JointCheck("convergence", None, f"checked from {RUNS_PER_RESULT} runs, and these are {len(paths)}")
     from mlperf_logging.rcp_checker import rcp_checker  # takes 1.5 s, with scipy.stats
 
-    with tempfile.TemporaryDirectory() as folder, _captured_logs():
+    with tempfile.TemporaryDirectory() as folder, captured_logs(logging.ERROR):
         for number, path in enumerate(paths):
             (Path(folder) / f"result_{number}.txt").symlink_to(path.resolve())
         try:
@@ -54,22 +57,3 @@ def _check_convergence(paths: Sequence[Path], ruleset: str) -> JointCheck:
     if passed and factor > 1:
         text += f"; faster than the reference, so the score is multiplied by {factor:.4f}"
     return JointCheck("convergence", bool(passed), text)
-
-
-@contextmanager
-def _captured_logs() -> Iterator[list[str]]:
-    """Capture the errors that the checkers log. Otherwise they would set up the root logger and print."""
-    messages: list[str] = []
-
-    class ErrorCollector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.ERROR:
-                messages.append(record.getMessage().strip())
-
-    root, handler = logging.getLogger(), ErrorCollector()
-    previous_handlers = root.handlers[:]
-    root.handlers[:] = [handler]
-    try:
-        yield messages
-    finally:
-        root.handlers[:] = previous_handlers

@@ -91,8 +91,7 @@ def reference_epochs(benchmark: str, ruleset: str, global_batch_size: int) -> fl
     Below the smallest point, that point applies. Above the largest, the result is None. Ruleset 0.7.0 has no points
     and uses those of 1.0.0.
     """
-    points_ruleset = ruleset if ruleset != "0.7.0" else "1.0.0"
-    points = [p for p in rules.BENCHMARKS[benchmark].reference_points if points_ruleset in p.rulesets and not p.pruned]
+    points = [point for point in rules.nearest_reference_points(benchmark, ruleset) if not point.pruned]
     if global_batch_size <= points[0].global_batch_size:
         return points[0].mean_epochs
     for low, high in itertools.pairwise(points):

@@ -1,71 +1,59 @@
 """MLPerf training rules for a run's schedule, targets and hyperparameters, checked before the run starts.
 
-Sources: the rules table of mlcommons/training_policies and the yaml files of mlperf_logging's compliance
-checker. Where they differ, the stricter rule applies, so a recipe that passes here passes both.
+Rules on logged values come from the installed checkers of mlperf_logging (mlperf/requirements.py and
+mlperf/reference_points.py). This module adds what no file of theirs states: the rules table of
+mlcommons/training_policies, and the fixed settings of the references. The stricter rule applies, so a recipe that
+passes here passes both.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-RULESETS = ("0.7.0", "1.0.0", "1.1.0")
-DIVISIONS = ("closed", "open")
+from mlperf import reference_points, requirements
+from mlperf.reference_points import ReferencePoint
+from mlperf.requirements import RULESETS as RULESETS
 
-_SINCE_1_0 = RULESETS[1:]
+DIVISIONS = ("closed", "open")
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """Rule for one value.
+    """Rule of the closed division for one value, which the checker does not know or does not test.
 
     key: the MLPerf key, or one of `NOT_IN_LOG`. allowed: the rule in words, for messages. predicate: the rule in code.
-    rulesets, divisions: where the rule applies. depends_on: key of a second argument of `predicate`.
+    depends_on: key of a second argument of `predicate`.
     """
 
     key: str
     allowed: str
     predicate: Callable[..., bool]
-    rulesets: tuple[str, ...] = RULESETS
-    divisions: tuple[str, ...] = ("closed",)
     depends_on: str = ""
 
 
 @dataclass(frozen=True)
-class ReferencePoint:
-    """Reference convergence point (RCP), as mlperf_logging's rcp_checker computes it from the reference's runs.
-
-    global_batch_size: images per step. mean_epochs: epochs to the target, without the fastest and the slowest run.
-    min_epochs: minimum mean of a submission. pruned: the checker drops the point, because it converges slower than
-    the line between its neighbors or slower than a larger batch.
-    """
-
-    global_batch_size: int
-    mean_epochs: float
-    min_epochs: float
-    rulesets: tuple[str, ...] = _SINCE_1_0
-    pruned: bool = False
-
-
-@dataclass(frozen=True)
 class Rules:
-    """Rules of one benchmark.
+    """Rules of one benchmark, in all rulesets that have it.
 
-    targets: metric to the minimum value that ends a run. fixed_eval_epochs: ruleset to the epochs to evaluate after.
-    Other rulesets evaluate every `eval_every` epochs. fixed: setting to the reference's value, which the closed
-    division requires and no log records. constrained: settings that determine the value of a constraint of another
-    name. free: settings that the closed division leaves open. It rejects a setting that is in none of these, and is not
-    the key of a constraint.
+    title: name for messages. names: ruleset to MLPerf's name of the benchmark. dataset: name of its data set.
+    epoch_images: training images of an epoch. fixed_eval_epochs: ruleset to the epochs to evaluate after. Other
+    rulesets evaluate every `eval_every` epochs. constraints: in addition to the checker's. fixed: setting to the
+    reference's value, which the closed division requires and no log records. constrained: settings that determine the
+    value of a constraint of another name. free: settings that the closed division leaves open. It rejects a setting
+    that is in none of these, and is not the key of a constraint.
     """
 
-    targets: Mapping[str, float]
+    title: str
+    names: Mapping[str, str]
+    dataset: str
+    epoch_images: int
     eval_every: int
-    fixed_eval_epochs: Mapping[str, tuple[int, ...]]
     constraints: tuple[Constraint, ...]
     fixed: Mapping[str, object]
     constrained: frozenset[str]
     free: frozenset[str]
-    reference_points: tuple[ReferencePoint, ...]
+    fixed_eval_epochs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,11 +66,11 @@ class RuleCheck:
 
 
 # Keys that `check_rules` needs in addition to the keys of a log.
-NOT_IN_LOG = ("dataset", "network", "weights", "pretrained_backbone", "seed", "target", "mask_target", "eval_epochs")
+NOT_IN_LOG = ("dataset", "network", "weights", "pretrained_backbone", "seed", "eval_epochs")
 
-_CONSTRAINED = frozenset(
-    {"batch_size", "grad_accum_steps", "base_lr", "lr_round_to", "warmup_steps", "warmup_factor", "epochs"}
-)
+_CONSTRAINED = frozenset({
+    "batch_size", "grad_accum_steps", "base_lr", "lr_round_to", "warmup_steps", "warmup_factor", "epochs", "target",
+})  # fmt: skip
 _FREE = frozenset({
     # The run, its data (also checked by the name of the data set), its files and its submission.
     "mode", "benchmark_input", "benchmark_steps", "benchmark_warmup", "eval_before_training", "max_steps", "resume",
@@ -95,30 +83,11 @@ _FREE = frozenset({
     "coco_eval_backend", "step_timeout_s",
 })  # fmt: skip
 
-_SSD_TARGET = 0.23
-_BOX_TARGET, _MASK_TARGET = 0.377, 0.339
-
-_DATASET = Constraint("dataset", "coco2017", lambda name: name == "coco2017")
-_WEIGHTS = Constraint("weights", "none: only the backbone may be pretrained", lambda name: name == "none")
-_PRETRAINED_BACKBONE = Constraint(
-    "pretrained_backbone", "ImageNet weights, as in the reference", lambda name: name != "none"
+_COMMON = (
+    Constraint("weights", "none: only the backbone may be pretrained", lambda name: name == "none"),
+    Constraint("pretrained_backbone", "ImageNet weights, as in the reference", lambda name: name != "none"),
+    Constraint("seed", "none: taken from the clock or the system's randomness", lambda seed: seed == "none"),
 )
-_SEED = Constraint("seed", "none: taken from the clock or the system's randomness", lambda seed: seed == "none")
-_ACCUMULATION = Constraint("gradient_accumulation_steps", "≥ 1", lambda steps: steps >= 1, rulesets=_SINCE_1_0)
-
-
-def _target_constraints(key: str, minimum: float) -> tuple[Constraint, ...]:
-    """Return the constraints of the target `key`. From 1.0, the open division has no minimum."""
-
-    def in_range(target: float) -> bool:
-        return minimum <= target < 1
-
-    allowed = f"≥ {minimum} and < 1"
-    return (
-        Constraint(key, allowed, in_range),
-        Constraint(key, allowed, in_range, rulesets=("0.7.0",), divisions=("open",)),
-        Constraint(key, "< 1", lambda target: target < 1, rulesets=_SINCE_1_0, divisions=("open",)),
-    )
 
 
 def _is_scaled_40_50(epochs: Any) -> bool:
@@ -130,26 +99,15 @@ def _is_scaled_40_50(epochs: Any) -> bool:
 
 
 SSD = Rules(
-    targets={"AP": _SSD_TARGET},
+    title="SSD300",
+    names=dict.fromkeys(RULESETS[:3], "ssd"),
+    dataset="coco2017",
+    epoch_images=117_266,  # with boxes
     eval_every=5,
     fixed_eval_epochs={"0.7.0": (40, 50, 55, 60, 65, 70, 75, 80)},
     constraints=(
-        Constraint("global_batch_size", "≥ 1 image", lambda size: size >= 1),
-        Constraint("model_bn_span", "≥ 1 image", lambda images: images >= 1),
-        # Published logs have multiples of 2.5e-3, because their submitters rounded. No rule requires it.
-        Constraint("opt_base_learning_rate", "> 0, after warm-up and before decay", lambda rate: rate > 0),
-        Constraint("opt_weight_decay", "≥ 0", lambda decay: decay >= 0),
-        Constraint("opt_learning_rate_warmup_steps", "≥ 1", lambda steps: steps >= 1),
-        Constraint("opt_learning_rate_warmup_factor", "≥ 0", lambda factor: factor >= 0),
         Constraint("opt_learning_rate_decay_boundary_epochs", "[40, 50]·(1 + k/10), k an integer", _is_scaled_40_50),
-        Constraint("max_samples", "1 or 50", lambda samples: samples in (1, 50)),
-        _ACCUMULATION,
-        _DATASET,
         Constraint("network", "ssd300-r34", lambda name: name == "ssd300-r34"),
-        _WEIGHTS,
-        _PRETRAINED_BACKBONE,
-        _SEED,
-        *_target_constraints("target", _SSD_TARGET),
     ),
     fixed={
         "optimizer": "sgd",
@@ -169,20 +127,7 @@ SSD = Rules(
     },
     constrained=_CONSTRAINED | {"bn_group", "weight_decay", "lr_decay_epochs", "backbone"},
     free=_FREE,
-    reference_points=(
-        ReferencePoint(1024, 50, 50),
-        ReferencePoint(1536, 55, 55, rulesets=("1.1.0",)),
-        ReferencePoint(2048, 65.1, 64.2, pruned=True),
-        ReferencePoint(4096, 87, 84.5),
-    ),
 )
-
-
-def _is_multiple_of(unit: float) -> Callable[[float], bool]:
-    def predicate(value: float) -> bool:
-        return value > 0 and abs(value / unit - round(value / unit)) < 1e-5  # the tolerance of the checker's is_integer
-
-    return predicate
 
 
 def _is_scaled_60000_80000(steps: Any, global_batch_size: int) -> bool:
@@ -207,15 +152,12 @@ def _is_scaled_60000_80000(steps: Any, global_batch_size: int) -> bool:
 
 
 MASKRCNN = Rules(
-    targets={"AP": _BOX_TARGET, "mask_AP": _MASK_TARGET},
+    title="Mask R-CNN",
+    names=dict.fromkeys(RULESETS[:7], "maskrcnn"),
+    dataset="coco2017",
+    epoch_images=117_266,  # with boxes
     eval_every=1,
-    fixed_eval_epochs={},
     constraints=(
-        Constraint("global_batch_size", "≥ 1 image", lambda size: size >= 1),
-        Constraint("opt_base_learning_rate", "0.02·K, K an integer ≥ 1", _is_multiple_of(0.02)),
-        Constraint("opt_learning_rate_warmup_steps", "≥ 0", lambda steps: steps >= 0),
-        Constraint("opt_learning_rate_warmup_factor", "> 0", lambda factor: factor > 0),
-        Constraint("opt_learning_rate_decay_factor", "0.1", lambda factor: factor == 0.1),
         Constraint(
             "opt_learning_rate_decay_steps",
             "(60000, 80000)·(1 + K/10)·16/global batch, K an integer, rounded up or down",
@@ -230,13 +172,6 @@ MASKRCNN = Rules(
         ),
         Constraint("min_image_size", "800 px", lambda pixels: pixels == 800),
         Constraint("max_image_size", "1333 px", lambda pixels: pixels == 1333),
-        _ACCUMULATION,
-        _DATASET,
-        _WEIGHTS,
-        _PRETRAINED_BACKBONE,
-        _SEED,
-        *_target_constraints("target", _BOX_TARGET),
-        *_target_constraints("mask_target", _MASK_TARGET),
     ),
     fixed={
         "optimizer": "sgd",
@@ -271,88 +206,155 @@ MASKRCNN = Rules(
         "eval_images": "all",
         "skip_missing_images": False,
     },
-    constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image"},
+    constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image", "mask_target"},
     # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
     free=_FREE | {"bn_group", "variant", "roi_align", "group_by_aspect_ratio"},
-    reference_points=(
-        ReferencePoint(48, 14, 14),
-        ReferencePoint(64, 14, 11.8),
-        ReferencePoint(96, 14.06, 13.64, pruned=True),
-        ReferencePoint(128, 14, 14),
-        ReferencePoint(256, 17, 16.6, pruned=True),
-        ReferencePoint(272, 17.1, 16.5),
-    ),
 )
 
-BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN}
+RETINANET = Rules(
+    title="RetinaNet",
+    names=dict.fromkeys(RULESETS[3:9], "ssd") | dict.fromkeys(RULESETS[9:], "retinanet"),
+    dataset="openimages-mlperf",
+    epoch_images=1_170_301,
+    eval_every=1,
+    constraints=(
+        Constraint("opt_learning_rate_warmup_epochs", "an integer ≥ 0", lambda epochs: epochs >= 0 and epochs % 1 == 0),
+    ),
+    fixed={"nms_threshold": 0.5, "score_threshold": 0.05, "max_detections": 300, "skip_missing_images": False},
+    constrained=_CONSTRAINED,
+    free=_FREE,
+)
+
+BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN, "retinanet": RETINANET}
+
+
+def mlperf_name(benchmark: str, ruleset: str) -> str:
+    """Return MLPerf's name of a benchmark in a ruleset. A workload without rules keeps its own name."""
+    return BENCHMARKS[benchmark].names[ruleset] if benchmark in BENCHMARKS else benchmark
+
+
+def identify_benchmark(name: str, ruleset: str = "", keys: Collection[str] = ()) -> str:
+    """Return the benchmark that a log means by a name, or "" if this program has none.
+
+    ruleset: that of the log, or "" if it names none. keys: its keys, which tell two benchmarks of one name apart.
+    """
+    candidates = [
+        benchmark
+        for benchmark, rules in BENCHMARKS.items()
+        if (rules.names.get(ruleset) == name if ruleset else name in rules.names.values())
+    ]
+    if len(candidates) > 1:
+        candidates.sort(key=lambda benchmark: len(set(hyperparameter_keys(benchmark)).difference(keys)))
+    return candidates[0] if candidates else ""
+
+
+def newest_ruleset(benchmark: str, name: str = "") -> str:
+    """Return the newest ruleset of a benchmark, or the newest one in which it has a name."""
+    names = BENCHMARKS[benchmark].names
+    return [ruleset for ruleset in names if name in ("", names[ruleset])][-1]
+
+
+def require_ruleset(benchmark: str, ruleset: str) -> str:
+    """Return the ruleset. Raises ValueError if it does not have the benchmark."""
+    rulesets = tuple(BENCHMARKS[benchmark].names) if benchmark in BENCHMARKS else RULESETS
+    if ruleset not in rulesets:
+        problem = f"has no {BENCHMARKS[benchmark].title}" if ruleset in RULESETS else "unknown ruleset"
+        raise ValueError(f"{problem}. Choose one of {', '.join(rulesets)}.")
+    return ruleset
 
 
 def scheduled_eval_epochs(benchmark: str, ruleset: str, last_epoch: int) -> tuple[int, ...]:
     """Return the epochs, from 1 to last_epoch, after which the ruleset requires an evaluation."""
-    _require("benchmark", benchmark, BENCHMARKS)
-    _require("ruleset", ruleset, RULESETS)
     rules = BENCHMARKS[benchmark]
     every = range(rules.eval_every, last_epoch + 1, rules.eval_every)
     return tuple(epoch for epoch in rules.fixed_eval_epochs.get(ruleset, every) if epoch <= last_epoch)
 
 
+@cache
 def hyperparameter_keys(benchmark: str) -> tuple[str, ...]:
     """Return the keys that a run logs exactly once each.
 
     They are the keys of all rulesets. A ruleset allows unknown keys, so a run can log all of them.
     """
-    _require("benchmark", benchmark, BENCHMARKS)
-    keys = (constraint.key for constraint in BENCHMARKS[benchmark].constraints)
-    return tuple(dict.fromkeys(key for key in keys if key not in NOT_IN_LOG))
+    names = BENCHMARKS[benchmark].names
+    keys = (key for ruleset, name in names.items() for key in requirements.keys_logged_once(ruleset, name))
+    return tuple(dict.fromkeys(keys))
+
+
+def tensor_names(benchmark: str) -> list[str]:
+    """Return the names of the initialized tensors in the newest ruleset that requires them, in network order."""
+    lists = (requirements.tensor_names(ruleset, name) for ruleset, name in BENCHMARKS[benchmark].names.items())
+    return [names for names in lists if names][-1]
+
+
+def targets(benchmark: str) -> dict[str, float]:
+    """Return the minimum value of each metric that ends a closed run."""
+    ruleset = newest_ruleset(benchmark)
+    minima = requirements.minimum_accuracy(ruleset, mlperf_name(benchmark, ruleset))
+    return {{"SEGM": "mask_AP"}.get(key, "AP"): minimum for key, minimum in minima.items()}
+
+
+def reference_points_of(benchmark: str, ruleset: str) -> tuple[ReferencePoint, ...]:
+    """Return the reference convergence points of a benchmark. Ruleset 0.7.0 has none."""
+    return reference_points.read(ruleset, mlperf_name(benchmark, ruleset))
+
+
+def nearest_reference_points(benchmark: str, ruleset: str) -> tuple[ReferencePoint, ...]:
+    """Return the reference convergence points of a benchmark, for ruleset 0.7.0 those of 1.0.0."""
+    return reference_points_of(benchmark, ruleset) or reference_points_of(benchmark, "1.0.0")
 
 
 def declared_settings(benchmark: str) -> list[str]:
     """Return every key and setting of the benchmark's rules, each once."""
     rules = BENCHMARKS[benchmark]
-    keys = dict.fromkeys(constraint.key for constraint in rules.constraints)
-    return [*keys, "eval_epochs", *rules.fixed, *rules.constrained, *rules.free]
+    keys = ["dataset", "eval_accuracy", "eval_epochs", *hyperparameter_keys(benchmark)]
+    keys += [constraint.key for constraint in (*_COMMON, *rules.constraints)]
+    return [*dict.fromkeys(keys), *rules.fixed, *rules.constrained, *rules.free]
 
 
-def check_rules(benchmark: str, ruleset: str, division: str, hyperparameters: Mapping[str, object]) -> list[RuleCheck]:
+def check_rules(benchmark: str, ruleset: str, division: str, values: Mapping[str, object]) -> list[RuleCheck]:
     """Check a run against the rules before it starts.
 
-    hyperparameters: values by log key, and the keys of `NOT_IN_LOG` that apply to this benchmark: `target` (box mAP),
-    `mask_target` (mask mAP, Mask R-CNN only), `eval_epochs` (a sequence), `dataset` ("coco2017" or another name),
-    `network` (SSD only), `weights` and `pretrained_backbone` (a file, or "none") and `seed` (the user's choice, or
-    "none"). A value that is missing or None fails. It also holds the settings by name. In the closed division, those in
-    `fixed` are compared with the reference's value, and one that `Rules` does not declare fails.
-    Raises ValueError for an unknown benchmark, ruleset or division.
+    values: values by log key, in the order of the log, with the targets as `eval_accuracy`. Also the keys of
+    `NOT_IN_LOG` that apply to this benchmark: `eval_epochs` (a sequence), `dataset`, `network` (SSD only), `weights`
+    and `pretrained_backbone` (a file, or "none") and `seed` (the user's choice, or "none"). A value that is missing or
+    None fails. It also holds the settings by name. In the closed division, those in `fixed` are compared with the
+    reference's value, and one that `Rules` does not declare fails.
+    Raises ValueError for an unknown benchmark or division, or a ruleset without the benchmark.
     """
-    _require("benchmark", benchmark, BENCHMARKS)
-    _require("ruleset", ruleset, RULESETS)
-    _require("division", division, DIVISIONS)
-    rules = BENCHMARKS[benchmark]
+    if benchmark not in BENCHMARKS or division not in DIVISIONS:
+        raise ValueError(f"{benchmark}, {division}: unknown. Choose one of {', '.join((*BENCHMARKS, *DIVISIONS))}.")
+    rules, name = BENCHMARKS[benchmark], mlperf_name(benchmark, require_ruleset(benchmark, ruleset))
+    records = requirements.key_records(ruleset, division, name)
+    logged = {key: value for key, value in values.items() if key in records}
+    failing = requirements.failing_keys(ruleset, division, name, logged | dict.fromkeys(records.keys() - logged.keys()))
+    dataset = Constraint("dataset", rules.dataset, lambda dataset: dataset == rules.dataset)
+    constraints = {c.key: c for c in (dataset, *_COMMON, *rules.constraints)} if division == "closed" else {}
 
     checks = []
-    for constraint in rules.constraints:
-        if ruleset in constraint.rulesets and division in constraint.divisions:
-            value = hyperparameters.get(constraint.key)
-            actual = "not given" if value is None else f"{value}"
-            operands = [value, hyperparameters.get(constraint.depends_on)] if constraint.depends_on else [value]
-            passed = None not in operands and constraint.predicate(*operands)
-            checks.append(RuleCheck(constraint.key, passed, f"{actual} (allowed: {constraint.allowed})"))
+    for key in dict.fromkeys([*records, *constraints]):
+        value, passed = values.get(key), key not in failing
+        allowed = requirements.describe(records.get(key, {}))
+        if constraint := constraints.get(key):
+            operands = [value, *([values.get(constraint.depends_on)] if constraint.depends_on else [])]
+            passed = passed and None not in operands and constraint.predicate(*operands)
+            allowed = constraint.allowed
+        actual = "not given" if value is None else value
+        checks.append(RuleCheck("target" if key == "eval_accuracy" else key, passed, f"{actual} (allowed: {allowed})"))
     if division == "open":
-        checks.append(RuleCheck("dataset", True, f"{hyperparameters.get('dataset')} (any, in the open division)"))
+        checks.append(RuleCheck("dataset", True, f"{values.get('dataset')} (any, in the open division)"))
         return checks
 
-    for name, reference in rules.fixed.items():
-        if name in hyperparameters:
-            value = hyperparameters[name]
-            checks.append(RuleCheck(name, value == reference, f"{value} (allowed: {reference}, as in the reference)"))
-    undeclared = hyperparameters.keys() - {*NOT_IN_LOG, *declared_settings(benchmark)}
-    checks += [RuleCheck(name, False, "no rule for this setting. Declare it in mlperf/rules.py") for name in undeclared]
-    checks.append(_check_eval_epochs(benchmark, ruleset, hyperparameters.get("eval_epochs")))
-    points = [point for point in rules.reference_points if ruleset in point.rulesets and not point.pruned]
-    global_batch_size = hyperparameters.get("global_batch_size")
-    if not points:
-        checks.append(RuleCheck("reference_convergence", True, f"ruleset {ruleset} has no reference points"))
-    elif isinstance(global_batch_size, int):
-        checks.append(_check_convergence(points, global_batch_size))
+    for setting, reference in rules.fixed.items():
+        if setting in values:
+            message = f"{values[setting]} (allowed: {reference}, as in the reference)"
+            checks.append(RuleCheck(setting, values[setting] == reference, message))
+    undeclared = values.keys() - set(declared_settings(benchmark)) - set(NOT_IN_LOG)
+    checks += [RuleCheck(key, False, "no rule for this setting. Declare it in mlperf/rules.py") for key in undeclared]
+    checks.append(_check_eval_epochs(benchmark, ruleset, values.get("eval_epochs")))
+    global_batch_size = values.get("global_batch_size")
+    if values.get("dataset") == rules.dataset and isinstance(global_batch_size, int):
+        checks.append(_check_convergence(benchmark, ruleset, global_batch_size))
     return checks
 
 
@@ -368,9 +370,12 @@ def _check_eval_epochs(benchmark: str, ruleset: str, eval_epochs: Any) -> RuleCh
     return RuleCheck("eval_epochs", False, f"{epochs or 'not given'} (allowed: {allowed})")
 
 
-def _check_convergence(points: list[ReferencePoint], global_batch_size: int) -> RuleCheck:
+def _check_convergence(benchmark: str, ruleset: str, global_batch_size: int) -> RuleCheck:
     """Name the reference points that rcp_checker compares a submission of this global batch with."""
     rule = "reference_convergence"
+    points = [point for point in reference_points_of(benchmark, ruleset) if not point.pruned]
+    if not points:
+        return RuleCheck(rule, True, f"ruleset {ruleset} has no reference points")
     above = next((index for index, point in enumerate(points) if point.global_batch_size >= global_batch_size), None)
     if above is None:
         largest = points[-1].global_batch_size
@@ -381,65 +386,13 @@ def _check_convergence(points: list[ReferencePoint], global_batch_size: int) -> 
         return RuleCheck(
             rule,
             True,
-            f"compared with the reference at batch {point.global_batch_size}: {point.mean_epochs:g} epochs,"
-            f" runs must average at least {point.min_epochs:g}",
+            f"compared with the reference at batch {point.global_batch_size}: {point.mean_epochs:.4g} epochs,"
+            f" runs must average at least {point.min_epochs:.4g}",
         )
     below = points[above - 1]
     return RuleCheck(
         rule,
         True,
-        f"compared with the line between the references at batch {below.global_batch_size} ({below.mean_epochs:g}"
-        f" epochs) and {point.global_batch_size} ({point.mean_epochs:g})",
+        f"compared with the line between the references at batch {below.global_batch_size} ({below.mean_epochs:.4g}"
+        f" epochs) and {point.global_batch_size} ({point.mean_epochs:.4g})",
     )
-
-
-_BACKBONE = re.compile(r"backbone\.layer([123])\.(\d+)\.(conv1|conv2|bn1|bn2|downsample\.0|downsample\.1)\.(\w+)")
-_STEM = re.compile(r"backbone\.(conv1|bn1)\.(\w+)")
-_EXTRA = re.compile(r"extras\.([0-4])\.(conv1|conv2)\.(weight|bias)")
-_HEAD = re.compile(r"heads\.([0-5])\.(weight|bias)")
-
-
-def ssd_tensor_name(parameter: str) -> str:
-    """Return the name in weights_initialization of ruleset 1.1 for a parameter of our ssd300-r34.
-
-    The rules use the names of the MXNet implementation, which has one fused head per feature map. It numbers the
-    convolutions of a stage in order, the skip convolution after the two of its block. From stage 2, the first block
-    has a skip convolution, which shifts the later numbers by one. Raises ValueError for another name.
-    """
-    if match := _STEM.fullmatch(parameter):
-        layer, kind = match.groups()
-        return f"ssd0_resnetmlperf0_{_tensor_name(layer, 0, kind)}"
-    if match := _BACKBONE.fullmatch(parameter):
-        stage, block, layer, kind = match.groups()
-        position = 2 if layer.startswith("downsample") else int(layer[-1]) - 1
-        shift = 1 if stage != "1" and block != "0" else 0
-        return f"ssd0_resnetmlperf0_stage{stage}_{_tensor_name(layer, 2 * int(block) + position + shift, kind)}"
-    if match := _EXTRA.fullmatch(parameter):
-        index, layer, kind = match.groups()
-        return f"ssd0_expand_{'trans_conv' if layer == 'conv1' else 'conv'}{index}_{kind}"
-    if match := _HEAD.fullmatch(parameter):
-        return f"ssd0_convpredictor{match[1]}_conv0_{match[2]}"
-    raise ValueError(f"{parameter} is not a parameter of ssd300-r34: MLPerf has no name for it.")
-
-
-def _tensor_name(layer: str, index: int, kind: str) -> str:
-    if layer in ("bn1", "bn2", "downsample.1"):
-        return f"batchnorm{index}_{ {'weight': 'gamma', 'bias': 'beta'}[kind] }"
-    return f"conv{index}_{kind}"
-
-
-def maskrcnn_tensor_names() -> tuple[str, ...]:
-    """Return the 21 names in weights_initialization of ruleset 1.1, in the order of the network.
-
-    Each name covers the weight and the bias of one layer. The pretrained backbone has no names.
-    """
-    blocks = (f"FPN_{kind}_block{number}" for number in range(1, 5) for kind in ("inner", "layer"))
-    proposals = (f"RPNHead_{layer}" for layer in ("conv", "cls", "bbox"))
-    box = ("FEATURE_EXTRACTOR_fc6", "FEATURE_EXTRACTOR_fc7", "PREDICTOR_cls", "PREDICTOR_bbox")
-    mask = (*(f"FEATURE_EXTRACTOR_fcn{number}" for number in range(1, 5)), "PREDICTOR_fcn5", "PREDICTOR_fcn_logits")
-    return (*blocks, *proposals, *(f"ROI_BOX_{layer}" for layer in box), *(f"ROI_MASK_{layer}" for layer in mask))
-
-
-def _require(kind: str, name: str, known: Any) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}.")

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlperf.log import Event, read
+from mlperf import rules
+from mlperf.log import Event, find_clock_error, read
 
 RUNS_PER_RESULT = 5
-"""Runs in a result of SSD or Mask R-CNN. The score of that many or more drops the fastest and the slowest."""
-
-DATASET = "coco2017"
-"""The benchmarks' data set."""
+"""Runs in a result of every detection benchmark. The score of that many or more drops the fastest and the slowest."""
 
 
 @dataclass(frozen=True)
 class EntryKey:
-    """Properties that the runs of one result share. dataset: the benchmark's own if the log names none."""
+    """Properties that the runs of one result share.
+
+    benchmark: MLPerf's name. dataset: name of the data set, or "" for the benchmark's own.
+    """
 
     org: str
     platform: str
@@ -27,7 +28,7 @@ class EntryKey:
     dataset: str
 
     def __str__(self) -> str:
-        task = self.benchmark if self.dataset == DATASET else f"{self.benchmark} on {self.dataset}"
+        task = f"{self.benchmark} on {self.dataset}" if self.dataset else self.benchmark
         batch = f"global batch {self.global_batch_size}"
         return f"{task}, {self.platform} of {self.org}, {self.division} division, {batch}"
 
@@ -36,20 +37,22 @@ class EntryKey:
 class LoggedRun:
     """One run as logged, complete or not.
 
-    seconds: from run_start to run_stop, or None if one is missing. epochs: of the last evaluation. accuracy: its
+    benchmark: that of this program, or "" if it has none. seconds: from run_start to run_stop, or None if one is
+    missing or the clock was set back. epochs: of the last evaluation. accuracy: its
     result, as logged. reached: the status of run_stop is success. images_per_s: training images over the median epoch
-    time, evaluation excluded, or None if no epoch ended. ruleset: from the run's configuration, if it is logged.
+    time, evaluation excluded, or None if no epoch ended. ruleset: from the run's configuration, or "".
     identity: seed, and time of the first and the last event in ms, which copies of a log share.
     """
 
     path: Path
     entry: EntryKey
+    benchmark: str
     seconds: float | None
     reached: bool
     epochs: int | None
     accuracy: Any
     images_per_s: float | None
-    ruleset: str | None
+    ruleset: str
     identity: tuple[str, int, int]
 
 
@@ -78,6 +81,9 @@ def read_run(path: Path) -> LoggedRun:
     """Read a log. Raises OSError if it is unreadable, ValueError if it is not a log or lacks the keys of an entry."""
     events = read(path)
     first = {event.key: event for event in reversed(events)}  # published logs hold some lines once per rank
+    _, benchmark, ruleset = identify_run(events)
+    own_rules = rules.BENCHMARKS.get(benchmark)
+    dataset = str(first["dataset"].value) if "dataset" in first else ""
     try:
         entry = EntryKey(
             org=str(first["submission_org"].value),
@@ -85,7 +91,7 @@ def read_run(path: Path) -> LoggedRun:
             benchmark=str(first["submission_benchmark"].value),
             division=str(first["submission_division"].value),
             global_batch_size=int(first["global_batch_size"].value),
-            dataset=str(first["dataset"].value) if "dataset" in first else DATASET,
+            dataset="" if own_rules and dataset == own_rules.dataset else dataset,
         )
     except KeyError as error:
         raise ValueError(f"{path}: has no line with the key {error.args[0]}") from error
@@ -93,32 +99,42 @@ def read_run(path: Path) -> LoggedRun:
         raise ValueError(f"{path}: global_batch_size is not a number ({error})") from error
     last = {event.key: event for event in events}
     stop, evaluation = last.get("run_stop"), last.get("eval_accuracy")
-    config = first["config"].value if "config" in first else None
+    has_time = stop and "run_start" in first and not find_clock_error(events)
+    samples = first["train_samples"].value if "train_samples" in first else None
+    if own_rules and not dataset:  # published logs count images, batches or iterations
+        samples = own_rules.epoch_images
     return LoggedRun(
         path=path,
         entry=entry,
-        seconds=(stop.time_ms - first["run_start"].time_ms) / 1000 if stop and "run_start" in first else None,
+        benchmark=benchmark,
+        seconds=(stop.time_ms - first["run_start"].time_ms) / 1000 if stop and has_time else None,
         reached=stop is not None and stop.metadata.get("status") == "success",
         epochs=evaluation.metadata.get("epoch_num") if evaluation else None,
         accuracy=evaluation.value if evaluation else None,
-        images_per_s=_images_per_s(events),
-        ruleset=config.get("ruleset") if isinstance(config, dict) else None,
+        images_per_s=_images_per_s(events, samples),
+        ruleset=ruleset,
         identity=(str(first["seed"].value) if "seed" in first else "", events[0].time_ms, events[-1].time_ms),
     )
 
 
-def _images_per_s(events: Sequence[Event]) -> float | None:
+def identify_run(events: Sequence[Event]) -> tuple[str, str, str]:
+    """Return MLPerf's name of a log's benchmark, that of this program, and the ruleset. Each is "" if unknown."""
+    values = {event.key: event.value for event in events}
+    name, config = str(values.get("submission_benchmark", "")), values.get("config")
+    ruleset = str(config.get("ruleset", "")) if isinstance(config, dict) else ""
+    return name, rules.identify_benchmark(name, ruleset, values.keys()), ruleset
+
+
+def _images_per_s(events: Sequence[Event], samples: Any) -> float | None:
+    """Return the images of an epoch over the median time of the epochs that ended."""
     started: dict[Any, int] = {}
     lengths_ms: list[int] = []
-    samples = None
     for event in events:
         epoch = event.metadata.get("epoch_num")
         if event.key == "epoch_start":
             started.setdefault(epoch, event.time_ms)
         elif event.key == "epoch_stop" and epoch in started:
             lengths_ms.append(event.time_ms - started[epoch])
-        elif event.key == "train_samples":
-            samples = event.value
     median_ms = statistics.median(lengths_ms) if lengths_ms else 0
     return samples / median_ms * 1000 if isinstance(samples, int) and median_ms > 0 else None
 

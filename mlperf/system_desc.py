@@ -20,6 +20,12 @@ FIELDS = (
 )  # fmt: skip
 """Fields that the official checker of system descriptions requires. Each is a string."""
 
+_AVAILABILITY_SINCE_4_0 = {
+    "onprem": "Available on-premise",
+    "cloud": "Available cloud",
+    "research": "Research, Development, or Internal (RDI)",
+    "preview": "Preview",
+}
 _NOT_APPLICABLE = "N/A"
 _PACKAGES = ("torchvision", "torchcodec", "numpy", "pillow", "pycocotools", "hotcoco")
 _IGNORED_DISK_PREFIXES = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
@@ -36,6 +42,11 @@ def system_description(nodes: int | None, root: Path = Path("/")) -> dict[str, s
         fields |= dict.fromkeys(("host_networking", "host_networking_topology"), f"{_NOT_APPLICABLE}: one node")
     fields |= _read_processors(root) | _read_memory(root) | _read_disks(root)
     return fields | _read_accelerators() | _read_software()
+
+
+def availability(status: str, ruleset: str) -> str:
+    """Return the status of a system as its description states it. status: as in the log."""
+    return _AVAILABILITY_SINCE_4_0.get(status, status) if ruleset >= "4" else status
 
 
 def system_summary(root: Path = Path("/")) -> dict[str, str]:

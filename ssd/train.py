@@ -21,7 +21,7 @@ from detection.engine.workload import Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
 from mlperf.log import MlperfLog
-from mlperf.rules import ssd_tensor_name
+from mlperf.rules import tensor_names
 from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
@@ -148,7 +148,7 @@ def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext, mode
     """Log the hyperparameters, and each tensor that was initialized."""
     for key, value in config.hyperparameters(ranks.world_size).items():
         log.event(key, value)
-    # The rules name the tensors of no other network.
-    tensor_name = ssd_tensor_name if config.network_name == "ssd300-r34" else str
-    for name, _ in model.named_parameters():
-        log.event("weights_initialization", tensor=tensor_name(name))
+    # The rules name the tensors of no other network, in the order of its parameters.
+    is_reference = config.network_name == "ssd300-r34"
+    for name in tensor_names("ssd") if is_reference else [name for name, _ in model.named_parameters()]:
+        log.event("weights_initialization", tensor=name)

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import device_names
 from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, resolve, setting
 from detection.run_dir import latest_unfinished
+from mlperf.rules import require_ruleset
 
 
 def _parse_interval(value: Any, info: ValidationInfo) -> Any:
@@ -243,7 +244,7 @@ class RunConfig:
         False, env="ECHO_LOG", help="also print the MLPerf log to stdout; run.sub and the container set it"
     )
     system: str = setting("toy", env="DGXSYSTEM", pattern=r"^[\w.-]+$", help="name of the system")
-    ruleset: Literal["0.7.0", "1.0.0", "1.1.0"] = setting("1.1.0", help="MLPerf training ruleset of the log")
+    ruleset: str = setting("1.1.0", help="MLPerf training ruleset of the log (0.7.0 to 1.1.0)")
     division: Literal["closed", "open"] = setting("closed", help="open if data, model or recipe differ from MLPerf's")
     org: str = setting("unknown", min_length=1, pattern=r"^[^,\n]+$", help="submitting organization")
     platform: str = setting("", help="platform of the submission; empty: nodes × system")
@@ -263,6 +264,11 @@ class RunConfig:
         formerly="caches_cleared",
         help="./run_and_time.sh dropped the page cache before the run",
     )
+
+    @field_validator("ruleset")
+    @classmethod
+    def _check_ruleset(cls, ruleset: str) -> str:
+        return require_ruleset(cls.benchmark, ruleset)
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

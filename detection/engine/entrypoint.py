@@ -33,6 +33,7 @@ from detection.runtime.signals import SIGNALS, RunInterrupted, SignalHandler
 from detection.runtime.watchdog import Watchdog
 from mlperf import stdio
 from mlperf.log import MlperfLog
+from mlperf.rules import mlperf_name
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -191,7 +192,7 @@ def resolve_seed(config: RunConfig) -> int:
 
 def log_submission(log: MlperfLog, config: RunConfig, num_nodes: int) -> None:
     """Log the submitter, the data set, the source commit and the settings."""
-    log.event("submission_benchmark", config.benchmark)
+    log.event("submission_benchmark", mlperf_name(config.benchmark, config.ruleset))
     log.event("submission_org", config.org)
     log.event("submission_division", config.division)
     log.event("submission_status", config.availability)

@@ -19,6 +19,7 @@ from typing import Any
 from detection.atomic_file import atomic_write
 from detection.report.run_record import RunRecord, disambiguate_names, read_runs, to_float
 from mlperf import compliance, rules
+from mlperf.reference_points import ReferencePoint
 
 NUM_VISIBLE_CLASSES = 15
 IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
@@ -44,7 +45,7 @@ def make_report(
 
     all_records = disambiguate_names([*records, *against])
     records, against = all_records[: len(records)], all_records[len(records) :]
-    points = reference_points(records)
+    points = reference_points(records, ruleset)
     all_plots = plots.make_plots(records, against, points)
     if png:
         Path(png).mkdir(parents=True, exist_ok=True)
@@ -134,15 +135,19 @@ def compliance_text(record: RunRecord, verdict: compliance.Verdict | None) -> st
     return "not checked: pass a --ruleset" if record.log else "no log"
 
 
-def reference_points(records: Sequence[RunRecord]) -> list[rules.ReferencePoint]:
-    """Return the reference convergence points of runs on the benchmark's own data set."""
-    points: list[rules.ReferencePoint] = []
+def reference_points(records: Sequence[RunRecord], ruleset: str) -> list[ReferencePoint]:
+    """Return the reference convergence points of runs on the benchmark's own data set.
+
+    ruleset: of logs that name none.
+    """
+    points: list[ReferencePoint] = []
     for record in records:
         benchmark = rules.BENCHMARKS.get(record.benchmark)
-        ruleset = str(record.config.get("ruleset") or rules.RULESETS[-1])
-        dataset = record.log_value("dataset") or record.config.get("dataset") or "coco2017"
-        if benchmark and dataset == "coco2017":
-            points += [p for p in benchmark.reference_points if ruleset in p.rulesets and p not in points]
+        dataset = record.log_value("dataset") or record.config.get("dataset")
+        if benchmark and dataset in (None, benchmark.dataset):
+            version = record.config.get("ruleset") or ruleset or rules.newest_ruleset(record.benchmark)
+            found = rules.nearest_reference_points(record.benchmark, version) if version in benchmark.names else ()
+            points += [point for point in found if point not in points]
     return points
 
 

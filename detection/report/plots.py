@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from detection.report.run_record import RunRecord, to_float
-from mlperf.rules import ReferencePoint
+from mlperf.reference_points import ReferencePoint
 
 # Colors for a light and a dark background, with a contrast of at least 3:1.
 PALETTE = (
@@ -166,7 +166,7 @@ def plot_metric(
                 ha="left" if point.mean_epochs < 0.9 * last else "right",
                 fontsize=8,
             )
-            alt.append(f"the reference takes {point.mean_epochs:g} epochs at batch {point.global_batch_size}")
+            alt.append(f"the reference takes {point.mean_epochs:.3g} epochs at batch {point.global_batch_size}")
     axes.set(xlabel="epoch", ylim=(0, 1.12 * max(0.01, axes.dataLim.y1, *targets)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.set_xlim(0, 1.06 * axes.dataLim.x1)

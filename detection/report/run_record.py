@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detection.run_dir import CONFIG, METRICS, log_path
-from mlperf import log
+from mlperf import log, rules
 from mlperf.log import Event
-from mlperf.rules import BENCHMARKS
 
 # Names in MLPerf logs to names in metrics.jsonl.
 _METRIC_NAMES = {"bbox": "AP", "segm": "mask_AP"}
@@ -80,8 +79,11 @@ class RunRecord:
 
     @property
     def benchmark(self) -> str:
-        """Name of the benchmark, or "" if it is not recorded."""
-        return str(self.metadata.get("benchmark") or self.log_value("submission_benchmark") or "")
+        """Name of the benchmark, or "" if it is not recorded. A log has MLPerf's name, which depends on the ruleset."""
+        if recorded := self.metadata.get("benchmark"):
+            return str(recorded)
+        name, ruleset = self.log_value("submission_benchmark") or "", self.config.get("ruleset") or ""
+        return rules.identify_benchmark(name, ruleset, {event.key for event in self.log_events}) or name
 
     @property
     def system(self) -> str:
@@ -102,6 +104,11 @@ class RunRecord:
         )
 
     @property
+    def clock_error(self) -> str:
+        """Why the times of the MLPerf log are invalid, or ""."""
+        return log.find_clock_error(self.log_events)
+
+    @property
     def status(self) -> str:
         """Status in run_stop, "success" or "aborted", or "" if no end is recorded."""
         stop = next(reversed(self.log_events_named("run_stop")), None)
@@ -113,9 +120,9 @@ class RunRecord:
 
     @property
     def run_s(self) -> float:
-        """Seconds from run_start to run_stop, NaN if one of them is missing."""
+        """Seconds from run_start to run_stop, NaN if one of them is missing or the log's times are invalid."""
         start, stop = self.log_events_named("run_start"), self.log_events_named("run_stop")
-        if start and stop:
+        if start and stop and not self.clock_error:
             return (stop[-1].time_ms - start[0].time_ms) / 1000
         return to_float(self.summary_event.get("run_s"))
 
@@ -136,8 +143,7 @@ class RunRecord:
             return {str(name): to_float(value) for name, value in reported.items()}
         if "target" in self.config:
             return {"AP": to_float(self.config["target"])}
-        rules = BENCHMARKS.get(self.benchmark)
-        return {_METRIC_NAMES.get(name, name): value for name, value in rules.targets.items()} if rules else {}
+        return rules.targets(self.benchmark) if self.benchmark in rules.BENCHMARKS else {}
 
     @property
     def metric_history(self) -> dict[str, list[tuple[int, float]]]:
@@ -184,6 +190,8 @@ class RunRecord:
             messages.append(f"the run stopped early: {self.summary_event.get('stop_reason') or reason}")
         if self.resumed:
             messages.append("the run was resumed: it is not an MLPerf result")
+        if self.clock_error:
+            messages.append(f"{self.clock_error}: the run has no valid time")
         return messages + self.notes
 
     def intervals(self) -> list[Interval]:
@@ -192,7 +200,7 @@ class RunRecord:
         Published logs have some events once per rank, and some epochs without an end. An interval therefore lasts from
         its first start to its first end, to the start of the next interval, or to the last event.
         """
-        if not self.log_events:
+        if not self.log_events or self.clock_error:
             return []
         first_ms, last_ms = self.log_events[0].time_ms, self.log_events[-1].time_ms
         intervals: list[Interval] = []

@@ -60,22 +60,49 @@ def test_a_key_is_logged_where_the_page_says(key):
         assert set(re.findall(r"`([\w/.]+)`", module)) == logged()[key]
 
 
+def rulesets(word: str) -> tuple[str, ...]:
+    """Rulesets that a word of the page means: one, a range, or all others; none for another word."""
+    if word.startswith("not "):
+        return tuple(ruleset for ruleset in RULESETS if ruleset != word[4:])
+    first, _, last = word.partition("-")
+    if first not in RULESETS:
+        return ()
+    return RULESETS[RULESETS.index(first) : RULESETS.index(last or first) + 1]
+
+
+def test_page_names_each_benchmark_and_its_rulesets():
+    page = (ROOT / "docs" / "MLPERF_LOG.md").read_text()
+    rows = re.findall(r"^\| ([\w -]+) \| `(\w+)` \| ([\d., ]+) \|$", page, re.MULTILINE)
+    listed = {(title, ruleset): name for title, name, versions in rows for ruleset in versions.split(", ")}
+    assert listed == {
+        (rules.title, ruleset): name for rules in BENCHMARKS.values() for ruleset, name in rules.names.items()
+    }
+
+
 @pytest.mark.parametrize("key", sorted(documented()))
 def test_a_key_is_asked_for_where_the_page_says(key):
     _, cell = documented()[key]
     words = set(cell.split(", "))
-    assert words <= {"all", "-", *BENCHMARKS, *RULESETS, *DIVISIONS}
+    versions = {ruleset for word in words for ruleset in rulesets(word)}
+    words = {word for word in words if not rulesets(word)}
+    assert words <= {"all", "-", *BENCHMARKS, *DIVISIONS}
 
     def named(choices):
         return words.intersection(choices) or set(choices)
 
-    said = {(b, r, d) for b in named(BENCHMARKS) for r in named(RULESETS) for d in named(DIVISIONS)}
+    said = {
+        (benchmark, ruleset, division)
+        for benchmark in named(BENCHMARKS)
+        for ruleset in BENCHMARKS[benchmark].names
+        for division in named(DIVISIONS)
+        if ruleset in (versions or RULESETS)
+    }
     wanted = {
         (benchmark, ruleset, division)
-        for benchmark in BENCHMARKS
-        for ruleset in RULESETS
+        for benchmark, rules in BENCHMARKS.items()
+        for ruleset, name in rules.names.items()
         for division in DIVISIONS
-        for file in ("common", f"{division}_common", f"{division}_{benchmark}")
+        for file in ("common", f"{division}_common", f"{division}_{name}")
         for check in checker_yaml(f"training_{ruleset}/{file}.yaml")
         if check.get("KEY", {}).get("NAME") == key and "REQ" in check["KEY"]
     }

@@ -1,28 +1,33 @@
 import copy
-import json
+import re
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 
 from detection.preflight import run_checks
 from maskrcnn.commands import PREFLIGHT as MASKRCNN_PREFLIGHT
+from mlperf import score
 from mlperf.rules import (
     BENCHMARKS,
     DIVISIONS,
-    NOT_IN_LOG,
-    RULESETS,
     RuleCheck,
     check_rules,
     declared_settings,
     hyperparameter_keys,
-    maskrcnn_tensor_names,
+    identify_benchmark,
+    mlperf_name,
+    newest_ruleset,
+    reference_points_of,
     scheduled_eval_epochs,
-    ssd_tensor_name,
+    targets,
+    tensor_names,
 )
-from recipes_and_checkers import A100, DGX1, RECIPES, checker_yaml, parameters_of_ssd300_r34
+from recipes_and_checkers import A100, DGX1, RECIPES, RULESETS_BY_BENCHMARK, checker_yaml, parameters_of_ssd300_r34
 from ssd.commands import PREFLIGHT as SSD_PREFLIGHT
+from ssd.model import make_model
 
-# Closed by the rules of 1.1, but for the learning rate of Mask R-CNN on one rank.
+# Closed by the rules of the newest ruleset.
 CLOSED = {
     "ssd": SSD_PREFLIGHT.load(["--pretrained-backbone", "resnet.pth", "--eval-epochs", "every 5"], {}).config,
     "maskrcnn": MASKRCNN_PREFLIGHT.load(["--pretrained-backbone", "R-50.pkl", "--batch-size", "16"], {}).config,
@@ -31,74 +36,156 @@ FIELDS = {name: type(config).__pydantic_fields__ for name, config in CLOSED.item
 SETTINGS = [(benchmark, name) for benchmark, fields in FIELDS.items() for name in fields]
 
 
-def logged_values(benchmark: str) -> dict[str, Any]:
-    """Return the logged values of a published recipe by key."""
-    return {key: value for key, value in RECIPES[benchmark].items() if key not in NOT_IN_LOG}
+def closed_values(benchmark: str, ruleset: str) -> dict[str, Any]:
+    """Return the values of a published recipe that follows every rule."""
+    return RECIPES[benchmark] | {"eval_epochs": scheduled_eval_epochs(benchmark, ruleset, 80)}
 
 
-def published_tensor_names(benchmark: str) -> list[str]:
-    checks = checker_yaml(f"training_1.1.0/closed_{benchmark}.yaml")
-    (end,) = (check["END"]["CHECK"] for check in checks if "END" in check)
-    names: list[str] = json.loads(end[end.index("sorted([") + len("sorted(") : end.rindex("]")].rstrip(", \n") + "]")
-    return names
+def broken_rules(benchmark: str, ruleset: str, division: str, values: dict[str, Any]) -> set[str]:
+    return {check.rule for check in check_rules(benchmark, ruleset, division, values) if not check.passed}
 
 
-def test_maskrcnn_names_match_the_21_of_the_1_1_yaml() -> None:
-    assert len(maskrcnn_tensor_names()) == 21
-    assert sorted(maskrcnn_tensor_names()) == sorted(published_tensor_names("maskrcnn"))
+def test_names_in_the_log_depend_on_the_ruleset() -> None:
+    assert [mlperf_name("retinanet", ruleset) for ruleset in ("2.0.0", "4.1.0", "5.0.0")] == ["ssd", "ssd", "retinanet"]
+    assert {mlperf_name("ssd", ruleset) for ruleset in BENCHMARKS["ssd"].names} == {"ssd"}
+    assert [newest_ruleset(benchmark) for benchmark in BENCHMARKS] == ["1.1.0", "3.1.0", "5.1.0"]
+    assert newest_ruleset("retinanet", "ssd") == "4.1.0"
+    assert mlperf_name("dummy", "1.1.0") == "dummy"
 
 
-def test_ssd_names_match_the_119_of_the_1_1_yaml() -> None:
-    names = [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
-    assert len(names) == 119
-    assert sorted(names) == sorted(published_tensor_names("ssd"))
+@pytest.mark.parametrize(("benchmark", "ruleset"), RULESETS_BY_BENCHMARK)
+def test_official_package_has_every_benchmark_of_a_ruleset_by_its_name(benchmark: str, ruleset: str) -> None:
+    from mlperf_logging import benchmark_meta
+
+    name = mlperf_name(benchmark, ruleset)
+    assert name in benchmark_meta.get_allowed_benchmarks("training", ruleset)
+    assert benchmark_meta.get_result_file_counts("training")[name] == score.RUNS_PER_RESULT
+    assert identify_benchmark(name, ruleset) == benchmark
+    unnamed = "retinanet" if benchmark == "retinanet" else benchmark
+    assert identify_benchmark(name, "", RECIPES[benchmark].keys()) == unnamed
 
 
-@pytest.mark.parametrize(
-    ("parameter", "name"),
-    [
-        ("backbone.layer1.2.conv2.weight", "ssd0_resnetmlperf0_stage1_conv5_weight"),
-        ("backbone.layer2.0.downsample.0.weight", "ssd0_resnetmlperf0_stage2_conv2_weight"),
-        ("backbone.layer2.1.conv1.weight", "ssd0_resnetmlperf0_stage2_conv3_weight"),
-        ("backbone.layer3.5.bn2.bias", "ssd0_resnetmlperf0_stage3_batchnorm12_beta"),
-        ("extras.4.conv1.bias", "ssd0_expand_trans_conv4_bias"),
-        ("heads.5.weight", "ssd0_convpredictor5_conv0_weight"),
-    ],
-)
-def test_parameter_has_its_mxnet_name(parameter: str, name: str) -> None:
-    assert ssd_tensor_name(parameter) == name
+def test_log_of_another_benchmark_is_not_identified() -> None:
+    assert (
+        identify_benchmark("bert")
+        == identify_benchmark("ssd", "5.0.0")
+        == identify_benchmark("maskrcnn", "4.0.0")
+        == ""
+    )
 
 
-@pytest.mark.parametrize("parameter", ["backbone.layer4.0.conv1.weight", "extras.5.conv1.weight", "fc.weight"])
-def test_parameter_of_another_network_is_rejected(parameter: str) -> None:
-    with pytest.raises(ValueError, match="not a parameter of ssd300-r34"):
-        ssd_tensor_name(parameter)
+def test_tensor_names_are_read_from_the_newest_ruleset_that_requires_them() -> None:
+    assert [len(tensor_names(benchmark)) for benchmark in BENCHMARKS] == [119, 21, 89]
+    assert tensor_names("maskrcnn")[8:13] == [
+        "RPNHead_conv", "RPNHead_cls", "RPNHead_bbox", "ROI_BOX_FEATURE_EXTRACTOR_fc6", "ROI_BOX_FEATURE_EXTRACTOR_fc7",
+    ]  # fmt: skip
+    assert tensor_names("retinanet")[0] == "module.backbone.body.conv1.weight"
+
+
+def test_tensor_names_are_in_the_order_of_the_networks_parameters() -> None:
+    names = dict(zip(parameters_of_ssd300_r34(), tensor_names("ssd"), strict=True))
+    assert {
+        "backbone.layer1.2.conv2.weight": "ssd0_resnetmlperf0_stage1_conv5_weight",
+        "backbone.layer2.0.downsample.0.weight": "ssd0_resnetmlperf0_stage2_conv2_weight",
+        "backbone.layer2.1.conv1.weight": "ssd0_resnetmlperf0_stage2_conv3_weight",
+        "backbone.layer3.5.bn2.bias": "ssd0_resnetmlperf0_stage3_batchnorm12_beta",
+        "extras.4.conv1.bias": "ssd0_expand_trans_conv4_bias",
+        "heads.5.weight": "ssd0_convpredictor5_conv0_weight",
+    }.items() <= names.items()
+    with torch.device("meta"):
+        model = make_model(SSD_PREFLIGHT.load([], {}).config)
+    assert [name for name, _ in model.named_parameters()] == list(names)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_hyperparameter_keys_are_those_required_exactly_once(benchmark: str) -> None:
     required = {
         check["KEY"]["NAME"]
-        for ruleset in RULESETS
-        for file in (f"closed_{benchmark}", "closed_common")
+        for ruleset, name in BENCHMARKS[benchmark].names.items()
+        for file in (f"closed_{name}", "closed_common")
         for check in checker_yaml(f"training_{ruleset}/{file}.yaml")
         if check.get("KEY", {}).get("REQ") == "EXACTLY_ONE"
     }
     assert set(hyperparameter_keys(benchmark)) == required - {"submission_benchmark"}
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-@pytest.mark.parametrize("ruleset", RULESETS[1:])
-def test_reference_points_match_official_rcp_checker(ruleset: str, benchmark: str) -> None:
-    rcp_checker = pytest.importorskip("mlperf_logging.rcp_checker.rcp_checker")
-    checker = rcp_checker.RCP_Checker("training", ruleset, benchmark, False)
-    official = checker.rcp_data.values()
-    points = [point for point in BENCHMARKS[benchmark].reference_points if ruleset in point.rulesets]
-    kept = [point.global_batch_size for point in points if not point.pruned]
-    assert kept == [point["BS"] for point in checker.pruned_rcp_data.values()]
-    assert [point.global_batch_size for point in points] == [point["BS"] for point in official]
-    assert [point.mean_epochs for point in points] == pytest.approx([p["RCP Mean"] for p in official], abs=0.05)
-    assert [point.min_epochs for point in points] == pytest.approx([p["Min Epochs"] for p in official], abs=0.05)
+def test_targets_are_those_of_the_checker() -> None:
+    assert [targets(benchmark) for benchmark in BENCHMARKS] == [
+        {"AP": 0.23},
+        {"AP": 0.377, "mask_AP": 0.339},
+        {"AP": 0.34},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "ruleset", "kept", "pruned"),
+    [
+        ("ssd", "0.7.0", {}, []),
+        ("ssd", "1.0.0", {1024: 50, 4096: 87}, [2048]),
+        ("ssd", "1.1.0", {1024: 50, 1536: 55, 4096: 87}, [2048]),
+        ("maskrcnn", "1.1.0", {48: 14, 64: 14, 128: 14, 272: 17.125}, [96, 256]),
+        ("maskrcnn", "3.1.0", {8: 12.75, 128: 14, 272: 17.125}, [48, 64, 96, 256]),
+        ("retinanet", "2.0.0", {256: 4, 4096: 15.154}, [512]),
+        (
+            "retinanet",
+            "5.1.0",
+            {256: 4, 320: 4.111, 768: 5, 2560: 8.636, 4096: 15.154},
+            [512, 1024, 1280, 2048],
+        ),
+    ],
+)
+def test_reference_points_are_those_of_the_reference(benchmark, ruleset, kept, pruned) -> None:
+    points = reference_points_of(benchmark, ruleset)
+    epochs = {point.global_batch_size: point.mean_epochs for point in points if not point.pruned}
+    assert epochs == pytest.approx(kept, abs=1e-3)
+    assert [point.global_batch_size for point in points if point.pruned] == pruned
+    assert all(point.min_epochs <= point.mean_epochs for point in points)
+
+
+INVALID_VALUES = (
+    *(-1, 0, 2.5, 1500.5, 0.013, 1e9, (1,), (44, 56)),
+    *({"BBOX": 0.1, "SEGM": 0.9}, {"BBOX": 1.0, "SEGM": 0.9}, {"BBOX": 0.9, "SEGM": 0.3}),
+)
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize(("benchmark", "ruleset"), RULESETS_BY_BENCHMARK)
+def test_recipe_passes_and_every_test_of_the_checkers_files_is_enforced(benchmark, ruleset, division) -> None:
+    """Evaluate the tests of the yaml files here, without the checker, to find values that it rejects."""
+    values = closed_values(benchmark, ruleset)
+    assert broken_rules(benchmark, ruleset, division, values) == set()
+    files = (f"{division}_common", f"{division}_{mlperf_name(benchmark, ruleset)}")
+    records = [
+        check["KEY"] for file in files for check in checker_yaml(f"training_{ruleset}/{file}.yaml") if "KEY" in check
+    ]
+    context = {"is_integer": lambda number: abs(round(number) - number) < 1e-5, "s": {"global_batch_size": 256}}
+
+    def allows(test: str, value: object) -> bool:
+        try:
+            return bool(eval(test.strip(), context, {"v": {"value": value, "metadata": {"epoch_num": 1}}}))
+        except (TypeError, KeyError, IndexError):
+            return True  # a value of another type
+
+    for record in records:
+        key = record["NAME"]
+        if key in ("submission_benchmark", "weights_initialization"):
+            continue
+        rule = "target" if key == "eval_accuracy" else key
+        assert rule in broken_rules(benchmark, ruleset, division, values | {key: None})
+        if test := record.get("ATLEAST_ONE_CHECK") or record.get("CHECK"):
+            invalid = [value for value in INVALID_VALUES if not allows(test, value)]
+            assert invalid, test
+            for value in invalid:
+                assert rule in broken_rules(benchmark, ruleset, division, values | {key: value}), (key, value)
+
+
+def test_learning_rate_below_batch_16_may_be_a_fraction_from_2_0() -> None:
+    steps = {"opt_learning_rate_decay_steps": (120_000, 160_000), "batch_size": 8, "num_image_candidates": 8000}
+    small = closed_values("maskrcnn", "2.0.0") | steps | {"global_batch_size": 8, "opt_base_learning_rate": 0.01}
+    assert broken_rules("maskrcnn", "2.0.0", "closed", small) == set()
+    assert broken_rules("maskrcnn", "1.1.0", "closed", small) == {"opt_base_learning_rate"}
+    large = closed_values("maskrcnn", "2.0.0") | {"opt_base_learning_rate": 0.01}
+    assert broken_rules("maskrcnn", "2.0.0", "closed", large) == {"opt_base_learning_rate"}
 
 
 def test_evaluation_is_at_fixed_epochs_in_0_7_and_every_fifth_from_1_0() -> None:
@@ -108,7 +195,7 @@ def test_evaluation_is_at_fixed_epochs_in_0_7_and_every_fifth_from_1_0() -> None
     assert scheduled_eval_epochs("ssd", "1.1.0", 4) == ()
 
 
-@pytest.mark.parametrize("ruleset", RULESETS)
+@pytest.mark.parametrize("ruleset", BENCHMARKS["ssd"].names)
 def test_published_dgx1_recipe_follows_every_rule(ruleset: str) -> None:
     schedule = scheduled_eval_epochs("ssd", ruleset, 80)
     checks = check_rules("ssd", ruleset, "closed", DGX1 | {"eval_epochs": schedule})
@@ -134,7 +221,6 @@ def ssd_violations(ruleset: str, division: str, **changes: object) -> list[str]:
         ("opt_learning_rate_decay_boundary_epochs", (0, 0)),
         ("max_samples", 2),
         ("gradient_accumulation_steps", 0),
-        ("target", 0.212),
         ("dataset", "toy"),
         ("network", "ssd300-r50"),
         ("network", "ssd300-r34 on resnet18"),
@@ -162,7 +248,7 @@ def maskrcnn_violations(ruleset: str = "1.1.0", division: str = "closed", **chan
     return [check.rule for check in check_rules("maskrcnn", ruleset, division, recipe) if not check.passed]
 
 
-@pytest.mark.parametrize("ruleset", RULESETS)
+@pytest.mark.parametrize("ruleset", BENCHMARKS["maskrcnn"].names)
 @pytest.mark.parametrize(
     ("batch", "lr", "steps"),
     [(96, 0.12, (12000, 16000)), (64, 0.08, (18000, 24000)), (48, 0.06, [24000, 32000]), (16, 0.02, (60000, 80000)),
@@ -177,7 +263,6 @@ def test_published_maskrcnn_recipes_follow_every_rule(ruleset, batch, lr, steps)
     ("key", "value"),
     [
         ("opt_base_learning_rate", 0.13),
-        ("opt_base_learning_rate", 0),
         ("opt_base_learning_rate", 0.0025),
         ("opt_learning_rate_warmup_steps", -1),
         ("opt_learning_rate_warmup_factor", 0),
@@ -193,9 +278,6 @@ def test_published_maskrcnn_recipes_follow_every_rule(ruleset, batch, lr, steps)
         ("min_image_size", 600),
         ("max_image_size", 1344),
         ("gradient_accumulation_steps", 0),
-        ("target", 0.37),
-        ("mask_target", 0.33),
-        ("mask_target", None),
         ("dataset", "toy"),
         ("weights", "trained.pt"),
         ("pretrained_backbone", "none"),
@@ -217,9 +299,14 @@ def test_maskrcnn_decay_steps_depend_on_global_batch() -> None:
     assert maskrcnn_violations(global_batch_size=100) == ["opt_learning_rate_decay_steps"]
 
 
+def test_maskrcnn_needs_both_targets() -> None:
+    for low in ({"BBOX": 0.37, "SEGM": 0.339}, {"BBOX": 0.377, "SEGM": 0.33}, None):
+        assert maskrcnn_violations(eval_accuracy=low) == ["target"]
+
+
 def test_open_maskrcnn_run_is_free_except_targets_in_0_7() -> None:
-    free = {"target": 0.1, "mask_target": 0.1, "opt_base_learning_rate": 0.0025, "dataset": "toy"}
-    assert maskrcnn_violations("0.7.0", "open", **free) == ["target", "mask_target"]
+    free = {"eval_accuracy": {"BBOX": 0.1, "SEGM": 0.1}, "opt_base_learning_rate": 0.0025, "dataset": "toy"}
+    assert maskrcnn_violations("0.7.0", "open", **free) == ["target"]
     assert maskrcnn_violations("1.1.0", "open", **free) == []
 
 
@@ -234,11 +321,12 @@ def test_gradient_accumulation_is_optional_in_0_7() -> None:
 
 def test_open_ssd_run_is_free_except_target_in_0_7() -> None:
     free = {"dataset": "toy", "max_samples": 7, "eval_epochs": (1, 2), "model_bn_span": None}
-    for ruleset in RULESETS:
+    for ruleset in BENCHMARKS["ssd"].names:
         assert ssd_violations(ruleset, "open", **free) == []
-    assert ssd_violations("0.7.0", "open", target=0.1) == ["target"]
-    assert ssd_violations("1.1.0", "open", target=0.1) == []
-    assert ssd_violations("1.1.0", "open", target=1.0) == ["target"]
+    assert ssd_violations("0.7.0", "open", eval_accuracy=0.1) == ["target"]
+    assert ssd_violations("1.1.0", "open", eval_accuracy=0.1) == []
+    assert ssd_violations("1.1.0", "open", eval_accuracy=1.0) == ["target"]
+    assert ssd_violations("1.1.0", "closed", eval_accuracy=0.212) == ["target"]
 
 
 @pytest.mark.parametrize(
@@ -260,8 +348,19 @@ def test_batch_above_all_reference_points_fails() -> None:
     assert not convergence_check(8192).passed
 
 
+def test_reference_points_apply_to_the_benchmarks_own_data_only() -> None:
+    for values in ({"dataset": "toy", "global_batch_size": 8192}, {"dataset": "coco2017"}):
+        assert "reference_convergence" not in {check.rule for check in check_rules("ssd", "1.1.0", "closed", values)}
+    (note,) = (
+        check
+        for check in check_rules("ssd", "0.7.0", "closed", {"dataset": "coco2017", "global_batch_size": 8192})
+        if check.rule == "reference_convergence"
+    )
+    assert (note.passed, note.message) == (True, "ruleset 0.7.0 has no reference points")
+
+
 def convergence_check(batch: int) -> RuleCheck:
-    checks = check_rules("ssd", "1.1.0", "closed", {"global_batch_size": batch})
+    checks = check_rules("ssd", "1.1.0", "closed", {"global_batch_size": batch, "dataset": "coco2017"})
     (note,) = (check for check in checks if check.rule == "reference_convergence")
     return note
 
@@ -299,7 +398,8 @@ def test_every_setting_is_declared_once_and_changes_the_closed_division_as_decla
     elif name in rules.fixed:
         assert rules.fixed[name] == getattr(CLOSED[benchmark], name), "the default in the closed division"
         _, (violation,) = preflight_rules(benchmark, **{name: value})
-        assert violation.startswith(f"MLPerf 1.1.0 closed forbids {name}: {value} (allowed: {rules.fixed[name]}")
+        ruleset = CLOSED[benchmark].ruleset
+        assert violation.startswith(f"MLPerf {ruleset} closed forbids {name}: {value} (allowed: {rules.fixed[name]}")
         notes, violations = preflight_rules(benchmark, **{name: value}, division="open")
         assert [violations, [note for note in notes if "closed would reject" in note]] == [
             [],
@@ -310,8 +410,9 @@ def test_every_setting_is_declared_once_and_changes_the_closed_division_as_decla
 
 
 def test_rules_declare_no_setting_that_does_not_exist() -> None:
-    for benchmark, rules in BENCHMARKS.items():
-        assert FIELDS[benchmark].keys() >= rules.fixed.keys() | rules.constrained | rules.free
+    for benchmark, fields in FIELDS.items():
+        rules = BENCHMARKS[benchmark]
+        assert fields.keys() >= rules.fixed.keys() | rules.constrained | rules.free
 
 
 def test_undeclared_setting_is_rejected_in_closed() -> None:
@@ -319,8 +420,30 @@ def test_undeclared_setting_is_rejected_in_closed() -> None:
     assert ssd_violations("1.1.0", "open", label_smoothing=0.0) == []
 
 
-@pytest.mark.parametrize("names", [("yolo", "1.1.0", "open"), ("ssd", "2.0.0", "open"), ("ssd", "1.1.0", "half")])
-def test_unknown_benchmark_ruleset_or_division_is_rejected(names: tuple[str, str, str]) -> None:
-    with pytest.raises(ValueError, match=r"unknown .* choose one of"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("yolo", "1.1.0", "open"), "yolo, open: unknown"),
+        (("ssd", "2.0.0", "open"), "has no SSD300. Choose one of 0.7.0, 1.0.0, 1.1.0."),
+        (("maskrcnn", "6.0.0", "open"), "unknown ruleset. Choose one of 0.7.0, 1.0.0,"),
+        (("ssd", "1.1.0", "half"), "ssd, half: unknown"),
+    ],
+)
+def test_unknown_benchmark_ruleset_or_division_is_rejected(names: tuple[str, str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_rules(*names, {})
-    assert DIVISIONS == ("closed", "open")
+
+
+@pytest.mark.parametrize(
+    ("preflight", "ruleset", "title"), [(SSD_PREFLIGHT, "2.0.0", "SSD300"), (MASKRCNN_PREFLIGHT, "4.0.0", "Mask R-CNN")]
+)
+def test_ruleset_without_the_benchmark_is_one_message_of_preflight(preflight, ruleset, title, capsys) -> None:
+    assert run_checks.main(["--dry-run", "--ruleset", ruleset], preflight) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: --ruleset={ruleset}: has no {title}. Choose one of 0.7.0, 1.0.0, 1.1.0")
+
+
+def test_default_ruleset_is_the_newest_of_the_benchmark() -> None:
+    assert {benchmark: config.ruleset for benchmark, config in CLOSED.items()} == {
+        benchmark: newest_ruleset(benchmark) for benchmark in CLOSED
+    }

@@ -1,20 +1,26 @@
 """From five runs to a folder that the official checkers accept, and one message per mistake."""
 
+import contextlib
 import glob
+import io
 import json
+import logging
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from git_repository import git
-from mlperf import check, compliance, system_desc
+from mlperf import check, compliance, submission, system_desc
 from mlperf.compliance import Verdict
-from mlperf.rules import BENCHMARKS, RULESETS
+from mlperf.rules import mlperf_name
 from mlperf.submission import REQUIRED_FILES, main, make_parser, run_official_checkers
 from paths import ROOT
+from recipes_and_checkers import RECIPES, RULESETS_BY_BENCHMARK
 from ssd.config import load
 from synthetic_log import write_run
 
@@ -34,7 +40,24 @@ def repository(tmp_path_factory):
 
 
 @pytest.fixture
-def system(monkeypatch):
+def official_checkers_in_process(monkeypatch):
+    """Run the programs of the official checkers in this process, which saves their start."""
+    root = logging.getLogger()
+
+    def run_checker(name, *arguments):
+        output, handlers = io.StringIO(), root.handlers[:]
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--log_output", "/dev/null"])
+        root.handlers.clear()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(None):
+            runpy.run_module(f"mlperf_logging.{name}", run_name="__main__")
+        root.handlers[:] = handlers
+        return subprocess.CompletedProcess([name], 0, "", output.getvalue())
+
+    monkeypatch.setattr(submission, "_run_checker", run_checker)
+
+
+@pytest.fixture
+def system(monkeypatch, official_checkers_in_process):
     """Machine that reports everything except cooling and memory configuration."""
     fields = dict.fromkeys(system_desc.FIELDS[4:], "some") | dict.fromkeys(("host_memory_configuration", "cooling"))
     monkeypatch.setattr(system_desc, "system_description", lambda nodes: fields | {"number_of_nodes": str(nodes)})
@@ -49,8 +72,8 @@ def compliant(monkeypatch):
 def write_runs(folder, repository, benchmark="ssd", number=5, **changes):
     folder.mkdir()
     commit = {"value": git(repository, "rev-parse", "HEAD"), "dirty": False}
-    values = {"platform": "1xDESK", "commit": commit, "benchmark": benchmark} | changes
-    config = {"ruleset": values.pop("ruleset", "1.1.0"), "system": "DESK", "precision": "bf16"}
+    values = {"platform": "1xDESK", "commit": commit, "benchmark": benchmark, "ruleset": "1.1.0"} | changes
+    config = {"ruleset": values["ruleset"], "system": "DESK", "precision": "bf16"}
     for i in range(number):
         settings = config | {"run_index": i}
         write_run(folder / f"result_{i}.txt", **{"seed": i, "config": settings} | values)
@@ -68,16 +91,10 @@ def read_error(capsys):
     return captured.err
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "ruleset"),
-    [
-        pytest.param(benchmark, ruleset, marks=() if (benchmark, ruleset) == ("ssd", "1.1.0") else pytest.mark.slow)
-        for benchmark in BENCHMARKS
-        for ruleset in RULESETS
-    ],
-)
-def test_official_checkers_accept_folder_of_five_runs(tmp_path, repository, system, capsys, benchmark, ruleset):
-    runs = write_runs(tmp_path / "runs", repository, benchmark, ruleset=ruleset)
+@pytest.mark.parametrize(("benchmark", "ruleset"), RULESETS_BY_BENCHMARK)
+@pytest.mark.usefixtures("system")
+def test_official_checkers_accept_folder_of_five_runs(tmp_path, repository, capsys, benchmark, ruleset):
+    runs, name = write_runs(tmp_path / "runs", repository, benchmark, ruleset=ruleset), mlperf_name(benchmark, ruleset)
     assert submit(tmp_path, repository, runs) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out if line.startswith(("PASS", "FAIL"))] == [
@@ -86,25 +103,72 @@ def test_official_checkers_accept_folder_of_five_runs(tmp_path, repository, syst
     ]
     folder = tmp_path / "out" / "us"
     for i in range(5):
-        copied = folder / "results" / "DESK" / benchmark / f"result_{i}.txt"
+        copied = folder / "results" / "DESK" / name / f"result_{i}.txt"
         assert copied.read_bytes() == (runs / f"result_{i}.txt").read_bytes()
-    code = folder / "benchmarks" / benchmark / "implementations" / "pytorch"
+    code = folder / "benchmarks" / name / "implementations" / "pytorch"
     assert {path.name for path in code.iterdir()} == {*REQUIRED_FILES, "train.py", "DESK_pytorch.json"}
     implementation = json.loads((code / "DESK_pytorch.json").read_text())
     assert implementation["commit"] == git(repository, "rev-parse", "HEAD")
     assert implementation["settings"] == {"ruleset": ruleset, "system": "DESK", "precision": "bf16"}
-    assert implementation["hyperparameters"]["global_batch_size"] in (96, 960)
+    assert implementation["hyperparameters"]["global_batch_size"] == RECIPES[benchmark]["global_batch_size"]
     description = json.loads((folder / "systems" / "DESK.json").read_text())
     assert list(description) == list(system_desc.FIELDS)
-    assert (description["submitter"], description["division"], description["status"]) == ("us", "closed", "onprem")
+    status = "Available on-premise" if ruleset >= "4" else "onprem"
+    assert (description["submitter"], description["division"], description["status"]) == ("us", "closed", status)
     assert (description["number_of_nodes"], description["cooling"]) == ("1", "air")
     assert (folder.stat().st_mode & 0o777) == 0o755
 
 
 def test_both_benchmarks_of_a_system_share_a_folder(tmp_path, repository, system, compliant):
-    runs = [write_runs(tmp_path / benchmark, repository, benchmark) for benchmark in BENCHMARKS]
+    runs = [write_runs(tmp_path / benchmark, repository, benchmark) for benchmark in ("ssd", "maskrcnn")]
     assert submit(tmp_path, repository, *runs) == 0
     assert sorted(path.name for path in (tmp_path / "out/us/results/DESK").iterdir()) == ["maskrcnn", "ssd"]
+
+
+@pytest.mark.usefixtures("system")
+def test_runs_of_another_ruleset_or_benchmark_are_rejected(tmp_path, repository, capsys):
+    new = write_runs(tmp_path / "new", repository, "maskrcnn", ruleset="3.1.0")
+    old = write_runs(tmp_path / "old", repository, "ssd")
+    assert submit(tmp_path, repository, new, old) == 2
+    assert "several rulesets (1.1.0, 3.1.0): choose one with --ruleset" in read_error(capsys)
+    assert submit(tmp_path, repository, new, "--ruleset", "4.0.0") == 2
+    assert "result_0.txt: submission_benchmark is maskrcnn, which 4.0.0 does not have here" in read_error(capsys)
+    assert submit(tmp_path, repository, old, "--ruleset", "3.1.0") == 2  # as RetinaNet
+    assert "Required EXACTLY_ONE occurrence of 'opt_name'" in read_error(capsys)
+
+
+@pytest.mark.parametrize("ruleset", ["3.1.0", "4.0.0", "5.1.0"])
+@pytest.mark.parametrize("status", ["onprem", "cloud", "preview", "research"])
+@pytest.mark.usefixtures("official_checkers_in_process")
+def test_official_checker_accepts_every_availability(tmp_path, ruleset, status, capsys):
+    folder = tmp_path / "systems"
+    folder.mkdir()
+    fields = dict.fromkeys(system_desc.FIELDS, "") | {"status": system_desc.availability(status, ruleset)}
+    (folder / "DESK.json").write_text(json.dumps(fields))
+    (tmp_path / "results").mkdir()
+    assert run_official_checkers(tmp_path, "DESK", ruleset)
+    (folder / "DESK.json").write_text(json.dumps(fields | {"status": "soon"}))
+    assert run_official_checkers(tmp_path, "DESK", ruleset) is (ruleset < "4")
+
+
+@pytest.mark.usefixtures("system")
+def test_run_that_only_the_official_checkers_accept_is_rejected(tmp_path, repository, capsys):
+    runs = write_runs(tmp_path / "runs", repository)
+    commit = {"value": git(repository, "rev-parse", "HEAD"), "dirty": False}
+    config = {"ruleset": "1.1.0", "system": "DESK", "precision": "bf16"}
+    (runs / "result_2.txt").unlink()
+    write_run(runs / "result_2.txt", minutes=-30, commit=commit, seed=9, platform="1xDESK", config=config)
+    assert submit(tmp_path, repository, runs) == 2
+    assert "result_2.txt: the clock was set back by" in read_error(capsys)
+    assert not (tmp_path / "out").exists()
+    assert check.main([str(runs)]) == 1
+    out = capsys.readouterr().out
+    assert f"FAIL {runs / 'result_2.txt'} (ruleset 1.1.0)\n  the clock was set back by" in out
+    assert "score 20.00 minutes" in out  # it counts as the slowest
+    (runs / "result_3.txt").unlink()
+    write_run(runs / "result_3.txt", minutes=-1, commit=commit, seed=8, platform="1xDESK", config=config)
+    assert check.main([str(runs)]) == 1
+    assert "no score: 2 of 5 runs" in capsys.readouterr().out
 
 
 def test_fields_match_those_that_official_checker_misses_in_empty_description(tmp_path, capsys):
@@ -313,7 +377,8 @@ def test_page_names_every_flag_and_its_commands_parse():
 
 def test_page_quotes_messages_of_the_program():
     _, table = (ROOT / "docs" / "SUBMISSION.md").read_text().split("| message | what to do |\n|---|---|\n")
-    source = (ROOT / "mlperf" / "submission.py").read_text().replace("{score.RUNS_PER_RESULT}", "5")
+    source = "".join((ROOT / "mlperf" / name).read_text() for name in ("submission.py", "compliance.py"))
+    source = source.replace("{score.RUNS_PER_RESULT}", "5")
     source = re.sub(r'"\n *f?"', "", source)
     quotes = [re.split("; |…", line.split("|")[1]) for line in table.split("\n\n")[0].splitlines()]
     assert [text for texts in quotes for quote in texts if (text := quote.strip(", ")) not in source] == []

@@ -16,6 +16,7 @@ from detection.report import __main__ as command_line
 from detection.report import html_report, plots
 from detection.report.run_record import disambiguate_names, read_runs
 from paths import ROOT, shared
+from synthetic_log import write_run
 
 RESULTS = ROOT / "perf" / "results"
 TOY, BCCD = RESULTS / "2026-11-21_toy_2core_cpu", RESULTS / "2026-11-21_bccd_2core_cpu"
@@ -189,6 +190,31 @@ def test_run_is_compared_with_published_logs_and_the_reference():
     assert "1xNVIDIA DGX-1 result_4: 0.2323 after epoch 50" in accuracy
     assert "the reference takes 65.1 epochs at batch 2048" in accuracy
     assert len(re.findall(r"1xNVIDIA DGX-1 result_\d Target reached 20 min", page.text)) == 5
+
+
+@pytest.mark.parametrize(
+    ("folder", "ruleset", "target", "reference"),
+    [
+        ("v3.0_dgxh100/maskrcnn", "3.0.0", "target 0.377", "12.8 epochs at batch 8"),
+        ("v3.0_dgxh100/ssd", "3.0.0", "target 0.34", "7.89 epochs at batch 2048"),
+        ("v4.0_h200/ssd", "4.0.0", "target 0.34", "8.64 epochs at batch 2560"),
+        ("v5.1_gb200x8/retinanet", "5.1.0", "target 0.34", "8.64 epochs at batch 2560"),
+    ],
+)
+def test_published_logs_of_later_rounds_are_drawn(folder, ruleset, target, reference):
+    page = make_page(shared(f"logs/{folder}"), ruleset=ruleset)
+    assert page.text.count(f"PASS ({ruleset})") == (4 if "maskrcnn" in folder else 5)
+    assert target in page.text
+    (accuracy,) = (plot["aria-label"] for plot in page.plots() if plot["aria-label"].startswith("AP by epoch"))
+    assert f"the reference takes {reference}" in accuracy
+
+
+def test_run_whose_clock_was_set_back_has_no_time(tmp_path):
+    page = make_page(write_run(tmp_path / "result_0.txt", minutes=-30), ruleset="1.1.0")
+    assert "the clock was set back by" in page.text
+    assert "FAIL (1.1.0)" in page.text
+    assert "time to target" not in page.text
+    assert "-30" not in page.text
 
 
 def test_reference_is_not_drawn_for_other_data(toy_page):

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from mlperf.rules import BENCHMARKS
+
 CHECKER = files("mlperf_logging") / "compliance_checker"
 
 
@@ -19,7 +21,7 @@ DGX1 = {
     "opt_learning_rate_decay_boundary_epochs": (44, 55),
     "max_samples": 1,
     "gradient_accumulation_steps": 1,
-    "target": 0.23,
+    "eval_accuracy": 0.23,
     "dataset": "coco2017",
     "network": "ssd300-r34",
     "weights": "none",
@@ -40,8 +42,7 @@ A100 = {
     "min_image_size": 800,
     "max_image_size": 1333,
     "gradient_accumulation_steps": 1,
-    "target": 0.377,
-    "mask_target": 0.339,
+    "eval_accuracy": {"BBOX": 0.377, "SEGM": 0.339},
     "dataset": "coco2017",
     "weights": "none",
     "pretrained_backbone": "resnet.pth",
@@ -49,7 +50,24 @@ A100 = {
 }
 
 
-RECIPES = {"ssd": DGX1, "maskrcnn": A100}
+H200 = {
+    "global_batch_size": 256,
+    "opt_name": "adam",
+    "opt_base_learning_rate": 8.5e-5,
+    "opt_weight_decay": 0.0,
+    "opt_learning_rate_warmup_epochs": 0,
+    "opt_learning_rate_warmup_factor": 0.001,
+    "gradient_accumulation_steps": 1,
+    "eval_accuracy": 0.34,
+    "dataset": "openimages-mlperf",
+    "weights": "none",
+    "pretrained_backbone": "resnext50.pth",
+    "seed": "none",
+}
+
+
+RECIPES = {"ssd": DGX1, "maskrcnn": A100, "retinanet": H200}
+RULESETS_BY_BENCHMARK = [(benchmark, ruleset) for benchmark, rules in BENCHMARKS.items() for ruleset in rules.names]
 
 
 @cache

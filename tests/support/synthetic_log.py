@@ -1,4 +1,4 @@
-"""Synthetic MLPerf logs of complete runs of both benchmarks."""
+"""Synthetic MLPerf logs of complete runs of all benchmarks."""
 
 import json
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mlperf.log import MlperfLog
-from mlperf.rules import NOT_IN_LOG, maskrcnn_tensor_names, ssd_tensor_name
-from recipes_and_checkers import RECIPES, parameters_of_ssd300_r34
+from mlperf.rules import hyperparameter_keys, mlperf_name, newest_ruleset, tensor_names
+from recipes_and_checkers import RECIPES
 
-EPOCHS = {"ssd": 50, "maskrcnn": 14}  # as many as the reference needs, so that the RCP check passes
-REACHED: dict[str, Any] = {"ssd": 0.231, "maskrcnn": {"BBOX": 0.3774, "SEGM": 0.3427}}
+EPOCHS = {"ssd": 50, "maskrcnn": 14, "retinanet": 4}  # as many as the reference needs, so that the RCP check passes
+REACHED: dict[str, Any] = {"ssd": 0.231, "maskrcnn": {"BBOX": 0.3774, "SEGM": 0.3427}, "retinanet": 0.3412}
 
 
 def write_run(
@@ -19,6 +19,7 @@ def write_run(
     without: str = "",
     *,
     benchmark: str = "ssd",
+    ruleset: str = "",
     epochs: int = 0,
     minutes: float = 20,
     commit: dict[str, Any] | None = None,
@@ -26,13 +27,14 @@ def write_run(
 ) -> Path:
     """Log a complete run that reaches its target in one block of epochs.
 
-    without: key of the lines to omit. minutes: timed duration. commit: value and metadata of that event. changes: other
-    values by key.
+    without: key of the lines to omit. ruleset: selects MLPerf's name of the benchmark, by default the newest. minutes:
+    timed duration. commit: value and metadata of that event. changes: other values by key.
     """
     log = MlperfLog(path)
     epochs = epochs or EPOCHS[benchmark]
     recipe = RECIPES[benchmark]
-    values = {key: value for key, value in recipe.items() if key not in NOT_IN_LOG}
+    keys = hyperparameter_keys(benchmark)
+    values = {key: recipe[key] for key in keys}
     values |= {"accuracy": REACHED[benchmark], "status": "success", "first_epoch_num": 1, "epoch_count": epochs}
     values |= {"seed": 1, "cache_clear": True, "platform": "a desk", "org": "us"} | changes
 
@@ -46,7 +48,7 @@ def write_run(
         "platform": values["platform"],
         "division": division,
         "status": "onprem",
-        "benchmark": benchmark,
+        "benchmark": mlperf_name(benchmark, ruleset or newest_ruleset(benchmark)),
     }
     for key, value in submission.items():
         log_unless_omitted(log.event, f"submission_{key}", value)
@@ -59,9 +61,9 @@ def write_run(
     log_unless_omitted(log.event, "cache_clear", values["cache_clear"])
     log_unless_omitted(log.start, "init")
     log_unless_omitted(log.event, "seed", values["seed"])
-    for key in recipe.keys() - set(NOT_IN_LOG):
+    for key in keys:
         log_unless_omitted(log.event, key, values[key])
-    for tensor in tensors(benchmark):
+    for tensor in tensor_names(benchmark):
         log_unless_omitted(log.event, "weights_initialization", tensor=tensor)
     log_unless_omitted(log.end, "init")
     log_unless_omitted(log.start, "run")
@@ -79,12 +81,6 @@ def write_run(
     log.close()
     spread_timestamps(path, minutes)
     return path
-
-
-def tensors(benchmark: str) -> list[str]:
-    if benchmark == "maskrcnn":
-        return list(maskrcnn_tensor_names())
-    return [ssd_tensor_name(parameter) for parameter in parameters_of_ssd300_r34()]
 
 
 def spread_timestamps(path: Path, minutes: float) -> None:
