@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from detection.preflight import run_checks
 from maskrcnn.config import PREFIX, Config, load
+from maskrcnn.train_images import select_train_images
 from mlperf.recipes import Recipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from detection.engine.workload import Workload
     from detection.runtime.distributed import DistContext
     from detection.tuning.search import TuneTarget
@@ -40,12 +43,11 @@ def describe_checkpoint(path: Path, config: Config) -> str:
     return f"{content.origin}; {config.network_name} for {weights.num_classes(content.state)} classes"
 
 
-def summarize_layers(config: Config) -> str:
-    """Return a table of the network's layers."""
-    from detection.engine import model_summary
-    from maskrcnn.model import make_model
+def make_model(config: Config) -> "nn.Module":
+    """Build the network of the settings, with random weights."""
+    from maskrcnn import model
 
-    return model_summary.summarize_model(make_model, config)
+    return model.make_model(config)
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
@@ -73,7 +75,8 @@ PREFLIGHT = run_checks.PreflightSpec(
     rule_values=rule_values,
     image_bytes=image_bytes,
     check_weights=describe_checkpoint,
-    summarize_model=summarize_layers,
+    make_model=make_model,
+    select_train_images=select_train_images,
     segmentations=True,
 )
 

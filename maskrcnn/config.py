@@ -8,17 +8,19 @@ from pydantic.dataclasses import dataclass
 
 from detection.config import run_config
 from detection.config.run_config import EvalEpochs, RunConfig, round_to_multiple
-from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, setting
+from detection.config.settings import STRICT, AscendingInts, InputError, ResolvedSettings, setting
 
 PREFIX = "MASKRCNN_"
 
 RoiAlignMethod = Literal["auto", "torchvision", "gather"]
+WarmupMethod = Literal["linear", "mlperf_linear"]
 
 InputFormat = Literal["caffe-bgr", "imagenet-rgb"]
 """Pixel format that the backbone's weights expect: BGR 0-255 minus the mean, or RGB of mean 0 and variance 1."""
 
 # Settings in which torchvision's model differs from the reference, in their order below.
 TORCHVISION_PRESET = {
+    "lr_schedule_first": "false",
     "stride_in_1x1": "false",
     "input_format": "imagenet-rgb",
     "batch_norm_eps": "1e-5",
@@ -27,6 +29,7 @@ TORCHVISION_PRESET = {
     "rpn_post_nms_top_n_per_image": "2000",
     "proposals_per_batch": "false",
     "box_smooth_l1_beta": "0.1111111111111111",
+    "zero_mask_biases": "false",
     "mask_targets": "roi-align",
     "weight_decay_on_bias_and_norm": "true",
     "bias_lr_factor": "1",
@@ -77,7 +80,16 @@ class Config(RunConfig):
         help="round the peak learning rate to a multiple of this (MLPerf closed: 0.02); 0: no rounding",
     )
     warmup_steps: int = setting(625, ge=0, le=1_000_000, unit="steps", help="linear warm-up (MLPerf: any number)")
-    warmup_factor: float = setting(1e-4, gt=0, le=1, help="fraction of the learning rate at which warm-up starts")
+    warmup_method: WarmupMethod = setting(
+        "linear",
+        help="linear: start at warmup_factor times the learning rate; mlperf_linear: add warmup_factor to it per step",
+    )
+    warmup_factor: float = setting(
+        1e-4, gt=0, le=1, help="fraction of the learning rate at which warm-up starts (mlperf_linear: rate per step)"
+    )
+    lr_schedule_first: bool = setting(
+        True, help="advance the schedule before each update, as the reference: update s, from 0, has the rate of s + 1"
+    )
     lr_decay_images: AscendingInts = setting(
         (1_152_000, 1_536_000),
         unit="images",
@@ -151,6 +163,9 @@ class Config(RunConfig):
     box_smooth_l1_beta: float = setting(
         1.0, gt=0, le=10, formerly="box_beta", help="transition of the box head's smooth L1 loss"
     )
+    zero_mask_biases: bool = setting(
+        True, help="start the last two layers of the mask head with biases of 0; no: random, as torchvision"
+    )
     mask_targets: Literal["polygon", "roi-align"] = setting(
         "polygon",
         formerly="soft_masks",
@@ -212,6 +227,16 @@ class Config(RunConfig):
     def peak_lr(self, world_size: int) -> float:
         """Return the learning rate after warm-up, rounded to a multiple of `lr_round_to`."""
         return round_to_multiple(self.unrounded_peak_lr(world_size), self.lr_round_to)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise InputError if the settings do not fit this number of ranks."""
+        super().check_world_size(world_size)
+        peak, missing_steps = self.peak_lr(world_size), self.warmup_steps - self.lr_schedule_first
+        if self.warmup_method == "mlperf_linear" and missing_steps * self.warmup_factor > peak * (1 + 1e-9):
+            raise InputError(
+                f"--warmup-factor {self.warmup_factor:g}: {self.warmup_steps} steps of it exceed the learning rate "
+                f"{peak:g}, so training would start below 0. Pass {peak / self.warmup_steps:.6g} to start at 0."
+            )
 
     def decay_steps(self, world_size: int) -> tuple[int, ...]:
         """Return the steps after which the learning rate decays."""

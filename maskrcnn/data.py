@@ -24,6 +24,7 @@ from detection.evaluation.coco_metric import CocoMaskMetric
 from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.config import Config
+from maskrcnn.train_images import select_train_images
 
 STRIDE_PX = 32  # of P5, the deepest level that convolutions compute
 
@@ -194,9 +195,9 @@ def read_split(config: Config, name: Literal["train", "val"]) -> Split:
     return split
 
 
-def is_landscape(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return (N,) 1 for landscape and square images, 0 for portrait: batches of one group need little padding."""
-    return (sizes_hw[:, 1] >= sizes_hw[:, 0]).astype(np.int64)
+def aspect_groups(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return (N,) 1 for portrait and square images, 0 for landscape: batches of one group need little padding."""
+    return (sizes_hw[:, 0] >= sizes_hw[:, 1]).astype(np.int64)
 
 
 def order_by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.int64]:
@@ -219,7 +220,7 @@ class MaskRCNNTrainSource(MaskRCNNEvalSource):
     """Training and evaluation images of a run, opened after its clock has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = read_split(config, "train").drop_crowds().drop_empty_images()
+        train = select_train_images(config, read_split(config, "train"))
         super().__init__(config, ranks)
         self.train_samples = len(train)
         self.sampler = EpochBatchSampler(
@@ -228,7 +229,7 @@ class MaskRCNNTrainSource(MaskRCNNEvalSource):
             seed=seed,
             ranks=ranks,
             last_batch=config.last_batch,
-            groups=is_landscape(train.sizes_hw) if config.group_by_aspect_ratio else None,
+            groups=aspect_groups(train.sizes_hw) if config.group_by_aspect_ratio else None,
         )
         self.steps_per_epoch = len(self.sampler)
         pixels, self.device_cache = device_cache.build(config, train, ranks)

@@ -47,7 +47,7 @@ class MaskRCNN(nn.Module):
         self.backbone = make_backbone(config)
         self.rpn = RPN(config)
         self.box_head = BoxHead(config.num_classes)
-        self.mask_head = MaskHead(config.num_classes)
+        self.mask_head = MaskHead(config.num_classes, zero_biases=config.zero_mask_biases)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the parts without data-dependent shapes: the whole model would break into some fifty graphs."""

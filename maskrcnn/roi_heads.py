@@ -40,10 +40,13 @@ class BoxHead(nn.Module):
 class MaskHead(nn.Module):
     """Head that predicts the mask of one class for each aligned ROI."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, *, zero_biases: bool = True):
         super().__init__()
         self.features = MaskRCNNHeads(NUM_CHANNELS, MASK_HEAD_DIMS, dilation=1)
         self.predictor = MaskRCNNPredictor(MASK_HEAD_DIMS[-1], MASK_HEAD_DIMS[-1], num_classes)
+        if zero_biases:  # torchvision leaves these two as drawn
+            for layer in (self.predictor.conv5_mask, self.predictor.mask_fcn_logits):
+                nn.init.zeros_(layer.bias)
 
     def forward(self, rois: Tensor, labels: Tensor) -> Tensor:
         """Return mask logits (R, 28, 28), float32, of class labels (R,) in ROIs (R, 256, 14, 14).

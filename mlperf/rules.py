@@ -179,6 +179,7 @@ MASKRCNN = Rules(
         "weight_decay": 1e-4,
         "weight_decay_on_bias_and_norm": False,
         "bias_lr_factor": 2.0,
+        "lr_schedule_first": True,
         "freeze_batch_norm": True,
         "backbone": "resnet50",
         "stride_in_1x1": True,
@@ -198,6 +199,7 @@ MASKRCNN = Rules(
         "box_batch_size_per_image": 512,
         "box_positive_fraction": 0.25,
         "box_smooth_l1_beta": 1.0,
+        "zero_mask_biases": True,
         "mask_targets": "polygon",
         "flip": True,
         "nms_threshold": 0.5,
@@ -208,7 +210,7 @@ MASKRCNN = Rules(
     },
     constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image", "mask_target"},
     # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
-    free=_FREE | {"bn_group", "variant", "roi_align", "group_by_aspect_ratio"},
+    free=_FREE | {"bn_group", "variant", "roi_align", "warmup_method", "group_by_aspect_ratio"},
 )
 
 RETINANET = Rules(

@@ -36,7 +36,7 @@ from detection.config.settings import InputError
 from detection.data import coco
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
-from detection.engine import train_loop
+from detection.engine import optim, train_loop
 from detection.engine.initialization import build_state
 from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.runtime.device import select_device
@@ -254,7 +254,8 @@ def train(batch_size: int, folder: Path) -> Values:
     workload = make_workload(config, ranks, 0, SSD300(NUM_CLASSES), SSDEvaluator(config, ranks))
     state = build_state(workload, config, ranks)
     rank_batch = to_device(RankBatch(workload.dummy_batch(), batch_size, 1 / batch_size), ranks.device)
-    values = cost(partial(train_loop.train_step, state, rank_batch, 1e-3, workload, config, ranks))
+    optim.set_learning_rates(state.optimizer, lambda factor: 1e-3 * factor)
+    values = cost(partial(train_loop.train_step, state, rank_batch, workload, config, ranks))
     return values | {"rate, img/s": 1000 * batch_size / values["time, ms"]}
 
 

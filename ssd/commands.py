@@ -9,6 +9,8 @@ from mlperf.recipes import Recipe
 from ssd.config import PREFIX, Config, load
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from detection.engine.workload import Workload
     from detection.runtime.distributed import DistContext
     from detection.tuning.search import TuneTarget
@@ -31,12 +33,11 @@ def describe_checkpoint(path: Path, config: Config) -> str:
     return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
 
 
-def summarize_layers(config: Config) -> str:
-    """Summarize the layers of the settings' network."""
-    from detection.engine import model_summary
-    from ssd.model import make_model
+def make_model(config: Config) -> "nn.Module":
+    """Build the network of the settings, with random weights."""
+    from ssd import model
 
-    return model_summary.summarize_model(make_model, config)
+    return model.make_model(config)
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
@@ -66,7 +67,8 @@ PREFLIGHT = run_checks.PreflightSpec(
     rule_values=rule_values,
     image_bytes=lambda _: IMAGE_BYTES,
     check_weights=describe_checkpoint,
-    summarize_model=summarize_layers,
+    make_model=make_model,
+    select_train_images=lambda _, split: split.drop_empty_images(),
 )
 
 

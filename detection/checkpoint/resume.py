@@ -1,7 +1,7 @@
 """Checkpoint to resume an interrupted run from."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ MUTABLE_SETTINGS = {
     "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "run_index",
     "weights", "eval_before_training", "summary_json", "tensorboard", "echo_log",
 }  # fmt: skip
+
+# Settings that decide how parameters are trained, which of them, and which group each is in.
+OPTIMIZER_SETTINGS = {"optimizer", "weight_decay_on_bias_and_norm", "bias_lr_factor", "freeze_batch_norm", "freeze_at"}
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,12 @@ def find_resume_point(config: RunConfig, folder: Path, log: Callable[[str], None
     """
     if config.resume == "none":
         return None
-    if config.resume == "auto":
-        if run_dir.is_finished(folder, config.run_index, config.epochs):
-            raise InputError(f"run in {folder}: finished, nothing to resume. Omit --resume.")
-        latest = checkpointer.latest_valid(folder, benchmark=config.benchmark, log=log)
-        if latest is None:
-            log(f"nothing to resume in {folder}: starting from scratch")
-            archive_logs(folder, config.run_index)
-            return None
-        path, state = latest[0].path, latest[1]
-    else:
-        path = Path(config.resume)
-        state = checkpointer.load(path, benchmark=config.benchmark)
-    check_usable(config, path, state)
+    selected = select_checkpoint(config, folder, log)
+    if selected is None:
+        log(f"nothing to resume in {folder}: starting from scratch")
+        archive_logs(folder, config.run_index)
+        return None
+    path, state = selected
     appends_to_log = path.resolve().parent.parent == folder.resolve()
     if appends_to_log:
         run_dir.truncate_log(run_dir.log_path(folder, config.run_index), state["written"]["log"])
@@ -61,12 +57,55 @@ def find_resume_point(config: RunConfig, folder: Path, log: Callable[[str], None
     return ResumePoint(path, state, appends_to_log)
 
 
+def select_checkpoint(
+    config: RunConfig, folder: Path, log: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint that `config.resume` selects and its content, or None if auto finds none.
+
+    Raise InputError if a named checkpoint is unusable, or if nothing is left to train. Change nothing.
+    """
+    if config.resume == "auto":
+        if run_dir.is_finished(folder, config.run_index, config.epochs):
+            raise InputError(f"run in {folder}: finished, nothing to resume. Omit --resume.")
+        latest = checkpointer.latest_valid(folder, benchmark=config.benchmark, log=log)
+        if latest is None:
+            return None
+        path, state = latest[0].path, latest[1]
+    else:
+        path = Path(config.resume)
+        state = checkpointer.load(path, benchmark=config.benchmark)
+    check_usable(config, path, state)
+    return path, state
+
+
 def check_usable(config: RunConfig, path: Path, state: Mapping[str, Any]) -> None:
     """Raise InputError if the settings leave nothing to train after a checkpoint, or set another seed."""
     if state["evaluated"] and state["epoch"] >= config.epochs:
         raise InputError(f"{path}: all {config.epochs} epochs are complete. Pass more --epochs.")
     if config.seed not in (None, state["seed"]):
         raise InputError(f"--seed {config.seed}: {path} was trained with seed {state['seed']}. Omit --seed.")
+
+
+def check_optimizer(
+    config: RunConfig, path: Path, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise InputError unless a checkpoint is of the settings' optimizer, with its parameter groups."""
+    old_config = {"optimizer": "sgd", **json.loads(state["config"])}
+    saved, expected = (
+        f"{name} of {' + '.join(str(len(group['params'])) for group in param_groups)} parameters"
+        for name, param_groups in (
+            (old_config["optimizer"], state["optimizer"]["param_groups"]),
+            (config.optimizer, groups),
+        )
+    )
+    if saved == expected:
+        return
+    changed = changed_settings(old_config, json.loads(to_json(config)))
+    settings = ", ".join(f"{name} {old}" for name, (old, _) in changed.items() if name in OPTIMIZER_SETTINGS)
+    raise InputError(
+        f"{path}: checkpoint of another optimizer, {saved} instead of {expected}. "
+        f"Set {settings or 'all settings'} as in the run that wrote it."
+    )
 
 
 def archive_logs(folder: Path, run_index: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo, field_vali
 from pydantic.dataclasses import dataclass
 
 from detection.config import device_names
-from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, resolve, setting
+from detection.config.settings import STRICT, AscendingInts, InputError, ResolvedSettings, resolve, setting
 from detection.run_dir import latest_unfinished
 from mlperf.rules import require_ruleset
 
@@ -368,6 +368,14 @@ class RunConfig:
     def bn_group_size(self, world_size: int) -> int:
         """Return the number of ranks that share batch norm statistics."""
         return self.bn_group or world_size
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise InputError if the settings do not fit this number of ranks."""
+        group_size = self.bn_group_size(world_size)
+        if world_size % group_size:
+            raise InputError(
+                f"--bn-group {group_size}: does not divide the {world_size} ranks. Pass a divisor, or 0 for all."
+            )
 
     def checkpoint_due(self, unit: Literal["steps", "epochs"], count: int) -> bool:
         """Return whether a checkpoint is due after `count` steps or epochs."""

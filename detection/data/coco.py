@@ -116,18 +116,18 @@ class Split:
 
     def drop_crowds(self) -> "Split":
         """Return the split with the same images and without their crowd boxes."""
-        keep = ~self.is_crowd
+        return self.keep_boxes(~self.is_crowd)
+
+    def keep_boxes(self, keep: NDArray[np.bool_]) -> "Split":
+        """Return the split with the same images and only the boxes where keep (M,) is True."""
         kept_before = offsets(keep.astype(np.int64))
-        arrays = self.polygons
-        if arrays:  # a crowd has no rings, so all rings stay
-            arrays = replace(arrays, ring_offsets=offsets(np.diff(arrays.ring_offsets)[keep]))
         return replace(
             self,
             box_offsets=kept_before[self.box_offsets],
             boxes_xyxy=self.boxes_xyxy[keep],
             labels=self.labels[keep],
             is_crowd=self.is_crowd[keep],
-            polygons=arrays,
+            polygons=self.polygons.keep_boxes(keep) if self.polygons else None,
         )
 
 

@@ -36,6 +36,16 @@ class PolygonArrays:
     points_xy: NDArray[np.float32]
     """(P, 2)."""
 
+    def keep_boxes(self, keep: NDArray[np.bool_]) -> "PolygonArrays":
+        """Return the masks of the boxes where keep (M,) is True."""
+        ring_counts, point_counts = np.diff(self.ring_offsets), np.diff(self.point_offsets)
+        keep_ring = np.repeat(keep, ring_counts)
+        return PolygonArrays(
+            ring_offsets=offsets(ring_counts[keep]),
+            point_offsets=offsets(point_counts[keep_ring]),
+            points_xy=self.points_xy if keep_ring.all() else self.points_xy[np.repeat(keep_ring, point_counts)],
+        )
+
 
 def read(
     annotation_file: Path, columns: Columns, rows: NDArray[np.int64], sizes_hw: NDArray[np.int64]

@@ -57,7 +57,7 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
             config, rank_info = load(argv), read_rank_info()
             if rank_info.has_launcher:
                 parent_process.end_with_parent(rank_info.launcher_pid)
-            check_bn_group(config, rank_info)
+            config.check_world_size(rank_info.world_size)
             rank_device = device.select_device(config.device, rank_info.local_rank)
             device_cache.validate(config, rank_device)
             if binding := numa_binding.bind(config.numa_binding, rank_info, rank_device):
@@ -86,15 +86,6 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
             return 1
         except RunInterrupted as interrupted:
             return 128 + interrupted.signal_number
-
-
-def check_bn_group(config: RunConfig, rank_info: RankInfo) -> None:
-    """Raise InputError unless the batch-norm groups divide the ranks."""
-    group_size = config.bn_group_size(rank_info.world_size)
-    if rank_info.world_size % group_size:
-        raise InputError(
-            f"--bn-group {group_size}: does not divide the {rank_info.world_size} ranks. Pass a divisor, or 0 for all."
-        )
 
 
 @contextmanager

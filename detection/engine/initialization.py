@@ -59,7 +59,7 @@ def warm_up(state: TrainState, workload: Workload[Batch], run: RunContext, train
 
     def step() -> None:
         rank_batch = to_device(RankBatch(workload.dummy_batch(), 1, 1.0), ranks.device)
-        train_step(state, rank_batch, 0.0, workload, config, ranks)
+        train_step(state, rank_batch, workload, config, ranks)
 
     try:
         step()

@@ -13,16 +13,21 @@ Config = TypeVar("Config", bound=RunConfig)
 HEADINGS = ("layer", "kind", "weights", "parameters", "")
 
 
-def summarize_model(make_model: Callable[[Config], nn.Module], config: Config) -> str:
-    """Return a table of the layers with weights, and the total numbers of parameters. num_classes must be known.
-
-    Columns: name, kind, shapes of weights and biases, number of parameters, trained or frozen. The model is built on
-    the meta device, without memory.
-    """
+def make_meta_model(make_model: Callable[[Config], nn.Module], config: Config) -> nn.Module:
+    """Build the model as it trains, on the meta device, without memory. num_classes must be known."""
     with torch.device("meta"):
         model = make_model(config)
     if config.freeze_batch_norm:
         optim.freeze_batch_norm(model)
+    return model
+
+
+def summarize_model(make_model: Callable[[Config], nn.Module], config: Config) -> str:
+    """Return a table of the layers with weights, and the total numbers of parameters. num_classes must be known.
+
+    Columns: name, kind, shapes of weights and biases, number of parameters, trained or frozen.
+    """
+    model = make_meta_model(make_model, config)
     rows = [HEADINGS]
     for name, layer in model.named_modules():
         if weights := list(layer.parameters(recurse=False)):

@@ -1,4 +1,8 @@
-"""Optimizer and learning-rate schedules."""
+"""Optimizer and learning-rate schedules.
+
+A schedule returns the learning rate of a step (from 0) in an epoch (from 1) of so many steps, for weights whose rate
+has a factor.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,27 +30,23 @@ def build_optimizer(
     weight_decay_on_bias_and_norm: bool = True,
     bias_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over all trained parameters, with a learning rate of 0 until `set_learning_rate`.
+    """Build an optimizer over all trained parameters, with a learning rate of 0 until `set_learning_rates`.
 
     name: one of `TORCH_OPTIMIZERS`. backend: fused update of "torch" or, for SGD, of "apex", which compute the same.
-    momentum: of SGD. weight_decay_on_bias_and_norm: apply weight
-    decay to biases and batch norm, too. bias_lr_factor: factor on the learning rate of these. If either differs, they
-    form their own parameter group. Raise InputError if apex is not installed. On devices without torch's fused kernel
-    the update is not fused: slower, and equal up to rounding.
+    momentum: of SGD. The other arguments: as in `group_parameters`. Raise InputError if apex is not installed. On
+    devices without torch's fused kernel the update is not fused: slower, and equal up to rounding.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parameters: list[dict[str, Any]] = [{"params": trained}]
-    if not weight_decay_on_bias_and_norm or bias_lr_factor != 1:
-        decay = weight_decay if weight_decay_on_bias_and_norm else 0.0
-        biases = [parameter for parameter in trained if parameter.dim() <= 1]
-        parameters = [
-            {"params": [parameter for parameter in trained if parameter.dim() > 1]},
-            {"params": biases, "weight_decay": decay, "lr_factor": bias_lr_factor},
-        ]
+    parameters = group_parameters(
+        model,
+        weight_decay=weight_decay,
+        weight_decay_on_bias_and_norm=weight_decay_on_bias_and_norm,
+        bias_lr_factor=bias_lr_factor,
+    )
     if backend == "torch":
         optimizer_class = TORCH_OPTIMIZERS[name]
         arguments: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
-        fused = all(supports_fused(optimizer_class, device) for device in {parameter.device for parameter in trained})
+        devices = {parameter.device for group in parameters for parameter in group["params"]}
+        fused = all(supports_fused(optimizer_class, device) for device in devices)
         optimizer = optimizer_class(parameters, lr=0.0, weight_decay=weight_decay, fused=fused, **arguments)
         reset_optimizer_state(optimizer)
         return optimizer
@@ -59,6 +59,28 @@ def build_optimizer(
         ) from error
     sgd: torch.optim.Optimizer = FusedSGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
     return sgd
+
+
+def group_parameters(
+    model: nn.Module, *, weight_decay: float, weight_decay_on_bias_and_norm: bool, bias_lr_factor: float
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of all trained parameters.
+
+    weight_decay_on_bias_and_norm: apply weight decay to biases and batch norm, too. bias_lr_factor: factor on the
+    learning rate of these. If either differs, they form their own group.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if weight_decay_on_bias_and_norm and bias_lr_factor == 1:
+        return [{"params": trained}]
+    decay = weight_decay if weight_decay_on_bias_and_norm else 0.0
+    return [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1]},
+        {
+            "params": [parameter for parameter in trained if parameter.dim() <= 1],
+            "weight_decay": decay,
+            "lr_factor": bias_lr_factor,
+        },
+    ]
 
 
 def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -86,49 +108,67 @@ def supports_fused(optimizer_class: Callable[..., torch.optim.Optimizer], device
     return True
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group, multiplied by its `lr_factor` if it has one."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Callable[[float], float]) -> float:
+    """Set the rate of each parameter group to the schedule's for its `lr_factor`. Return that of a factor of 1."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        group["lr"] = schedule(group.get("lr_factor", 1.0))
+    return schedule(1.0)
 
 
 def multistep_lr(
     step: int,
     epoch: int,
     steps_per_epoch: int,
+    lr_factor: float = 1.0,
     *,
     peak: float,
     warmup_steps: int,
-    warmup_start_factor: float,
+    warmup_factor: float,
+    warmup_method: str,
     decay_steps: tuple[int, ...],
     lr_decay_factor: float,
+    steps_ahead: int,
 ) -> float:
-    """Return the learning rate of a step (from 0), independent of its epoch.
+    """Return the learning rate of a step, independent of its epoch: that of step + steps_ahead in Detectron's schedule.
 
-    Linear warm-up from peak·warmup_start_factor over the first `warmup_steps`, multiplied by `lr_decay_factor` from
-    each of `decay_steps` on (Detectron).
+    Linear warm-up over the first `warmup_steps`, multiplied by `lr_decay_factor` from each of `decay_steps` on. The
+    method "linear" starts at `warmup_factor` times the rate. "mlperf_linear" adds `warmup_factor` at each step for any
+    `lr_factor`, so that the rate of biases starts higher.
     """
-    rate = peak * lr_decay_factor ** sum(step >= boundary for boundary in decay_steps)
-    progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-    return rate * (warmup_start_factor * (1 - progress) + progress)
+    step += steps_ahead
+    rate = lr_factor * peak * lr_decay_factor ** sum(step >= boundary for boundary in decay_steps)
+    if step >= warmup_steps:
+        return rate
+    if warmup_method == "mlperf_linear":
+        return rate - (warmup_steps - step) * warmup_factor
+    progress = step / warmup_steps
+    return rate * (warmup_factor * (1 - progress) + progress)
 
 
 def linear_warmup_lr(
-    step: int, epoch: int, steps_per_epoch: int, *, peak: float, warmup_epochs: float, warmup_start_factor: float
+    step: int,
+    epoch: int,
+    steps_per_epoch: int,
+    lr_factor: float = 1.0,
+    *,
+    peak: float,
+    warmup_epochs: float,
+    warmup_start_factor: float,
 ) -> float:
-    """Return the learning rate of a step (from 0): linear warm-up over so many epochs, then constant.
+    """Return the learning rate of a step: linear warm-up over so many epochs, then constant.
 
     Warm-up starts at peak·warmup_start_factor (MLPerf's RetinaNet).
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-    return peak * (warmup_start_factor * (1 - progress) + progress)
+    return lr_factor * peak * (warmup_start_factor * (1 - progress) + progress)
 
 
 def mlperf_ssd_lr(
     step: int,
     epoch: int,
     steps_per_epoch: int,
+    lr_factor: float = 1.0,
     *,
     peak: float,
     warmup_steps: int,
@@ -136,7 +176,7 @@ def mlperf_ssd_lr(
     lr_decay_epochs: tuple[int, ...],
     lr_decay_factor: float,
 ) -> float:
-    """Return the learning rate of a step (from 0) in an epoch (from 1).
+    """Return the learning rate of a step in an epoch.
 
     Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `lr_decay_factor` after
     each of `lr_decay_epochs` (MLPerf reference).
@@ -144,7 +184,7 @@ def mlperf_ssd_lr(
     rate = peak * lr_decay_factor ** sum(epoch > boundary for boundary in lr_decay_epochs)
     if step < warmup_steps:
         rate -= (warmup_steps - step) * rate / (warmup_steps * 2**warmup_factor)
-    return rate
+    return rate * lr_factor
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from detection.checkpoint import checkpointer
+from detection.checkpoint import checkpointer, resume
 from detection.checkpoint.resume import ResumePoint
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
@@ -76,13 +76,13 @@ def restore(state: TrainState, resume_point: ResumePoint, config: RunConfig, ran
         ) from error
     rows = saved["batch_norm"]
     sync_batch_norm.set_running_stats(model, rows[ranks.rank] if len(rows) == ranks.world_size else rows.mean(dim=0))
-    try:
-        state.optimizer.load_state_dict(saved["optimizer"])
-    except ValueError as error:
-        raise InputError(
-            f"{resume_point.path}: checkpoint of a different optimizer ({error}). "
-            "Pass --weight-decay-on-bias-and-norm and --bias-lr-factor as in the run that wrote it."
-        ) from error
+    resume.check_optimizer(config, resume_point.path, saved, state.optimizer.param_groups)
+    # Hyperparameters are those of the settings, which may have changed, and of this device.
+    groups = [
+        group | {"params": saved_group["params"]}
+        for group, saved_group in zip(state.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True)
+    ]
+    state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
     state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.images_in_epoch, state.epoch_evaluated = saved["epoch"], saved["samples"], saved["evaluated"]
     state.step = round(saved["step"] * saved["global_batch_size"] / config.global_batch_size(ranks.world_size))

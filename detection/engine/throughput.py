@@ -7,6 +7,7 @@ that is already on the device. They produce no MLPerf result and no MLPerf log.
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from detection.config.settings import InputError
 from detection.data.batch import RankBatch
 from detection.data.prefetch import prefetch, to_device
-from detection.engine import train_loop
+from detection.engine import optim, train_loop
 from detection.engine.initialization import build_state, warm_up
 from detection.engine.metadata import run_metadata
 from detection.engine.model_mode import eval_mode, set_train_mode
@@ -38,8 +39,10 @@ def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[st
     set_train_mode(state.model, run.config)
 
     def step_fn(rank_batch: RankBatch[Any]) -> int:
-        lr = workload.lr_schedule(state.step, 1, run.config.benchmark_steps)
-        train_loop.train_step(state, rank_batch, lr, workload, run.config, run.ranks)
+        optim.set_learning_rates(
+            state.optimizer, partial(workload.lr_schedule, state.step, 1, run.config.benchmark_steps)
+        )
+        train_loop.train_step(state, rank_batch, workload, run.config, run.ranks)
         return len(rank_batch.batch[0])
 
     def real() -> Iterator[RankBatch[Any]]:

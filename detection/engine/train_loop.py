@@ -3,6 +3,7 @@
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,8 +104,10 @@ def train_epoch(state: TrainState, data: TrainSource[Batch], workload: Workload[
     with run.signals.deferred():
         mark_s = time.monotonic()
         for rank_batch in prefetch(data.train_batches(epoch, state.images_in_epoch), ranks.device):
-            lr = workload.lr_schedule(state.step, epoch, data.steps_per_epoch)
-            loss = train_step(state, rank_batch, lr, workload, config, ranks)
+            lr = optim.set_learning_rates(
+                state.optimizer, partial(workload.lr_schedule, state.step, epoch, data.steps_per_epoch)
+            )
+            loss = train_step(state, rank_batch, workload, config, ranks)
             state.images_in_epoch += rank_batch.global_batch_size
             run.watchdog.heartbeat()
             local_step_s = state.step_timer.last_end_s["forward"] - mark_s
@@ -137,18 +140,17 @@ def check_stop_request(state: TrainState, run: RunContext, *, blocking: bool = F
 def train_step(
     state: TrainState,
     rank_batch: RankBatch[Batch],
-    lr: float,
     workload: Workload[Batch],
     config: RunConfig,
     ranks: DistContext,
 ) -> Tensor:
     """Take one optimizer step and return this rank's loss terms (L,), without waiting for the device.
 
-    The batch, on the device, is split into `grad_accum_steps` micro-batches. Each loss is weighted by the global
-    batch, so the sum of the gradients is the gradient of the global mean. Code is compiled for a full batch. The last
-    batch of an epoch may be smaller and runs in eager mode. A step that the gradient scaler skips counts as a step.
+    The learning rates are those of the optimizer. The batch, on the device, is split into `grad_accum_steps`
+    micro-batches. Each loss is weighted by the global batch, so the sum of the gradients is the gradient of the global
+    mean. Code is compiled for a full batch. The last batch of an epoch may be smaller and runs in eager mode. A step
+    that the gradient scaler skips counts as a step.
     """
-    optim.set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(len(workload.loss_names), device=ranks.device)
     micro_batches = split_micro_batches(rank_batch.batch, config.grad_accum_steps)

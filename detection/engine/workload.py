@@ -41,7 +41,7 @@ class Workload(Generic[Batch]):
     loss: loss terms (L,) of a batch on the device, each summed over the images. Training minimizes their sum.
     loss_names: names of the L terms.
     dummy_batch, dummy_eval_batch: batches of the real shapes, made without the data set.
-    lr_schedule: learning rate of a step (from 0) in an epoch (from 1) of so many steps.
+    lr_schedule: learning rate of a step (from 0) in an epoch (from 1) of so many steps, for weights of an `lr_factor`.
     predict: detections of the model in an evaluation batch on the device.
     evaluate: metrics over the evaluation set, identical on every rank.
     evaluate_other: after `evaluate`, the metrics of the other choice of --eval-images, or None if they are the same.
@@ -57,7 +57,7 @@ class Workload(Generic[Batch]):
     dummy_eval_batch: Callable[[], Any]
     make_train_source: Callable[[], TrainSource[Batch]]
     make_eval_source: Callable[[], EvalSource]
-    lr_schedule: Callable[[int, int, int], float]
+    lr_schedule: Callable[[int, int, int, float], float]
     predict: Callable[[nn.Module, Any], object]
     evaluate: Callable[[nn.Module, Any], dict[str, float]]
     evaluate_other: Callable[[nn.Module, Any], OtherEvaluation | None]

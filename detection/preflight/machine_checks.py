@@ -103,7 +103,7 @@ def check_rank(
         results += check_rules(config, spec.rule_values(config, ranks.world_size), ranks.world_size)
     if rank_info.local_rank == 0:
         layout = LaunchLayout(num_nodes=rank_info.num_nodes, ranks_per_node=rank_info.local_world_size)
-        results += check_data(config, layout, segmentations=spec.segmentations)
+        results += check_data(config, layout, spec)
         results += check_machine(config, rank_info, batch_bytes(config, spec), parameter_bytes)
     return results
 
@@ -236,7 +236,7 @@ def probe_step(workload: Workload[Any], config: RunConfig, single_rank: DistCont
     batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), single_rank.device)
     for _ in range(2):  # the first one allocates memory and compiles
         start_s = time.monotonic()
-        train_loop.train_step(state, batch, 0.0, workload, config, single_rank)
+        train_loop.train_step(state, batch, workload, config, single_rank)
         device.synchronize(single_rank.device)
     step_s = time.monotonic() - start_s
     gradient_bytes = sum(tensor.nbytes for tensor in state.model.parameters() if tensor.requires_grad)
@@ -304,7 +304,7 @@ def check_bandwidth(measured: tuple[float, bool], probe: StepProbe | None, world
     return CheckResult("collectives", "pass", message)
 
 
-def check_data(config: RunConfig, layout: LaunchLayout, *, segmentations: bool) -> list[CheckResult]:
+def check_data(config: Config, layout: LaunchLayout, spec: PreflightSpec[Config]) -> list[CheckResult]:
     """Check that the data set is complete and decodable, and that the pretrained backbone is intact."""
     try:
         backbone = [CheckResult("backbone", "pass", run_checks.check_backbone(config))]
@@ -315,7 +315,7 @@ def check_data(config: RunConfig, layout: LaunchLayout, *, segmentations: bool) 
             return [CheckResult("data", "pass", "not read: the input is synthetic"), *backbone]
         if run_checks.pending_synthetic_data(config):
             return [CheckResult("data", "pass", f"{config.data_dir}: generated when the run starts"), *backbone]
-        splits, info = run_checks.check_data(config, layout, segmentations=segmentations)
+        splits, info = run_checks.check_data(config, layout, spec)
     except InputError as error:
         return [CheckResult("data", "fail", line) for line in str(error).splitlines()] + backbone
     except OSError as error:

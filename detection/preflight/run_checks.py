@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from detection import run_dir, run_lock
 from detection.checkpoint import backbone_urls
@@ -28,6 +28,9 @@ from detection.data.num_classes import resolve_num_classes
 from detection.engine import tensorboard
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -42,15 +45,16 @@ class PreflightSpec(Generic[Config]):
 
     load: read settings from flags. rule_values: values by the keys of `mlperf.rules`, for a number of ranks.
     image_bytes: size of an image from a worker. check_weights: describe a weights file, or raise InputError if it does
-    not fit the network. summarize_model: list the network's layers, for resolved num_classes. The last two may import
-    torch. segmentations: the benchmark trains masks.
+    not fit the network. make_model: build the network for resolved num_classes. The last two may import torch.
+    select_train_images: return the images to train on. segmentations: the benchmark trains masks.
     """
 
     load: Callable[[Sequence[str]], ResolvedSettings[Config]]
     rule_values: Callable[[Config, int], Mapping[str, object]]
     image_bytes: Callable[[Config], int]
     check_weights: Callable[[Path, Config], str]
-    summarize_model: Callable[[Config], str]
+    make_model: Callable[[Config], "nn.Module"]
+    select_train_images: Callable[[Config, coco.Split], coco.Split]
     segmentations: bool = False
 
 
@@ -68,11 +72,11 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
     try:
         resolved = spec.load([word for word in argv if word not in ("--dry-run", "--all")])
         config, layout = resolved.config, read_launch_layout()
+        config.check_world_size(layout.world_size)
         notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
-        info, errors = check_input(config, layout, spec, generate_data=not dry_run)
-        report = notes + info
         run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        report += [f"run folder: {run_folder}"]
+        info, errors = check_input(config, layout, spec, run_folder, generate_data=not dry_run)
+        report = [*notes, *info, f"run folder: {run_folder}"]
         if dry_run:
             verdict = f"would not start: {len(violations)} rules are broken" if violations else "would start"
             verdict += f", with {len(errors)} warnings" if errors else ""
@@ -107,7 +111,10 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
 def print_summary(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
     """Check only the settings, print the layers of the network, and return the exit status."""
     try:
-        print(spec.summarize_model(with_num_classes(spec.load(argv).config)))
+        config = with_num_classes(spec.load(argv).config)
+        from detection.engine import model_summary  # imports torch
+
+        print(model_summary.summarize_model(spec.make_model, config))
     except InputError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
@@ -161,7 +168,7 @@ def check_rules(config: RunConfig, rule_values: Mapping[str, object], world_size
 
 
 def check_input(
-    config: Config, layout: LaunchLayout, spec: PreflightSpec[Config], generate_data: bool
+    config: Config, layout: LaunchLayout, spec: PreflightSpec[Config], run_folder: Path, *, generate_data: bool
 ) -> tuple[list[str], list[str]]:
     """Read everything that the run will read. Return information and errors.
 
@@ -177,7 +184,7 @@ def check_input(
         elif generate and not generate_data:
             info.append(f"DATADIR={config.data_dir}: the synthetic images are generated when the run starts")
         else:
-            info += check_data(config, layout, segmentations=spec.segmentations)[1]
+            info += check_data(config, layout, spec)[1]
     except InputError as error:
         errors += str(error).splitlines()
     except OSError as error:
@@ -189,8 +196,8 @@ def check_input(
         checks.append(tensorboard.require_tensorboard)
     if config.device not in ("auto", "cpu"):
         checks.append(partial(check_device, config, layout))
-    if config.resume not in ("none", "auto") and layout.node_rank == 0:  # the first rank reads it
-        checks.append(partial(check_resume, config, spec))
+    if config.resume != "none" and layout.node_rank == 0:  # the first rank reads it
+        checks.append(partial(check_resume, config, spec, run_folder))
     if config.weights:
         checks.append(lambda: f"weights: {check_weights(config, config.weights, spec)}")
     elif config.backbone_weights:
@@ -225,13 +232,25 @@ def check_weights(config: Config, file: str, spec: PreflightSpec[Config]) -> str
     return f"{file} ({spec.check_weights(Path(file), resolve_num_classes(config))})"
 
 
-def check_resume(config: Config, spec: PreflightSpec[Config]) -> str:
-    """Describe the checkpoint that --resume names. Raise InputError if it does not fit the settings."""
-    from detection.checkpoint import checkpointer, resume  # import torch
+def check_resume(config: Config, spec: PreflightSpec[Config], run_folder: Path) -> str | None:
+    """Describe the checkpoint that --resume selects, if any. Raise InputError if it does not fit the settings."""
+    from detection.checkpoint import resume  # these import torch
+    from detection.engine import optim
+    from detection.engine.model_summary import make_meta_model
 
-    path = Path(config.resume)
-    resume.check_usable(config, path, checkpointer.load(path, benchmark=config.benchmark))
-    return f"resume: {check_weights(config, config.resume, spec)}"
+    selected = resume.select_checkpoint(config, run_folder, log=lambda _: None)  # the run warns of damaged ones
+    if selected is None:
+        return None
+    path, state = selected
+    description = check_weights(config, str(path), spec)
+    groups = optim.group_parameters(
+        make_meta_model(spec.make_model, resolve_num_classes(config)),
+        weight_decay=config.weight_decay,
+        weight_decay_on_bias_and_norm=config.weight_decay_on_bias_and_norm,
+        bias_lr_factor=config.bias_lr_factor,
+    )
+    resume.check_optimizer(config, path, state, groups)
+    return f"resume: {description}"
 
 
 def check_backbone(config: RunConfig) -> str:
@@ -252,12 +271,10 @@ def check_backbone(config: RunConfig) -> str:
 
 
 def check_data(
-    config: RunConfig, layout: LaunchLayout, *, segmentations: bool = False
+    config: Config, layout: LaunchLayout, spec: PreflightSpec[Config]
 ) -> tuple[dict[str, coco.Split], list[str]]:
-    """Read the splits and check them against the settings. Return the splits and a description.
-
-    segmentations: also read masks. Raises InputError.
-    """
+    """Read the splits and check them against the settings. Return the splits and a description. Raise InputError."""
+    segmentations = spec.segmentations
     if not config.train_images and not config.data_dir.is_dir():
         coco.standard_paths(config.data_dir, "train", segmentations=segmentations)
     info, errors = [], []
@@ -283,11 +300,12 @@ def check_data(
             errors.append(str(error))
     if train := splits.get("train"):
         info.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
-        global_batch, num_images = config.global_batch_size(layout.world_size), len(train.drop_empty_images())
+        global_batch = config.global_batch_size(layout.world_size)
+        num_images = len(spec.select_train_images(config, train))
         if global_batch > num_images:
             errors.append(
                 f"batch_size {config.batch_size} on {layout.world_size} ranks is {global_batch} images per step, but "
-                f"{train.annotation_file} has {num_images} images with boxes. Pass a smaller --batch-size"
+                f"{train.annotation_file} has {num_images} images to train on. Pass a smaller --batch-size"
             )
         if "val" in splits and splits["val"].categories != train.categories:
             errors.append(

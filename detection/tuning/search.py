@@ -234,8 +234,8 @@ def count_train_images(config: Config, layout: LaunchLayout, preflight: Prefligh
     """Return the number of training images per epoch. Generates a missing synthetic data set first."""
     if generate := run_checks.pending_synthetic_data(config):
         generate()
-    splits, _ = run_checks.check_data(config, layout, segmentations=preflight.segmentations)
-    return len(splits["train"].drop_empty_images())
+    splits, _ = run_checks.check_data(config, layout, preflight)
+    return len(preflight.select_train_images(config, splits["train"]))
 
 
 def uses_published_recipes(config: RunConfig) -> bool:

@@ -22,9 +22,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from detection.data.batch import RankBatch
 from detection.data.image_pipeline import HostImagePipeline
 from detection.data.prefetch import to_device
-from detection.engine import train_loop
+from detection.engine import optim, train_loop
 from detection.engine.initialization import build_state
-from detection.engine.optim import freeze_batch_norm
 from detection.nn import box_coder
 from detection.nn.resnet_fpn import NUM_CHANNELS
 from detection.runtime.device import should_compile
@@ -32,7 +31,7 @@ from detection.synthetic import coco_scenes
 from maskrcnn import rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
 from maskrcnn.config import Config, load
-from maskrcnn.data import Batch, MaskRCNNTrainDataset, is_landscape
+from maskrcnn.data import Batch, MaskRCNNTrainDataset, aspect_groups
 from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import POOLED_STRIDES_PX, MaskRCNN, make_model
 from maskrcnn.roi_align import Rois, roi_align
@@ -103,10 +102,11 @@ def optimized_step(context: BenchContext, config: Config, torchvision: nn.Module
     model = copy_weights_from(torchvision, config)
     workload = make_workload(config, context.ranks, context.seed, model, evaluator)
     state = build_state(workload, config, context.ranks)
+    optim.set_learning_rates(state.optimizer, lambda factor: baseline.LEARNING_RATE * factor)
     rank_batch = RankBatch(make_batch(context), config.batch_size, 1 / config.batch_size)
 
     def step() -> Tensor:
-        return train_loop.train_step(state, rank_batch, baseline.LEARNING_RATE, workload, config, context.ranks)
+        return train_loop.train_step(state, rank_batch, workload, config, context.ranks)
 
     return with_precision(config.precision, context, step)
 
@@ -333,7 +333,7 @@ def copy_weights_from(torchvision: nn.Module, config: Config) -> MaskRCNN:
     model = make_model(config)
     model.load_state_dict(model.state_dict() | from_torchvision(torchvision.state_dict()))
     model.train()
-    freeze_batch_norm(model)
+    optim.freeze_batch_norm(model)
     return model
 
 
@@ -344,7 +344,7 @@ def make_batch(context: BenchContext) -> Batch:
     sizes = {"min_size_px": min_px, "max_size_px": max_px}
     pixels = HostImagePipeline()
     images = MaskRCNNTrainDataset(split, seed=context.seed, **sizes, flip=False, legacy=False, pixels=pixels)
-    landscape = np.resize(np.flatnonzero(is_landscape(split.sizes_hw)), context.size.maskrcnn_batch_size)
+    landscape = np.resize(np.flatnonzero(aspect_groups(split.sizes_hw) == 0), context.size.maskrcnn_batch_size)
     batch = images.__getitems__([(1, index) for index in landscape.tolist()])
     assert isinstance(batch, Batch)
     return to_device(batch, context.device)

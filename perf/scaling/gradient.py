@@ -127,7 +127,7 @@ def make_step(config: Config, device: torch.device) -> TrainStep:
     workload = make_workload(config, single_rank, 0, SSD300(config.num_classes), evaluator)
     state = build_state(workload, config, single_rank)
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), device)
-    return TrainStep(state, partial(train_loop.train_step, state, rank_batch, 0.0, workload, config, single_rank))
+    return TrainStep(state, partial(train_loop.train_step, state, rank_batch, workload, config, single_rank))
 
 
 def interleave(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
-from detection.engine import train_loop
+from detection.engine import optim, train_loop
 from detection.engine.initialization import build_state
 from detection.engine.state import TrainState
 from detection.engine.workload import Workload
@@ -162,8 +162,8 @@ def network_step(context: BenchContext, sample: baseline.Sample) -> Callable[[],
     rank_batch: RankBatch[Any] = RankBatch(sample, batch_size, 1 / batch_size)
 
     def step() -> None:
-        lr = workload.lr_schedule(state.step, 1, 1)
-        train_loop.train_step(state, rank_batch, lr, prepared_workload, config, context.ranks)
+        optim.set_learning_rates(state.optimizer, partial(workload.lr_schedule, state.step, 1, 1))
+        train_loop.train_step(state, rank_batch, prepared_workload, config, context.ranks)
 
     return with_precision(config.precision, context, step)
 
@@ -175,8 +175,8 @@ def full_step(context: BenchContext, config: Config) -> Callable[[], object]:
     rank_batch = RankBatch(batch, config.batch_size, 1 / config.batch_size)
 
     def step() -> None:
-        lr = workload.lr_schedule(state.step, 1, 1)
-        train_loop.train_step(state, rank_batch, lr, workload, config, context.ranks)
+        optim.set_learning_rates(state.optimizer, partial(workload.lr_schedule, state.step, 1, 1))
+        train_loop.train_step(state, rank_batch, workload, config, context.ranks)
 
     return with_precision(config.precision, context, step)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
 from detection.data.prefetch import prefetch
-from detection.engine import train_loop
+from detection.engine import optim, train_loop
 from detection.runtime.device import supports_jpeg_decode
 from perf.harness import BenchContext, Result
 from perf.roofline import count_flop
@@ -74,8 +75,10 @@ def epochs(context: BenchContext, batch_size: int, num_workers: int, **settings:
     def run() -> None:
         epoch = next(epoch_numbers)
         for rank_batch in prefetch(data.train_batches(epoch), context.device):
-            lr = workload.lr_schedule(state.step, epoch, data.steps_per_epoch)
-            train_loop.train_step(state, rank_batch, lr, workload, config, context.ranks)
+            optim.set_learning_rates(
+                state.optimizer, partial(workload.lr_schedule, state.step, epoch, data.steps_per_epoch)
+            )
+            train_loop.train_step(state, rank_batch, workload, config, context.ranks)
 
     cache_titles = {"none": "", "host": ", image cache on host", "device": ", image cache on device"}
     title = cache_titles[config.image_cache] + ", JPEG decoder on device" * (config.jpeg_decoder == "gpu")

@@ -137,6 +137,17 @@ def test_drop_crowds_removes_crowds_which_have_no_rings(folder: Path) -> None:
     assert read(folder, data).drop_crowds().polygons is None
 
 
+def test_masks_of_dropped_boxes_are_dropped(folder: Path) -> None:
+    data = content()
+    data["annotations"].insert(0, annotation(4, image_id=30, segmentation=[*SQUARE, *SQUARE]))
+    split = read(folder, data, segmentations=True)
+    expected = [box_rings(split, box) for box in range(len(split.labels))]
+    for dropped in range(len(expected)):
+        kept = split.keep_boxes(np.arange(len(expected)) != dropped)
+        rings = [box_rings(kept, box) for box in range(len(kept.labels))]
+        assert rings == expected[:dropped] + expected[dropped + 1 :]
+
+
 INVALID_MASKS = {
     "odd": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 coordinates, an odd number"),
     "two points": ([*SQUARE, [1, 2, 3, 4]], "a polygon of 2 points, fewer than 3"),

@@ -52,9 +52,9 @@ def count_warmup_graphs(workload, config, variants_of):
     initialization.warm_up(state, workload, run, train_loop.train_step)
     after_warm_up = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for rank_batch in map(copy_batch, workload.make_train_source().train_batches(1, 0)):
-        train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
+        train_loop.train_step(state, rank_batch, workload, config, RANKS)
     for batch in map(copy_batch, variants_of(rank_batch.batch)):
-        train_loop.train_step(state, rank_batch._replace(batch=batch), 0.0, workload, config, RANKS)
+        train_loop.train_step(state, rank_batch._replace(batch=batch), workload, config, RANKS)
     assert torch._dynamo.utils.counters["graph_break"] == {}
     return after_warm_up
 

@@ -62,7 +62,7 @@ def training_syncs(syncs, workload, config):
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
     for _ in range(2):
         syncs.take()
-        loss = train_loop.train_step(state, rank_batch, 0.1, workload, config, RANKS)
+        loss = train_loop.train_step(state, rank_batch, workload, config, RANKS)
     assert loss.device == CUDA
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     assert all(parameter.grad.device == CUDA for parameter in trained)
@@ -127,10 +127,10 @@ def test_ssd_training_step_never_synchronizes_on_a_real_gpu(precision):
     workload, config = ssd_workload("--precision", precision)
     state = build_state(workload, config, RANKS)
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
-    train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
+    train_loop.train_step(state, rank_batch, workload, config, RANKS)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_loop.train_step(state, rank_batch, 0.0, workload, config, RANKS)
+        train_loop.train_step(state, rank_batch, workload, config, RANKS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

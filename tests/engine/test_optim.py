@@ -36,6 +36,46 @@ def test_without_warm_up_training_starts_at_the_peak():
     assert optim.mlperf_ssd_lr(0, 1, 100, **(SCHEDULE | {"warmup_steps": 0})) == pytest.approx(0.09)
 
 
+MULTISTEP = {
+    "peak": 0.1,
+    "warmup_steps": 10,
+    "warmup_factor": 0.2,
+    "warmup_method": "linear",
+    "decay_steps": (20, 30),
+    "lr_decay_factor": 0.1,
+    "steps_ahead": 0,
+}
+
+
+def test_multistep_rate_warms_up_linearly_and_decays_at_its_steps():
+    rates = [optim.multistep_lr(step, 1, 1, **MULTISTEP) for step in (0, 5, 10, 19, 20, 29, 30)]
+    assert rates == pytest.approx([0.02, 0.06, 0.1, 0.1, 0.01, 0.01, 0.001])
+    assert optim.multistep_lr(0, 1, 1, **(MULTISTEP | {"warmup_steps": 0})) == 0.1
+
+
+def test_multistep_rate_can_be_a_step_ahead():
+    ahead = MULTISTEP | {"steps_ahead": 1}
+    for step in range(40):
+        assert optim.multistep_lr(step, 1, 1, **ahead) == optim.multistep_lr(step + 1, 1, 1, **MULTISTEP)
+
+
+def test_mlperf_linear_warm_up_adds_the_same_to_every_group():
+    method = MULTISTEP | {"warmup_method": "mlperf_linear", "warmup_factor": 0.01}
+    steps = (0, 5, 9, 10, 20)
+    rates = [optim.multistep_lr(step, 1, 1, **method) for step in steps]
+    assert rates == pytest.approx([0, 0.05, 0.09, 0.1, 0.01])
+    assert [optim.multistep_lr(step, 1, 1, 2.0, **method) for step in steps] == pytest.approx(
+        [0.1, 0.15, 0.19, 0.2, 0.02]
+    )
+
+
+def test_rate_of_each_group_follows_the_schedule_of_its_factor():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = optim.build_optimizer(model, backend="torch", momentum=0.0, weight_decay=0.5, bias_lr_factor=2.0)
+    assert optim.set_learning_rates(optimizer, lambda factor: 10 + factor) == 11
+    assert [group["lr"] for group in optimizer.param_groups] == [11, 12]
+
+
 def test_frozen_batch_norm_is_constant():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     optim.freeze_batch_norm(model)
@@ -97,7 +137,7 @@ def test_skipped_first_step_leaves_no_uninitialized_momentum(momentum):
         torch.nn.init.ones_(layer.weight)
         sgd = optim.build_optimizer(layer, backend="torch", momentum=momentum, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        optim.set_learning_rate(sgd, 0.1)
+        optim.set_learning_rates(sgd, lambda factor: 0.1 * factor)
         garbage = [torch.full((1, 1000), 7e9) for _ in range(50)]  # uninitialized memory
         del garbage
         for factor in (float("inf"), 1.0, 2.0) if skipped else (1.0, 2.0):

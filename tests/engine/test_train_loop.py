@@ -35,7 +35,7 @@ def test_step_with_an_overflow_is_counted_as_skipped():
     # The scale grows after two good steps. Its growth must not hide the step that is skipped after it.
     for value in (1.0, 1.0, float("inf"), 1.0):
         rank_batch = RankBatch(Batch(torch.full((1, 1), value)), 1, 1.0)
-        train_loop.train_step(state, rank_batch, 0.1, workload, config, DistContext(0, 1, CPU))
+        train_loop.train_step(state, rank_batch, workload, config, DistContext(0, 1, CPU))
         weights.append(model.weight.item())
     assert (state.step, int(state.skipped_steps)) == (4, 1)
     assert weights[2] == weights[1] > weights[3]

@@ -9,19 +9,25 @@ import pytest
 import torch
 
 from annotation_file import read_one_image
-from detection.config.settings import InputError
+from detection.config.settings import InputError, LaunchLayout
 from detection.data import coco, image_io
 from detection.data.batch import split_micro_batches
 from detection.data.image_pipeline import HostImagePipeline
+from detection.preflight import run_checks
 from detection.runtime.distributed import DistContext
 from maskrcnn import masks
+from maskrcnn.commands import PREFLIGHT
 from maskrcnn.config import Config
-from maskrcnn.data import MaskRCNNTrainDataset, MaskRCNNTrainSource, resized_hw
+from maskrcnn.data import MaskRCNNTrainDataset, MaskRCNNTrainSource, aspect_groups, resized_hw
+from maskrcnn.train_images import select_train_images
 from paths import ROOT, shared
 
 CPU = torch.device("cpu")
 SINGLE_RANK = DistContext(0, 1, CPU)
 SIZES = {"min_image_size": 128, "max_image_size": 160}
+
+
+REFERENCE = ROOT / "tests/golden/maskrcnn/maskrcnn_reference.npz"
 
 
 def make_source(folder, ranks=SINGLE_RANK, seed=5, **settings):
@@ -236,6 +242,74 @@ def test_loss_weights_make_each_step_a_mean_over_its_images(small_toy):
         for step, rank_batch in enumerate(make_source(small_toy, DistContext(rank, 3, CPU)).train_batches(1)):
             sums[step] += rank_batch.loss_weight * len(rank_batch.batch.images) / 3
     assert all(total == pytest.approx(1) for total in sums.values())
+
+
+def test_square_images_are_batched_with_the_tall_ones_as_in_the_reference():
+    vectors = np.load(REFERENCE)
+    assert aspect_groups(vectors["aspect_hw"]).tolist() == vectors["aspect_group"].tolist()
+
+
+@pytest.fixture
+def odd_boxes(tmp_path):
+    """The split of the reference's vectors with boxes of odd sizes, and the vectors."""
+    vectors = np.load(REFERENCE)
+    content = json.loads(str(vectors["dataset_json"]))
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).touch()
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    return coco.read(tmp_path / "annotations.json", tmp_path, segmentations=True), vectors
+
+
+def test_boxes_of_one_pixel_are_dropped_as_in_the_reference(odd_boxes):
+    split, vectors = odd_boxes
+    train = select_train_images(Config(), split)
+    assert train.image_ids.tolist() == vectors["dataset_ids"].tolist()
+    for index, image_id in enumerate(train.image_ids.tolist()):
+        legacy = train.boxes(index) - np.array([0, 0, 1, 1], np.float32)
+        np.testing.assert_allclose(legacy, vectors[f"dataset_image{image_id}_xyxy"], atol=1e-4)
+        assert train.image_labels(index).tolist() == vectors[f"dataset_image{image_id}_labels"].tolist()
+        for box, edges in zip(train.boxes(index), masks.mask_edges(train, index), strict=True):
+            corners = edges.reshape(-1, 2)  # a mask stays with its box
+            assert (corners >= box[:2] - 0.01).all()
+            assert (corners[:, 0].min(), corners[:, 1].min()) == pytest.approx(box[:2], abs=0.01)
+
+
+def test_torchvision_variant_trains_on_narrow_boxes_and_on_no_image_with_crowds_only(odd_boxes):
+    split, _ = odd_boxes
+    train = select_train_images(Config(legacy_boxes=False), split)
+    assert train.image_ids.tolist() == [1, 2, 3, 4]
+    assert len(train.labels) == len(split.labels) - split.is_crowd.sum()
+
+
+def write_single_box(folder, start, width):
+    """Write annotations of one image with one box. Return the file."""
+    (folder / "1.jpg").touch()
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 640}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [start, 3, width, 9], "area": 9 * width, "iscrowd": 0}
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    content["annotations"][0]["segmentation"] = [[start, 3, start + width, 3, start, 12]]
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder / "annotations.json"
+
+
+@pytest.mark.parametrize("start", [5.3, 127.7, 511.61])
+def test_side_of_a_pixel_is_recognized_despite_rounding(tmp_path, start):
+    for width in (1.0, 1.01):
+        split = coco.read(write_single_box(tmp_path, start, width), tmp_path)
+        assert len(select_train_images(Config(), split)) == (width > 1)
+
+
+def test_data_set_without_an_image_to_train_on_is_reported_by_preflight(tmp_path):
+    file = str(write_single_box(tmp_path, 5.3, 1.0))
+    data = {"train_annotations": file, "val_annotations": file}
+    data |= {"train_images": str(tmp_path), "val_images": str(tmp_path), "dataset": "custom", "batch_size": 1}
+    with pytest.raises(InputError, match="has 0 images to train on"):
+        run_checks.check_data(Config(**data), LaunchLayout(), PREFLIGHT)
+    run_checks.check_data(Config(**data, legacy_boxes=False), LaunchLayout(), PREFLIGHT)
 
 
 def test_training_skips_crowds_and_images_without_boxes(small_toy):

@@ -163,7 +163,7 @@ def data(four_image_coco, tmp_path):
 
 
 def check_statuses(folder, *flags):
-    results = machine_checks.check_data(settings(folder, *flags), LaunchLayout(), segmentations=False)
+    results = machine_checks.check_data(settings(folder, *flags), LaunchLayout(), PREFLIGHT)
     return {(result.name, result.status) for result in results}, " ".join(result.message for result in results)
 
 

@@ -13,10 +13,13 @@ import torch
 
 import commands
 from detection.checkpoint import checkpointer
+from detection.config.settings import to_json
 from detection.data import worker_shm
+from detection.engine import optim
 from detection.synthetic import toy
 from maskrcnn import commands as maskrcnn_commands
 from paths import ROOT
+from ssd.config import load
 from ssd.model import SSD300
 
 SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
@@ -291,7 +294,7 @@ def test_report_lists_the_verdict_on_each_value(check, data_dir, ruleset, schedu
         f"reference_convergence: {points}",
     ):
         assert part in err
-    assert "same as the reference: momentum, lr_decay_factor" in err
+    assert "same as the reference: optimizer, momentum, lr_decay_factor" in err
     assert "forbids" not in err
     assert check(*closed(data_dir, "--ruleset", ruleset, "--eval-epochs", "7"))[0] == 2
 
@@ -404,6 +407,31 @@ def test_unavailable_device_is_a_warning_of_a_dry_run(check):
     assert "warning: --device xpu: torch" in out
 
 
+def save_checkpoint(path, **changes):
+    """Save a checkpoint of a small network in the middle of its training. Return its path."""
+    model = SSD300(4, "resnet18")
+    sgd = optim.build_optimizer(model, backend="torch", momentum=0.9, weight_decay=0.0)
+    config = load(["--backbone", "resnet18"], {}).config
+    state = {"format": checkpointer.FORMAT, "benchmark": "ssd", "seed": 5, "epoch": 40, "evaluated": True}
+    state |= {"model": model.state_dict(), "optimizer": sgd.state_dict(), "config": to_json(config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state | changes, path)
+    return path
+
+
+def test_checkpoint_of_resume_auto_must_fit_the_settings(check, tmp_path):
+    flags = ("--resume", "auto", "--backbone", "resnet18")
+    assert check(*flags)[0] == 0
+    run = tmp_path / "run"
+    path = save_checkpoint(run / "checkpoints" / "epoch_0040_step_0000100.pt")
+    status, _, err = check(*flags, RUN_DIR=run)
+    assert status == 0
+    assert f"resume: {path} (" in err
+    status, _, err = check(*flags, "--bias-lr-factor", "2", RUN_DIR=run)
+    assert status == 2
+    assert f"error: {path}: checkpoint of another optimizer" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
@@ -412,12 +440,14 @@ def test_unavailable_device_is_a_warning_of_a_dry_run(check):
         ({"epoch": 80}, (), "all 80 epochs are complete"),
         ({}, ("--seed", "6"), "was trained with seed 5"),
         ({}, ("--backbone", "resnet34"), "but the settings ask for ssd300-r34 on resnet34"),
+        ({}, ("--bias-lr-factor", "2"), "another optimizer, sgd of 77 parameters instead of sgd of 31 + 46 parameters"),
+        ({}, ("--bias-lr-factor", "2"), "Set bias_lr_factor 1.0 as in the run that wrote it."),
+        ({}, ("--optimizer", "adam"), "Set optimizer sgd as in the run that wrote it."),
+        ({}, ("--freeze-batch-norm",), "Set freeze_batch_norm False as in the run that wrote it."),
     ],
 )
 def test_checkpoint_to_resume_must_fit_the_settings(check, tmp_path, changes, flags, message):
-    path = tmp_path / "checkpoint.pt"
-    state = {"format": checkpointer.FORMAT, "benchmark": "ssd", "seed": 5, "epoch": 40, "evaluated": True}
-    torch.save(state | {"model": SSD300(4, "resnet18").state_dict()} | changes, path)
+    path = save_checkpoint(tmp_path / "checkpoint.pt", **changes)
     status, _, err = check("--resume", str(path), "--backbone", "resnet18", *flags)
     assert status == (2 if message else 0), err
     assert err.count("error:") == bool(message)

@@ -144,7 +144,7 @@ def train(config: Config, process: entrypoint.ProcessContext) -> int:
             make_train_source=open_data,
             make_eval_source=open_data,
             predict=lambda model, batch: model(batch.inputs),
-            lr_schedule=lambda step, epoch, _: 0.05 / epoch + 1e-4 * step,
+            lr_schedule=lambda step, epoch, _, lr_factor: lr_factor * (0.05 / epoch + 1e-4 * step),
             evaluate=evaluate,
             evaluate_other=lambda *_: None,
             targets={"AP": config.target},
