@@ -179,8 +179,8 @@ def stack_sizes(images: Sequence[Tensor]) -> Tensor:
 def pad_vertices(vertices: Sequence[Sequence[masks.Floats]]) -> Tensor:
     """Stack the vertices (v, 3) of each box of each image to (B, G, V, 3), padded with zeros; G, V are at least 2."""
     max_boxes = max(2, *(len(image_vertices) for image_vertices in vertices))
-    max_vertices = max(2, *(len(mask) for image_vertices in vertices for mask in image_vertices))
-    padded = np.zeros((len(vertices), max_boxes, max_vertices, 3), dtype=np.float32)
+    max_vertices = max((len(mask) for image_vertices in vertices for mask in image_vertices), default=0)
+    padded = np.zeros((len(vertices), max_boxes, max(2, max_vertices), 3), dtype=np.float32)
     for image, image_vertices in enumerate(vertices):
         for box, mask in enumerate(image_vertices):
             padded[image, box, : len(mask)] = mask

@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools import mask as mask_api
 
 from annotation_file import read_one_image
 from detection.config.settings import InputError, LaunchLayout
@@ -18,7 +20,7 @@ from detection.runtime.distributed import DistContext
 from maskrcnn import masks
 from maskrcnn.commands import PREFLIGHT
 from maskrcnn.config import Config
-from maskrcnn.data import MaskRCNNTrainDataset, MaskRCNNTrainSource, aspect_groups, resized_hw
+from maskrcnn.data import MaskRCNNTrainDataset, MaskRCNNTrainSource, resized_hw
 from maskrcnn.train_images import select_train_images
 from paths import ROOT, shared
 
@@ -244,41 +246,41 @@ def test_loss_weights_make_each_step_a_mean_over_its_images(small_toy):
     assert all(total == pytest.approx(1) for total in sums.values())
 
 
-def test_square_images_are_batched_with_the_tall_ones_as_in_the_reference():
-    vectors = np.load(REFERENCE)
-    assert aspect_groups(vectors["aspect_hw"]).tolist() == vectors["aspect_group"].tolist()
-
-
 @pytest.fixture
 def odd_boxes(tmp_path):
-    """The split of the reference's vectors with boxes of odd sizes, and the vectors."""
-    vectors = np.load(REFERENCE)
-    content = json.loads(str(vectors["dataset_json"]))
+    """The split with boxes of odd sizes in the reference's vectors."""
+    content = json.loads(str(np.load(REFERENCE)["dataset_json"]))
     for image in content["images"]:
         (tmp_path / image["file_name"]).touch()
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    return coco.read(tmp_path / "annotations.json", tmp_path, segmentations=True), vectors
+    return coco.read(tmp_path / "annotations.json", tmp_path, segmentations=True)
 
 
-def test_boxes_of_one_pixel_are_dropped_as_in_the_reference(odd_boxes):
-    split, vectors = odd_boxes
-    train = select_train_images(Config(), split)
-    assert train.image_ids.tolist() == vectors["dataset_ids"].tolist()
-    for index, image_id in enumerate(train.image_ids.tolist()):
-        legacy = train.boxes(index) - np.array([0, 0, 1, 1], np.float32)
-        np.testing.assert_allclose(legacy, vectors[f"dataset_image{image_id}_xyxy"], atol=1e-4)
-        assert train.image_labels(index).tolist() == vectors[f"dataset_image{image_id}_labels"].tolist()
-        for box, edges in zip(train.boxes(index), masks.mask_edges(train, index), strict=True):
-            corners = edges.reshape(-1, 2)  # a mask stays with its box
-            assert (corners >= box[:2] - 0.01).all()
-            assert (corners[:, 0].min(), corners[:, 1].min()) == pytest.approx(box[:2], abs=0.01)
+def test_masks_stay_with_their_boxes_if_others_are_dropped(odd_boxes):
+    train = select_train_images(Config(), odd_boxes)
+    assert len(train.labels) < len(odd_boxes.labels) - odd_boxes.is_crowd.sum()
+    for index in range(len(train)):
+        for box, mask in zip(train.boxes(index), train.masks(index), strict=True):
+            left, top, width, height = mask_api.toBbox(mask)
+            assert [left, top, left + width, top + height] == pytest.approx(box, abs=1)
+
+
+def test_batch_of_images_with_crowds_only_has_no_objects(odd_boxes):
+    train = select_train_images(Config(), odd_boxes)
+    index = train.image_ids.tolist().index(5)
+    Image.new("RGB", (60, 60)).save(train.image_path(index))
+    limits = {"min_size_px": 64, "max_size_px": 64}
+    dataset = MaskRCNNTrainDataset(train, seed=0, **limits, flip=True, legacy=True, pixels=HostImagePipeline())
+    batch = dataset.__getitems__([(1, index), (2, index)])
+    assert batch.boxes_xyxy.shape == (2, 2, 4)
+    assert not batch.labels.any()
+    assert not batch.vertices.any()
 
 
 def test_torchvision_variant_trains_on_narrow_boxes_and_on_no_image_with_crowds_only(odd_boxes):
-    split, _ = odd_boxes
-    train = select_train_images(Config(legacy_boxes=False), split)
+    train = select_train_images(Config(legacy_boxes=False), odd_boxes)
     assert train.image_ids.tolist() == [1, 2, 3, 4]
-    assert len(train.labels) == len(split.labels) - split.is_crowd.sum()
+    assert len(train.labels) == len(odd_boxes.labels) - odd_boxes.is_crowd.sum()
 
 
 def write_single_box(folder, start, width):
