@@ -179,7 +179,7 @@ def mlperf_ssd_lr(
     """Return the learning rate of a step in an epoch.
 
     Linear warm-up from peak·(1 - 2^-factor) over the first `warmup_steps`, multiplied by `lr_decay_factor` after
-    each of `lr_decay_epochs` (MLPerf reference).
+    each of `lr_decay_epochs` (MLPerf's rules; in the reference the rate stays at that of the last warm-up step).
     """
     rate = peak * lr_decay_factor ** sum(epoch > boundary for boundary in lr_decay_epochs)
     if step < warmup_steps:
