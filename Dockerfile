@@ -9,8 +9,8 @@ ARG PIP_NO_CACHE_DIR=1
 WORKDIR /workspace/detection-training
 
 # A separate layer for the packages, so that a change of the code does not install them again.
-COPY pyproject.toml constraints.txt README.md setup.sh ./
-RUN mkdir ssd maskrcnn detection mlperf perf && ./setup.sh --system-site-packages
+COPY pyproject.toml constraints.txt setup.sh ./
+RUN ./setup.sh --system-site-packages
 
 # Writable by any user: run_with_docker.sh passes the caller's user ID, who then owns the logs.
 RUN mkdir -m 1777 data results

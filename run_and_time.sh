@@ -120,8 +120,9 @@ require_integer DGXNGPU 1 4096
   die "$config sets DGXNNODES=$DGXNNODES, but Slurm started this on SLURM_STEP_NUM_NODES=$SLURM_STEP_NUM_NODES"
 ((NODE_RANK < DGXNNODES)) || die "$config sets DGXNNODES=$DGXNNODES, but NODE_RANK=$NODE_RANK. It counts from 0"
 
-./setup.sh --quiet
 python=${VENV:-.venv}/bin/python
+if $help && ! "$python" -c 'import pydantic' 2>/dev/null; then echo "./setup.sh installs what --help needs to list the settings" && exit; fi
+$help || ./setup.sh --quiet
 if $help; then "$python" -m "$BENCHMARK" train --help "${flags[@]}" | sed 1,2d && exit; fi
 if $model_summary; then exec "$python" -m "$BENCHMARK" summary "${flags[@]}"; fi
 

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Create the Python environment in .venv and install this project into it. A second call does nothing.
+# Create the Python environment in .venv with the packages that this project needs. A second call does nothing.
+# The project itself is not installed: it runs from its folder.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: ./setup.sh [--dev] [--latest | --system-site-packages | --vendor NAME [--packages DIR]] [--quiet] [--check]
+usage: ./setup.sh [--dev] [--latest | --system-site-packages | --vendor NAME [--packages DIR]] [--torch-index URL]
+                  [--quiet] [--check]
 
 Installs the exact versions of constraints.txt, which the tests passed with, except with the three flags in the middle.
-An environment keeps that choice: .packages in it says which one.
+An environment keeps that choice: .packages in it says which one. An environment that setup.sh did not create is never
+cleared. Its packages stay as they are, and only missing ones are added.
 
   --dev                   also install what the tests and linters need
   --latest                install the latest versions that pyproject.toml allows, and upgrade to them in each call
   --system-site-packages  use the torch of this machine or container image
+  --torch-index URL       take torch and torchvision from another package index, now and in later calls. PyTorch's wheels
+                          for CPUs are a tenth of the download: https://download.pytorch.org/whl/cpu
   --quiet                 print nothing if everything is up to date
   --check                 only list what is installed and what is missing; exits with 1 if a required item is missing
   --vendor NAME           prepare the machine for its accelerators: iluvatar, cambricon, nvidia, amd or cpu
@@ -31,7 +36,7 @@ die() {
   exit "${2:-2}"
 }
 
-extras='' versions='' system=false quiet=false check=false vendor='' packages=''
+extras='' versions='' system=false quiet=false check=false vendor='' packages='' torch_index=''
 while (($#)); do
   case $1 in
     --dev) extras='[dev]' ;;
@@ -39,9 +44,10 @@ while (($#)); do
     --system-site-packages) system=true versions=system ;;
     --quiet) quiet=true ;;
     --check) check=true ;;
-    --vendor | --packages)
+    --vendor | --packages | --torch-index)
       (($# > 1)) || die "$1 needs a value. See ./setup.sh --help"
-      printf -v "${1#--}" %s "$2"
+      name=${1#--}
+      printf -v "${name//-/_}" %s "$2"
       shift
       ;;
     -h | --help) usage && exit ;;
@@ -50,6 +56,7 @@ while (($#)); do
   shift
 done
 [[ -z $packages || -n $vendor ]] || die "--packages $packages: needs --vendor NAME. Pass both"
+[[ -z $torch_index || ($system == false && -z $packages) ]] || die "--torch-index $torch_index: torch comes from this machine or --packages. Omit one of them"
 if [[ -n $packages ]]; then packages=$(realpath --canonicalize-missing "$packages"); fi
 
 if [[ -n $vendor ]]; then versions=vendor; fi
@@ -63,18 +70,23 @@ cd "$root"
 upgrade=false
 if [[ $versions == latest ]]; then upgrade=true; fi
 if [[ -z $versions && -f $venv/.packages ]]; then versions=$(<"$venv/.packages"); fi
+if [[ -z $versions && ! -e $venv/.created && ! -e $venv/.installed && -e $venv/pyvenv.cfg ]]; then versions=own; fi
+if [[ -z $torch_index && -f $venv/.torch-index ]]; then torch_index=$(<"$venv/.torch-index"); fi
 case $versions in
-  latest | vendor | system) ;;
+  latest | vendor | system | own) ;;
   *) versions="constraints.txt sha256:$(sha256sum constraints.txt | cut -c 1-12)" ;;
 esac
 
-# stamp EXTRAS: prints the text that marks an installation with these extras as finished.
+# stamp EXTRAS VERSIONS: prints the text that marks an installation with these extras as finished.
 stamp() {
-  printf '%s\n' "detection-training$1 in $root, $("$python" -V 2>&1)" "$versions" "$(<pyproject.toml)"
+  printf '%s\n' "detection-training$1, $("$python" -V 2>&1)" ${2:+"$2"} ${torch_index:+"$torch_index"} "$(<pyproject.toml)"
 }
 
 is_installed() {
-  [[ -x $python && -f $venv/.installed && $(<"$venv/.installed") == "$(stamp "$1")" ]]
+  local stamped
+  [[ -x $python && -f $venv/.installed ]] || return
+  stamped=$(sed '1s/ in .*, /, /' "$venv/.installed") # earlier releases named the folder, and no versions
+  [[ $stamped == "$(stamp "$1" "$versions")" || $stamped == "$(stamp "$1" '')" ]]
 }
 
 uses_system_packages() {
@@ -120,16 +132,27 @@ find_python() {
   die "no Python 3.11 to 3.13 on PATH. Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or set PYTHON: PYTHON=/path/to/python3.12 ./setup.sh"
 }
 
-# Keep and update a working environment, unless an installation into it was interrupted.
-venv_is_valid() {
-  [[ ! -e $venv/.installing && -x $python ]] && is_supported "$python" && "$python" -m pip --version &>/dev/null &&
-    { ! $system || uses_system_packages; } &&
-    { [[ -z ${PYTHON:-} ]] || [[ $("$PYTHON" -V 2>&1) == "$("$python" -V 2>&1)" ]]; }
+has_pip() { "$python" -m pip --version &>/dev/null; }
+
+# check_venv: sets `problem` to the reason why the environment cannot be used as it is, or to nothing.
+check_venv() {
+  problem=''
+  if [[ ! -x $python ]] || ! is_supported "$python"; then
+    problem='has no working Python 3.11 to 3.13'
+  elif ! has_pip && ! command -v uv >/dev/null; then
+    problem='has no pip, and uv is not on PATH. Install one of them'
+  elif $system && ! uses_system_packages; then
+    problem='was created without --system-site-packages'
+  elif [[ -n ${PYTHON:-} && $("$PYTHON" -V 2>&1) != "$("$python" -V 2>&1)" ]]; then
+    problem="has $("$python" -V 2>&1), but PYTHON=$PYTHON is another version"
+  fi
 }
 
 create_venv() {
-  local options=(--clear)
+  local options=()
   find_python
+  find "$venv" -mindepth 1 -delete
+  touch "$venv/.created"
   if $system; then
     options+=(--system-site-packages)
     if "$base" -c 'import pip' 2>/dev/null; then options+=(--without-pip); fi
@@ -151,22 +174,90 @@ for name in ("torch", "torchvision"):
 END
 }
 
+# pin_installed: keeps pip from changing any package of the user's environment, and gives the others their tested versions.
+pin_installed() {
+  "$python" - >"$venv/constraints.txt" <<'END'
+import re
+from importlib.metadata import distributions
+
+
+def normalize(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+pinned = {normalize(package.name): f"{package.name}=={package.version}" for package in distributions() if package.name}
+tested = [line.strip() for line in open("constraints.txt") if re.match("[A-Za-z]", line)]
+print(*pinned.values(), *(line for line in tested if normalize(re.split("[^A-Za-z0-9._-]", line)[0]) not in pinned), sep="\n")
+END
+}
+
+# print_requirements EXTRA ...: prints what pyproject.toml requires, also for the extras.
+print_requirements() {
+  "$python" - "$@" <<'END'
+import re
+import sys
+import tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+
+
+def expand(lines):
+    for line in lines:
+        extra = re.fullmatch(re.escape(project["name"]) + r"\[(.*)\]", line)
+        if extra:
+            yield from expand(project["optional-dependencies"][extra[1]])
+        else:
+            yield line
+
+
+print(*expand(project["dependencies"]), sep="\n")
+for extra in sys.argv[1:]:
+    print(*expand(project["optional-dependencies"][extra]), sep="\n")
+END
+}
+
+# pip_install WORD ...: installs packages with pip, or with uv in an environment without pip.
+pip_install() {
+  if has_pip; then
+    "$python" -m pip install --disable-pip-version-check --no-input "$@"
+  else
+    uv pip install --python "$python" "$@"
+  fi || {
+    rm -f "$venv/.installing" # pip rolls back a failed installation; only a kill leaves a partial package
+    die "pip could not install the packages (see its message above). Fix the cause and run ./setup.sh again" 1
+  }
+}
+
+install_torch() {
+  local options=("$@") stored=''
+  if [[ -f $venv/.torch-index ]]; then stored=$(<"$venv/.torch-index"); fi
+  if [[ $stored != "$torch_index" ]]; then options+=(--force-reinstall); fi
+  pip_install --no-deps --index-url "$torch_index" "${options[@]}" torch torchvision
+  printf '%s\n' "$torch_index" >"$venv/.torch-index"
+  if [[ $versions == own ]]; then pin_installed; else pin_torch; fi
+}
+
 install_packages() {
-  local options=()
+  local options=() extra=()
   if uses_system_packages; then pin_torch; fi
+  if [[ $versions == own ]]; then pin_installed; fi
   if [[ -f $venv/constraints.txt ]]; then options+=(--constraint "$venv/constraints.txt"); fi
   case $versions in
     constraints.txt*) options+=(--constraint constraints.txt) ;;
-    latest) options+=(--upgrade --upgrade-strategy eager) ;;
+    latest) options+=(--upgrade) ;;
   esac
-  echo "setup.sh: installing detection-training$extras: torch and its libraries take several GB, this can take minutes"
+  echo "setup.sh: installing the packages: torch and its libraries take several GB, this can take minutes"
   touch "$venv/.installing"
-  if ! "$python" -m pip install --disable-pip-version-check --no-input "${options[@]}" --editable ".$extras"; then
-    rm "$venv/.installing" # pip rolls back a failed installation; only a kill leaves a partial package
-    die "pip could not install the packages (see its message above). Fix the cause and run ./setup.sh again" 1
+  if [[ -n $torch_index ]]; then
+    install_torch "${options[@]}"
+    options+=(--constraint "$venv/constraints.txt")
   fi
+  if [[ $versions == latest ]] && has_pip; then options+=(--upgrade-strategy eager); fi
+  if [[ -n $extras ]]; then extra=(dev); fi
+  print_requirements "${extra[@]}" >"$venv/requirements.txt"
+  pip_install "${options[@]}" --requirement "$venv/requirements.txt"
   printf '%s\n' "$versions" >"$venv/.packages"
-  stamp "$extras" >"$venv/.installed"
+  stamp "$extras" "$versions" >"$venv/.installed"
   rm "$venv/.installing"
 }
 
@@ -257,7 +348,7 @@ if is_up_to_date; then
   exit
 fi
 
-if [[ -d $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
+if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.created && -n $(ls -A "$venv") ]]; then
   die "VENV=$venv contains other files and is not a Python environment. Name an empty or new folder"
 fi
 mkdir -p "$venv" || die "cannot create $venv. Name another folder with VENV="
@@ -270,8 +361,13 @@ if ! flock --nonblock 9; then
   if is_up_to_date; then exit; fi
 fi
 
-if [[ -f $venv/.installed && $(head -n 1 "$venv/.installed") == 'detection-training[dev] '* ]]; then extras='[dev]'; fi
-venv_is_valid || create_venv
+if [[ -f $venv/.installed && $(head -n 1 "$venv/.installed") == 'detection-training[dev]'* ]]; then extras='[dev]'; fi
+check_venv
+if [[ -e $venv/.created && (-n $problem || -e $venv/.installing) || ! -e $venv/pyvenv.cfg ]]; then
+  create_venv
+elif [[ -n $problem ]]; then
+  die "VENV=$venv $problem. setup.sh clears only environments that it created. Name another folder, or remove this one"
+fi
 if [[ -n $vendor ]]; then install_wheels; fi
 install_packages
 echo "setup.sh: $venv is ready"

@@ -72,9 +72,7 @@ wheels_installed() {
 install_wheels() {
   if wheels_installed; then return; fi
   echo "setup.sh: installing $(basename --multiple "${wheels[@]}" | paste --serial --delimiters ' ')"
-  if ! "$python" -m pip install --disable-pip-version-check --no-input "${wheels[@]}"; then
-    die "pip could not install the wheels in $packages (see its message above). They must be built for $("$python" -V)" 1
-  fi
+  (pip_install "${wheels[@]}") || die "the wheels in $packages must be built for $("$python" -V)" 1
   pin_torch
   stat --format '%n %s %Y' "${wheels[@]}" >"$venv/.wheels"
 }

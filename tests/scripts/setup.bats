@@ -49,6 +49,7 @@ case "$*" in
     exit "${PIP_STATUS:-0}"
     ;;
   -) echo "torch==2.12.0a0+image" ;;
+  '- dev') echo "what tests need" ;;
 esac
 END
   chmod +x "$bin/$1"
@@ -68,11 +69,11 @@ environments() {
   grep --count '^venv ' "$PIP_LOG" || true
 }
 
-@test "setup creates the environment with the working Python and installs the project" {
+@test "setup creates the environment with the working Python and installs what the project needs" {
   run "$project/setup.sh"
   [ "$status" -eq 0 ]
   [[ $output == *"creating $project/.venv with Python 3.12.1"* ]]
-  [[ $(<"$PIP_LOG") == *"--editable ." ]]
+  [[ $(<"$PIP_LOG") == *"--requirement $project/.venv/requirements.txt" ]]
   [[ ${lines[-1]} == *"is ready" ]]
 }
 
@@ -89,7 +90,7 @@ environments() {
 @test "--dev extends an environment, which also works without --dev" {
   "$project/setup.sh"
   "$project/setup.sh" --dev
-  [[ $(tail -n 1 "$PIP_LOG") == *"--editable .[dev]" ]]
+  [ "$(<"$project/.venv/requirements.txt")" = "what tests need" ]
   "$project/setup.sh"
   "$project/setup.sh" --dev
   [ "$(installations)" -eq 2 ]
@@ -101,12 +102,12 @@ environments() {
   echo '# changed' >>"$project/pyproject.toml"
   "$project/setup.sh"
   [ "$(installations)" -eq 2 ]
-  [[ $(tail -n 1 "$PIP_LOG") == *"--editable .[dev]" ]]
+  [ "$(<"$project/.venv/requirements.txt")" = "what tests need" ]
 }
 
 @test "the exact versions of constraints.txt are installed, recorded, and installed again after a change" {
   "$project/setup.sh"
-  [[ $(tail -n 1 "$PIP_LOG") == *"--constraint constraints.txt --editable ." ]]
+  [[ $(tail -n 1 "$PIP_LOG") == *"--constraint constraints.txt --requirement "* ]]
   sum=$(sha256sum <"$project/constraints.txt")
   [ "$(<"$project/.venv/.packages")" = "constraints.txt sha256:${sum:0:12}" ]
   echo '# changed' >>"$project/constraints.txt"
@@ -120,7 +121,7 @@ environments() {
 @test "--latest upgrades in each call, and later calls without it keep what it installed" {
   "$project/setup.sh"
   "$project/setup.sh" --latest
-  [[ $(tail -n 1 "$PIP_LOG") == *"--upgrade --upgrade-strategy eager --editable ." ]]
+  [[ $(tail -n 1 "$PIP_LOG") == *"--upgrade --upgrade-strategy eager --requirement "* ]]
   [ "$(<"$project/.venv/.packages")" = latest ]
   echo '# changed' >>"$project/constraints.txt"
   "$project/setup.sh" --quiet
@@ -130,11 +131,104 @@ environments() {
   [ "$(environments)" -eq 1 ]
 }
 
-@test "a moved project is installed again" {
+@test "a moved project, and a second one with the same VENV, use the environment as it is" {
   "$project/setup.sh"
   mv "$project" "$project elsewhere"
-  "$project elsewhere/setup.sh"
-  [ "$(installations)" -eq 2 ]
+  run "$project elsewhere/setup.sh"
+  [ "$output" = "setup.sh: $project elsewhere/.venv is up to date" ]
+  cp -r "$project elsewhere" "$project"
+  VENV="$project elsewhere/.venv" run "$project/setup.sh" --quiet
+  [ -z "$output" ]
+  sed -i '1s|, |[dev] in /where/it was, in 2025, |' "$project elsewhere/.venv/.installed" # by an earlier release
+  VENV="$project elsewhere/.venv" run "$project/setup.sh" --quiet
+  [ -z "$output" ]
+  [ "$(installations)" -eq 1 ]
+}
+
+# own_venv: creates an environment of the user, with a file that must stay.
+own_venv() {
+  mine=$BATS_TEST_TMPDIR/mine
+  mkdir -p "$mine/bin"
+  cp "$bin/python3.12" "$mine/bin/python"
+  echo 'include-system-site-packages = false' | tee "$mine/pyvenv.cfg" >"$mine/work"
+}
+
+@test "an environment that setup.sh did not create keeps its files and packages, and gets what is missing" {
+  own_venv
+  VENV=$mine run "$project/setup.sh"
+  [ "$status" -eq 0 ]
+  VENV=$mine run "$project/setup.sh" --quiet
+  [ -z "$output" ]
+  [[ $(<"$PIP_LOG") == *"--constraint $mine/constraints.txt --requirement $mine/requirements.txt" ]]
+  [ "$(<"$mine/.packages")" = own ]
+  [[ -e $mine/work && $(environments) -eq 0 && $(installations) -eq 1 ]]
+}
+
+@test "an environment that setup.sh did not create is never cleared, whatever is wrong with it" {
+  own_venv
+  # shellcheck disable=SC2016 # evaluated below
+  for problem in 'rm "$mine/bin/python"' 'broken_shim python && cp "$bin/python" "$mine/bin"' 'VERSION=3.9.1' \
+    'touch "$mine/.installing" "$mine/.installed"; VERSION=3.14.0'; do
+    own_venv
+    eval "$problem"
+    VENV=$mine PATH=$bin:/usr/bin:/bin run "$project/setup.sh"
+    VERSION=3.12.1
+    [[ $status -eq 2 && $output == "error: VENV=$mine has no working Python 3.11 to 3.13. setup.sh clears only "* ]]
+    [ -e "$mine/work" ]
+  done
+  own_venv
+  VENV=$mine run "$project/setup.sh" --system-site-packages
+  [[ $status -eq 2 && $output == "error: VENV=$mine was created without --system-site-packages."* ]]
+  [ ! -s "$PIP_LOG" ]
+}
+
+@test "an environment without pip is used through uv, or left alone" {
+  own_venv
+  sed -i "s/^  '-m pip --version') ;;/  '-m pip '*) exit 1 ;;/" "$mine/bin/python"
+  VENV=$mine PATH=$bin:/usr/bin:/bin run "$project/setup.sh"
+  [[ $status -eq 2 && $output == "error: VENV=$mine has no pip, and uv is not on PATH. Install one of them."* ]]
+  # shellcheck disable=SC2016 # expanded by the stub
+  printf '#!/bin/sh\necho "uv $*" >>"$PIP_LOG"\n' >"$bin/uv"
+  chmod +x "$bin/uv"
+  VENV=$mine run "$project/setup.sh"
+  [ "$status" -eq 0 ]
+  [ "$(<"$PIP_LOG")" = "uv pip install --python $mine/bin/python --constraint $mine/constraints.txt --requirement $mine/requirements.txt" ]
+  [ -e "$mine/work" ]
+}
+
+@test "--torch-index takes torch and torchvision from there, now and in later calls" {
+  run "$project/setup.sh" --torch-index https://wheels/cpu
+  [ "$status" -eq 0 ]
+  mapfile -t calls < <(grep '^pip ' "$PIP_LOG")
+  [[ ${calls[0]} == *" --no-deps --index-url https://wheels/cpu --constraint constraints.txt --force-reinstall torch torchvision" ]]
+  [[ ${calls[1]} == *" --constraint constraints.txt --constraint $project/.venv/constraints.txt --requirement "* ]]
+  [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
+  run "$project/setup.sh" --quiet
+  [ -z "$output" ]
+  echo '# changed' >>"$project/constraints.txt"
+  "$project/setup.sh"
+  mapfile -t calls < <(grep '^pip ' "$PIP_LOG")
+  [[ ${calls[2]} == *" --index-url https://wheels/cpu "*" torch torchvision" && ${calls[2]} != *--force-reinstall* ]]
+  "$project/setup.sh" --torch-index https://wheels/other
+  [[ $(grep '^pip ' "$PIP_LOG" | tail -n 2) == *" --index-url https://wheels/other "*" --force-reinstall torch torchvision"* ]]
+  [ "$(environments)" -eq 1 ]
+  run "$project/setup.sh" --torch-index https://wheels/cpu --system-site-packages
+  [[ $status -eq 2 && $output == "error: --torch-index https://wheels/cpu: "* ]]
+}
+
+@test "the requirements are those of pyproject.toml, with the extras that another one names" {
+  "$environment" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || skip "needs tomllib"
+  mine=$BATS_TEST_TMPDIR/real
+  "$environment" -m venv --without-pip "$mine"
+  printf '#!/bin/sh\nexit\n' >"$bin/uv"
+  chmod +x "$bin/uv"
+  VENV=$mine run "$project/setup.sh" --dev
+  [ "$status" -eq 0 ]
+  [ "$(grep --count '^torch>=' "$mine/requirements.txt")" -eq 1 ]
+  [ "$(grep --count '^onnxruntime>=' "$mine/requirements.txt")" -eq 1 ]
+  [ "$(grep --count '^pytest>=' "$mine/requirements.txt")" -eq 1 ]
+  [ "$(grep --count 'detection-training' "$mine/requirements.txt")" -eq 0 ]
+  grep --quiet '^torch==' "$mine/constraints.txt" # not installed: the tested version
 }
 
 @test "a killed installation is repeated in an empty environment" {
@@ -210,7 +304,7 @@ environments() {
 @test "--system-site-packages pins the torch of the image and needs no ensurepip" {
   MODULES='venv pip' run "$project/setup.sh" --system-site-packages
   [ "$status" -eq 0 ]
-  [[ $(<"$PIP_LOG") == *"-m venv --clear --system-site-packages --without-pip "*"--constraint $project/.venv/constraints.txt"* ]]
+  [[ $(<"$PIP_LOG") == *"-m venv --system-site-packages --without-pip "*"--constraint $project/.venv/constraints.txt"* ]]
   [[ $(<"$PIP_LOG") != *"--constraint constraints.txt"* ]]
   [ "$(<"$project/.venv/.packages")" = system ]
   [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
@@ -237,7 +331,7 @@ vendor_folder() {
   [ "${calls[0]}" = "1toolkit-4.1.run: 0: " ]
   [ "${calls[1]}" = "driver_4.1.run: 3: --silent --path /opt/x" ]
   [[ ${calls[3]} == "pip -m pip install "*"/apex-0.1-py3-none-any.whl "*"/torch-2.4.0+corex-cp312-none-any.whl" ]]
-  [[ ${calls[4]} == *"--constraint $project/.venv/constraints.txt --editable ." ]]
+  [[ ${calls[4]} == *"--constraint $project/.venv/constraints.txt --requirement "* ]]
   [ "$(<"$project/.venv/constraints.txt")" = "torch==2.12.0a0+image" ]
 }
 
