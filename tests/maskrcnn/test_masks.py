@@ -174,14 +174,14 @@ points = st.tuples(st.floats(-10, 40, width=32), st.floats(-10, 40, width=32))
 several_polygons = st.lists(st.lists(points, min_size=3, max_size=7), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(several_polygons, st.lists(st.booleans(), min_size=4))
 def test_orientation_and_first_point_of_a_polygon_do_not_matter(polygons, reversals):
     other = [p[1:] + p[:1] if keep else p[::-1] for p, keep in zip(polygons, reversals, strict=False)]
     np.testing.assert_array_equal(rasterize_polygons(*polygons), rasterize_polygons(*other))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(several_polygons)
 def test_several_polygons_give_their_union(polygons):
     separate = np.max([rasterize_polygons(polygon) for polygon in polygons], axis=0)
@@ -192,7 +192,7 @@ fifths = st.integers(-60, 200).map(lambda number: number / 5)
 any_points = st.tuples(st.one_of(fifths, st.floats(-200, 200, width=32)), st.one_of(fifths, st.floats(-99, 99)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.lists(any_points, min_size=3, max_size=9), min_size=1, max_size=3),
     st.tuples(st.floats(-20, 20, width=32), fifths, st.floats(0, 100, width=32), st.sampled_from([0, 1, 14, 28, 280])),
@@ -233,11 +233,11 @@ def random_regions(seed, count):
     return objects, np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
 
 
-@pytest.mark.parametrize(("seed", "dense"), [(0, False), (1, True)])
-def test_random_polygons_have_the_bits_of_the_reference(monkeypatch, seed, dense):
+@pytest.mark.parametrize(("count", "dense"), [(300, False), (60, True)])
+def test_random_polygons_have_the_bits_of_the_reference(monkeypatch, count, dense):
     if dense:  # as on an accelerator
         monkeypatch.setattr(masks, "_crossed_columns", masks._all_columns)
-    objects, rois_xyxy = random_regions(seed, 400)
+    objects, rois_xyxy = random_regions(dense, count)
     expected = np.stack([rasterize_like_reference(*region) for region in zip(objects, rois_xyxy, strict=True)])
     assert 0.1 < expected.mean() < 0.9
     np.testing.assert_array_equal(rasterize_batch(objects, rois_xyxy), expected)
