@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from detection import run_dir, run_lock
+from detection import git_state, run_dir, run_lock
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, format_settings, read_launch_layout
@@ -76,7 +76,7 @@ def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
         notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
         run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
         info, errors = check_input(config, layout, spec, run_folder, generate_data=not dry_run)
-        report = [*notes, *info, f"run folder: {run_folder}"]
+        report = [*notes, *info, *check_source(config), f"run folder: {run_folder}"]
         if dry_run:
             verdict = f"would not start: {len(violations)} rules are broken" if violations else "would start"
             verdict += f", with {len(errors)} warnings" if errors else ""
@@ -165,6 +165,18 @@ def check_rules(config: RunConfig, rule_values: Mapping[str, object], world_size
     notes += [f"warning: {violation}" for violation in violations]
     notes += [f"note: closed would reject {check.rule}: {check.message}" for check in closed if not check.passed]
     return notes, []
+
+
+def check_source(config: RunConfig) -> list[str]:
+    """Return a warning if the logs of a training could not be submitted, since their source is not a commit."""
+    source = git_state.read(config.source_commit)
+    if config.mode != "train" or source.dirty is False:
+        return []
+    if source.dirty:
+        problem = f"files differ from commit {source.commit[:12]}. Commit them"
+    else:
+        problem = "unknown commit. Run from the git repository, or in an image built with --build-arg COMMIT,"
+    return [f"warning: source: {problem} before runs for a submission, which rejects their logs otherwise"]
 
 
 def check_input(

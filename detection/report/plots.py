@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from detection.atomic_file import atomic_write
 from detection.report.run_record import RunRecord, to_float
 from mlperf.reference_points import ReferencePoint
 
@@ -95,8 +96,8 @@ class Plot:
     def write_png(self, folder: Path) -> Path:
         """Write a PNG file on a white background and return its path."""
         path = folder / f"{self.name}.png"
-        with matplotlib.rc_context(STYLE):
-            self.figure.savefig(path, format="png", dpi=144, facecolor="white")
+        with matplotlib.rc_context(STYLE), atomic_write(path) as partial:
+            self.figure.savefig(partial, format="png", dpi=144, facecolor="white")
         return path
 
 

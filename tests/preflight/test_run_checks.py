@@ -16,6 +16,8 @@ from detection.checkpoint import checkpointer
 from detection.config.settings import to_json
 from detection.data import worker_shm
 from detection.engine import optim
+from detection.git_state import GitState
+from detection.preflight import run_checks
 from detection.synthetic import toy
 from maskrcnn import commands as maskrcnn_commands
 from paths import ROOT
@@ -60,6 +62,23 @@ def test_valid_run_prints_organization_folder_and_counts(check, tmp_path):
     assert Path(folder).parent == tmp_path / "results/toy/ssd"
     assert "train: 24 images" in err
     assert "val: 4 images" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "warning"),
+    [
+        (GitState("a" * 40, dirty=True), "warning: source: files differ from commit aaaaaaaaaaaa. Commit them before"),
+        (GitState("unknown", dirty=None), "warning: source: unknown commit. Run from the git repository"),
+        (GitState("a" * 40, dirty=False), ""),
+    ],
+)
+def test_source_that_cannot_be_submitted_is_a_warning(check, monkeypatch, source, warning):
+    monkeypatch.setattr(run_checks.git_state, "read", lambda _: source)
+    status, _, err = check()
+    assert status == 0
+    assert warning in err
+    assert ("warning: source" in err) == bool(warning)
+    assert "warning: source" not in check("--mode", "bench-train")[2]
 
 
 def test_dry_run_creates_nothing_and_prints_everything(check, tmp_path):

@@ -1,5 +1,6 @@
 """Report on real runs, published logs and incomplete runs, and its layout in a browser."""
 
+import errno
 import html.parser
 import json
 import os
@@ -389,6 +390,21 @@ def test_command_writes_report_into_run_folder_and_plots_as_png(run_copy, tmp_pa
     }  # fmt: skip
     with Image.open(tmp_path / "png" / "loss.png") as image:
         assert len(image.getcolors(1 << 20)) > 20
+
+
+def test_full_disk_is_named_and_leaves_no_partial_file(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    words = [str(TOY), "--out", str(tmp_path / "out.html")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        assert command_line.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/out.html: No space left on device.")
+    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    assert command_line.main([*words, "--png", str(tmp_path / "png")]) == 2
+    assert re.match(rf"error: {tmp_path}/png/\w+.png: No space left on device", capsys.readouterr().err)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_path_without_a_run_is_rejected_with_a_hint(tmp_path, capsys):
