@@ -1,0 +1,22 @@
+# config_toy_retinanet.sh: any machine, two CPU cores are enough: RetinaNet from scratch on synthetic images
+# shellcheck shell=bash
+export DGXNNODES=1
+export DGXNGPU=${DGXNGPU:-1}
+export WALLTIME=00:15:00
+export DATADIR=${DATADIR:-data/toy}
+export RETINANET_DATASET=toy
+export RETINANET_DIVISION=open # the data set is not Open Images
+export RETINANET_BATCH_SIZE=4  # images per accelerator
+export RETINANET_BASE_LR=5e-4
+export RETINANET_WARMUP_EPOCHS=0.5
+export RETINANET_BACKBONE=resnet18
+export RETINANET_FREEZE_AT=0
+export RETINANET_FREEZE_BATCH_NORM=false # training from scratch has no statistics to freeze
+export RETINANET_IMAGE_SIZE=192          # pixels
+export RETINANET_ANCHOR_SIZES=16,32,64,128,256 # the shapes are small
+export RETINANET_EPOCHS=8
+export RETINANET_EVAL_EPOCHS="every 1"
+export RETINANET_TARGET=0.40 # box mAP
+export RETINANET_EVAL_BATCH_SIZE=8
+export RETINANET_NUM_WORKERS=1 # processes per rank
+export RETINANET_LOG_EVERY=10  # steps

@@ -1,0 +1,1 @@
+"""RetinaNet: what is trained, and what it is trained and evaluated on."""

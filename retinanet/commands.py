@@ -1,0 +1,70 @@
+"""Declarations of RetinaNet for the commands of `detection.cli`. Imports torch only inside functions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detection.preflight import run_checks
+from mlperf.recipes import Recipe
+from retinanet.config import PREFIX, Config, load
+
+if TYPE_CHECKING:
+    from detection.engine.workload import Workload
+    from detection.runtime.distributed import DistContext
+    from detection.tuning.search import TuneTarget
+    from retinanet.data import Batch
+
+IMAGE_BYTES = 3 * 1024 * 1024
+"""Size of an image that a worker passes on: Open Images has at most 1,024 pixels per side, padded to the batch."""
+
+
+def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
+    """Return the values that MLPerf's rules constrain."""
+    return config.hyperparameters(world_size) | {"target": config.target}
+
+
+def describe_checkpoint(path: Path, config: Config) -> str:
+    """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
+    from retinanet import weights  # imports torch, which only this check needs
+
+    loaded = weights.read(path)
+    weights.check_compatible(loaded, config, path)
+    return f"{loaded.origin}; {config.network_name} for {config.num_classes} classes"
+
+
+def summarize_layers(config: Config) -> str:
+    """Summarize the layers of the settings' network."""
+    from detection.engine import model_summary
+    from retinanet.model import make_model
+
+    return model_summary.summarize_model(make_model, config)
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Convert a recipe to settings by name."""
+    return {"base_lr": f"{recipe.base_lr:g}", "warmup_epochs": f"{recipe.warmup_steps:g}"}
+
+
+def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batch]":
+    """Assemble RetinaNet with random weights for the training loop."""
+    from retinanet.evaluator import RetinaNetEvaluator
+    from retinanet.model import make_model
+    from retinanet.train import make_workload
+
+    return make_workload(config, ranks, 0, make_model(config), RetinaNetEvaluator(config, ranks))
+
+
+PREFLIGHT = run_checks.PreflightSpec(
+    load=load,
+    rule_values=rule_values,
+    image_bytes=lambda _: IMAGE_BYTES,
+    check_weights=describe_checkpoint,
+    summarize_model=summarize_layers,
+)
+
+
+def make_tune_target() -> "TuneTarget[Config]":
+    """Return what the search for the fastest settings needs."""
+    from detection.tuning.search import TuneTarget
+
+    return TuneTarget("retinanet", PREFIX, PREFLIGHT, recipe_settings)

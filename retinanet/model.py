@@ -1,0 +1,56 @@
+"""RetinaNet: backbone with a feature pyramid, and two heads that all levels share.
+
+Modules have torchvision's names, so that its weights load. B images, K classes without a background, A_l anchors of
+level l.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torchvision.models.detection import retinanet
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from detection.nn.resnet_fpn import NUM_CHANNELS, STAGES, ResNetFPN
+from retinanet.anchors import ANCHORS_PER_CELL
+from retinanet.config import Config
+
+
+class HeadOutputs(NamedTuple):
+    """Predictions of each level, finest first: logits (B, A_l, K) and deltas (B, A_l, 4)."""
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+
+
+class RetinaNet(nn.Module):
+    """RetinaNet without preprocessing and postprocessing."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        # P6 comes from P5, since both have 256 channels.
+        self.backbone = ResNetFPN(
+            config.backbone, STAGES[1:], LastLevelP6P7(NUM_CHANNELS, NUM_CHANNELS), freeze_at=config.freeze_at
+        )
+        self.head = retinanet.RetinaNetHead(NUM_CHANNELS, ANCHORS_PER_CELL, config.num_outputs)
+
+    def forward(self, images: Tensor) -> HeadOutputs:
+        """Return the predictions for normalized images (B, 3, H, W)."""
+        features = self.backbone(images)
+        classifier, regressor = self.head.classification_head, self.head.regression_head
+        return HeadOutputs(
+            [
+                rows_of_anchors(classifier.cls_logits(classifier.conv(level)), classifier.num_classes)
+                for level in features
+            ],
+            [rows_of_anchors(regressor.bbox_reg(regressor.conv(level)), 4) for level in features],
+        )
+
+
+def rows_of_anchors(maps: Tensor, width: int) -> Tensor:
+    """Return maps (B, 9·width, h, w) as rows (B, h·w·9, width). Channels-last maps are not copied."""
+    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, width)
+
+
+def make_model(config: Config) -> RetinaNet:
+    """Build the model with random weights; `config.num_classes` must be resolved."""
+    return RetinaNet(config)

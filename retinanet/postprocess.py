@@ -1,0 +1,80 @@
+"""Postprocessing: predictions to detections by score threshold, box decoding and non-maximum suppression per class.
+
+B images, A_l anchors of level l, K classes without a background, D detections of all images.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detection.nn.nms import grouped_nms, rank_in_group, sort_by_group
+from torch import Tensor
+
+from detection.nn import box_coder
+from detection.nn.detections import Detections
+from retinanet.model import HeadOutputs
+
+# Safety margin for rounding in the log-odds of a score.
+BOUND_MARGIN = 1e-3
+
+
+class Candidates(NamedTuple):
+    """Class scores above the threshold: position of the image, anchor over all levels, class from 0, and score."""
+
+    image: Tensor
+    anchor: Tensor
+    label: Tensor
+    score: Tensor
+
+
+def detect(
+    outputs: HeadOutputs,
+    anchors: Sequence[Tensor],
+    size_px: int,
+    *,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    pre_nms_top_n: int = 1000,
+    max_detections: int = 300,
+) -> Detections:
+    """Detect objects on square images of `size_px`, as in the MLPerf reference: in pixels, clipped to the image.
+
+    anchors: (A_l, 4) of each level. The `pre_nms_top_n` best scores above the threshold of each level enter NMS, where
+    an anchor may have several classes. NMS drops a box whose IoU with a better kept box of its class is above
+    `nms_threshold`. Each image keeps its best `max_detections`.
+    """
+    levels, first_anchor = [], 0
+    for logits in outputs.logits:
+        levels.append(top_candidates(logits, score_threshold, pre_nms_top_n, first_anchor))
+        first_anchor += logits.shape[1]
+    image, anchor, label, score = (torch.cat(parts) for parts in zip(*levels, strict=True))
+
+    group = image * outputs.logits[0].shape[2] + label
+    order = sort_by_group(group, score)
+    image, anchor, label, score, group = (values[order] for values in (image, anchor, label, score, group))
+    deltas = torch.cat(outputs.deltas, dim=1)[image, anchor].float()
+    boxes = box_coder.decode(deltas, torch.cat(list(anchors))[anchor], box_coder.RPN_WEIGHTS, legacy=False)
+    boxes = boxes.clamp(0, size_px)
+
+    keep = grouped_nms(boxes, group, nms_threshold)
+    image, boxes, label, score = (values[keep] for values in (image, boxes, label, score))
+    order = sort_by_group(image, score)
+    order = order[rank_in_group(image[order]) < max_detections]
+    return Detections(image[order], boxes[order], label[order] + 1, score[order])
+
+
+def top_candidates(logits: Tensor, score_threshold: float, top_n: int, first_anchor: int) -> Candidates:
+    """Return the best `top_n` scores of each image above the threshold in the logits (B, A_l, K) of one level.
+
+    A trained network is confident at few anchors. The largest logit of an anchor selects them, so that most logits are
+    read once and have no sigmoid.
+    """
+    min_logit = math.log(score_threshold / (1 - score_threshold)) - BOUND_MARGIN if score_threshold > 0 else -math.inf
+    image, anchor = (logits.amax(dim=2).float() > min_logit).nonzero(as_tuple=True)
+    scores = logits[image, anchor].float().sigmoid()
+    row, label = (scores > score_threshold).nonzero(as_tuple=True)
+    image, anchor, score = image[row], anchor[row], scores[row, label]
+    order = sort_by_group(image, score)
+    order = order[rank_in_group(image[order]) < top_n]
+    return Candidates(image[order], first_anchor + anchor[order], label[order], score[order])

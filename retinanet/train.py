@@ -1,0 +1,139 @@
+"""Training program of RetinaNet, and of the other runs that --mode selects.
+
+This module assembles the model, loss, data and evaluator to a `Workload`. detection/engine/train_loop.py runs it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detection.checkpoint import pretrained_backbone
+from detection.data import device_cache, num_classes
+from detection.engine import entrypoint, optim
+from detection.engine.finalize import finalize_run
+from detection.engine.state import RunContext
+from detection.engine.workload import Workload
+from detection.runtime import device
+from detection.runtime.distributed import DistContext
+from mlperf.log import MlperfLog
+from retinanet import weights
+from retinanet.anchors import make_anchors
+from retinanet.config import Config, load
+from retinanet.data import Batch, EvalBatch, RetinaNetEvalSource, RetinaNetTrainSource
+from retinanet.evaluator import RetinaNetEvaluator
+from retinanet.loss import LOSS_NAMES, retinanet_loss
+from retinanet.model import RetinaNet, make_model
+from retinanet.resize import normalize_and_resize, resize_boxes
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank and return the exit status."""
+    return entrypoint.main(argv, lambda flags: load(flags).config, run_mode)
+
+
+def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
+    """Run the mode of the settings and return the exit status."""
+    ranks = process.ranks
+    config = ranks.broadcast(num_classes.resolve_num_classes(config) if ranks.is_main else None)
+    evaluator = RetinaNetEvaluator(config, ranks)
+    with entrypoint.open_run(config, process) as run:
+        model = make_model(config)
+        if not run.resume_point:
+            load_weights(model, config, run)
+        workload = make_workload(config, ranks, run.seed, model, evaluator)
+        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks, model))
+    return finalize_run(result, run, evaluator) if result else 0
+
+
+def load_weights(model: RetinaNet, config: Config, run: RunContext) -> None:
+    """Load the initial weights that the settings name, if any: the whole network or its backbone."""
+    if config.weights:
+        origin = weights.load(model, config, Path(config.weights)).origin
+        run.log.event("checkpoint", Path(config.weights).name)
+        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
+    elif config.backbone_weights:
+        pretrained_backbone.load(model.backbone.body, config.backbone_name, Path(config.backbone_weights))
+
+
+def make_workload(
+    config: Config, ranks: DistContext, seed: int, model: RetinaNet, evaluator: RetinaNetEvaluator
+) -> Workload[Batch]:
+    """Assemble RetinaNet for the training loop."""
+    return Workload(
+        model=model,
+        loss=make_loss(config, ranks.device),
+        loss_names=LOSS_NAMES,
+        dummy_batch=partial(dummy_batch, config, ranks),
+        dummy_eval_batch=partial(dummy_eval_batch, config),
+        make_train_source=partial(RetinaNetTrainSource, config, ranks, seed),
+        make_eval_source=partial(RetinaNetEvalSource, config, ranks),
+        lr_schedule=partial(
+            optim.linear_warmup_lr,
+            peak=config.peak_lr(ranks.world_size),
+            warmup_epochs=config.warmup_epochs,
+            warmup_start_factor=config.warmup_factor,
+        ),
+        predict=evaluator.predict,
+        evaluate=evaluator,
+        evaluate_other=evaluator.evaluate_other,
+        targets={"AP": config.target},
+        mlperf_accuracy=lambda metrics: metrics["AP"],
+    )
+
+
+def make_loss(config: Config, on_device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
+    """Make the function that computes the losses (2,) of a batch, each summed over its images, on the device."""
+    size = config.image_size
+    anchors = make_anchors(size, size, on_device, config.anchor_sizes)
+    resize_fn, loss_fn = normalize_and_resize, retinanet_loss
+    if device.should_compile(config.compile, on_device):
+        resize_fn = torch.compile(normalize_and_resize, dynamic=True)
+        loss_fn = torch.compile(retinanet_loss)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(on_device.type, enabled=False):
+            images = resize_fn(batch.images, batch.sizes_hw, batch.flips, size)
+            boxes_xyxy = resize_boxes(batch.boxes_xyxy, batch.sizes_hw, batch.flips, size)
+        outputs = model(images)
+        with torch.autocast(on_device.type, enabled=False):
+            valid = batch.labels > 0
+            return loss_fn(*outputs, anchors, boxes_xyxy, batch.labels - 1, valid).sum(dim=0)
+
+    return loss
+
+
+def dummy_batch(config: Config, ranks: DistContext) -> Batch:
+    """Make a training batch of random images with two boxes each."""
+    size = config.image_size
+    device_cache.warm_up(config, ranks, (size, size))
+    count = config.batch_size
+    return Batch(
+        images=random_images(count, size),
+        sizes_hw=torch.full((count, 2), size),
+        boxes_xyxy=(torch.tensor([0.25, 0.25, 0.75, 0.75]) * size).expand(count, 2, 4).contiguous(),
+        labels=torch.ones(count, 2, dtype=torch.int64),
+        flips=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def dummy_eval_batch(config: Config) -> EvalBatch:
+    """Make an evaluation batch of random images."""
+    count, size = config.eval_batch_size, config.image_size
+    return EvalBatch(random_images(count, size), torch.full((count, 2), size), torch.arange(count))
+
+
+def random_images(count: int, size_px: int) -> Tensor:
+    """Generate random images (count, 3, S, S) uint8, channels last."""
+    images = torch.randint(0, 256, (count, 3, size_px, size_px), dtype=torch.uint8)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext, model: RetinaNet) -> None:
+    """Log the recipe, and each initialized tensor."""
+    for key, value in config.hyperparameters(ranks.world_size).items():
+        log.event(key, value)
+    for name, _ in model.named_parameters():
+        log.event("weights_initialization", tensor=f"module.{name}")

@@ -1,0 +1,99 @@
+"""Weights of the whole network, from checkpoints of this program, the MLPerf reference and torchvision."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+
+from detection.checkpoint import weights as files
+from detection.checkpoint.weights import THIS_PROGRAM, Weights
+from detection.config.settings import InputError
+from retinanet.anchors import ANCHORS_PER_CELL
+from retinanet.config import Config
+from retinanet.model import RetinaNet, make_model
+
+TORCHVISION, REFERENCE = "torchvision", "the MLPerf reference"
+CLASS_LAYER = "head.classification_head.cls_logits"
+
+# Patterns of the tensor names of the MLPerf reference and of older files of torchvision, and our names.
+RENAMES = (
+    (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
+    (r"^(head\.\w+\.conv\.)([0246])\.(weight|bias)$", lambda match: f"{match[1]}{int(match[2]) // 2}.0.{match[3]}"),
+)
+
+
+def read(path: Path) -> Weights:
+    """Read a checkpoint of any origin. Raise InputError if it is not one, is damaged, or holds code."""
+    content = files.read(path, hint="Name a checkpoint.")
+    state = files.model_state(content, path)
+    if f"{CLASS_LAYER}.bias" not in state:
+        first = next(iter(state), "missing")
+        raise InputError(
+            f"{path}: not the weights of a RetinaNet (the first tensor is {first}). Pass a checkpoint of "
+            f"{THIS_PROGRAM}, the MLPerf reference or torchvision to --weights, and weights of a backbone to "
+            "--pretrained-backbone."
+        )
+    if "config" in content:
+        return files.from_run_checkpoint(content, state)
+    origin = REFERENCE if "head.classification_head.conv.2.weight" in state else TORCHVISION
+    return Weights(drop_unused_coco_classes(from_reference(state)), origin)
+
+
+def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of the MLPerf reference or torchvision to our names."""
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in RENAMES:
+            name = re.sub(theirs, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reduce torchvision's head with an output for each COCO id up to 90 to the 80 categories."""
+    names = RetinaNet_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+    if num_outputs(state) != len(names):
+        return state
+    kept = [category_id for category_id, name in enumerate(names) if name not in ("__background__", "N/A")]
+    for name in (f"{CLASS_LAYER}.weight", f"{CLASS_LAYER}.bias"):
+        by_class = state[name].unflatten(0, (ANCHORS_PER_CELL, len(names)))
+        state[name] = by_class[:, kept].flatten(0, 1)
+    return state
+
+
+def num_outputs(state: Mapping[str, Tensor]) -> int:
+    """Return the number of class outputs of a state dict with our names."""
+    return len(state[f"{CLASS_LAYER}.bias"]) // ANCHORS_PER_CELL
+
+
+def expected_state(config: Config) -> dict[str, Tensor]:
+    """Return the state dict of the settings' network on the meta device, without storage."""
+    with torch.device("meta"):
+        return make_model(config).state_dict()
+
+
+def check_compatible(weights: Weights, config: Config, path: Path) -> None:
+    """Raise InputError if the weights do not fit the network of the settings."""
+    theirs = 1 + num_outputs(weights.state)
+    if theirs != config.num_classes:
+        raise InputError(
+            f"{path}: holds {theirs} classes, with the background, but the settings ask for {config.num_classes}. "
+            f"Pass --num-classes {theirs}, or name another file."
+        )
+    files.check_compatible(weights.state, expected_state(config), config.network_name, path)
+
+
+def load(model: RetinaNet, config: Config, path: Path) -> Weights:
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit."""
+    weights = read(path)
+    load_into(weights, model, config, path)
+    return weights
+
+
+def load_into(weights: Weights, model: RetinaNet, config: Config, path: Path) -> None:
+    """Load weights read from `path` into the network, on the CPU. Raise InputError if they do not fit."""
+    check_compatible(weights, config, path)
+    files.load_into(weights, model)
