@@ -26,7 +26,7 @@ environment (paths are relative to the folder of this script):
   MAX_RESTARTS    restarts of the ranks after one dies; they resume with --resume auto (0)
   CLEAR_CACHES    1 drops the machine's page cache before the run, as MLPerf requires; 0 keeps it (1)
   RESET_COMMAND   shell command that resets the accelerators before the run (from the config file; empty: none)
-  BENCHMARK       ssd or maskrcnn; config files of maskrcnn are named config_${DGXSYSTEM}_maskrcnn.sh (ssd)
+  BENCHMARK       ssd, maskrcnn or retinanet; config files of the others: config_${DGXSYSTEM}_$BENCHMARK.sh (ssd)
   VENV            folder of the Python environment (.venv)
   MASTER_ADDR, MASTER_PORT, NODE_RANK  if DGXNNODES > 1: address of node 0, a free port on it (and the next ones, one
                   per experiment), and the number of this node, from 0. Start this script once per node. Slurm provides

@@ -222,9 +222,26 @@ RETINANET = Rules(
     constraints=(
         Constraint("opt_learning_rate_warmup_epochs", "an integer ≥ 0", lambda epochs: epochs >= 0 and epochs % 1 == 0),
     ),
-    fixed={"nms_threshold": 0.5, "score_threshold": 0.05, "max_detections": 300, "skip_missing_images": False},
-    constrained=_CONSTRAINED,
-    free=_FREE,
+    fixed={
+        "weight_decay_on_bias_and_norm": True,
+        "bias_lr_factor": 1.0,
+        "freeze_batch_norm": True,
+        "backbone": "resnext50_32x4d",
+        "freeze_at": 1,
+        "image_size": 800,
+        "anchor_sizes": (32, 64, 128, 256, 512),
+        "flip": True,
+        "train_crowds": True,
+        "nms_threshold": 0.5,
+        "score_threshold": 0.05,
+        "pre_nms_top_n": 1000,
+        "max_detections": 300,
+        "eval_images": "all",
+        "skip_missing_images": False,
+    },
+    constrained=_CONSTRAINED - {"lr_round_to", "warmup_steps"} | {"optimizer", "weight_decay", "warmup_epochs"},
+    # Batch norm is frozen, and Adam has no momentum.
+    free=_FREE | {"bn_group", "momentum"},
 )
 
 BENCHMARKS: Mapping[str, Rules] = {"ssd": SSD, "maskrcnn": MASKRCNN, "retinanet": RETINANET}

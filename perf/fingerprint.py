@@ -28,6 +28,7 @@ WORKLOADS: Mapping[str, tuple[str, Sequence[str]]] = {
     "ssd300-r34": ("ssd", ()),
     "ssd300-r50": ("ssd", ("--network", "ssd300-r50", "--backbone", "resnet18")),
     "maskrcnn": ("maskrcnn", ()),
+    "retinanet": ("retinanet", ()),
 }
 FLAGS = ("--seed", "7", "--precision", "fp32", "--device", "cpu", "--compile", "off")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DGXSYSTEM": "toy"}

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detection.data.coco import Split
 from detection.preflight import run_checks
 from mlperf.recipes import Recipe
 from retinanet.config import PREFIX, Config, load
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from detection.engine.workload import Workload
     from detection.runtime.distributed import DistContext
     from detection.tuning.search import TuneTarget
@@ -20,7 +23,7 @@ IMAGE_BYTES = 3 * 1024 * 1024
 
 def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
     """Return the values that MLPerf's rules constrain."""
-    return config.hyperparameters(world_size) | {"target": config.target}
+    return config.hyperparameters(world_size) | {"eval_accuracy": config.target}
 
 
 def describe_checkpoint(path: Path, config: Config) -> str:
@@ -32,12 +35,16 @@ def describe_checkpoint(path: Path, config: Config) -> str:
     return f"{loaded.origin}; {config.network_name} for {config.num_classes} classes"
 
 
-def summarize_layers(config: Config) -> str:
-    """Summarize the layers of the settings' network."""
-    from detection.engine import model_summary
-    from retinanet.model import make_model
+def make_model(config: Config) -> "nn.Module":
+    """Build the network of the settings, with random weights."""
+    from retinanet import model
 
-    return model_summary.summarize_model(make_model, config)
+    return model.make_model(config)
+
+
+def select_train_images(config: Config, split: Split) -> Split:
+    """Return the images to train on: all of them, those without boxes included, as in the reference."""
+    return split if config.train_crowds else split.drop_crowds()
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
@@ -59,7 +66,8 @@ PREFLIGHT = run_checks.PreflightSpec(
     rule_values=rule_values,
     image_bytes=lambda _: IMAGE_BYTES,
     check_weights=describe_checkpoint,
-    summarize_model=summarize_layers,
+    make_model=make_model,
+    select_train_images=select_train_images,
 )
 
 

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from detection.config import run_config
-from detection.config.run_config import EvalEpochs, RunConfig
+from detection.config.run_config import OPEN_IMAGES, EvalEpochs, RunConfig
 from detection.config.settings import STRICT, AscendingInts, ResolvedSettings, setting
 
 PREFIX = "RETINANET_"
@@ -22,6 +22,13 @@ class Config(RunConfig):
 
     benchmark: ClassVar[str] = "retinanet"
 
+    dataset: str = setting(
+        OPEN_IMAGES,
+        pattern=r"^[\w.-]+$",
+        help="name of the data set in the log; toy and synthetic_coco are generated if missing; "
+        "custom is the default with --train-images",
+    )
+    ruleset: str = setting("5.1.0", help="MLPerf training ruleset of the log (2.0.0 to 5.1.0)")
     weight_decay: float = setting(0.0, ge=0, le=1, help="weight decay (MLPerf: 0)")
     freeze_batch_norm: bool = setting(
         True, help="use the running statistics of batch norm and do not train its weights and biases (MLPerf: yes)"

@@ -19,6 +19,7 @@ from detection.data.image_pipeline import CropSpec, ImagePipeline
 from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
 from detection.evaluation.box_evaluator import BoxEvalSource
 from detection.runtime.distributed import DistContext
+from retinanet.commands import select_train_images
 from retinanet.config import Config
 
 
@@ -113,9 +114,7 @@ class RetinaNetTrainSource(RetinaNetEvalSource):
     """Training and evaluation images of a run, opened after its timer has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = read_split(config, "train")
-        if not config.train_crowds:
-            train = train.drop_crowds()
+        train = select_train_images(config, read_split(config, "train"))
         super().__init__(config, ranks)
         self.train_samples = len(train)
         self.sampler = EpochBatchSampler(

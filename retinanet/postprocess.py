@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from detection.nn.nms import grouped_nms, rank_in_group, sort_by_group
 from torch import Tensor
 
 from detection.nn import box_coder
 from detection.nn.detections import Detections
+from detection.nn.nms import grouped_nms, rank_in_group, sort_by_group
 from retinanet.model import HeadOutputs
 
 # Safety margin for rounding in the log-odds of a score.

@@ -19,6 +19,7 @@ from detection.engine.workload import Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
 from mlperf.log import MlperfLog
+from mlperf.rules import tensor_names
 from retinanet import weights
 from retinanet.anchors import make_anchors
 from retinanet.config import Config, load
@@ -44,7 +45,7 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
         if not run.resume_point:
             load_weights(model, config, run)
         workload = make_workload(config, ranks, run.seed, model, evaluator)
-        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks, model))
+        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks))
     return finalize_run(result, run, evaluator) if result else 0
 
 
@@ -131,9 +132,9 @@ def random_images(count: int, size_px: int) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext, model: RetinaNet) -> None:
+def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> None:
     """Log the recipe, and each initialized tensor."""
     for key, value in config.hyperparameters(ranks.world_size).items():
         log.event(key, value)
-    for name, _ in model.named_parameters():
-        log.event("weights_initialization", tensor=f"module.{name}")
+    for name in tensor_names("retinanet"):
+        log.event("weights_initialization", tensor=name)

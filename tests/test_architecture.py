@@ -11,7 +11,9 @@ import yaml
 from paths import ROOT
 
 MODULES = sorted(
-    path for package in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / package).rglob("*.py")
+    path
+    for package in ("ssd", "maskrcnn", "retinanet", "detection", "mlperf")
+    for path in (ROOT / package).rglob("*.py")
 )
 
 ONLY_IN = {

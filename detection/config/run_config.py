@@ -26,6 +26,12 @@ def _parse_interval(value: Any, info: ValidationInfo) -> Any:
 
 COCO_NUM_CLASSES = 81
 
+OPEN_IMAGES = "openimages-mlperf"
+"""Name of Open Images v6 with the 264 classes of MLPerf's RetinaNet."""
+
+KNOWN_NUM_CLASSES = {"coco2017": COCO_NUM_CLASSES, OPEN_IMAGES: 265}
+"""Number of classes of a data set, with the background, where it is known without reading the annotations."""
+
 
 def _reject_background_only(num_classes: int) -> int:
     if num_classes == 1:
@@ -297,8 +303,8 @@ class RunConfig:
 
     @model_validator(mode="after")
     def _resolve_num_classes(self) -> Self:
-        if self.num_classes == 0 and self.dataset == "coco2017":  # known without reading the annotations
-            object.__setattr__(self, "num_classes", COCO_NUM_CLASSES)
+        if self.num_classes == 0 and self.dataset in KNOWN_NUM_CLASSES:
+            object.__setattr__(self, "num_classes", KNOWN_NUM_CLASSES[self.dataset])
         return self
 
     @model_validator(mode="after")

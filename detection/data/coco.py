@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.config.run_config import RunConfig
+from detection.config.run_config import OPEN_IMAGES, RunConfig
 from detection.config.settings import InputError
-from detection.data import coco_json, polygons, rle
+from detection.data import coco_json, open_images, polygons, rle
 from detection.data.polygons import PolygonArrays, offsets
 from detection.data.rle import CocoRle
 
@@ -141,6 +141,8 @@ def dataset_paths(
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
     if annotations:
         return Path(annotations), Path(images)
+    if config.dataset == OPEN_IMAGES:
+        return open_images.paths(config.data_dir, split)
     return standard_paths(config.data_dir, split, segmentations=segmentations)
 
 

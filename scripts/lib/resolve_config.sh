@@ -11,7 +11,8 @@ resolve_config() {
   case $BENCHMARK in
     ssd) mlperf_name=SINGLE_STAGE_DETECTOR ;;
     maskrcnn) mlperf_name=OBJECT_DETECTION suffix=_maskrcnn ;;
-    *) die "BENCHMARK=$BENCHMARK: unknown benchmark. Use ssd or maskrcnn" ;;
+    retinanet) mlperf_name=SINGLE_STAGE_DETECTOR suffix=_retinanet ;;
+    *) die "BENCHMARK=$BENCHMARK: unknown benchmark. Use ssd, maskrcnn or retinanet" ;;
   esac
   config=config_$DGXSYSTEM$suffix.sh
   files=$(cd "$1" && printf '%s ' config_*"$suffix".sh)

@@ -12,7 +12,11 @@ from detection.config.settings import InputError, RankInfo, format_settings, rea
 from paths import ROOT
 from ssd.config import Config, load
 
-SYSTEMS = sorted(path.stem.removeprefix("config_") for path in ROOT.glob("config_*.sh") if "_maskrcnn" not in path.stem)
+SYSTEMS = sorted(
+    path.stem.removeprefix("config_")
+    for path in ROOT.glob("config_*.sh")
+    if not path.stem.endswith(("_maskrcnn", "_retinanet"))
+)
 
 
 def settings(*argv: str, **environ: str) -> Config:

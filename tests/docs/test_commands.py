@@ -19,10 +19,11 @@ from detection.tuning import search
 from maskrcnn import config as maskrcnn_config
 from paths import ROOT
 from perf import run as perf_run
+from retinanet import config as retinanet_config
 from ssd import config as ssd_config
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/golden/**/*.md")])
-LOAD = {"ssd": ssd_config.load, "maskrcnn": maskrcnn_config.load}
+LOAD = {"ssd": ssd_config.load, "maskrcnn": maskrcnn_config.load, "retinanet": retinanet_config.load}
 SCRIPT_FLAGS = {"--dry-run", "--preflight", "--model-summary", "--all"}
 RUNNERS = ("./run_and_time.sh", "./run_with_docker.sh", "./run.sub")
 # Programs of the machine, and scripts whose arguments are those of another program.
@@ -166,7 +167,9 @@ def test_links_lead_to_files_and_headings(page):
 def source() -> str:
     """Return the text of all programs, and the flags of all settings."""
     files = [
-        path for name in ("ssd", "maskrcnn", "detection", "mlperf", "perf") for path in (ROOT / name).rglob("*.py")
+        path
+        for name in ("ssd", "maskrcnn", "retinanet", "detection", "mlperf", "perf")
+        for path in (ROOT / name).rglob("*.py")
     ]
     texts = [path.read_text() for path in [*files, *ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("tests/*.sh")]]
     names = {name for load in LOAD.values() for name in vars(load([], {}).config)}
@@ -186,7 +189,7 @@ def test_named_flags_exist(page):
 def test_named_files_exist(page):
     if page.name in ("CHANGELOG.md", "EXPERIMENTS.md"):
         return  # they name files of earlier versions
-    pattern = r"`((?:ssd|maskrcnn|detection|mlperf|perf|tests|scripts)/[\w/.]+\.(?:py|sh|md|bats))`"
+    pattern = r"`((?:ssd|maskrcnn|retinanet|detection|mlperf|perf|tests|scripts)/[\w/.]+\.(?:py|sh|md|bats))`"
     assert [name for name in re.findall(pattern, page.read_text()) if not (ROOT / name).exists()] == []
 
 

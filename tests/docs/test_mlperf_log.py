@@ -29,7 +29,7 @@ def logged() -> dict[str, set[str]]:
     """The modules that log each key, from their calls of log.start, end and event."""
     found: dict[str, set[str]] = {}
     for path in sorted(
-        path for room in ("ssd", "maskrcnn", "detection", "mlperf") for path in (ROOT / room).rglob("*.py")
+        path for room in ("ssd", "maskrcnn", "retinanet", "detection", "mlperf") for path in (ROOT / room).rglob("*.py")
     ):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):

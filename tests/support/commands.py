@@ -2,6 +2,7 @@
 
 from detection import cli
 from maskrcnn.__main__ import COMMANDS as MASKRCNN
+from retinanet.__main__ import COMMANDS as RETINANET
 from ssd.__main__ import COMMANDS as SSD
 
 
@@ -11,3 +12,7 @@ def ssd(*words: object) -> int:
 
 def maskrcnn(*words: object) -> int:
     return cli.main([str(word) for word in words], MASKRCNN)
+
+
+def retinanet(*words: object) -> int:
+    return cli.main([str(word) for word in words], RETINANET)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from paths import ROOT
 
-PACKAGES = ("ssd", "maskrcnn", "detection", "mlperf")
+PACKAGES = ("ssd", "maskrcnn", "retinanet", "detection", "mlperf")
 FLAGS = (
     "--device cpu --precision fp32 --compile off --num-workers 0 --batch-size 2 --epochs 1 --target 0 --log-every 1 "
     "--warmup-steps 1 --eval-before-training --summary-json summary.json"

@@ -1,0 +1,150 @@
+"""Tests of whole RetinaNet runs: logs, results, resume and settings."""
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+from commands import retinanet
+from config_files import exported
+from detection import run_dir
+from detection.preflight.run_checks import check_rules
+from mlperf import compliance
+from mlperf.log import read
+from mlperf.rules import BENCHMARKS, hyperparameter_keys, tensor_names
+from paths import ROOT
+from retinanet import train
+from retinanet.commands import rule_values
+from retinanet.config import load
+from retinanet.loss import LOSS_NAMES
+from tiny_retinanet import SMALL
+
+
+def set_environment(four_image_coco, monkeypatch):
+    """Set the environment of a run on four images."""
+    for name, value in SMALL.items():
+        monkeypatch.setenv(f"RETINANET_{name}", value)
+    monkeypatch.setenv("DATADIR", str(four_image_coco))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_run(four_image_coco, tmp_path_factory):
+    """Run folder, which tests must not change, and output of an uninterrupted run."""
+    folder, output = tmp_path_factory.mktemp("uninterrupted_run") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        set_environment(four_image_coco, patch)
+        patch.setenv("RUN_DIR", str(folder))
+        assert train.main([]) == 0
+    return folder, output.getvalue()
+
+
+@pytest.fixture
+def run(four_image_coco, tmp_path, monkeypatch):
+    """Function that trains on four images in a named folder and returns exit status and folder."""
+    set_environment(four_image_coco, monkeypatch)
+
+    def main(*flags, name="run"):
+        monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
+        return train.main(list(flags)), tmp_path / name
+
+    return main
+
+
+def weights(folder):
+    return torch.load(run_dir.list_checkpoints(folder)[-1].path, weights_only=True)["model"]
+
+
+def test_run_writes_a_log_that_every_ruleset_accepts(uninterrupted_run):
+    folder, output = uninterrupted_run
+    events = read(folder / "result_0.txt")
+    logged = [event.key for event in events]
+    for key in hyperparameter_keys("retinanet"):
+        assert logged.count(key) == 1, key
+    tensors = [event.metadata["tensor"] for event in events if event.key == "weights_initialization"]
+    assert tensors == tensor_names("retinanet")
+    verdict = compliance.check(folder / "result_0.txt", "5.1.0")
+    assert verdict.passed, verdict.messages
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in steps if line["event"] == "step"]
+    assert [tuple(step["losses"]) for step in steps] == [LOSS_NAMES] * 2
+    assert json.loads((folder / "detections.json").read_text()) is not None
+    assert "pycocotools confirms the final metrics" in output
+
+
+@pytest.mark.parametrize("ruleset", BENCHMARKS["retinanet"].names)
+def test_name_in_the_log_follows_the_ruleset(run, ruleset):
+    _, folder = run("--ruleset", ruleset, "--max-steps", "1")
+    (name,) = [event.value for event in read(folder / "result_0.txt") if event.key == "submission_benchmark"]
+    assert name == ("retinanet" if ruleset.startswith("5") else "ssd")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_resumed_run_reaches_identical_weights(run, optimizer):
+    flags = ("--optimizer", optimizer, "--weight-decay", "0.01")
+    _, whole = run(*flags, name="whole")
+    status, folder = run(*flags, "--max-steps", "1", name="interrupted")
+    assert status == 0
+    assert run(*flags, "--resume", "auto", name="interrupted")[0] == 0
+    actual, expected = weights(folder), weights(whole)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_checkpoint_evaluates_to_the_same_metrics(uninterrupted_run, run, tmp_path):
+    folder, _ = uninterrupted_run
+    checkpoint = run_dir.list_checkpoints(folder)[-1].path
+    summary = tmp_path / "summary.json"
+    flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
+    assert run(*flags, name="evaluation")[0] == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = next(line["metrics"] for line in lines if line["event"] == "evaluation")
+    assert json.loads(summary.read_text())["metrics"] == expected
+
+
+@pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
+def test_benchmark_modes_report_throughput(run, tmp_path, mode):
+    summary = tmp_path / "summary.json"
+    flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary-json", str(summary))
+    assert run(*flags)[0] == 0
+    results = json.loads(summary.read_text())["results"]
+    assert all(result["images_per_s"]["median"] > 0 for result in results)
+
+
+def test_predict_draws_and_writes_detections(uninterrupted_run, four_image_coco, tmp_path):
+    checkpoint = run_dir.list_checkpoints(uninterrupted_run[0])[-1].path
+    images = sorted((four_image_coco / "val2017").iterdir())
+    assert retinanet("predict", checkpoint, *images, "--folder", tmp_path / "out", "--score", "0.001") == 0
+    assert len(list((tmp_path / "out").glob("*.jpg")) + list((tmp_path / "out").glob("*.png"))) >= len(images)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config_*_retinanet.sh")), ids=lambda path: path.stem)
+def test_config_files_pass_the_rules(path):
+    environment = exported(path.stem.removeprefix("config_"))
+    config = load([], environment).config
+    world_size = int(environment["DGXNGPU"])
+    _, violations = check_rules(config, rule_values(config, world_size), world_size)
+    if "toy" in path.stem:
+        assert config.division == "open"
+    elif "CPU" not in path.stem:
+        assert not violations
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (("--optimizer", "adamw"), "opt_name"),
+        (("--weight-decay", "1e-4"), "opt_weight_decay"),
+        (("--warmup-epochs", "0.5"), "opt_learning_rate_warmup_epochs"),
+        (("--image-size", "640"), "image_size"),
+        (("--no-train-crowds",), "train_crowds"),
+        (("--target", "0.3"), "target"),
+        (("--eval-epochs", "every 2"), "eval_epochs"),
+        (("--dataset", "coco2017"), "dataset"),
+    ],
+)
+def test_closed_division_names_the_broken_rule(flags, rule):
+    config = load(["--batch-size", "32", "--pretrained-backbone", "x.pth", *flags], {}).config
+    _, violations = check_rules(config, rule_values(config, 8), 8)
+    assert len(violations) == 1
+    assert rule in violations[0]
