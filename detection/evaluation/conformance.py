@@ -198,7 +198,8 @@ def compare_rows(
     The latter has no meaning, and is omitted, if rows may be unmatched. sampled: `expected` holds only some of the
     rows.
     """
-    unmatched, total, errors = 0, 0, dict.fromkeys(tolerances, 0.0)
+    unmatched, total = 0, 0
+    errors = {column: torch.zeros((), dtype=torch.float64) for column in tolerances}
     first, *_ = tolerances
     for image in range(len(expected[first])):
         distances = {column: max_distances(actual[column][image], expected[column][image]) for column in tolerances}
@@ -209,16 +210,15 @@ def compare_rows(
             continue
         joint = torch.stack([part / max(tolerances[column], 1e-9) for column, part in distances.items()]).amax(dim=0)
         nearest = [joint.min(dim=dim) for dim in ((0,) if sampled else (0, 1))]
-        outliers = max(int((distance > 1).sum()) for distance, _ in nearest)
+        outliers = max(int((~(distance <= 1)).sum()) for distance, _ in nearest)  # nan is one
         unmatched += outliers if sampled else max(outliers, abs(num_actual - num_expected))
         for dim, (_, index) in enumerate(nearest):
             for column, part in distances.items():
-                error = float(part.gather(dim, index.unsqueeze(dim)).max())
-                errors[column] = max(errors[column], error)
+                errors[column] = errors[column].maximum(part.gather(dim, index.unsqueeze(dim)).max())
     yield Comparison(f"{name}: unmatched", unmatched / max(total, 1), max_unmatched)
     if not max_unmatched:
         for column, error in errors.items():
-            yield Comparison(f"{name}: {column}", error, tolerances[column])
+            yield Comparison(f"{name}: {column}", float(error), tolerances[column])
 
 
 def max_distances(a: Tensor, b: Tensor) -> Tensor:
