@@ -59,17 +59,27 @@ class LossyFile(io.RawIOBase):
 
 
 def ignore_write_errors() -> None:
-    """Make this process drop output that cannot be written or encoded, instead of ending or waiting for a reader."""
+    """Make this process drop output that cannot be written or encoded, instead of ending or waiting for a reader.
+
+    A stream that the caller has redirected in Python, such as to a buffer, stays.
+    """
     for descriptor, name in ((0, ""), (1, "stdout"), (2, "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:  # closed by the caller: the next file that is opened would take its number
             os.open(os.devnull, os.O_RDWR)
-        if name:
-            stream = getattr(sys, name)
+        if name and not is_redirected(stream := getattr(sys, name), descriptor):
             with suppress(OSError, AttributeError):
                 stream.flush()
             buffer = io.BufferedWriter(LossyFile(descriptor))
             encoding = getattr(stream, "encoding", None)
             text = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, text)
+
+
+def is_redirected(stream: Any, descriptor: int) -> bool:
+    """Return whether a stream of Python writes elsewhere than to a descriptor. A closed one is None."""
+    try:
+        return stream is not None and stream.fileno() != descriptor
+    except (OSError, ValueError, AttributeError):
+        return not getattr(stream, "closed", False)

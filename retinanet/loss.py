@@ -107,7 +107,7 @@ class FocalLoss(torch.autograd.Function):
                 chunk = (image, slice(start, start + rows))
                 loss, chunk_gradient = focal_terms(logits[chunk], labels[chunk], with_gradient=gradient is not None)
                 totals[image] += loss
-                if gradient is not None:
+                if gradient is not None and chunk_gradient is not None:
                     gradient[chunk] = chunk_gradient
         if gradient is not None:
             ctx.save_for_backward(gradient)

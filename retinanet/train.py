@@ -101,7 +101,7 @@ def make_loss(config: Config, on_device: torch.device) -> Callable[[nn.Module, B
         outputs = model(images)
         with torch.autocast(on_device.type, enabled=False):
             valid = batch.labels > 0
-            return loss_fn(*outputs, anchors, boxes_xyxy, batch.labels - 1, valid).sum(dim=0)
+            return loss_fn(outputs.logits, outputs.deltas, anchors, boxes_xyxy, batch.labels - 1, valid).sum(dim=0)
 
     return loss
 

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from detection.data.rle import decode_mask
 from detection.evaluation.conformance import (
@@ -264,9 +265,11 @@ def compare_detections(context: ConformanceContext) -> Iterator[Comparison]:
             rows, classes = rng.integers(0, count, hot), rng.integers(1, config.num_classes, hot)
             image_logits[rows, classes] += rng.uniform(3, 9, hot)
             logits.append(torch.from_numpy(image_logits).to(context.device))
-        index = torch.repeat_interleave(torch.tensor([len(boxes) for boxes in proposals])).to(context.device)
-        rois, joined = Rois(torch.cat(proposals), index), torch.cat(logits)
-        detections = select_detections(joined, torch.cat(deltas).view(*joined.shape, 4), rois, sizes_hw, config)
+        padded, all_logits, all_deltas = (pad_sequence(rows, batch_first=True) for rows in (proposals, logits, deltas))
+        valid = pad_sequence([torch.ones_like(rows[:, 0], dtype=torch.bool) for rows in proposals], batch_first=True)
+        batch = Proposals(padded, torch.zeros_like(padded[..., 0]), valid)
+        deltas_by_class = all_deltas.view(*all_logits.shape, 4)
+        detections = select_detections(all_logits, deltas_by_class, batch, sizes_hw, config)
         yield from match_detection_rows(context, f"detections {case}", key, *detections)
 
 
@@ -293,8 +296,15 @@ def compare_pasting(context: ConformanceContext) -> Iterator[Comparison]:
     """Compare what COCO gets, in pixels of the original image: boxes, areas and run lengths of the masks."""
     for case in range(context.scalar("paste_cases")):
         key, name = f"paste{case}", f"pasting {case}"
+        boxes, scores, labels, masks, size_hw = (
+            context.vectors[f"{key}_{part}"] for part in ("xyxy", "scores", "labels", "masks", "resized_hw")
+        )
         rows, results = evaluator.to_original_scale(
-            *(context.vectors[f"{key}_{part}"] for part in ("xyxy", "scores", "labels", "masks", "resized_hw")),
+            boxes,
+            scores,
+            labels,
+            masks,
+            size_hw,
             np.int64(case),
             context.vectors[f"{key}_original_hw"],
             category_ids=np.arange(reference_config().num_classes),

@@ -106,7 +106,8 @@ def coco_content(
     polygons: Sequence[Sequence[Polygons]],
 ) -> dict[str, Any]:
     """Return a data set in COCO's format: one object for each legacy box (G, 4) and its polygons, by image."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (height, width) in enumerate(sizes_hw, start=1):
         images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
         for box, rings in zip(boxes_xyxy[number - 1].astype(np.float64), polygons[number - 1], strict=True):

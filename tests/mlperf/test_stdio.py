@@ -1,11 +1,14 @@
 """Programs whose output cannot be written, in processes of their own."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 
+from mlperf import stdio
 from paths import ROOT
 
 PROGRAM = """
@@ -73,3 +76,10 @@ def test_a_slow_reader_gets_every_line_in_order(tmp_path):
 def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
     done = run_in_shell("2>/dev/null", tmp_path / "end", PYTHONIOENCODING="ascii")
     assert done.stdout.startswith("line \\xd7 line")
+
+
+def test_a_stream_redirected_in_python_stays():
+    with redirect_stdout(io.StringIO()) as output:
+        stdio.ignore_write_errors()
+        print("kept")
+    assert output.getvalue() == "kept\n"
