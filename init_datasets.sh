@@ -114,7 +114,7 @@ done
 for split in train2017 val2017; do
   expected=${images[$split]}
   num_images=$(find "$data/$split" -type f -name '*.jpg' | wc -l)
-  if ((num_images != expected)); then
+  if [[ $num_images != "$expected" ]]; then # no arithmetic, which would run a variable's text
     die "$data/$split contains $num_images images, expected $expected. Remove the folder and run this again" 2
   fi
   full=$data/annotations/instances_$split.json

@@ -146,6 +146,8 @@ fetch() {
   fetch
   [ "$status" -eq 2 ]
   [[ ${lines[-1]} == "error: $DATADIR/train2017 contains 2 images, expected 3."* ]]
+  COCO_TRAIN_IMAGES="a[\$(touch "$BATS_TEST_TMPDIR/pwned")]" fetch
+  [[ $status -eq 2 && ! -e $BATS_TEST_TMPDIR/pwned ]]
 }
 
 @test "a disk that is too small is reported before the download starts" {
