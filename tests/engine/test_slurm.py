@@ -64,7 +64,7 @@ class Slurm:
         return match[1]
 
     def wait(self, job: str, *states: str) -> None:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600
         while self.job_field(job, "JobState") not in states:
             assert time.monotonic() < end, self.job_field(job, "JobState")
             time.sleep(0.2)
