@@ -119,6 +119,9 @@ for split in train2017 val2017; do
   fi
   full=$data/annotations/instances_$split.json
   shrunk=$data/annotations/bbox_only_instances_$split.json
-  if [[ ! $shrunk -nt $full ]]; then "$python" "$script_dir/prepare-json.py" "$full" "$shrunk"; fi
+  if [[ ! $shrunk -nt $full ]]; then
+    summary=$("$python" "$script_dir/prepare-json.py" "$full" "$shrunk")
+    echo "$summary"
+  fi
 done
 echo "$data: ${images[train2017]} training and ${images[val2017]} validation images are ready"

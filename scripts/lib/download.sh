@@ -7,6 +7,10 @@ die() {
   exit "${2:-1}"
 }
 
+# A download continues if nobody reads what it prints.
+trap '' PIPE
+echo() { builtin echo "$@" 2>/dev/null || true; }
+
 command -v curl >/dev/null || die "curl is not installed. Debian, Ubuntu: apt-get install curl" 2
 
 # checksum_matches COMMAND SUM FILE: succeeds if the checksum of FILE begins with SUM. COMMAND is md5sum or sha256sum.

@@ -184,7 +184,7 @@ def test_signaled_job_saves_and_resumes_to_the_same_weights_after_requeue(slurm,
     assert [len(results(slurm.log(job, number))) for number in (1, 2)] == [0, 1], "a resumed run has no RESULT line"
     assert processes.steps(slurm.run(job, 1)) == [0, 1, 2]
     uninterrupted = slurm.folder / "uninterrupted"
-    assert processes.run(uninterrupted, *RUN, *REACHED, ranks=2)[0] == 0
+    assert processes.run(uninterrupted, *RUN, *REACHED, ranks=2, timeout_s=300)[0] == 0
     assert processes.bit_identical(processes.load_tensors(slurm.run(job, 1)), processes.load_tensors(uninterrupted))
 
 

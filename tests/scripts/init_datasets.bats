@@ -64,6 +64,16 @@ fetch() {
   [[ $(<"$DATADIR/annotations/bbox_only_instances_train2017.json") == *'"area":9.5'* ]]
 }
 
+@test "output that cannot be written ends no download" {
+  serve "$mirror"
+  for redirection in '>/dev/full' '| true'; do
+    rm -rf "$DATADIR"
+    COCO_URL=$url run bash -c "'$repository/init_datasets.sh' 2>&1 $redirection; exit \${PIPESTATUS[0]}"
+    [ "$status" -eq 0 ]
+    [ -f "$DATADIR/annotations/bbox_only_instances_val2017.json" ]
+  done
+}
+
 @test "a second run sends no request" {
   serve "$mirror"
   fetch
