@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from detection.data.loader import pad
 from detection.data.rle import decode_mask
 from detection.evaluation.conformance import (
     Comparison,
@@ -101,11 +101,12 @@ def roi_priority(context: ConformanceContext, seeds: list[int], proposals: Propo
 def match_drawn_rows(
     context: ConformanceContext, key: str, name: str, rois: Rois, labels: Tensor
 ) -> Iterator[Comparison]:
-    """Compare the drawn ROIs (R, 4) and their labels (R,), 0 for background."""
+    """Compare the drawn ROIs (R, 4) and their labels (R,) as from `loss.sample_rois`."""
     images = range(int(rois.batch_index.max()) + 1)
+    is_drawn = [(rois.batch_index == image) & (labels != matcher.IGNORED) for image in images]
     actual = {
-        "boxes": [rois.boxes_xyxy[rois.batch_index == image] for image in images],
-        "labels": [labels[rois.batch_index == image] for image in images],
+        "boxes": [rois.boxes_xyxy[mask] for mask in is_drawn],
+        "labels": [labels[mask] for mask in is_drawn],
     }
     expected = {
         column: [context.vector(f"{key}_image{image}_drawn_{suffix}") for image in images]
@@ -265,11 +266,9 @@ def compare_detections(context: ConformanceContext) -> Iterator[Comparison]:
             rows, classes = rng.integers(0, count, hot), rng.integers(1, config.num_classes, hot)
             image_logits[rows, classes] += rng.uniform(3, 9, hot)
             logits.append(torch.from_numpy(image_logits).to(context.device))
-        padded, all_logits, all_deltas = (pad_sequence(rows, batch_first=True) for rows in (proposals, logits, deltas))
-        valid = pad_sequence([torch.ones_like(rows[:, 0], dtype=torch.bool) for rows in proposals], batch_first=True)
-        batch = Proposals(padded, torch.zeros_like(padded[..., 0]), valid)
-        deltas_by_class = all_deltas.view(*all_logits.shape, 4)
-        detections = select_detections(all_logits, deltas_by_class, batch, sizes_hw, config)
+        boxes, valid = pad_boxes(proposals)
+        padded = Proposals(boxes, torch.zeros_like(boxes[..., 0]), valid)
+        detections = select_detections(pad(logits), pad(deltas).unflatten(2, (-1, 4)), padded, sizes_hw, config)
         yield from match_detection_rows(context, f"detections {case}", key, *detections)
 
 
