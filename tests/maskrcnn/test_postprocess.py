@@ -67,3 +67,15 @@ def test_no_candidates_give_no_detections():
     )
     assert boxes_xyxy.shape[:2] == scores.shape == labels.shape
     assert not labels.any()
+
+
+def test_ties_at_the_last_detection_keep_the_number_of_detections():
+    """The reference keeps all detections with the score of the last, here the first of them."""
+    x = torch.arange(60) * 2.0
+    boxes = torch.stack([x, x, x + 1, x + 1], dim=1).expand(1, -1, -1)
+    proposals = Proposals(boxes, torch.zeros(1, 60), torch.ones(1, 60, dtype=torch.bool))
+    config = load(["--num-classes", "3", "--max-detections", "50"], {}).config
+    sizes_hw = torch.tensor([[200, 200]])
+    _, scores, labels = select_detections(torch.zeros(1, 60, 3), torch.zeros(1, 60, 3, 4), proposals, sizes_hw, config)
+    assert scores.unique().numel() == 1
+    assert labels.tolist() == [[1] * 50]
