@@ -211,7 +211,7 @@ def compare_network(context: ConformanceContext) -> Iterator[Comparison]:
     gradients = checkpoint_names.to_reference(
         {name: t.grad for name, t in model.named_parameters() if t.grad is not None}
     )
-    actual = torch.stack([gradients[name].double().norm() for name in context.network.parameters])
+    actual = torch.stack([gradients[name].cpu().double().norm() for name in context.network.parameters])
     expected = context.vector("model_train_grad_norms")
     # Behind a ReLU that is never active, the reference's gradient is 0, too.
     error = float(((actual - expected).abs() / torch.where(expected > 0, expected, 1)).max())

@@ -67,7 +67,9 @@ class Tolerance(NamedTuple):
     """Largest errors of the network.
 
     features: relative to the largest. boxes: pixels. scores, masks: absolute. unmatched: fraction of proposals or
-    detections. loss, gradients: relative.
+    detections. loss, gradients: relative. samples: of gradients one by one, norm of the error over their norm. The
+    file's README has a tolerance for the gradients' norms only. Folding frozen norms into convolutions rounds
+    differently and turns a few ReLUs on or off, which changes the samples by 7e-4, and 2e-6 without folding.
     """
 
     features: float
@@ -77,13 +79,14 @@ class Tolerance(NamedTuple):
     unmatched: float
     loss: float
     gradients: float
+    samples: float
 
 
 TOLERANCES = {
-    "fp32": Tolerance(1e-5, 3e-4, 1e-5, 1e-4, 0, 2e-6, 5e-4),
-    "tf32": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1),
-    "bf16": Tolerance(1e-1, 4, 0.1, 0.3, 0.5, 1e-1, 2.5e-1),
-    "fp16": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1),
+    "fp32": Tolerance(1e-5, 3e-4, 1e-5, 1e-4, 0, 2e-6, 5e-4, 2e-3),
+    "tf32": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1, 1e-1),
+    "bf16": Tolerance(1e-1, 4, 0.1, 0.3, 0.5, 1e-1, 2.5e-1, 2.5e-1),
+    "fp16": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1, 1e-1),
 }
 # Gradients that are compared one by one: key and parameter. Each has about this number of values.
 SAMPLED_GRADIENTS = {
@@ -304,17 +307,19 @@ def reference_proposals(context: ConformanceContext, labels: Tensor) -> Proposal
 
 def compare_gradients(context: ConformanceContext, model: MaskRCNN) -> Iterator[Comparison]:
     """Compare the norm of every gradient, and values of some."""
-    tolerance = TOLERANCES[context.precision.name].gradients
+    tolerance = TOLERANCES[context.precision.name]
     gradients = checkpoint_names.to_reference(
         {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
     )
-    norms = torch.stack([gradients[name].float().norm() for name in context.network.parameters]).cpu()
+    # In double precision: a float32 sum over the 13 million weights of fc6 is off by 0.08% on some processors.
+    norms = torch.stack([gradients[name].cpu().double().norm() for name in context.network.parameters])
     expected = context.vector("network_gradient_norms").cpu()
     # Behind a ReLU that is never active, the reference's gradient is 0, too.
     error = float(((norms - expected).abs() / torch.where(expected > 0, expected, 1)).max())
-    yield Comparison("network, training: gradient norms", error, tolerance)
+    yield Comparison("network, training: gradient norms", error, tolerance.gradients)
     for key, name in SAMPLED_GRADIENTS.items():
         gradient = gradients[name].flatten()
-        actual = gradient[:: gradient.numel() // NUM_SAMPLED]
-        error = max_peak_error(actual, context.vector(f"network_gradient_{key}"))
-        yield Comparison(f"network, training: gradient, {key}", error, tolerance)
+        actual = gradient[:: gradient.numel() // NUM_SAMPLED].cpu().double()
+        sampled = context.vector(f"network_gradient_{key}").cpu().double()
+        error = float((actual - sampled).norm() / sampled.norm())
+        yield Comparison(f"network, training: gradient, {key}", error, tolerance.samples)
