@@ -17,7 +17,7 @@ from typing import Any
 from detection.config.run_config import CUSTOM_DATA_SETTINGS
 from detection.config.settings import InputError
 from mlperf import stdio
-from mlperf.log import read
+from mlperf.log import find_clock_error, read
 from perf.machine import RESULTS, machine, select_out
 
 PATH_SETTINGS = ("data_dir", "run_dir", "log_dir", *CUSTOM_DATA_SETTINGS)
@@ -53,8 +53,13 @@ def main(argv: list[str], results: Path = RESULTS) -> int:
 
 
 def summarize(log: Path) -> dict[str, Any]:
-    """Return commit, times and accuracy of a run from its MLPerf log. Raises InputError if the log names no commit."""
+    """Return commit, times and accuracy of a run from its MLPerf log.
+
+    Raises InputError if the log names no commit, or if its clock was set back.
+    """
     events = read(log)
+    if clock_error := find_clock_error(events):
+        raise InputError(f"{log}: {clock_error}. The run has no valid time. Repeat it.")
     last = {event.key: event for event in events}
     if "commit" not in last:
         raise InputError(f"{log}: names no commit. Only runs of this program can be recorded.")

@@ -75,3 +75,5 @@ def test_a_record_contains_the_commit_of_its_run(tmp_path):
     assert summarize(logged)["commit"] == f"{COMMIT}-dirty"
     with pytest.raises(InputError, match="names no commit"):
         summarize(write_run(tmp_path / "b.txt"))
+    with pytest.raises(InputError, match="the clock was set back"):
+        summarize(write_run(tmp_path / "c.txt", commit={"value": COMMIT, "dirty": False}, minutes=-30))

@@ -14,6 +14,7 @@ import pytest
 from detection.engine import experiments
 from mlperf.errors import InputError
 from paths import ROOT
+from synthetic_log import write_run
 
 # STATUSES: exit status of each run. WAIT: number of the run that waits for a signal.
 STUB = """#!/usr/bin/env bash
@@ -154,6 +155,11 @@ def test_others_run_after_a_failed_one_and_the_summary_lists_all(run, monkeypatc
         "4 of 5 137 2 0 a run/result_3.txt",
         "5 of 5 0 93 1 a run/result_4.txt",
     ]
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(20, "1200"), (-30, "-")])
+def test_time_of_a_log_whose_clock_was_set_back_is_not_shown(tmp_path, minutes, seconds):
+    assert experiments.duration_s(write_run(tmp_path / "log.txt", benchmark="retinanet", minutes=minutes)) == seconds
 
 
 @pytest.mark.parametrize("status", [2, 125, 143])
