@@ -82,10 +82,13 @@ class Tolerance(NamedTuple):
     samples: float
 
 
+# Measured in bf16 on a CPU: features 1.9e-2, losses 6e-3, norms of gradients 1.6e-2, single gradients 2.4e-2 of the
+# largest. Because scores are close, 7% of the proposals and 25% of the detections are unmatched. tf32 and fp16 have not
+# been measured.
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 3e-4, 1e-5, 1e-4, 0, 2e-6, 5e-4, 2e-3),
     "tf32": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1, 1e-1),
-    "bf16": Tolerance(1e-1, 4, 0.1, 0.3, 0.5, 1e-1, 2.5e-1, 2.5e-1),
+    "bf16": Tolerance(5e-2, 4, 0.1, 0.3, 0.5, 3e-2, 1e-1, 1e-1),
     "fp16": Tolerance(1e-2, 1, 0.05, 0.1, 0.1, 2e-2, 1e-1, 1e-1),
 }
 # Gradients that are compared one by one: key and parameter. Each has about this number of values.
