@@ -141,34 +141,47 @@ def paste_masks(masks: Floats, boxes_xyxy: Floats, size_hw: tuple[int, int], thr
     low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
     half, center = (high - low) * np.float32(0.5), (high + low) * np.float32(0.5)
     half *= np.float32(side / (side - 2))
-    corners = np.concatenate([center - half, center + half], axis=1).astype(np.int64).tolist()
+    first, last = (center - half).astype(np.int64), (center + half).astype(np.int64)
+    taps = [_resize_taps(first[:, axis], last[:, axis], limit, side) for axis, limit in enumerate((width, height))]
     pasted = []
-    for mask, (left, top, right, bottom) in zip(padded, corners, strict=True):
-        x0, x1, x_weight = _resize_taps(left, right, width, side)
-        y0, y1, y_weight = _resize_taps(top, bottom, height, side)
+    for mask, (left, top), (x0, x1, x_weight), (y0, y1, y_weight) in zip(
+        padded, first.clip(min=0).tolist(), *taps, strict=True
+    ):
         columns = mask[:, x0] * (1 - x_weight) + mask[:, x1] * x_weight
-        region = columns[y0] * (1 - y_weight[:, None]) + columns[y1] * y_weight[:, None] > threshold
-        pasted.append(rle.encode_rle(_rle_counts(region, max(left, 0), max(top, 0), size_hw), size_hw))
+        upper, lower = columns[y0], columns[y1]
+        upper *= 1 - y_weight[:, None]
+        lower *= y_weight[:, None]
+        upper += lower
+        pasted.append(rle.encode_rle(_rle_counts(upper > threshold, left, top, size_hw), size_hw))
     return pasted
 
 
-def _resize_taps(first: int, last: int, limit: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-    """Return the two mask cells and the weight of the second, for each pixel `first` to `last` within the image."""
-    length = max(last - first + 1, 1)
-    pixels = np.arange(max(first, 0), min(last + 1, limit)) - first
-    scale = np.float32(side) / np.float32(length)
+def _resize_taps(
+    first: NDArray[np.int64], last: NDArray[np.int64], limit: int, side: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], Floats]]:
+    """Return two mask cells and the weight of the second, for the pixels `first` to `last` in the image of each box."""
+    start, stop = first.clip(min=0), (last + 1).clip(max=limit)
+    counts = (stop - start).clip(min=0)
+    ends = counts.cumsum()
+    pixels = np.arange(counts.sum()) - np.repeat(ends - counts + first - start, counts)
+    scale = np.repeat(np.float32(side) / (last - first + 1).clip(min=1).astype(np.float32), counts)
     position = np.maximum((pixels.astype(np.float32) + np.float32(0.5)) * scale - np.float32(0.5), np.float32(0))
     low = position.astype(np.int64)
-    return low, np.minimum(low + 1, side - 1), position - low.astype(np.float32)
+    taps = low, np.minimum(low + 1, side - 1), position - low.astype(np.float32)
+    return list(zip(*(np.split(tap, ends)[:-1] for tap in taps), strict=True))
 
 
 def _rle_counts(region: NDArray[np.bool_], left: int, top: int, size_hw: tuple[int, int]) -> NDArray[np.int64]:
     """Return alternating run lengths of 0s and 1s down the columns of an image that is 0 outside `region`."""
     height, width = size_hw
-    bordered = np.pad(region, ((1, 1), (0, 0)))
-    column, row = np.nonzero((bordered[1:] != bordered[:-1]).T)
-    changes = (left + column) * height + top + row
-    # Equal changes: a column that ends with 1s precedes a column that starts with 1s.
-    changes = changes[(np.diff(changes, prepend=-1) != 0) & (np.diff(changes, append=-1) != 0)]
-    lengths: NDArray[np.int64] = np.diff(changes, prepend=0, append=height * width)
+    rows, columns = region.shape
+    bordered = np.zeros((columns, rows + 2), dtype=bool)
+    bordered[:, 1:-1] = region.T
+    changes = np.flatnonzero(bordered[:, 1:] != bordered[:, :-1])
+    changes += changes // (rows + 1) * (height - rows - 1) + left * height + top
+    is_same = changes[1:] == changes[:-1]
+    if is_same.any():  # a column that ends with 1s precedes a column that starts with 1s
+        changes = np.delete(changes, np.flatnonzero(is_same)[:, None] + [0, 1])
+    ends = np.concatenate([[0], changes, [height * width]])
+    lengths: NDArray[np.int64] = ends[1:] - ends[:-1]
     return lengths if lengths[-1] else lengths[:-1]

@@ -2,7 +2,6 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from annotation_file import read_one_image
 from detection.config.settings import InputError, LaunchLayout
 from detection.data import coco, image_io
 from detection.data.batch import split_micro_batches
@@ -161,34 +159,6 @@ def test_legacy_box_ends_with_its_last_pixel_with_and_without_flip(small_toy):
             shift = actual[:, 0] - expected[:, 0]
             # A flipped box loses the pixel on its left side, and the last pixel is W - 1.
             assert (shift.abs() < 1e-3).all() or torch.allclose(shift, pixel[0] - 1, atol=1e-3)
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_boxes_and_polygons_are_transformed_as_in_the_reference(tmp_path, monkeypatch, number):
-    vectors = {
-        key.removeprefix(f"transform{number}_"): array
-        for key, array in np.load(ROOT / "tests/golden/maskrcnn/maskrcnn_reference.npz").items()
-    }
-    polygons = [vectors["points"][start:end].tolist() for start, end in pairwise(vectors["point_starts"])]
-    segmentations = [polygons[start:end] for start, end in pairwise(vectors["line_starts"])]
-    corners = vectors["truth_xyxy"].astype(np.float64)
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1], axis=1).tolist()
-    split = read_one_image(tmp_path, segmentations, boxes, vectors["hw"].tolist())
-    min_size_px, max_size_px = vectors["transform_min_max"].tolist()
-    sizes = {"min_size_px": min_size_px, "max_size_px": max_size_px}
-    dataset = MaskRCNNTrainDataset(split, seed=0, **sizes, flip=True, legacy=True, pixels=HostImagePipeline())
-    for flip in (0, 1):
-        monkeypatch.setattr(dataset, "sample_params", lambda epoch, index, flip=flip: (bool(flip), 0))
-        batch = dataset.__getitems__([(1, 0)])
-        assert batch.sizes_hw[0].tolist() == vectors["resized_hw"].tolist()
-        expected = vectors[f"flip{flip}_xyxy"]
-        np.testing.assert_allclose(batch.boxes_xyxy[0, : len(expected)], expected, rtol=0, atol=3e-4)
-        points = [
-            mask[(mask[:, 2] == ring) & (mask[:, 2] > 0)][:-1, :2]  # without the last point, which closes it
-            for mask in batch.vertices[0]
-            for ring in range(1, int(mask[:, 2].max()) + 1)
-        ]
-        np.testing.assert_array_equal(torch.cat(points).flatten(), vectors[f"flip{flip}_points"])
 
 
 def test_flips_depend_on_epoch_and_seed(small_toy):

@@ -1,7 +1,6 @@
 """Tests of mask rasterization and pasting against pycocotools and torchvision."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,9 @@ from detection.data import coco, rle
 from detection.data.polygons import PolygonArrays
 from maskrcnn import masks
 from maskrcnn.data import pad_vertices
-from paths import ROOT, shared
+from paths import shared
 
 SIDE = 28
-GOLDEN = ROOT / "tests" / "golden" / "maskrcnn"
 
 
 def write(folder, segmentations):
@@ -249,22 +247,6 @@ def test_thousands_of_random_polygons_have_the_bits_of_the_reference(seed):
     objects, rois_xyxy = random_regions(seed, 400)
     expected = np.stack([rasterize_like_reference(*region) for region in zip(objects, rois_xyxy, strict=True)])
     np.testing.assert_array_equal(rasterize_batch(objects, rois_xyxy), expected)
-
-
-@pytest.mark.parametrize("name", ["mask_target", "mask_loss"])
-def test_mask_targets_have_the_bits_of_the_reference(name):
-    vectors = np.load(GOLDEN / "maskrcnn_reference.npz")
-    polygons, point_offsets = vectors[f"{name}_points"].reshape(-1, 2), vectors[f"{name}_point_starts"] // 2
-    rings = [polygons[start:end] for start, end in pairwise(point_offsets)]
-    objects = [rings[start:end] for start, end in pairwise(vectors[f"{name}_line_starts"])]
-    if name == "mask_target":
-        assert "crosses itself" in vectors["mask_target_kinds"]
-        object_of_roi = vectors["mask_target_object"]
-    else:
-        object_of_roi = [vectors["mask_loss_truth_labels"].tolist().index(n) for n in vectors["mask_loss_labels"]]
-    expected = np.unpackbits(vectors[f"{name}_bits"], axis=1).reshape(-1, SIDE, SIDE)
-    actual = rasterize_batch([objects[number] for number in object_of_roi], vectors[f"{name}_xyxy"])
-    np.testing.assert_array_equal(actual, expected)
 
 
 def test_padding_sets_nothing_and_chunks_add_up(monkeypatch):
