@@ -60,9 +60,7 @@ def commands() -> list[Command]:
         blocks = "".join(re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
         lines = re.findall(r"^\$ (.*)$", blocks.replace("\\\n", " "), re.MULTILINE)
         for span in inline_code(page):
-            if match := re.match(
-                r"((?:\w+=\S* )*)(?:\.venv/bin/)?(python -m [\w.]+ (?!COMMAND|NAME)[\w-]|\./\w+\.sh)", span
-            ):
+            if match := INLINE.match(span):
                 lines.append(match[1] + span[match.start(2) :].replace("python", ".venv/bin/python", 1))
         for line in lines:
             words = shlex.split(line, comments=True)

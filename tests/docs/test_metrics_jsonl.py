@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 import types
@@ -11,15 +10,16 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
+import commands
 import processes
+from config_files import set_only
 from detection.config.settings import InputError
 from detection.engine import tensorboard
 from detection.engine.tensorboard import TensorBoardLogger
-from detection.preflight import run_checks
 from mlperf.log import read
+from narrow_ssd import make_narrow
 from paths import ROOT
 from ssd import train
-from ssd.commands import PREFLIGHT
 
 FLAGS = ("--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -36,19 +36,13 @@ def documented() -> dict[str, list[str]]:
 
 @pytest.fixture
 def environment(four_image_coco, tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
-        monkeypatch.delenv(name)
-    values = {"DATADIR": four_image_coco, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
-    for name, value in (values | {"SSD_DIVISION": "open", "SSD_DEVICE": "cpu", "SSD_BACKBONE": "resnet18"}).items():
-        monkeypatch.setenv(name, str(value))
-
-
-def events(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {"DATADIR": four_image_coco, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": 4}
+    set_only(monkeypatch, values | {"SSD_DIVISION": "open", "SSD_DEVICE": "cpu"})
+    make_narrow(monkeypatch)
 
 
 def test_run_writes_the_documented_events_and_their_numbers_agree(small_run):
-    found = events(small_run.folder)
+    found = processes.metrics(small_run.folder)
     for event in found:
         assert list(event) == documented()[event["event"]], event["event"]
     names = [event["event"] for event in found]
@@ -73,7 +67,7 @@ def test_run_writes_the_documented_events_and_their_numbers_agree(small_run):
 def test_aborted_run_has_a_summary(tmp_path):
     status, _, err = processes.run(tmp_path, "--batch-size", "8", "--log-every", "1", FAULT="nan 0 1")
     assert status == 1, err
-    *_, step, summary = events(tmp_path)
+    *_, step, summary = processes.metrics(tmp_path)
     assert math.isnan(step["loss"])
     assert (summary["event"], summary["converged"], summary["stopped_by"]) == ("summary", False, "NonFiniteLossError")
     assert (summary["epoch"], summary["images_per_s"]) == (None, None)
@@ -88,8 +82,8 @@ def test_unwritable_summary_is_rejected_before_the_timer_starts(environment, tmp
 
 def test_missing_tensorboard_is_reported_if_requested(environment, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    for main in (train.main, partial(run_checks.main, spec=PREFLIGHT)):
-        assert main([*FLAGS, "--tensorboard"]) == 2
+    for command in (lambda *words: train.main(list(words)), partial(commands.ssd, "preflight")):
+        assert command(*FLAGS, "--tensorboard") == 2
         shown = capsys.readouterr().err
         assert shown.count("error:") == 1
         assert "tensorboard is not installed" in shown

@@ -1,7 +1,6 @@
 """Output and files of the modes evaluate, bench-train and bench-infer."""
 
 import json
-import os
 import shutil
 from functools import partial
 
@@ -12,12 +11,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import commands
+import processes
+from config_files import set_only
 from detection.engine import throughput, train_loop
 from detection.evaluation.coco_metric import COCO_STATS
 from detection.synthetic import toy
+from narrow_ssd import make_narrow
 from ssd import checkpoint_names, train
 from ssd.model import SSD300
-from torchrun import launch
+from torchrun import NARROW_SSD300, launch
 
 BENCHMARK = ("--batch-size", "2", "--eval-batch-size", "2", "--benchmark-steps", "1", "--benchmark-warmup", "0")
 BENCHMARK += ("--score-threshold", "0.5")
@@ -25,18 +27,18 @@ BENCHMARK += ("--score-threshold", "0.5")
 
 @pytest.fixture
 def environment(four_image_coco, tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
-        monkeypatch.delenv(name)
-    values = {"DATADIR": four_image_coco, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": "4"}
-    for name, value in (values | {"SSD_DEVICE": "cpu", "SSD_NUM_WORKERS": "0", "SSD_BACKBONE": "resnet18"}).items():
-        monkeypatch.setenv(name, str(value))
+    values = {"DATADIR": four_image_coco, "RUN_DIR": tmp_path / "run", "SSD_DATASET": "toy", "SSD_NUM_CLASSES": 4}
+    set_only(monkeypatch, values | {"SSD_DEVICE": "cpu", "SSD_NUM_WORKERS": 0, "SSD_BACKBONE": "resnet18"})
+    make_narrow(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def state():
     """Random weights, except that the second anchor of the 19x19 map always detects a square of its size."""
     torch.manual_seed(3)
-    state = SSD300(4, "resnet18").state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        make_narrow(patch)
+        state = SSD300(4, "resnet18").state_dict()
     per_anchor = [state[f"heads.1.{kind}"].unflatten(0, (6, 8)) for kind in ("weight", "bias")]
     for tensor in per_anchor:
         tensor[1] = 0
@@ -123,7 +125,7 @@ def test_throughput_modes_time_the_steps_of_the_training_loop(environment, tmp_p
         assert sum(result["time_fraction"].values()) == pytest.approx(1)
         assert result["time_fraction"]["forward"] > 0.1
         assert f"average {rate['average']:.1f}" in shown
-    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = processes.metrics(tmp_path / "run")
     assert [event["event"] for event in events] == ["run_start", "summary"]
     assert events[1]["results"] == values["results"]
 
@@ -144,11 +146,11 @@ def test_timings_add_throughput_and_take_the_slowest_latency():
     assert result["latency_ms"] == pytest.approx({"average": 5000 / 3, "median": 2000, "p95": 2000, "max": 2000})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
 def test_two_ranks_measure_jointly(environment, tmp_path, mode):
     summary = tmp_path / "summary.json"
-    done = launch(2, tmp_path / "run", *BENCHMARK, "--mode", mode, "--summary-json", str(summary))
+    flags = (*BENCHMARK, "--mode", mode, "--summary-json", str(summary))
+    done = launch(2, tmp_path / "run", *flags, program=NARROW_SSD300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("synthetic input") == 1
     assert [result["input"] for result in json.loads(summary.read_text())["results"]] == ["real", "synthetic"]
@@ -170,6 +172,5 @@ def test_ssd300_v1_1_trains_on_a_last_batch_of_one_image(environment, tmp_path, 
     monkeypatch.setenv("DATADIR", str(tmp_path / "three"))
     flags = ("--network", "ssd300-r50", "--no-weight-decay-on-bias-and-norm", "--epochs", "1", "--target", "0")
     assert train.main([*flags, "--batch-size", "2", "--division", "open", "--log-every", "1"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [np.isfinite(line["loss"]) for line in lines if line["event"] == "step"] == [True, True]
-    assert next(line for line in lines if line["event"] == "epoch")["images"] == 3
+    assert np.isfinite(processes.losses(tmp_path / "run")).tolist() == [True, True]
+    assert processes.metrics(tmp_path / "run", "epoch")[0]["images"] == 3

@@ -1,8 +1,10 @@
 """Complete runs: logs, exit status, and equality across numbers of ranks."""
 
+import io
 import json
 import re
 from collections import defaultdict
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import processes
 from detection.data import coco
 from detection.engine import finalize
 from detection.evaluation import sample_predictions
@@ -17,11 +20,12 @@ from detection.runtime import device
 from detection.synthetic import toy
 from mlperf import check
 from mlperf.log import read
+from narrow_ssd import make_narrow
 from perf import record
 from ssd import train
 from ssd.evaluator import SSDEvaluator
 from ssd.model import SSD300
-from torchrun import launch
+from torchrun import FULL_SSD300, NARROW_SSD300, launch
 
 FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 
@@ -34,19 +38,30 @@ def toy_data(tmp_path_factory):
     return folder
 
 
+def variables(toy_data, run):
+    """Return the variables that config_toy.sh and ./run_and_time.sh export."""
+    own = {"SSD_DATASET": "toy", "SSD_DIVISION": "open", "SSD_DEVICE": "cpu"}
+    return own | {"DATADIR": str(toy_data), "RUN_DIR": str(run)}
+
+
 @pytest.fixture
-def environment(toy_data, tmp_path, monkeypatch):
-    """Variables that config_toy.sh and ./run_and_time.sh export, for a run in tmp_path."""
-    values = {
-        "DATADIR": str(toy_data),
-        "RUN_DIR": str(tmp_path / "run"),
-        "SSD_DATASET": "toy",
-        "SSD_DIVISION": "open",
-        "SSD_DEVICE": "cpu",
-    }
-    for name, value in values.items():
+def environment(request, toy_data, tmp_path, monkeypatch):
+    """Environment of a run in tmp_path, of a narrow network unless the parameter is "full"."""
+    for name, value in variables(toy_data, tmp_path / "run").items():
         monkeypatch.setenv(name, value)
-    return values
+    if getattr(request, "param", "narrow") == "narrow":
+        make_narrow(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def full_run(toy_data, tmp_path_factory):
+    """Folder and output of a run of the real network that reaches its target."""
+    folder, output = tmp_path_factory.mktemp("full") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        for name, value in variables(toy_data, folder).items():
+            patch.setenv(name, value)
+        assert train.main([*FEW_STEPS, "--epochs", "2", "--eval-epochs", "1,2", "--target", "0"]) == 0
+    return folder, output.getvalue()
 
 
 def events(folder: Path):
@@ -57,9 +72,8 @@ def keys(folder: Path):
     return [event.key for event in events(folder)]
 
 
-def test_run_that_reaches_its_target_logs_all_events_in_order(environment, tmp_path, capsys):
-    assert train.main([*FEW_STEPS, "--epochs", "2", "--eval-epochs", "1,2", "--target", "0"]) == 0
-    run = tmp_path / "run"
+def test_run_that_reaches_its_target_logs_all_events_in_order(full_run):
+    run, shown = full_run
     order = [
         key
         for key in keys(run)
@@ -76,7 +90,6 @@ def test_run_that_reaches_its_target_logs_all_events_in_order(environment, tmp_p
     assert by_key["epoch_start"].metadata["epoch_num"] == 1
     for ruleset in ("1.0.0", "1.1.0"):
         assert check.check(run / "result_0.txt", ruleset).passed, ruleset
-    shown = capsys.readouterr().out
     assert "MLPerf compliance (1.1.0): PASS" in shown
     assert "above the target 0.0" in shown
     assert "after epoch 1, target 0.0: target reached" in shown
@@ -93,15 +106,13 @@ def test_echo_log_prints_every_line_of_the_log(environment, tmp_path, monkeypatc
     assert lines == (tmp_path / "run" / "result_0.txt").read_text().splitlines()
 
 
-def test_run_folder_has_config_metrics_checkpoint_and_detections(environment, tmp_path):
-    train.main([*FEW_STEPS, "--target", "0"])
-    run = tmp_path / "run"
+def test_run_folder_has_config_metrics_checkpoint_and_detections(full_run):
+    run, _ = full_run
     assert json.loads((run / "config.json").read_text())["batch_size"] == 2
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["event"] == "step"]
-    assert [line["step"] for line in steps] == [0, 1]
-    assert all(np.isfinite(line["loss"]) and line["images_per_s"] > 0 for line in steps)
-    assert [line["epoch"] for line in lines if line["event"] == "evaluation"] == [1]
+    steps = processes.metrics(run, "step")
+    assert [step["step"] for step in steps] == [0, 1]
+    assert all(np.isfinite(step["loss"]) and step["images_per_s"] > 0 for step in steps)
+    assert [evaluation["epoch"] for evaluation in processes.metrics(run, "evaluation")] == [1]
     (checkpoint,) = (run / "checkpoints").iterdir()
     state = torch.load(checkpoint, weights_only=True)
     SSD300(4).load_state_dict(state["model"])
@@ -198,7 +209,7 @@ def test_compiled_training_matches_eager_training(environment, tmp_path, monkeyp
         same = ("--seed", "3", "--precision", "fp32", "--batch-size", "3", "--epochs", "2", "--eval-epochs", "2")
         assert train.main([*FEW_STEPS, *same, "--target", "0", "--compile", choice]) == 0
     assert "s, compiled" in capsys.readouterr().out
-    on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
+    on, off = processes.losses(tmp_path / "on"), processes.losses(tmp_path / "off")
     np.testing.assert_allclose(on[:3], off[:3], rtol=1e-3)
     np.testing.assert_allclose(on, off, rtol=0.05)  # rounding changes the choice of hard negatives
 
@@ -244,7 +255,7 @@ def test_seeds_are_random_unless_set(environment, tmp_path, monkeypatch):
     seeds = []
     for name, flags in (("a", ()), ("b", ()), ("c", ("--seed", "5")), ("d", ("--seed", "5"))):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
-        train.main([*FEW_STEPS, "--batch-size", "1", "--backbone", "resnet18", "--max-steps", "1", *flags])
+        train.main([*FEW_STEPS, "--batch-size", "1", "--max-steps", "1", *flags])
         seeds.append(next(event.value for event in events(tmp_path / name) if event.key == "seed"))
     assert seeds[0] != seeds[1]
     assert seeds[2:] == [5, 5]
@@ -258,11 +269,6 @@ def weights(run: Path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def losses(run: Path):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "step"]
-
-
 def scores(run: Path):
     """Return the number of detections and their mean score for each image with detections."""
     by_image = defaultdict(list)
@@ -271,25 +277,28 @@ def scores(run: Path):
     return np.array([[len(values), np.mean(values)] for _, values in sorted(by_image.items())])
 
 
-@pytest.mark.parametrize("batch_size", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_two_ranks_match_one_rank_and_gradient_accumulation(environment, tmp_path, monkeypatch, batch_size):
+@pytest.mark.parametrize(
+    ("environment", "program", "batch_size"),
+    [("narrow", NARROW_SSD300, 2), pytest.param("full", FULL_SSD300, 8, marks=pytest.mark.slow)],
+    indirect=["environment"],
+)
+def test_two_ranks_match_one_rank_and_gradient_accumulation(environment, tmp_path, monkeypatch, program, batch_size):
     data = tmp_path / "data"
     toy.generate(data, toy.ToySpec(train_images=2 * batch_size, val_images=2, seed=2))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--freeze-batch-norm", "--base-lr", "1e-4", "--epochs", "1")
-    same += ("--backbone", "resnet18") if batch_size == 2 else ()
     same += ("--num-workers", "1", "--log-every", "1", "--warmup-steps", "0", "--target", "0")
     whole, half = ("--batch-size", str(batch_size)), ("--batch-size", str(batch_size // 2))
     runs = {"one": whole, "parts": (*whole, "--grad-accum-steps", "2")}
     for name, flags in runs.items():
         monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
         assert train.main([*same, *flags]) == 0
-    done = launch(2, tmp_path / "two", *same, *half, "--image-cache", "host")
+    done = launch(2, tmp_path / "two", *same, *half, "--image-cache", "host", program=program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1: ") == 1, "only the first rank prints"
-    assert len(losses(tmp_path / "one")) >= 2
+    assert len(processes.losses(tmp_path / "one")) >= 2
     for name in ("two", "parts"):
-        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=1e-5)
+        np.testing.assert_allclose(processes.losses(tmp_path / name), processes.losses(tmp_path / "one"), rtol=1e-5)
         for key, tensor in weights(tmp_path / "one").items():
             torch.testing.assert_close(
                 weights(tmp_path / name)[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}"
@@ -300,14 +309,12 @@ def test_two_ranks_match_one_rank_and_gradient_accumulation(environment, tmp_pat
         np.testing.assert_allclose(results[name], results["one"], atol=1e-3)
 
 
-@pytest.mark.slow
 def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, monkeypatch):
     data = tmp_path / "data"
     toy.generate(data, toy.ToySpec(train_images=2, val_images=1, seed=1))
     monkeypatch.setenv("DATADIR", str(data))
     same = ("--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--epochs", "1", "--num-workers", "0")
-    same += ("--backbone", "resnet18")
-    done = launch(2, tmp_path / "2", *same, "--target", "0", "--batch-size", "1")
+    done = launch(2, tmp_path / "2", *same, "--target", "0", "--batch-size", "1", program=NARROW_SSD300)
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "1"))
     assert train.main([*same, "--target", "0", "--batch-size", "2"]) == 0
@@ -322,7 +329,7 @@ def test_corrupt_image_is_named_and_stops_every_rank(environment, tmp_path, monk
     broken = coco.read(*coco.standard_paths(data, "train")).drop_empty_images().image_path(0)
     broken.write_bytes(broken.read_bytes()[:700])
     monkeypatch.setenv("DATADIR", str(data))
-    done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1")
+    done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1", program=NARROW_SSD300)
     assert done.returncode == 2
     assert f"error: {broken}: this image cannot be decoded" in done.stderr
     assert "Traceback" not in done.stderr
@@ -336,4 +343,4 @@ def test_accelerator_trains_in_every_precision(environment, tmp_path, monkeypatc
     for precision in ("fp32", "tf32", "bf16", "fp16"):
         monkeypatch.setenv("RUN_DIR", str(tmp_path / precision))
         assert train.main([*FEW_STEPS, "--precision", precision, "--target", "0"]) == 0
-        assert all(np.isfinite(losses(tmp_path / precision)))
+        assert all(np.isfinite(processes.losses(tmp_path / precision)))

@@ -1,9 +1,7 @@
 """Tests of the evaluator with a dummy network that returns the annotated objects, or some of them."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from maskrcnn.config import Config
 from maskrcnn.data import MaskRCNNEvalSource
 from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.postprocess import Detections
-from paths import ROOT
+from torchrun import run_ranks
 
 SINGLE_RANK = DistContext(0, 1, torch.device("cpu"))
 MODEL = nn.Identity()
@@ -169,20 +167,7 @@ def test_results_are_in_coco_format(perfect_evaluation):
 
 
 def test_ranks_share_metrics_and_the_first_holds_all_detections(perfect_evaluation, small_toy, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "detection.runtime.launch",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(small_toy),
-        str(tmp_path),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    process = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    process = run_ranks(2, __file__, small_toy, tmp_path)
     assert process.returncode == 0, process.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["metrics"] == second["metrics"] == perfect_evaluation[1]

@@ -3,8 +3,6 @@
 import json
 import socket
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -32,6 +30,7 @@ from perf.scaling.step_model import (
     step,
 )
 from ssd.model import SSD300
+from torchrun import run_ranks
 
 A100 = Accelerator(1600, 0.005)
 
@@ -257,8 +256,7 @@ def test_bytes_received_over_tcp_are_counted():
 
 
 CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import torch
 from detection.config.settings import read_rank_info
 from detection.runtime.distributed import init_process_group
@@ -294,8 +292,7 @@ with init_process_group(read_rank_info(), torch.device("cpu"), timeout_s=60) as 
 def test_two_ranks_exchange_one_gradient_and_half_the_bytes_in_bf16(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", "2", str(script), str(ROOT)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    process = run_ranks(2, script)
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)
     for dtype, (received, received_no_sync, ranks_agree, error, grad_dtype) in results.items():
@@ -312,9 +309,7 @@ def test_two_ranks_exchange_one_gradient_and_half_the_bytes_in_bf16(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradient_command_measures_all_kinds_of_steps(tmp_path, ranks):
     out = tmp_path / "gradient.json"
-    launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks)]
-    flags = ["-m", "perf.scaling.gradient", "--batch-size", "1", "--rounds", "2", "--out", str(out)]
-    process = subprocess.run([*launch, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    process = run_ranks(ranks, "-m", "perf.scaling.gradient", "--batch-size", "1", "--rounds", "2", "--out", out)
     assert process.returncode == 0, process.stderr
     result = json.loads(out.read_text())
     assert result["gradient_bytes"] == 4 * 19_972_534

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from config_files import set_only
 from detection.config.settings import InputError, LaunchLayout
 from detection.data import coco, coco2017
 from detection.data.coco2017 import PublishedSplit
@@ -25,6 +26,7 @@ from detection.runtime.distributed import DistContext
 from paths import ROOT
 from ssd.commands import PREFLIGHT, make_random_workload
 from ssd.config import load
+from torchrun import run_ranks
 
 CPU = torch.device("cpu")
 ACCELERATOR = torch.device("xpu", 0)  # any kind: nothing is computed
@@ -290,34 +292,14 @@ def run_flags(folder):
     return (*recipe, "--division", "open", "--device", "cpu")
 
 
-def test_two_ranks_print_one_table(four_image_coco):
-    launch = ("-m", "detection.runtime.launch", "--nproc-per-node", "2", "-m", "ssd", "inspect")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SSD_", "DGX"))}
-    done = subprocess.run(
-        [sys.executable, *launch, *run_flags(four_image_coco)],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_two_ranks_print_one_table(four_image_coco, monkeypatch):
+    set_only(monkeypatch, {})
+    done = run_ranks(2, "-m", "ssd", "inspect", *run_flags(four_image_coco))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("GiB/s over 2 ranks") == 1
     assert done.stdout.splitlines()[-1].startswith("ready: ")
-    for name in (
-        "device",
-        "versions",
-        "rules",
-        "driver",
-        "clock",
-        "training step",
-        "data",
-        "sample",
-        "disk",
-        "open files",
-    ):
-        assert f"pass  {name} " in done.stdout
+    names = ("device", "versions", "rules", "driver", "clock", "training step", "data", "sample", "disk", "open files")
+    assert all(f"pass  {name} " in done.stdout for name in names)
 
 
 def test_failed_check_exits_with_2_after_the_whole_table(data, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import processes
 from detection.report import __main__ as command_line
 from detection.report import html_report, plots
 from detection.report.run_record import disambiguate_names, read_runs
@@ -237,7 +238,7 @@ def test_aborted_run_with_empty_metrics_and_truncated_log_is_reported(run_copy):
 
 
 def test_reason_of_a_stopped_run_is_shown(run_copy):
-    lines = [json.loads(line) for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    lines = processes.metrics(run_copy)
     lines[-1] |= {"converged": False, "stopped_by": "NonFiniteLossError"}
     lines[3]["loss"] = float("nan")
     (run_copy / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"event": "st')
@@ -251,7 +252,7 @@ def test_reason_of_a_stopped_run_is_shown(run_copy):
 
 
 def test_run_stopped_after_one_step_has_no_empty_plots_and_a_reason(run_copy):
-    start, step, *_, summary = [json.loads(line) for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    start, step, *_, summary = processes.metrics(run_copy)
     stop = {"stopped_by": "TrainingStopped", "stop_reason": "SIGTERM after step 1", "converged": False, "metrics": {}}
     (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, [start, step, summary | stop])))
     log = (run_copy / "result_0.txt").read_text()
@@ -264,7 +265,7 @@ def test_run_stopped_after_one_step_has_no_empty_plots_and_a_reason(run_copy):
 @pytest.mark.filterwarnings("error")
 def test_report_of_evaluated_weights_has_no_plot_by_epoch_and_no_warning(run_copy):
     (run_copy / "result_0.txt").unlink()
-    events = [json.loads(line) | {"mode": "evaluate"} for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    events = [event | {"mode": "evaluate"} for event in processes.metrics(run_copy)]
     kept = [event | {"epoch": 0} for event in events if event["event"] in ("run_start", "evaluation", "summary")]
     (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)))
     page = make_page(run_copy)
@@ -288,7 +289,7 @@ def test_zero_missing_and_invalid_metrics_are_shown(run_copy):
 
 
 def test_run_with_masks_shows_both_metrics(run_copy):
-    lines = [json.loads(line) for line in (run_copy / "metrics.jsonl").read_text().splitlines()]
+    lines = processes.metrics(run_copy)
     for line in lines:
         if "targets" in line:
             line["targets"] = {"AP": 0.377, "mask_AP": 0.339}
@@ -417,7 +418,7 @@ def test_path_without_a_run_is_rejected_with_a_hint(tmp_path, capsys):
         assert command_line.main([str(path), "--out", str(tmp_path / "out.html")]) == 2
         assert words in capsys.readouterr().err
     assert command_line.main([str(TOY), "--out", str(tmp_path / "result_0.txt" / "out.html")]) == 2
-    assert "Name readable runs and a writable file" in capsys.readouterr().err
+    assert "Check the path, its permissions and its disk." in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
 
 

@@ -14,25 +14,34 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.run", "detection.engine.entrypoint", "detection.engine.train_loop"]
-)
+SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "ssd.train", "maskrcnn.train"])
 
 
 class Forked:
     """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen.
 
-    out, err: files for its output, which `communicate` then does not return.
+    out, err: files for its output, which `communicate` then does not return. fork_ranks: if the program is the
+    launcher, fork its ranks, too.
     """
 
-    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT, *, out: str = "", err: str = ""):
+    def __init__(
+        self,
+        argv: list[str],
+        environ: dict[str, str],
+        cwd: Path = ROOT,
+        *,
+        out: str = "",
+        err: str = "",
+        fork_ranks: bool = False,
+    ):
         self.argv = argv
         self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         names = [name or file.name for name, file in zip((out, err), self.files, strict=True)]
-        self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names))
+        self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names, fork_ranks))
         self.process.start()
         self.pid = self.process.pid
 
@@ -49,15 +58,21 @@ class Forked:
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def wait(self, timeout: float | None = None) -> int:
         self.process.join(timeout)
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(self.argv, timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
         out, err = (file.read() for file in self.files)
         return out, err
 
 
-def run_program(argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str) -> None:
+def run_program(
+    argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str, fork_ranks: bool = False
+) -> None:
     """Run the program in this process, with the given environment and output files."""
     os.setsid()
     for stream, name in ((1, out), (2, err)):
@@ -67,6 +82,13 @@ def run_program(argv: list[str], environ: dict[str, str], cwd: Path, out: str, e
     os.chdir(cwd)
     tempfile.tempdir = None  # from TMPDIR
     torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    if fork_ranks:
+
+        def fork_rank(_: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Forked:
+            words = [word for word in args[1:] if word != "-u"]  # without the interpreter
+            return Forked(words, env, cwd, out=out, err=err)
+
+        SubprocessHandler._popen = fork_rank  # type: ignore[assignment, method-assign]
     if argv[0] == "-m":
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

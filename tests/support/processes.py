@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def start(
 ) -> subprocess.Popen[str] | Forked:
     words = command(run, *flags, ranks=ranks, launch=launch)
     if "PYTHONPATH" not in extra:  # PYTHONPATH needs a new interpreter
-        return Forked(words[1:], environment(**extra))
+        return Forked(words[1:], environment(**extra), fork_ranks=True)
     return subprocess.Popen(
         words,
         env=environment(**extra),
@@ -89,14 +90,18 @@ def bit_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def steps(folder: Path) -> list[int]:
+def metrics(folder: Path, event: str = "") -> list[dict[str, Any]]:
+    """Return the events in metrics.jsonl, or those with a name."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "step"]
+    return [line for line in lines if event in ("", line["event"])]
+
+
+def steps(folder: Path) -> list[int]:
+    return [step["step"] for step in metrics(folder, "step")]
 
 
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "step"]
+    return [step["loss"] for step in metrics(folder, "step")]
 
 
 def alive(group: int) -> bool:

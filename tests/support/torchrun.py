@@ -1,23 +1,23 @@
-"""Runs of SSD300 under the launcher."""
+"""Programs under the launcher, with ranks that are forked."""
 
 import os
-import subprocess
-import sys
+from subprocess import CompletedProcess
 
+import processes
+from forked import Forked
 from paths import ROOT
 
+FULL_SSD300 = ("-m", "ssd", "train")
+NARROW_SSD300 = (str(ROOT / "tests/support/narrow_ssd.py"),)
 
-def launch(ranks, run, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "detection.runtime.launch",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "ssd",
-        "train",
-        *flags,
-    ]
-    environment = os.environ | {"RUN_DIR": str(run), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+def run_ranks(ranks: int, *words: object, **variables: str) -> CompletedProcess[str]:
+    """Run a program on several ranks. words: its path, or "-m" and its module, and its arguments."""
+    command = ["-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *map(str, words)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return CompletedProcess(command, *processes.finish(Forked(command, environ, fork_ranks=True), timeout_s=240))
+
+
+def launch(ranks, run, *flags, program=FULL_SSD300):
+    """Train SSD300."""
+    return run_ranks(ranks, *program, *flags, RUN_DIR=str(run))

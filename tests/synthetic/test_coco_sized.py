@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from annotation_file import contents, digests
+from config_files import set_only
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.evaluation.coco_metric import CocoBoxMetric
-from detection.preflight import run_checks
 from detection.synthetic import coco_scenes, coco_sized
 from detection.synthetic.coco_sized import CocoSizedSpec
 from generated import check_crowd, check_polygons
 from paths import ROOT, shared
-from ssd.commands import PREFLIGHT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
@@ -376,18 +376,12 @@ def test_ground_truth_scores_one_with_both_backends(data_dir: Path) -> None:
 def test_preflight_generates_the_configured_images_and_a_dry_run_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
-        monkeypatch.delenv(name)
-    for name in ("RUN_DIR", "NODE_RANK", "RUN_INDEX", "PAGE_CACHE_DROPPED"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOGDIR", str(tmp_path / "results"))
-    monkeypatch.setenv("DATADIR", str(tmp_path / "data"))
-    monkeypatch.setenv("SYNTHETIC_IMAGES", "12")
-    recipe = ["--dataset", "synthetic_coco", "--division", "open", "--batch-size", "4"]
-    assert run_checks.main([*recipe, "--dry-run"], PREFLIGHT) == 0
+    set_only(monkeypatch, {"LOGDIR": tmp_path / "results", "DATADIR": tmp_path / "data", "SYNTHETIC_IMAGES": 12})
+    recipe = ["preflight", "--dataset", "synthetic_coco", "--division", "open", "--batch-size", "4"]
+    assert commands.ssd(*recipe, "--dry-run") == 0
     assert "images are generated when the run starts" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
-    assert run_checks.main(recipe, PREFLIGHT) == 0
+    assert commands.ssd(*recipe) == 0
     assert "train: 12 images" in capsys.readouterr().err
-    assert run_checks.main([*recipe, "--synthetic-images", "13"], PREFLIGHT) == 0
+    assert commands.ssd(*recipe, "--synthetic-images", "13") == 0
     assert "train: 13 images" in capsys.readouterr().err

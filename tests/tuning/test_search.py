@@ -1,6 +1,5 @@
 """Tuning: the search with fake measurements, and trials in real processes."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import commands
+from config_files import exported, set_only
 from detection.config.settings import InputError, LaunchLayout
 from detection.preflight import run_checks
 from detection.tuning import config_file, search, trial
@@ -150,11 +150,8 @@ def test_search_flags_are_separated_from_run_flags():
 @pytest.fixture
 def config_dir(tmp_path, monkeypatch, four_image_coco):
     """Folder for config files, with a clean environment."""
-    for name in [name for name in os.environ if name.startswith(("SSD_", "DGX"))]:
-        monkeypatch.delenv(name)
+    set_only(monkeypatch, {"DATADIR": four_image_coco, "SSD_DEVICE": "cpu"})
     monkeypatch.setattr(search, "CONFIG_DIR", tmp_path)
-    monkeypatch.setenv("DATADIR", str(four_image_coco))
-    monkeypatch.setenv("SSD_DEVICE", "cpu")
     return tmp_path
 
 
@@ -174,23 +171,12 @@ def fake_measurements(monkeypatch, rate):
     return requested
 
 
-def source_config(path):
-    """Source a config file. Return its variables and the settings."""
-    shell = subprocess.run(
-        ["bash", "-euc", f"source {path}; exec env -0"],
-        env={"PATH": os.environ["PATH"]},
-        capture_output=True,
-        check=True,
-    )
-    exported = dict(line.split("=", 1) for line in shell.stdout.decode().strip("\0").split("\0"))
-    return exported, load([], {name: value for name, value in exported.items() if name != "PATH"}).config
-
-
 def test_config_file_has_the_fastest_settings_and_the_original_recipe(config_dir, monkeypatch, capsys, four_image_coco):
     requested = fake_measurements(monkeypatch, lambda settings: 3.0 if settings["num_workers"] == "0" else 1.0)
     assert commands.ssd("tune", "--autotune", "100", "--name", "mine", *TOY) == 0
     assert {module for module, _ in requested} == {"ssd"}
-    exported, config = source_config(config_dir / "config_mine.sh")
+    variables = exported("mine", config_dir)
+    config = load([], variables).config
     assert (config.num_workers, config.batch_size, config.precision) == (0, 2, "bf16")
     assert (config.epochs, config.eval_epochs, config.lr_decay_epochs, config.flip) == (
         7,
@@ -198,8 +184,8 @@ def test_config_file_has_the_fastest_settings_and_the_original_recipe(config_dir
         (5, 6),
         "horizontal+vertical",
     )
-    assert (config.dataset, config.division, exported["DATADIR"]) == ("toy", "open", str(four_image_coco))
-    assert (exported["DGXNNODES"], exported["DGXNGPU"]) == ("1", "1")
+    assert (config.dataset, config.division, variables["DATADIR"]) == ("toy", "open", str(four_image_coco))
+    assert (variables["DGXNNODES"], variables["DGXNGPU"]) == ("1", "1")
     output = capsys.readouterr().out
     assert "3.00 times" in output
     text = (config_dir / "config_mine.sh").read_text()
@@ -207,37 +193,22 @@ def test_config_file_has_the_fastest_settings_and_the_original_recipe(config_dir
         assert part in text
 
 
-def test_config_file_passes_shellcheck_and_dry_run_and_keeps_user_folders(config_dir, monkeypatch):
+def test_config_file_passes_shellcheck_and_dry_run_and_keeps_user_folders(config_dir, monkeypatch, capsys):
     fake_measurements(monkeypatch, lambda _: 1.0)
-    monkeypatch.setenv("DATADIR", os.environ["DATADIR"])
-    assert (
-        commands.ssd(
-            "tune", "--autotune", "100", "--name", "mine", "--pretrained-backbone", "data/resnet34-333f7ec4.pth", *TOY
-        )
-        == 0
-    )
+    flags = ("--autotune", "100", "--name", "mine", "--pretrained-backbone", "data/resnet34-333f7ec4.pth", *TOY)
+    assert commands.ssd("tune", *flags) == 0
     path = config_dir / "config_mine.sh"
     tools = Path(sys.executable).parent  # not on PATH
     for command in ([tools / "shellcheck", "--shell=bash", path], [tools / "shfmt", "-i", "2", "-ci", "-d", path]):
         assert subprocess.run(command, capture_output=True, text=True).stdout == ""
-    script = f'source {path}; exec "$0" -m ssd preflight --dry-run'
-    done = subprocess.run(
-        ["bash", "-euc", script, sys.executable],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"], "DGXSYSTEM": "mine"},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "forbids" not in done.stdout
-    environ = {"PATH": os.environ["PATH"], "DATADIR": "/x", "DGXNGPU": "3", "PRETRAINED_DIR": "/y"}
-    sourced = subprocess.run(
-        ["bash", "-euc", f"source {path}; echo $DATADIR $DGXNGPU $SSD_PRETRAINED_BACKBONE"],
-        env=environ,
-        capture_output=True,
-        text=True,
-    )
-    assert sourced.stdout == "/x 3 /y/resnet34-333f7ec4.pth\n"
+    variables = exported("mine", config_dir, DATADIR="/x", DGXNGPU="3", PRETRAINED_DIR="/y")
+    assert variables["SSD_PRETRAINED_BACKBONE"] == "/y/resnet34-333f7ec4.pth"
+    assert (variables["DATADIR"], variables["DGXNGPU"]) == ("/x", "3")
+    set_only(monkeypatch, exported("mine", config_dir))
+    assert commands.ssd("preflight", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "forbids" not in out
 
 
 def test_larger_coco_batch_uses_its_published_recipe(config_dir, monkeypatch, capsys):
@@ -255,7 +226,7 @@ def test_larger_coco_batch_uses_its_published_recipe(config_dir, monkeypatch, ca
         "data/resnet34.pth",
     )
     assert commands.ssd("tune", "--autotune", "100", "--name", "mine", *start) == 0
-    _, config = source_config(config_dir / "config_mine.sh")
+    config = load([], exported("mine", config_dir)).config
     assert config.batch_size == 1024
     assert (config.lr_decay_epochs, config.max_samples, config.warmup_steps) == ((40, 50), 50, 300)
     assert run_checks.check_rules(config, rule_values(config, 1), 1)[1] == []
