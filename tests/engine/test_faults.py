@@ -170,7 +170,7 @@ def test_missing_shared_memory_is_reported_with_a_fix(tmp_path):
         env=processes.environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 2

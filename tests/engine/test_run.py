@@ -129,6 +129,7 @@ def test_run_folder_has_config_metrics_checkpoint_and_detections(full_run):
 
 
 def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch, capsys):
+    make_narrow(monkeypatch)
     annotations = {}
     for split in ("train", "val"):  # unordered ids with gaps, and two classes
         content = json.loads((toy_data / f"annotations/instances_{split}2017.json").read_text())
