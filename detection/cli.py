@@ -5,10 +5,11 @@ what it needs.
 """
 
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from mlperf.errors import InputError, report_errors
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -64,8 +65,9 @@ class CommandSet:
         return [name for name in HELP if getattr(self, name, True) is not None]
 
 
+@report_errors
 def main(argv: Sequence[str], commands: CommandSet) -> int:
-    """Run a command and return its exit status: 2 if there is no such command."""
+    """Run a command and return its exit status: 2 if there is no such command, or for an InputError."""
     name, flags = (argv[0], list(argv[1:])) if argv else ("", [])
     if name in ("", "-h", "--help"):
         print(usage(commands))
@@ -76,18 +78,13 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
         else:
             nearest = difflib.get_close_matches(name, commands.names(), n=1)
             problem = "no such command" + (f". Did you mean {nearest[0]}?" if nearest else "")
-        print(f"error: {name}: {problem} (`python -m {commands.package}` lists the commands)", file=sys.stderr)
-        return 2
+        raise InputError(f"{name}: {problem} (`python -m {commands.package}` lists the commands)")
     if name in ("predict", "export", "conformance"):
         return run_tool(name, flags, commands)
     declarations: Declarations = commands.declare()
     if {"-h", "--help"} & set(flags):
         print(f"usage: python -m {commands.package} {name} [--help [TOPIC]] [--name value ...]\n")
-        try:
-            declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
     if name == "evaluate":
         name, flags = "train", ["--mode", "evaluate", *flags]
     if name in ("train", "inspect"):

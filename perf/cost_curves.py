@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from detection.data import coco
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
@@ -75,6 +75,7 @@ class Axis(NamedTuple):
     curves: Mapping[str, Callable[[int, Path], Values]]
 
 
+@report_errors
 def main(argv: list[str]) -> int:
     """Measure and write; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -87,11 +88,7 @@ def main(argv: list[str]) -> int:
     dirty_help = "measure uncommitted code; the record goes to --out or a temporary folder"
     parser.add_argument("--allow-dirty", action="store_true", help=dirty_help)
     arguments = parser.parse_args(argv)
-    try:
-        measure_axes(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    measure_axes(arguments)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.config.run_config import CUSTOM_DATA_SETTINGS
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from mlperf import stdio
 from mlperf.log import find_clock_error, read
 from perf.machine import RESULTS, machine, select_out
@@ -23,6 +23,7 @@ from perf.machine import RESULTS, machine, select_out
 PATH_SETTINGS = ("data_dir", "run_dir", "log_dir", *CUSTOM_DATA_SETTINGS)
 
 
+@report_errors
 def main(argv: list[str], results: Path = RESULTS) -> int:
     """Copy and summarize; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -34,11 +35,7 @@ def main(argv: list[str], results: Path = RESULTS) -> int:
     arguments = parser.parse_args(argv)
     (log,) = arguments.run.glob("result_*.txt")
     summary = {"note": arguments.note} | machine() | summarize(log)
-    try:
-        folder = select_out(None, results, summary["commit"]) / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = select_out(None, results, summary["commit"]) / f"{datetime.now(UTC):%Y-%m-%d}_{arguments.name}"
     folder.mkdir(parents=True)
     config = json.loads((arguments.run / "config.json").read_text())
     for path in (log, arguments.run / "config.json", arguments.run / "metrics.jsonl"):

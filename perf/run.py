@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
 from mlperf import stdio
 from perf import table
@@ -66,22 +66,19 @@ PARTS: Mapping[str, Callable[[BenchContext], Iterator[Result]]] = {
 MASK_RCNN = "maskrcnn"  # prefix of the names of its parts
 
 
+@report_errors
 def main(argv: list[str], size: BenchSize | None = None) -> int:
     """Measure, or compare two files; return the exit status. size: replaces the one that the flags select."""
     arguments = parse(argv)
-    try:
-        if arguments.list:
-            print("\n".join(f"{name:<22}{summary_line(part)}" for name, part in PARTS.items()))
-            return 0
-        if arguments.compare:
-            first, second = (table.read(path)["results"] for path in arguments.compare)
-            print(table.compare(first, second))
-            return 0
-        with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
-            return measure(arguments, make_context(arguments, size, Path(scratch)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.list:
+        print("\n".join(f"{name:<22}{summary_line(part)}" for name, part in PARTS.items()))
+        return 0
+    if arguments.compare:
+        first, second = (table.read(path)["results"] for path in arguments.compare)
+        print(table.compare(first, second))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
+        return measure(arguments, make_context(arguments, size, Path(scratch)))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

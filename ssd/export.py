@@ -16,7 +16,6 @@ kept only if they match.
 import importlib
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from argparse import Namespace
@@ -52,36 +51,29 @@ ExportOutputs = tuple[Tensor, Tensor, Tensor]
 
 
 def main(arguments: Namespace) -> int:
-    """Export and verify the network, with the arguments of `parse_export`, and return the exit status."""
-    try:
-        kind = arguments.out.suffix
-        if kind not in (".onnx", ".pt2"):
-            raise InputError(f"{arguments.out}: should end in .onnx or .pt2. The suffix selects the format.")
-        if kind == ".onnx":
-            require_packages("onnx", "onnxscript", "onnxruntime")
-        network = pretrained.load(arguments.checkpoint)
-        images = read_images(arguments.images)
-        score = network.score_threshold if arguments.score is None else arguments.score
-        exportable = ExportableSSD(
-            network.model,
-            score_threshold=score,
-            nms_threshold=network.nms_threshold,
-            max_detections=network.max_detections,
-        )
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file.atomic_write(arguments.out) as partial:
-            write, load = (write_onnx, load_onnx) if kind == ".onnx" else (write_pt2, load_pt2)
-            write(trace(exportable.eval(), arguments.batch_size), network, partial)
-            print(verify_export(network, score, load(partial), images, arguments.batch_size))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: {arguments.out}: cannot be written ({error.strerror or error}). Pass a writable path.",
-            file=sys.stderr,
-        )
-        return 2
+    """Export and verify the network, with the arguments of `parse_export`, and return the exit status.
+
+    Raises InputError.
+    """
+    kind = arguments.out.suffix
+    if kind not in (".onnx", ".pt2"):
+        raise InputError(f"{arguments.out}: should end in .onnx or .pt2. The suffix selects the format.")
+    if kind == ".onnx":
+        require_packages("onnx", "onnxscript", "onnxruntime")
+    network = pretrained.load(arguments.checkpoint)
+    images = read_images(arguments.images)
+    score = network.score_threshold if arguments.score is None else arguments.score
+    exportable = ExportableSSD(
+        network.model,
+        score_threshold=score,
+        nms_threshold=network.nms_threshold,
+        max_detections=network.max_detections,
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file.atomic_write(arguments.out) as partial:
+        write, load = (write_onnx, load_onnx) if kind == ".onnx" else (write_pt2, load_pt2)
+        write(trace(exportable.eval(), arguments.batch_size), network, partial)
+        print(verify_export(network, score, load(partial), images, arguments.batch_size))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB, scores from {score}")
     return 0
 

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.fields import FieldInfo
 
 from mlperf.errors import InputError as InputError
+from mlperf.errors import report_errors as report_errors
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from xml.etree.ElementTree import Element
 from PIL import Image
 
 from detection import atomic_file
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from mlperf import stdio
 
 SETS = ("train", "val", "trainval", "test")
@@ -40,6 +40,7 @@ class VocImage(NamedTuple):
     objects: list[tuple[str, dict[str, Any]]]
 
 
+@report_errors
 def main(argv: Sequence[str]) -> int:
     """Convert a folder and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -50,14 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("voc", type=Path, help="folder of JPEGImages, Annotations and ImageSets")
     parser.add_argument("out", type=Path, help="output folder for the annotation files")
     arguments = parser.parse_args(argv)
-    try:
-        written = convert(arguments.voc, arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    written = convert(arguments.voc, arguments.out)
     for path, content in written.items():
         print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes")
     print("categories:", ", ".join(category["name"] for category in content["categories"]))
@@ -99,7 +93,7 @@ def convert(voc: Path, out: Path) -> dict[Path, dict[str, Any]]:
     if len(errors) > MAX_SHOWN_ERRORS:
         errors[MAX_SHOWN_ERRORS:] = [f"{len(errors) - MAX_SHOWN_ERRORS} more files have errors"]
     if errors:
-        raise InputError("\n  ".join(errors))
+        raise InputError("\n".join(errors))
     names = sorted({name for image in images.values() for name, _ in image.objects})
     ids = {key: image_id for image_id, key in enumerate(images, start=1)}
     out.mkdir(parents=True, exist_ok=True)

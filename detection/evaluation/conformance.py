@@ -8,7 +8,6 @@ are in its own module `conformance`.
 """
 
 import json
-import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,27 +116,25 @@ class ConformanceSuite:
         return ConformanceContext(vectors, network, torch_device, select_precision(precision, torch_device))
 
     def run(self, arguments: Namespace) -> int:
-        """Run all comparisons, with the arguments of `arguments.parse_conformance`; return the exit status."""
-        try:
-            context = self.load(arguments.file, arguments.device, arguments.precision)
-            print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")
-            failed = count = absent = 0
-            for compare in self.comparisons:
-                try:
-                    for result in compare(context):
-                        verdict = "ok" if result.passed else "FAIL"
-                        numbers = f"error {result.error:9.2e}  tolerance {result.tolerance:7.0e}"
-                        print(f"{result.name:<40} {numbers}  {verdict}")
-                        failed, count = failed + (not result.passed), count + 1
-                except MissingVector as error:
-                    absent += 1
-                    print(f"{part_name(compare):<40} absent: the file has no vector {error}")
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        """Run all comparisons, with the arguments of `arguments.parse_conformance`; return the exit status.
+
+        Raises InputError.
+        """
+        context = self.load(arguments.file, arguments.device, arguments.precision)
+        print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")
+        failed = count = absent = 0
+        for compare in self.comparisons:
+            try:
+                for result in compare(context):
+                    verdict = "ok" if result.passed else "FAIL"
+                    numbers = f"error {result.error:9.2e}  tolerance {result.tolerance:7.0e}"
+                    print(f"{result.name:<40} {numbers}  {verdict}")
+                    failed, count = failed + (not result.passed), count + 1
+            except MissingVector as error:
+                absent += 1
+                print(f"{part_name(compare):<40} absent: the file has no vector {error}")
         if not count:
-            print(f"error: {arguments.file}: holds no vectors of {self.title}. Pass another file.", file=sys.stderr)
-            return 2
+            raise InputError(f"{arguments.file}: holds no vectors of {self.title}. Pass another file.")
         print(f"{count - failed} of {count} comparisons passed" + (f", {absent} parts absent" if absent else ""))
         return 1 if failed else 0
 

@@ -59,26 +59,19 @@ def main(arguments: Namespace, load: Callable[[Path, float, torch.device], Predi
 
     load: build the predictor of a checkpoint on a device, which omits detections below a score. Raises InputError.
     """
-    try:
-        predictor = load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
-        paths = pillow_io.expand_paths(arguments.images)
-        output_names = OutputNames(arguments.folder, paths)
-        entries = predict_images(predictor, paths, output_names, arguments)
-        content = {
-            "format": FORMAT,
-            "checkpoint": arguments.checkpoint.name,
-            "score": arguments.score,
-            "categories": [{"id": category.id, "name": category.name} for category in predictor.categories],
-            "images": entries,
-        }
-        with atomic_file.atomic_write(arguments.folder / RESULTS) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or arguments.folder}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    predictor = load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
+    paths = pillow_io.expand_paths(arguments.images)
+    output_names = OutputNames(arguments.folder, paths)
+    entries = predict_images(predictor, paths, output_names, arguments)
+    content = {
+        "format": FORMAT,
+        "checkpoint": arguments.checkpoint.name,
+        "score": arguments.score,
+        "categories": [{"id": category.id, "name": category.name} for category in predictor.categories],
+        "images": entries,
+    }
+    with atomic_file.atomic_write(arguments.folder / RESULTS) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
     num_errors = sum("error" in entry for entry in entries)
     num_detections = sum(len(entry.get("detections", ())) for entry in entries)
     print(f"{num_detections} detections on {len(entries) - num_errors} images, in {arguments.folder}/")

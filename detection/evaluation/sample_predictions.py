@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import run_dir
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from detection.data import coco
 from detection.data.rle import CocoRle
 from detection.evaluation import visualize
@@ -254,18 +254,14 @@ def draw_comparison(split: coco.Split, matches: ImageMatches) -> Image.Image:
     return sheet
 
 
+@report_errors
 def main(argv: list[str]) -> int:
     """Draw images of the given run. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m detection.evaluation.sample_predictions", description="Draw detections of a run."
     )
     parser.add_argument("run", type=Path, help="folder of a run that was evaluated")
-    try:
-        count = render_all(parser.parse_args(argv).run)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} images")
+    print(f"{render_all(parser.parse_args(argv).run)} images")
     return 0
 
 

@@ -67,57 +67,41 @@ def batch_bytes(config: Config, spec: PreflightSpec[Config]) -> int:
 
 
 def main(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
-    """Run all checks and return the exit status."""
+    """Run all checks and return the exit status. Raises InputError with all mistakes."""
     dry_run = "--dry-run" in argv
-    try:
-        resolved = spec.load([word for word in argv if word not in ("--dry-run", "--all")])
-        config, layout = resolved.config, read_launch_layout()
-        config.check_world_size(layout.world_size)
-        notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
-        run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        info, errors = check_input(config, layout, spec, run_folder, generate_data=not dry_run)
-        report = [*notes, *info, *check_source(config), f"run folder: {run_folder}"]
-        if dry_run:
-            verdict = f"would not start: {len(violations)} rules are broken" if violations else "would start"
-            verdict += f", with {len(errors)} warnings" if errors else ""
-            show_all = "--all" in argv
-            settings = format_settings(resolved, changed_only=not show_all)
-            title = "All settings" if show_all else "Settings that differ from the program's defaults (--all shows all)"
-            report = [
-                f"The run {verdict}.",
-                *(f"warning: {line}" for line in errors),
-                *report,
-                "",
-                f"{title}:",
-                settings,
-            ]
-            print("\n".join(report), flush=True)
-            if violations:
-                raise InputError("\n".join(violations))
-            return 0
-        print("\n".join(report), file=sys.stderr, flush=True)
-        if errors or violations:
-            raise InputError("\n".join(violations + errors))
-        num_classes = resolve_num_classes(config).num_classes
-        if layout.node_rank == 0:
-            create_run_dir(run_folder, config)
-    except InputError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    resolved = spec.load([word for word in argv if word not in ("--dry-run", "--all")])
+    config, layout = resolved.config, read_launch_layout()
+    config.check_world_size(layout.world_size)
+    notes, violations = check_rules(config, spec.rule_values(config, layout.world_size), layout.world_size)
+    run_folder = config.run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    info, errors = check_input(config, layout, spec, run_folder, generate_data=not dry_run)
+    report = [*notes, *info, *check_source(config), f"run folder: {run_folder}"]
+    if dry_run:
+        verdict = f"would not start: {len(violations)} rules are broken" if violations else "would start"
+        verdict += f", with {len(errors)} warnings" if errors else ""
+        show_all = "--all" in argv
+        title = "All settings" if show_all else "Settings that differ from the program's defaults (--all shows all)"
+        lines = [f"The run {verdict}.", *(f"warning: {line}" for line in errors), *report, "", f"{title}:"]
+        print(*lines, format_settings(resolved, changed_only=not show_all), sep="\n", flush=True)
+        if violations:
+            raise InputError("\n".join(violations))
+        return 0
+    print("\n".join(report), file=sys.stderr, flush=True)
+    if errors or violations:
+        raise InputError("\n".join(violations + errors))
+    num_classes = resolve_num_classes(config).num_classes
+    if layout.node_rank == 0:
+        create_run_dir(run_folder, config)
     print(config.org, run_folder, config.mode, num_classes, sep="\n")
     return 0
 
 
 def print_summary(argv: Sequence[str], spec: PreflightSpec[Config]) -> int:
-    """Check only the settings, print the layers of the network, and return the exit status."""
-    try:
-        config = with_num_classes(spec.load(argv).config)
-        from detection.engine import model_summary  # imports torch
+    """Check only the settings, print the layers of the network, and return the exit status. Raises InputError."""
+    config = with_num_classes(spec.load(argv).config)
+    from detection.engine import model_summary  # imports torch
 
-        print(model_summary.summarize_model(spec.make_model, config))
-    except InputError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    print(model_summary.summarize_model(spec.make_model, config))
     return 0
 
 

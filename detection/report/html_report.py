@@ -10,7 +10,6 @@ report cannot be written.
 import argparse
 import base64
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from detection.atomic_file import atomic_write
 from detection.report.run_record import RunRecord, disambiguate_names, read_runs, to_float
 from mlperf import compliance, rules
+from mlperf.errors import report_errors
 from mlperf.reference_points import ReferencePoint
 
 NUM_VISIBLE_CLASSES = 15
@@ -338,6 +338,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+@report_errors
 def main(arguments: list[str] | None = None) -> int:
     """Write the report that the command line requests, and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -352,20 +353,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--png", default="", metavar="DIR", help="also write the plots to this folder as PNG files")
     parser.add_argument("--ruleset", default="", choices=rules.RULESETS, help="ruleset for logs that name none")
     options = parser.parse_args(arguments)
-    try:
-        records = [record for path in options.runs for record in read_runs(path)]
-        against = [record for path in options.against for record in read_runs(path)]
-        folder = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else Path()
-        out = options.out or folder / "report.html"
-        text = make_report(records, against, options.ruleset, options.png)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}. Name readable runs and a writable file.", file=sys.stderr)
-        return 2
+    records = [record for path in options.runs for record in read_runs(path)]
+    against = [record for path in options.against for record in read_runs(path)]
+    folder = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else Path()
+    out = options.out or folder / "report.html"
+    text = make_report(records, against, options.ruleset, options.png)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as partial:
+        partial.write_text(text, encoding="utf-8")
     print(f"report: {out}")
     return 0

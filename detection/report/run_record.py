@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from detection.run_dir import CONFIG, METRICS, log_path
 from mlperf import log, rules
+from mlperf.errors import InputError
 from mlperf.log import Event
 
 # Names in MLPerf logs to names in metrics.jsonl.
@@ -261,12 +262,12 @@ def run_index(config: dict[str, Any]) -> Any:
 def read_runs(path: Path) -> list[RunRecord]:
     """Read the runs at a path: an MLPerf log, a run folder, the folder of a series, or a folder of logs.
 
-    Raises ValueError if there is none of these, OSError for an unreadable file.
+    Raises InputError if there is none of these, OSError for an unreadable file.
     """
     if path.is_file():
         return [read_log(path)]
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist. Name a run folder, or an MLPerf log such as result_0.txt.")
+        raise InputError(f"{path} does not exist. Name a run folder, or an MLPerf log such as result_0.txt.")
     logs = sorted(path.glob("result_*.txt"))
     if (path / METRICS).is_file() or (path / CONFIG).is_file():
         return [read_run_dir(path, logs)]
@@ -274,16 +275,16 @@ def read_runs(path: Path) -> list[RunRecord]:
         series.sort(key=lambda folder: (len(folder.name), folder.name))  # 9 before 10
         return [read_run_dir(folder, sorted(folder.glob("result_*.txt"))) for folder in series]
     if not logs:
-        raise ValueError(f"{path} contains neither {METRICS} nor result_*.txt. Name a run folder, or an MLPerf log.")
+        raise InputError(f"{path} contains neither {METRICS} nor result_*.txt. Name a run folder, or an MLPerf log.")
     return [read_log(file) for file in logs]
 
 
 def read_log(path: Path) -> RunRecord:
-    """Read a run from its MLPerf log alone. Raises ValueError if the log has no event."""
+    """Read a run from its MLPerf log alone. Raises InputError if the log has no event."""
     errors: list[str] = []
     events = log.read(path, errors)
     if not events:
-        raise ValueError(f"{path} contains no line of an MLPerf log (:::MLLOG).")
+        raise InputError(f"{path} contains no line of an MLPerf log (:::MLLOG).")
     record = RunRecord(path.stem, path, path, events, notes=truncate_messages(errors))
     config, platform = record.log_value("config"), record.log_value("submission_platform")
     return replace(

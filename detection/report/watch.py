@@ -29,6 +29,7 @@ from detection.engine.duration import format_hms
 from detection.report.run_record import RunRecord, parse_event, read_json, run_index, to_float
 from detection.run_dir import CONFIG, METRICS, log_path
 from mlperf import log
+from mlperf.errors import InputError, report_errors
 
 SPARKLINE_WIDTH = 20
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -303,6 +304,7 @@ def latest_run(under: Path) -> Path | None:
     return max(files)[1].parent if files else None
 
 
+@report_errors
 def main(arguments: list[str] | None = None) -> int:
     """Watch the run on the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m detection.report watch", description="Watch a run in progress.")
@@ -314,11 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
     if folder and folder.is_dir() and not (folder / METRICS).exists():
         folder = latest_run(folder) or folder  # a series: watch its current run
     if folder is None:
-        print(f"error: no run below {options.under}. Name a run folder, or pass --under.", file=sys.stderr)
-        return 2
+        raise InputError(f"no run below {options.under}. Name a run folder, or pass --under.")
     if not folder.is_dir():
-        print(f"error: {folder} is not a folder. Name a run folder.", file=sys.stderr)
-        return 2
+        raise InputError(f"{folder} is not a folder. Name a run folder.")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.config.settings import InputError
+from detection.config.settings import report_errors
 
 SUBDIRS = ("annotations", "train2017", "val2017")
 TMP_PREFIX = ".drawing-"  # of temporary files and folders
@@ -78,17 +78,12 @@ def parse_seed(text: str) -> int:
     return number
 
 
+@report_errors
 def run(data_dir: Path, content: str, generate: Callable[[], bool]) -> int:
     """Call `generate`, print whether it generated the `content`, and return the exit status."""
     start = time.perf_counter()
     try:
         generated = generate()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {data_dir} cannot be written: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"{data_dir}: interrupted. Run the same command again", file=sys.stderr)
         return 130

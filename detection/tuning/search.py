@@ -8,7 +8,6 @@ search axis while that makes training faster.
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,18 +120,14 @@ class Searcher:
 
 
 def main(argv: Sequence[str], target: TuneTarget[Config]) -> int:
-    """Search, print the table, write the config file, and return the exit status."""
-    try:
-        request = parse_request(argv)
-        start_s = time.monotonic()
-        resolved = target.preflight.load(request.flags)
-        num_ranks = local_ranks(resolved.config, read_launch_layout())
-        layout = replace(read_launch_layout(), ranks_per_node=num_ranks)
-        path = output_path(request, resolved.config, hardware_name(resolved.config), layout)
-        tune(request, resolved, target, layout, path, start_s)
-    except InputError as error:
-        print("\n".join(f"error: {message}" for message in str(error).splitlines()), file=sys.stderr)
-        return 2
+    """Search, print the table, write the config file, and return the exit status. Raises InputError."""
+    request = parse_request(argv)
+    start_s = time.monotonic()
+    resolved = target.preflight.load(request.flags)
+    num_ranks = local_ranks(resolved.config, read_launch_layout())
+    layout = replace(read_launch_layout(), ranks_per_node=num_ranks)
+    path = output_path(request, resolved.config, hardware_name(resolved.config), layout)
+    tune(request, resolved, target, layout, path, start_s)
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import matplotlib
 
-from detection.config.settings import InputError
+from detection.config.settings import InputError, report_errors
 from mlperf import stdio
 from perf.machine import select_out, source_commit
 from perf.page import markdown, split_at_marker, update_table
@@ -55,6 +55,7 @@ TABLES = ("published", "fastest", "what-if", "measured")
 Rows = list[tuple[str, ...]]
 
 
+@report_errors
 def main(argv: list[str]) -> int:
     """Compute, print and write; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -65,16 +66,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rate", type=float, help="images/s of an accelerator in the limit of a large batch")
     parser.add_argument("--overhead-ms", type=float, help="fixed overhead of a step, whatever its batch")
     arguments = parser.parse_args(argv)
-    try:
-        study(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def study(arguments: argparse.Namespace) -> None:
-    """Run the command. Raise InputError for invalid flags."""
     rate, overhead_ms, docs = arguments.rate, arguments.overhead_ms, arguments.docs
     if (rate is None) != (overhead_ms is None):
         raise InputError("--rate and --overhead-ms: only one is given. Pass both, or neither.")
@@ -103,6 +94,7 @@ def study(arguments: argparse.Namespace) -> None:
         if results:
             update_table(docs / PAGE, "measured", results)
         plot(network, checks, runs, docs / PLOT)
+    return 0
 
 
 def measure() -> str:

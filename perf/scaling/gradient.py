@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detection.config.settings import InputError, read_rank_info
+from detection.config.settings import read_rank_info, report_errors
 from detection.data.batch import RankBatch
 from detection.data.prefetch import to_device
 from detection.engine import entrypoint, train_loop
@@ -48,6 +48,7 @@ NO_DDP, DDP, NO_SYNC = "without DDP", "DDP", "DDP, gradient kept"
 BF16, ALL_REDUCE = "DDP, gradient in bf16", "all-reduce alone"
 
 
+@report_errors
 def main(argv: list[str]) -> int:
     """Measure on all ranks, print and write on the main rank, and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -60,17 +61,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="a .json file for the results")
     arguments = parser.parse_args(argv)
     rank_info = read_rank_info()
-    try:
-        config = Config(batch_size=arguments.batch_size, seed=0, compile="off")
-        device = select_device("auto", rank_info.local_rank)
-        with init_process_group(rank_info, device, timeout_s=600, force=True) as ranks:
-            load_meter, start_s = LoadMeter(), own_cpu_s()
-            results = measure(config, ranks, arguments.rounds)
-            all_ranks_s = ranks.world_size * ranks.all_reduce_mean(torch.tensor([own_cpu_s() - start_s], device=device))
-            load = load_meter.read(all_ranks_s.item())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = Config(batch_size=arguments.batch_size, seed=0, compile="off")
+    device = select_device("auto", rank_info.local_rank)
+    with init_process_group(rank_info, device, timeout_s=600, force=True) as ranks:
+        load_meter, start_s = LoadMeter(), own_cpu_s()
+        results = measure(config, ranks, arguments.rounds)
+        all_ranks_s = ranks.world_size * ranks.all_reduce_mean(torch.tensor([own_cpu_s() - start_s], device=device))
+        load = load_meter.read(all_ranks_s.item())
     if ranks.is_main:
         record = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(device), "load": load, **results}
         print(format_result(record))
