@@ -179,9 +179,9 @@ def _rle_counts(region: NDArray[np.bool_], left: int, top: int, size_hw: tuple[i
     bordered[:, 1:-1] = region.T
     changes = np.flatnonzero(bordered[:, 1:] != bordered[:, :-1])
     changes += changes // (rows + 1) * (height - rows - 1) + left * height + top
-    is_same = changes[1:] == changes[:-1]
-    if is_same.any():  # a column that ends with 1s precedes a column that starts with 1s
-        changes = np.delete(changes, np.flatnonzero(is_same)[:, None] + [0, 1])
+    same = np.flatnonzero(changes[1:] == changes[:-1])
+    if len(same):  # a column that ends with 1s precedes a column that starts with 1s
+        changes = np.delete(changes, np.concatenate([same, same + 1]))
     ends = np.concatenate([[0], changes, [height * width]])
     lengths: NDArray[np.int64] = ends[1:] - ends[:-1]
     return lengths if lengths[-1] else lengths[:-1]
