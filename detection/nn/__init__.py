@@ -1,1 +1,1 @@
-"""Parts of networks that workloads share: box coder, matcher, residual blocks and feature pyramid."""
+"""Parts of networks that workloads share: box coder, matcher, NMS, residual blocks and feature pyramid."""

@@ -10,6 +10,7 @@ B images, A anchors.
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from detection.runtime.device import should_compile
 from detection.synthetic import coco_scenes
 from maskrcnn import rpn
 from maskrcnn.anchors import STRIDES_PX, make_anchors
-from maskrcnn.config import Config, load
+from maskrcnn.config import Config, RoiAlignMethod, load
 from maskrcnn.data import Batch, MaskRCNNTrainDataset, aspect_groups
 from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import POOLED_STRIDES_PX, MaskRCNN, make_model
-from maskrcnn.roi_align import Rois, roi_align
+from maskrcnn.roi_align import Rois, has_torchvision_kernel, roi_align
 from maskrcnn.roi_heads import BOX_POOL_SIZE, MASK_POOL_SIZE, MASK_SIZE, MaskHead
 from maskrcnn.train import make_workload, predict
 from maskrcnn.weights import from_torchvision
@@ -163,13 +164,16 @@ def precision_variants(
 
 
 def time_roi_align(context: BenchContext) -> Iterator[Result]:
-    """Time RoIAlign over Mask R-CNN's FPN levels, forward and backward, against torchvision's."""
+    """Time both methods of RoIAlign over Mask R-CNN's FPN levels, forward and backward, against torchvision's."""
     for pool_size, regions in ((BOX_POOL_SIZE, BOX_REGIONS), (MASK_POOL_SIZE, MASK_REGIONS)):
         yield from context.compare("maskrcnn_roi_align", *roi_align_variants(context, pool_size, regions))
 
 
 def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) -> list[Variant]:
-    """Return RoIAlign on P2 to P5. Each variant returns the pooled regions and the gradient of the finest level."""
+    """Return RoIAlign on P2 to P5: the default method, torchvision's selection by level, and our other method.
+
+    Each variant returns the pooled regions and the gradient of the finest level.
+    """
     batch = make_batch(context)
     batch_size, (height, width) = len(batch.images), batch.images.shape[2:]
     gt = zip(batch.boxes_xyxy, batch.labels, strict=True)
@@ -186,8 +190,9 @@ def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) ->
     for level in (*float_levels, *levels):
         level.requires_grad_()
 
-    def run_optimized() -> tuple[Tensor, Tensor]:
-        pooled = roi_align(levels, Rois(boxes, image_indices), pool_size, strides_px=POOLED_STRIDES_PX, legacy=False)
+    def run(method: RoiAlignMethod) -> tuple[Tensor, Tensor]:
+        rois = Rois(boxes, image_indices)
+        pooled = roi_align(levels, rois, pool_size, strides_px=POOLED_STRIDES_PX, legacy=False, method=method)
         return pooled.detach(), torch.autograd.grad(pooled, levels, upstream.to(dtype))[0]
 
     def run_torchvision() -> tuple[Tensor, Tensor]:
@@ -196,10 +201,12 @@ def roi_align_variants(context: BenchContext, pool_size: int, per_image: int) ->
         return pooled.detach(), torch.autograd.grad(pooled, float_levels, upstream)[0]
 
     precision, title = context.precision.name, f"{per_image} regions of {pool_size} × {pool_size} per image"
-    return [
-        Variant(f"{precision}, {title}", with_precision(precision, context, run_optimized), batch_size),
-        baseline_variant(context, f"torchvision, float32, {title}", run_torchvision, batch_size),
-    ]
+    methods: tuple[RoiAlignMethod, ...] = ("gather", "torchvision")
+    default, other = (
+        Variant(f"{precision}, {method}, {title}", with_precision(precision, context, partial(run, method)), batch_size)
+        for method in (methods[::-1] if has_torchvision_kernel(context.device) else methods)
+    )
+    return [default, baseline_variant(context, f"torchvision, float32, {title}", run_torchvision, batch_size), other]
 
 
 def jitter_boxes(boxes_xyxy: Tensor, count: int) -> Tensor:
@@ -247,7 +254,7 @@ def proposal_variants(context: BenchContext) -> list[Variant]:
         boxes: list[Tensor] = network.filter_proposals(decoded, logits, image_sizes, anchors_per_level)[0]
         return boxes[0]
 
-    optimized = Variant(f"by level, {shape_text(context)}", run_optimized, batch_size)
+    optimized = Variant(f"all levels at once, {shape_text(context)}", run_optimized, batch_size)
     return [optimized, Variant("torchvision", run_torchvision, batch_size)]
 
 
