@@ -49,13 +49,13 @@ class Batch(NamedTuple):
 class EvalBatch(NamedTuple):
     """Batch of evaluation images.
 
-    images: (B, 3, H, W) and sizes_hw: (B, 2) as in `Batch`. image_ids: (B,) of COCO. original_sizes_hw: (B, 2) pixels
-    of the original images.
+    images: (B, 3, H, W) and sizes_hw: (B, 2) as in `Batch`. image_indices: (B,) in the split.
+    original_sizes_hw: (B, 2) pixels of the original images.
     """
 
     images: Tensor
     sizes_hw: Tensor
-    image_ids: Tensor
+    image_indices: Tensor
     original_sizes_hw: Tensor
 
 
@@ -118,7 +118,7 @@ class MaskRCNNTrainDataset(Dataset[Batch]):
 
     def sample_params(self, epoch: int, index: int) -> tuple[bool, int]:
         """Sample whether to flip an image in an epoch (half of the images), and a seed of 31 bits for the device."""
-        rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
+        rng = np.random.default_rng((self.seed, epoch, self.split.rng_key(index)))
         return self.flip and bool(rng.random() < 0.5), int(rng.integers(2**31))
 
 
@@ -139,8 +139,7 @@ class MaskRCNNEvalDataset(Dataset[EvalBatch]):
             height, width = image.shape[1:]
             images.append(image_io.resize(image, resized_hw((height, width), self.min_size_px, self.max_size_px)))
             original_sizes.append((height, width))
-        ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(pad_to_batch(images), stack_sizes(images), ids, torch.tensor(original_sizes))
+        return EvalBatch(pad_to_batch(images), stack_sizes(images), torch.tensor(indices), torch.tensor(original_sizes))
 
 
 def resized_hw(size_hw: Sequence[int], min_size_px: int, max_size_px: int) -> tuple[int, int]:
@@ -213,7 +212,7 @@ class MaskRCNNEvalSource(CocoEvalSource):
         val = read_split(config, "val")
         dataset = MaskRCNNEvalDataset(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
         super().__init__(val, order_by_shape(val.sizes_hw, config), dataset, config, ranks)
-        self.metric = CocoMaskMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
+        self.metric = CocoMaskMetric(val, config.coco_eval_backend) if ranks.is_main else None
 
 
 class MaskRCNNTrainSource(MaskRCNNEvalSource):

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import compress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from detection.data.coco import Split
 from detection.data.eval_source import OtherEvaluation
 from detection.data.prefetch import prefetch
 from detection.data.rle import CocoRle
@@ -35,9 +35,9 @@ class CocoDetections(NamedTuple):
     rows: NDArray[np.float64]
     masks: list[CocoRle]
 
-    def select(self, image_ids: NDArray[np.int64]) -> "CocoDetections":
+    def select(self, image_indices: NDArray[np.int64]) -> "CocoDetections":
         """Return the detections on these images."""
-        selected = np.isin(self.rows[:, 0], image_ids)
+        selected = np.isin(self.rows[:, 0], image_indices)
         return CocoDetections(self.rows[selected], list(compress(self.masks, selected)))
 
 
@@ -48,7 +48,7 @@ class MaskRCNNEvaluator:
     computes the next images.
     """
 
-    annotation_file: Path
+    val: Split
 
     def __init__(self, config: Config, ranks: DistContext, predict: Callable[[nn.Module, EvalBatch], Detections]):
         self.config, self.ranks, self.predict = config, ranks, predict
@@ -60,7 +60,7 @@ class MaskRCNNEvaluator:
 
         Mask metrics have the names of the box metrics with the prefix mask_: AP and mask_AP.
         """
-        self.annotation_file = data.val.annotation_file
+        self.val = data.val
         self.detections = self.detect_all(model, data, data.eval_batches())
         return self.compute_metrics(self.detections, data)
 
@@ -79,8 +79,7 @@ class MaskRCNNEvaluator:
 
     def detect_all(self, model: nn.Module, data: MaskRCNNEvalSource, batches: Iterator[EvalBatch]) -> CocoDetections:
         """Return the detections in the batches of all ranks on the first rank, and none on the others."""
-        category_ids = np.array([0, *(category.id for category in data.val.categories)])
-        rank_detections = concat(list(self.iter_detections(model, batches, category_ids)))
+        rank_detections = concat(list(self.iter_detections(model, batches)))
         return concat(self.ranks.gather_objects(rank_detections))
 
     def compute_metrics(self, detections: CocoDetections, data: MaskRCNNEvalSource) -> dict[str, float]:
@@ -89,10 +88,8 @@ class MaskRCNNEvaluator:
         metrics: dict[str, float] = self.ranks.broadcast(computed)
         return metrics
 
-    def iter_detections(
-        self, model: nn.Module, batches: Iterator[EvalBatch], category_ids: NDArray[np.int64]
-    ) -> Iterator[CocoDetections]:
-        """Yield the detections of each image of this rank; category_ids: (K,), by label."""
+    def iter_detections(self, model: nn.Module, batches: Iterator[EvalBatch]) -> Iterator[CocoDetections]:
+        """Yield the detections of each image of this rank."""
         num_threads = max(1, self.config.num_workers)
         pending: deque[Future[CocoDetections]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
@@ -101,9 +98,7 @@ class MaskRCNNEvaluator:
                 numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy has no bfloat16
                 arrays = [tensor.cpu().numpy() for tensor in (*numbers, *batch[1:])]
                 for row in zip(*arrays, strict=True):
-                    convert = partial(
-                        to_original_scale, *row, category_ids=category_ids, legacy=self.config.legacy_boxes
-                    )
+                    convert = partial(to_original_scale, *row, legacy=self.config.legacy_boxes)
                     pending.append(threads.submit(convert))
                 while len(pending) > MAX_PENDING_PER_THREAD * num_threads:
                     yield pending.popleft().result()
@@ -112,11 +107,12 @@ class MaskRCNNEvaluator:
 
     def coco_results(self) -> dict[str, list[dict[str, object]]]:
         """Return the detections of the last evaluation in COCO's format, by file name."""
-        return {"bbox.json": to_results(self.detections.rows), "segm.json": to_mask_results(*self.detections)}
+        boxes, masks = to_results(self.detections.rows, self.val), to_mask_results(*self.detections, self.val)
+        return {"bbox.json": boxes, "segm.json": masks}
 
     def verify_official(self) -> dict[str, float]:
         """Recompute the metrics of the last evaluation with pycocotools; set `per_class_ap` to those of the boxes."""
-        official = CocoMaskMetric(self.annotation_file)
+        official = CocoMaskMetric(self.val)
         metrics = box_and_mask_metrics(official, self.detections)
         self.per_class_ap = official.per_class_ap()
         return metrics
@@ -128,26 +124,25 @@ def to_original_scale(
     labels: NDArray[np.int64],
     masks: Floats,
     size_hw: NDArray[np.int64],
-    image_id: np.int64,
+    image_index: np.int64,
     original_size_hw: NDArray[np.int64],
     *,
-    category_ids: NDArray[np.int64],
     legacy: bool,
 ) -> CocoDetections:
     """Convert the detections of one image, a row of `Detections` and `EvalBatch`, to the original image.
 
-    category_ids: (K,), by label. legacy: boxes include their last pixel, here a pixel of the original image.
+    legacy: boxes include their last pixel, here a pixel of the original image.
     """
     (valid,) = labels.nonzero()
     scale = np.tile(original_size_hw[::-1] / size_hw[::-1], 2)
     boxes = boxes_xyxy[valid] * scale
     rows = np.concatenate(
         [
-            np.full((len(valid), 1), float(image_id)),
+            np.full((len(valid), 1), float(image_index)),
             boxes[:, :2],
             boxes[:, 2:] - boxes[:, :2] + int(legacy),
             scores[valid, None],
-            category_ids[labels[valid], None],
+            labels[valid, None],
         ],
         axis=1,
     )

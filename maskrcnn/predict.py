@@ -62,7 +62,6 @@ class MaskRCNNPredictor:
         sizes_hw = stack_sizes(resized)
         detections = self.trained.model(pad_to_batch(resized).to(self.device), sizes_hw.to(self.device))
         boxes, scores, labels, masks = (part.cpu().numpy() for part in detections)
-        label_ids = np.arange(1 + len(self.categories))
         results = []
         for image, (size_hw, original_hw) in enumerate(zip(sizes_hw.numpy(), originals_hw, strict=True)):
             rows, original_masks = to_original_scale(
@@ -73,7 +72,6 @@ class MaskRCNNPredictor:
                 size_hw,
                 np.int64(image),
                 np.array(original_hw),
-                category_ids=label_ids,
                 legacy=self.trained.model.config.legacy_boxes,
             )
             left_top, extents = rows[:, 1:3], rows[:, 3:5]

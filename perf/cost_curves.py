@@ -209,15 +209,14 @@ def read(images: int, folder: Path) -> Values:
 
 def open_metric(images: int, folder: Path) -> Values:
     """Measure opening the annotations for the metric, which happens once per run."""
-    annotation_file, _ = coco.standard_paths(make_annotations(folder, images), "train")
-    return cost(partial(CocoBoxMetric, annotation_file, "hotcoco"))
+    split = coco.read(*coco.standard_paths(make_annotations(folder, images), "train"))
+    return cost(partial(CocoBoxMetric, split, "hotcoco"))
 
 
 def evaluate(images: int, folder: Path) -> Values:
     """Measure the metric over N images with 10 detections each."""
-    annotation_file, image_folder = coco.standard_paths(make_annotations(folder, images), "train")
-    rows = make_rows(coco.read(annotation_file, image_folder), 10, seed=0)
-    return cost(partial(CocoBoxMetric(annotation_file, "hotcoco"), rows))
+    split = coco.read(*coco.standard_paths(make_annotations(folder, images), "train"))
+    return cost(partial(CocoBoxMetric(split, "hotcoco"), make_rows(split, 10, seed=0)))
 
 
 def load(images: int, workers: int, folder: Path) -> Values:

@@ -39,11 +39,14 @@ class Batch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Batch of evaluation images: images (B, 3, H, W) and sizes_hw (B, 2) as in `Batch`, and COCO's ids (B,)."""
+    """Batch of evaluation images.
+
+    images: (B, 3, H, W) and sizes_hw: (B, 2) as in `Batch`. image_indices: (B,) in the split.
+    """
 
     images: Tensor
     sizes_hw: Tensor
-    image_ids: Tensor
+    image_indices: Tensor
 
 
 class RetinaNetTrainDataset(Dataset[Batch]):
@@ -73,7 +76,7 @@ class RetinaNetTrainDataset(Dataset[Batch]):
 
     def sample_flip(self, epoch: int, index: int) -> bool:
         """Sample whether to flip an image in an epoch: half of the images."""
-        rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
+        rng = np.random.default_rng((self.seed, epoch, self.split.rng_key(index)))
         return bool(rng.random() < 0.5)
 
 
@@ -92,7 +95,7 @@ class RetinaNetEvalDataset(Dataset[EvalBatch]):
             except InputError as error:
                 return error
         sizes_hw = torch.tensor([image.shape[1:] for image in images])
-        return EvalBatch(image_io.pad_to_batch(images), sizes_hw, torch.from_numpy(self.split.image_ids[list(indices)]))
+        return EvalBatch(image_io.pad_to_batch(images), sizes_hw, torch.tensor(indices))
 
 
 def read_split(config: Config, name: Literal["train", "val"]) -> Split:

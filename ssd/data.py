@@ -50,11 +50,11 @@ class Batch(NamedTuple):
 class EvalBatch(NamedTuple):
     """Batch of evaluation images, resized without a crop.
 
-    images: (B, 3, 300, 300) uint8. image_ids: (B,) of COCO. sizes_wh: (B, 2) pixels of the original images.
+    images: (B, 3, 300, 300) uint8. image_indices: (B,) in the split. sizes_wh: (B, 2) pixels of the original images.
     """
 
     images: Tensor
-    image_ids: Tensor
+    image_indices: Tensor
     sizes_wh: Tensor
 
 
@@ -109,7 +109,7 @@ class SSDTrainDataset(Dataset[Batch]):
         size = np.array([width_px, height_px, width_px, height_px], dtype=np.float32)
         boxes = np.divide(self.split.boxes(index), size, dtype=np.float32)
         labels = self.split.image_labels(index)
-        rng = np.random.default_rng((self.seed, epoch, int(self.split.image_ids[index])))
+        rng = np.random.default_rng((self.seed, epoch, self.split.rng_key(index)))
         sampled = augment.sample_augmentation(rng, boxes, self.max_samples)
         params = augment.AugmentParams(
             sampled.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
@@ -144,8 +144,7 @@ class SSDEvalDataset(Dataset[EvalBatch]):
                 return error
             images.append(image_io.resize(image, SIZE_HW))
             sizes.append((image.shape[2], image.shape[1]))
-        ids = torch.from_numpy(self.split.image_ids[list(indices)])
-        return EvalBatch(image_io.pad_to_batch(images), ids, torch.tensor(sizes))
+        return EvalBatch(image_io.pad_to_batch(images), torch.tensor(indices), torch.tensor(sizes))
 
 
 class SSDEvalSource(BoxEvalSource):

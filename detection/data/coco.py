@@ -73,6 +73,10 @@ class Split:
         """Return the file of image `index` (0 to N - 1)."""
         return self.image_dir / os.fsdecode(bytes(self.file_names[index]))
 
+    def rng_key(self, index: int) -> int:
+        """Return the id of image `index` as a part of a seed, which must not be negative."""
+        return int(self.image_ids[index].view(np.uint64))
+
     def boxes(self, index: int) -> NDArray[np.float32]:
         """Return a view of the boxes of image `index`: (G, 4) xyxy in pixels."""
         return self.boxes_xyxy[self.box_offsets[index] : self.box_offsets[index + 1]]

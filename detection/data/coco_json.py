@@ -38,6 +38,7 @@ class Columns:
     box_image_ids: NDArray[np.int64]
     box_category_ids: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
+    areas: NDArray[np.float64]
     is_crowd: NDArray[np.int64]
     segmentations: Sequence[Any]
     """Per box: undecoded JSON, decoded JSON or None. Empty unless requested."""
@@ -83,7 +84,7 @@ class _AnnotationRow(msgspec.Struct, gc=False):
     category_id: int
     bbox: tuple[float, float, float, float]
     iscrowd: int
-    area: float  # unused here, but without it the first evaluation fails, hours later
+    area: float
 
 
 class _MaskRow(_AnnotationRow, gc=False):
@@ -137,6 +138,7 @@ def _parse_typed(text: str, segmentations: bool) -> Columns | None:
             boxes_xywh=np.fromiter(chain.from_iterable(row.bbox for row in rows), np.float64, 4 * len(rows)).reshape(
                 -1, 4
             ),
+            areas=np.fromiter((row.area for row in rows), np.float64, len(rows)),
             is_crowd=integers((row.iscrowd for row in rows), len(rows)),
             segmentations=[row.segmentation for row in rows if isinstance(row, _MaskRow)] if segmentations else (),
         )
@@ -150,7 +152,6 @@ def _parse_untyped(annotation_file: Path, text: str, segmentations: bool) -> Col
     images = _Table("images", content, errors)
     categories = _Table("categories", content, errors)
     annotations = _Table("annotations", content, errors)
-    annotations.values("area", NUMBER)  # unused here, but without it the first evaluation fails, hours later
     heights, widths = images.integers("height"), images.integers("width")
     columns = Columns(
         image_ids=images.integers("id"),
@@ -162,6 +163,7 @@ def _parse_untyped(annotation_file: Path, text: str, segmentations: bool) -> Col
         box_image_ids=annotations.integers("image_id"),
         box_category_ids=annotations.integers("category_id"),
         boxes_xywh=annotations.boxes("bbox"),
+        areas=np.array(annotations.values("area", NUMBER), np.float64),
         is_crowd=annotations.integers("iscrowd"),
         segmentations=[row.get("segmentation") for row in annotations.rows] if segmentations else (),
     )

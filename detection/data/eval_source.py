@@ -42,8 +42,8 @@ class CocoEvalSource:
 
     @property
     def other_images(self) -> NDArray[np.int64]:
-        """Ids (N,) of the images of `other_choice`."""
-        return self.val.image_ids[self.val.has_boxes] if self.other_choice == "with-boxes" else self.val.image_ids
+        """Indices (N,) of the images of `other_choice` in the split."""
+        return np.flatnonzero(self.val.has_boxes) if self.other_choice == "with-boxes" else np.arange(len(self.val))
 
     def make_loader(self, indices: NDArray[np.intp]) -> DataLoader[Any]:
         """Return a loader of this rank's batches of images."""

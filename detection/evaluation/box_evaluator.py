@@ -6,7 +6,6 @@ Shapes: B images, D detections.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ class BoxEvalSource(CocoEvalSource):
         self, val: Split, order: NDArray[np.intp], dataset: Dataset[Any], config: RunConfig, ranks: DistContext
     ):
         super().__init__(val, order, dataset, config, ranks)
-        self.metric = CocoBoxMetric(val.annotation_file, config.coco_eval_backend) if ranks.is_main else None
+        self.metric = CocoBoxMetric(val, config.coco_eval_backend) if ranks.is_main else None
 
 
 class BoxEvaluator:
@@ -42,7 +41,7 @@ class BoxEvaluator:
     AP of each category, set by `verify_official`.
     """
 
-    annotation_file: Path
+    val: Split
 
     def __init__(self, ranks: DistContext):
         self.ranks = ranks
@@ -59,7 +58,7 @@ class BoxEvaluator:
 
     def __call__(self, model: nn.Module, data: BoxEvalSource) -> dict[str, float]:
         """Return COCO's metrics over the evaluation images of all ranks. Every rank gets the same numbers."""
-        self.annotation_file = data.val.annotation_file
+        self.val = data.val
         self.result_rows = self.detect_all(model, data, data.eval_batches())
         return self.compute_metrics(self.result_rows, data)
 
@@ -80,12 +79,11 @@ class BoxEvaluator:
         """Return the detections (D, 7) in the batches of all ranks."""
         device = self.ranks.device
         float64_device = device if supports_float64(device) else torch.device("cpu")
-        category_ids = torch.tensor([0, *(category.id for category in data.val.categories)], device=float64_device)
         chunks = [torch.zeros(0, len(RESULT_COLUMNS), dtype=torch.float64, device=float64_device)]
         for batch in prefetch(batches, device):
             detections = to_device(self.predict(model, batch), float64_device)
-            image_ids, scales_wh = to_device((batch.image_ids, self.scales_wh(batch)), float64_device)
-            chunks.append(to_result_rows(detections, image_ids, scales_wh, category_ids))
+            image_indices, scales_wh = to_device((batch.image_indices, self.scales_wh(batch)), float64_device)
+            chunks.append(to_result_rows(detections, image_indices, scales_wh))
         rows: NDArray[np.float64] = self.ranks.all_gather_rows(torch.cat(chunks)).cpu().numpy()
         return rows
 
@@ -96,30 +94,30 @@ class BoxEvaluator:
 
     def coco_results(self) -> dict[str, list[dict[str, object]]]:
         """Return the detections of the last evaluation in COCO's result format, by file name."""
-        return {"detections.json": to_results(self.result_rows)}
+        return {"detections.json": to_results(self.result_rows, self.val)}
 
     def verify_official(self) -> dict[str, float]:
         """Recompute the metrics of the last evaluation with the official library, and set `per_class_ap`."""
-        official = CocoBoxMetric(self.annotation_file)
+        official = CocoBoxMetric(self.val)
         metrics = official(self.result_rows)
         self.per_class_ap = official.per_class_ap()
         return metrics
 
 
-def to_result_rows(detections: Detections, image_ids: Tensor, scales_wh: Tensor, category_ids: Tensor) -> Tensor:
+def to_result_rows(detections: Detections, image_indices: Tensor, scales_wh: Tensor) -> Tensor:
     """Convert detections to rows (D, 7) float64 of `coco_metric.RESULT_COLUMNS`, in pixels of the original images.
 
-    image_ids: (B,) of COCO. scales_wh: (B, 2) factors of the boxes. category_ids: (K,) COCO category of each label.
+    image_indices: (B,) in the split. scales_wh: (B, 2) factors of the boxes.
     """
     image = detections.batch_index
     boxes_xyxy = detections.boxes_xyxy.double() * scales_wh[image].repeat(1, 2)
     return torch.cat(
         [
-            image_ids[image, None],
+            image_indices[image, None],
             boxes_xyxy[:, :2],
             boxes_xyxy[:, 2:] - boxes_xyxy[:, :2],
             detections.scores[:, None],
-            category_ids[detections.labels, None],
+            detections.labels[:, None],
         ],
         dim=1,
     )

@@ -5,34 +5,42 @@ import importlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.config.settings import InputError
+from detection.data import coco_json
+from detection.data.coco import Split
 from detection.data.rle import CocoRle
 
 COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-# Columns of a row of detections. Boxes are left, top, width, height in pixels of the original image.
-RESULT_COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")
+# Columns of a row of detections. Boxes are left, top, width, height in pixels of the original image. Images and
+# categories are numbered as in the split, because float64 does not hold every id.
+RESULT_COLUMNS = ("image_index", "x", "y", "width", "height", "score", "label")
 
 
 class CocoBoxMetric:
-    """Box metrics over all images of one annotation file.
+    """Box metrics over all images of a split, which are those with a file.
 
     backend: "pycocotools" is the official library. "hotcoco" is 20 to 100 times as fast, with bit-identical metrics.
     "auto" is hotcoco if it is installed. Raise InputError if hotcoco is requested but not installed.
     """
 
-    def __init__(self, annotation_file: Path, backend: str = "pycocotools"):
-        fast = None if backend == "pycocotools" else load_hotcoco(annotation_file, required=backend == "hotcoco")
+    segmentations: ClassVar[bool] = False
+    """Whether the ground truth has masks."""
+
+    def __init__(self, split: Split, backend: str = "pycocotools"):
+        gt = dense_ground_truth(split, self.segmentations)
+        self.metric_ids = metric_image_ids(split)
+        fast = None if backend == "pycocotools" else load_hotcoco(gt, required=backend == "hotcoco")
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco_gt, self.coco_eval_class = fast or (COCO(str(annotation_file)), COCOeval)
+            self.coco_gt, self.coco_eval_class = fast or (load_pycocotools(gt), COCOeval)
         self.last_eval: Any = None
         """Evaluation object of the last results, None if they were empty."""
 
@@ -42,6 +50,8 @@ class CocoBoxMetric:
         Images without detections count as well. A metric is -1 if no ground-truth box has its size. AP is over IoU 0.50
         to 0.95, AR100 with 100 detections per image.
         """
+        rows = rows.copy()
+        rows[:, 0] = self.metric_ids[rows[:, 0].astype(np.int64)]
         return self.compute(rows, "bbox")
 
     def compute(self, results: Any, iou_type: Literal["bbox", "segm"]) -> dict[str, float]:
@@ -76,24 +86,76 @@ class CocoBoxMetric:
 
 
 class CocoMaskMetric(CocoBoxMetric):
-    """Box and mask metrics over all images of one annotation file."""
+    """Box and mask metrics over all images of a split, as `CocoBoxMetric`."""
+
+    segmentations = True
 
     def compute_masks(self, rows: NDArray[np.float64], masks: Sequence[CocoRle]) -> dict[str, float]:
         """Return the mask metrics of detections (D, 7), columns as in `RESULT_COLUMNS`, and their D masks."""
         # The boxes are left out: the libraries would take small, medium and large from their areas.
         results = [
-            {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": mask, "score": row[5]}
-            for row, mask in zip(rows.tolist(), masks, strict=True)
+            {"image_id": image_id, "category_id": int(row[6]), "segmentation": mask, "score": row[5]}
+            for image_id, row, mask in zip(
+                self.metric_ids[rows[:, 0].astype(np.int64)].tolist(), rows.tolist(), masks, strict=True
+            )
         ]
         return self.compute(results, "segm")
 
 
-def load_hotcoco(annotation_file: Path, required: bool) -> tuple[Any, Any] | None:
-    """Return hotcoco's annotations and evaluation class, or None if its metrics would not be the official ones.
+def metric_image_ids(split: Split) -> NDArray[np.int64]:
+    """Return the metric's id of each image of a split: 1 to N in ascending order of the file's ids.
 
-    hotcoco requires the types of fields that no metric depends on. Its metrics differ if an annotation has the id 0:
-    pycocotools treats a match with that annotation as no match.
+    The libraries rank detections of equal scores by image id, so the order decides ties as the file's ids do.
     """
+    ids = np.empty(len(split), dtype=np.int64)
+    ids[np.argsort(split.image_ids)] = np.arange(1, len(split) + 1)
+    return ids
+
+
+def dense_ground_truth(split: Split, segmentations: bool) -> dict[str, list[dict[str, Any]]]:
+    """Return the annotations of a split's images in COCO's format, with ids from 1 on for all objects.
+
+    pycocotools treats a match with an annotation of id 0 as no match, and rounds ids above 2^53.
+    """
+    columns = coco_json.read(split.annotation_file, segmentations)
+    box_image, has_image = coco_json.lookup(columns.box_image_ids, split.image_ids)
+    category_index, _ = coco_json.lookup(columns.box_category_ids, np.array([c.id for c in split.categories]))
+    ids = metric_image_ids(split)
+    kept = np.flatnonzero(has_image)
+    values = zip(
+        ids[box_image[kept]].tolist(),
+        (1 + category_index[kept]).tolist(),
+        columns.boxes_xywh[kept].tolist(),
+        columns.areas[kept].tolist(),
+        (columns.is_crowd[kept] != 0).astype(int).tolist(),
+        strict=True,
+    )
+    keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+    annotations = [{"id": i, **dict(zip(keys, row, strict=True))} for i, row in enumerate(values, start=1)]
+    if segmentations:
+        for annotation, row in zip(annotations, kept.tolist(), strict=True):
+            mask = columns.segmentations[row]
+            annotation["segmentation"] = msgspec.json.decode(mask) if isinstance(mask, msgspec.Raw) else mask
+    return {
+        "images": [
+            {"id": image_id, "file_name": "", "height": height, "width": width}
+            for image_id, (height, width) in zip(ids.tolist(), split.sizes_hw.tolist(), strict=True)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": label, "name": c.name} for label, c in enumerate(split.categories, start=1)],
+    }
+
+
+def load_pycocotools(gt: dict[str, list[dict[str, Any]]]) -> COCO:
+    """Return pycocotools' annotations."""
+    coco_gt = COCO()
+    coco_gt.dataset = gt
+    coco_gt.createIndex()
+    return coco_gt
+
+
+def load_hotcoco(gt: dict[str, list[dict[str, Any]]], required: bool) -> tuple[Any, Any] | None:
+    """Return hotcoco's annotations and evaluation class, or None if it is missing or rejects a mask."""
     try:
         hotcoco = importlib.import_module("hotcoco")
     except ImportError as error:
@@ -103,18 +165,17 @@ def load_hotcoco(annotation_file: Path, required: bool) -> tuple[Any, Any] | Non
             ) from error
         return None
     try:
-        coco_gt = hotcoco.COCO(str(annotation_file))
+        return hotcoco.COCO(gt), hotcoco.COCOeval
     except ValueError:
         return None
-    return None if 0 in coco_gt.getAnnIds() else (coco_gt, hotcoco.COCOeval)
 
 
-def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:
-    """Convert detections (D, 7) to COCO's results format."""
+def to_results(rows: NDArray[np.float64], split: Split) -> list[dict[str, object]]:
+    """Convert detections (D, 7) to COCO's results format, with the ids of the annotation file."""
     return [
         {
-            "image_id": int(row[0]),
-            "category_id": int(row[6]),
+            "image_id": int(split.image_ids[int(row[0])]),
+            "category_id": split.categories[int(row[6]) - 1].id,
             "bbox": [round(float(side), 2) for side in row[1:5]],
             "score": round(float(row[5]), 5),
         }
@@ -122,12 +183,12 @@ def to_results(rows: NDArray[np.float64]) -> list[dict[str, object]]:
     ]
 
 
-def to_mask_results(rows: NDArray[np.float64], masks: Sequence[CocoRle]) -> list[dict[str, object]]:
-    """Convert the masks of detections (D, 7) to COCO's results format."""
+def to_mask_results(rows: NDArray[np.float64], masks: Sequence[CocoRle], split: Split) -> list[dict[str, object]]:
+    """Convert the masks of detections (D, 7) to COCO's results format, with the ids of the annotation file."""
     return [
         {
-            "image_id": int(row[0]),
-            "category_id": int(row[6]),
+            "image_id": int(split.image_ids[int(row[0])]),
+            "category_id": split.categories[int(row[6]) - 1].id,
             "segmentation": mask,
             "score": round(float(row[5]), 5),
         }

@@ -306,7 +306,6 @@ def compare_pasting(context: ConformanceContext) -> Iterator[Comparison]:
             size_hw,
             np.int64(case),
             context.vectors[f"{key}_original_hw"],
-            category_ids=np.arange(reference_config().num_classes),
             legacy=True,
         )
         error = max_abs_error(torch.from_numpy(rows[:, 1:5]), context.vector(f"{key}_xywh").cpu())

@@ -49,11 +49,11 @@ class ModelInput(NamedTuple):
 class Scene(NamedTuple):
     """Detections of an image, in its pixels: masks (D, S, S) and boxes_xyxy (D, 4) float32, scores (D,)."""
 
-    image_id: int
+    image_index: int
     size_hw: tuple[int, int]
     boxes_xyxy: NDArray[np.float32]
     scores: NDArray[np.float32]
-    category_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
     masks: NDArray[np.float32]
 
 
@@ -139,6 +139,6 @@ def evaluate(scenes: Sequence[Scene], metric: CocoMaskMetric, device: torch.devi
 def to_coco(scene: Scene, device: torch.device) -> CocoDetections:
     """Convert the detections of a scene to the format of the metric."""
     low, high = np.split(scene.boxes_xyxy.astype(np.float64), 2, axis=1)
-    ids = np.full(len(low), scene.image_id)
-    rows = np.column_stack([ids, low, high - low, scene.scores, scene.category_ids])
+    indices = np.full(len(low), scene.image_index)
+    rows = np.column_stack([indices, low, high - low, scene.scores, scene.labels])
     return CocoDetections(rows, paste_scene(scene, device))

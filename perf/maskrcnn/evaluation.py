@@ -67,7 +67,7 @@ def evaluation_variants(context: BenchContext) -> list[Variant]:
     config = training.load_config(context, "--no-legacy-boxes")  # as torchvision writes them
     gt = context.gt_split(context.size.maskrcnn_eval_images, segmentations=True)
     scenes = make_scenes(gt, context.seed)
-    pycocotools = CocoMaskMetric(gt.annotation_file)
+    pycocotools = CocoMaskMetric(gt)
     data = SyntheticDetectionSource(gt, scenes, config, context.device)
     evaluator = MaskRCNNEvaluator(config, context.ranks, data.predict)
     title = f"{len(scenes)} images × {DETECTIONS_PER_IMAGE}"
@@ -84,22 +84,21 @@ class SyntheticDetectionSource(MaskRCNNEvalSource):
 
     def __init__(self, gt: Split, scenes: list[Scene], config: Config, device: torch.device):
         self.val, self.eval_samples, self.categories = gt, len(gt), gt.categories
-        self.metric = CocoMaskMetric(gt.annotation_file, config.coco_eval_backend)
-        label_of = {category.id: label for label, category in enumerate(gt.categories, 1)}
+        self.metric = CocoMaskMetric(gt, config.coco_eval_backend)
         self.batches: list[EvalBatch] = []
-        self.detections: dict[int, Detections] = {}  # by id of the first image of a batch
+        self.detections: dict[int, Detections] = {}  # by index of the first image of a batch
         for start in range(0, len(scenes), config.eval_batch_size):
             batch_scenes = scenes[start : start + config.eval_batch_size]
             sizes_hw = torch.tensor([scene.size_hw for scene in batch_scenes])
-            ids = torch.tensor([scene.image_id for scene in batch_scenes])
-            self.batches.append(EvalBatch(torch.zeros(len(ids), 3, 1, 1, dtype=torch.uint8), sizes_hw, ids, sizes_hw))
-            labels = [[label_of[category_id] for category_id in scene.category_ids.tolist()] for scene in batch_scenes]
-            boxes, scores, probabilities = (
+            indices = torch.tensor([scene.image_index for scene in batch_scenes])
+            images = torch.zeros(len(indices), 3, 1, 1, dtype=torch.uint8)
+            self.batches.append(EvalBatch(images, sizes_hw, indices, sizes_hw))
+            boxes, scores, labels, probabilities = (
                 torch.from_numpy(np.stack(arrays))
-                for arrays in zip(*((s.boxes_xyxy, s.scores, s.masks) for s in batch_scenes), strict=True)
+                for arrays in zip(*((s.boxes_xyxy, s.scores, s.labels, s.masks) for s in batch_scenes), strict=True)
             )
-            self.detections[batch_scenes[0].image_id] = to_device(
-                Detections(boxes, scores, torch.tensor(labels), probabilities), device
+            self.detections[batch_scenes[0].image_index] = to_device(
+                Detections(boxes, scores, labels, probabilities), device
             )
 
     def eval_batches(self) -> Iterator[EvalBatch]:
@@ -108,7 +107,7 @@ class SyntheticDetectionSource(MaskRCNNEvalSource):
 
     def predict(self, model: nn.Module, batch: EvalBatch) -> Detections:
         """Return the synthetic detections of a batch, whatever the model."""
-        return self.detections[int(batch.image_ids[0])]
+        return self.detections[int(batch.image_indices[0])]
 
 
 def make_scenes(gt: Split, seed: int) -> list[Scene]:
@@ -116,16 +115,16 @@ def make_scenes(gt: Split, seed: int) -> list[Scene]:
     rng = np.random.default_rng(seed)
     rows = make_rows(gt, DETECTIONS_PER_IMAGE, seed).reshape(len(gt), DETECTIONS_PER_IMAGE, -1)
     scenes = []
-    for image_id, (height, width), image_rows in zip(gt.image_ids, gt.sizes_hw.tolist(), rows, strict=True):
+    for index, ((height, width), image_rows) in enumerate(zip(gt.sizes_hw.tolist(), rows, strict=True)):
         low = image_rows[:, 1:3].clip(0, (width - 2, height - 2))
         high = np.minimum((image_rows[:, 1:3] + image_rows[:, 3:5]).clip(low + 1), (width, height))
         scenes.append(
             Scene(
-                image_id=int(image_id),
+                image_index=index,
                 size_hw=(height, width),
                 boxes_xyxy=np.concatenate([low, high], axis=1).astype(np.float32),
                 scores=image_rows[:, 5].astype(np.float32),
-                category_ids=image_rows[:, 6].astype(np.int64),
+                labels=image_rows[:, 6].astype(np.int64),
                 masks=make_blobs(DETECTIONS_PER_IMAGE, rng),
             )
         )

@@ -57,7 +57,7 @@ def time_metric(context: BenchContext) -> Iterator[Result]:
     for num_images in context.size.metric_images:
         gt = context.gt_split(num_images)
         rows = make_rows(gt, DETECTIONS_PER_IMAGE, context.seed)
-        hotcoco, pycocotools = (CocoBoxMetric(gt.annotation_file, name) for name in ("hotcoco", "pycocotools"))
+        hotcoco, pycocotools = (CocoBoxMetric(gt, name) for name in ("hotcoco", "pycocotools"))
         is_full = num_images >= FULL_METRIC_IMAGES
         title = f"{num_images} images × {DETECTIONS_PER_IMAGE}"
         yield from context.compare(

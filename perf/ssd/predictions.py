@@ -86,12 +86,11 @@ def make_rows(gt: Split, per_image: int, seed: int) -> NDArray[np.float64]:
     Detections that are not near a ground-truth box have random places and classes, as early in training.
     """
     rng = np.random.default_rng(seed)
-    category_ids = np.array([category.id for category in gt.categories])
     num_near = round(per_image * NEAR_GT)
     rows = np.empty((len(gt), per_image, len(RESULT_COLUMNS)))
-    rows[:, :, 0] = gt.image_ids[:, None]
+    rows[:, :, 0] = np.arange(len(gt))[:, None]
     rows[:, :, 5] = rng.beta(1, 4, rows.shape[:2])
-    rows[:, :, 6] = rng.choice(category_ids, rows.shape[:2])
+    rows[:, :, 6] = rng.choice(np.arange(1, gt.num_classes), rows.shape[:2])
     sizes_wh = np.tile(gt.sizes_hw[:, None, ::-1], 2)
     rows[:, :, 1:5] = rng.random((*rows.shape[:2], 4)) * sizes_wh * (1, 1, 0.3, 0.3)
     for index in range(len(gt)):
@@ -103,6 +102,6 @@ def make_rows(gt: Split, per_image: int, seed: int) -> NDArray[np.float64]:
         rows[index, :num_near, 1:5] = np.concatenate([boxes[picked, :2], sides], axis=1)
         rows[index, :num_near, 1:5] += rng.normal(0, 0.1, (num_near, 4)) * np.tile(sides, 2)
         is_right = rng.random(num_near) < RIGHT_CLASS
-        rows[index, :num_near, 6][is_right] = category_ids[gt.image_labels(index)[picked[is_right]] - 1]
+        rows[index, :num_near, 6][is_right] = gt.image_labels(index)[picked[is_right]]
     rows[:, :, 3:5] = rows[:, :, 3:5].clip(MIN_SIDE_PX)
     return rows.reshape(-1, len(RESULT_COLUMNS))

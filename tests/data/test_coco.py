@@ -227,3 +227,18 @@ def test_read_categories_matches_the_full_file(tmp_path):
     file.write_text("{")
     with pytest.raises(InputError, match=f"{file.name}.*broken JSON"):
         coco.read_categories(file)
+
+
+@pytest.mark.parametrize("first", [-7, 2**53 + 1])
+def test_images_of_any_id_have_different_seeds(folder: Path, first: int) -> None:
+    data = content()
+    data["images"] = [image | {"id": first + number} for number, image in enumerate(data["images"])]
+    data["annotations"] = [annotation(1, image_id=first)]
+    split = read(folder, data)
+    draws = {np.random.default_rng((0, 1, split.rng_key(index))).random() for index in range(len(split))}
+    assert len(draws) == len(split)
+
+
+def test_seeds_contain_the_ids(folder: Path) -> None:
+    split = read(folder, content())
+    assert [split.rng_key(index) for index in range(len(split))] == [20, 10, 30]

@@ -67,11 +67,11 @@ def test_each_image_is_evaluated_or_left_out_on_one_rank(make_config, workload, 
     for rank in range(3):
         source = make_source(config, DistContext(rank, 3, CPU))
         assert source.eval_samples == (5 if choice == "with-boxes" else 8)
-        evaluated.update(int(i) for batch in source.eval_batches() for i in batch.image_ids)
-        left_out.update(int(i) for batch in source.left_out_batches() for i in batch.image_ids)
-    empty = set(source.val.image_ids[sorted(EMPTY)].tolist())
+        evaluated.update(int(i) for batch in source.eval_batches() for i in batch.image_indices)
+        left_out.update(int(i) for batch in source.left_out_batches() for i in batch.image_indices)
+    empty = set(EMPTY)
     assert set(left_out) == (empty if choice == "with-boxes" else set())
-    assert evaluated + left_out == Counter(source.val.image_ids.tolist())
+    assert evaluated + left_out == Counter(range(len(source.val)))
 
 
 class RandomDetector:
@@ -81,18 +81,18 @@ class RandomDetector:
         self.config, self.counts = config, Counter()
 
     def __call__(self, model, batch):
-        ids = batch.image_ids.tolist()
-        self.counts.update(ids)
-        parts = [self.detect(image_id) for image_id in ids]
+        indices = batch.image_indices.tolist()
+        self.counts.update(indices)
+        parts = [self.detect(index) for index in indices]
         boxes, scores, labels = (torch.stack(part) for part in zip(*parts, strict=True))
         if self.config.benchmark == "ssd":
-            index = torch.arange(len(ids)).repeat_interleave(boxes.shape[1])
+            index = torch.arange(len(indices)).repeat_interleave(boxes.shape[1])
             return Detections(index, boxes.flatten(0, 1), labels.flatten(), scores.flatten())
         boxes = boxes * batch.sizes_hw.flip(1).repeat(1, 2)[:, None]
         return MaskDetections(boxes, scores, labels, torch.ones(*labels.shape, 28, 28))
 
-    def detect(self, image_id):
-        rng = torch.Generator().manual_seed(image_id)
+    def detect(self, index):
+        rng = torch.Generator().manual_seed(index)
         left_top = torch.rand(60, 2, generator=rng) * 0.7
         boxes = torch.cat([left_top, left_top + 0.1 + 0.2 * torch.rand(60, 2, generator=rng)], dim=1)
         return boxes, torch.rand(60, generator=rng), torch.randint(1, 4, (60,), generator=rng)

@@ -143,9 +143,8 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
             counts, batch, detections = prediction_syncs(
                 syncs, *ssd_workload("--precision", precision, "--eval-batch-size", size)
             )
-            category_ids = torch.zeros(5, dtype=torch.int64, device=CUDA)
             syncs.take()
-            rows = box_evaluator.to_result_rows(detections, batch.image_ids, batch.sizes_wh, category_ids)
+            rows = box_evaluator.to_result_rows(detections, batch.image_indices, batch.sizes_wh)
             assert (rows.device, rows.dtype, syncs.take()) == (CUDA, torch.float64, {})
         by_size.append(counts)
         # Counts candidates and kept boxes, and repeats suppression until nothing changes.

@@ -13,20 +13,38 @@ from paths import shared
 
 @pytest.fixture
 def ground_truth(small_toy):
-    annotation_file, _ = coco.standard_paths(small_toy, "val")
-    return annotation_file, json.loads(annotation_file.read_text())
+    split = coco.read(*coco.standard_paths(small_toy, "val"))
+    return split, json.loads(split.annotation_file.read_text())
+
+
+@pytest.fixture
+def write_split(small_toy, tmp_path):
+    """Return a function that writes annotations of the toy images and reads them."""
+
+    def write(content):
+        (tmp_path / "val.json").write_text(json.dumps(content))
+        return coco.read(tmp_path / "val.json", small_toy / "val2017", skip_missing_images=True)
+
+    return write
 
 
 def gt_rows(content, score=0.9):
+    """Return detections of all objects. Images and categories are numbered in the order of the file and of the ids."""
+    indices = {image["id"]: index for index, image in enumerate(content["images"])}
+    labels = {number: label for label, number in enumerate(sorted(c["id"] for c in content["categories"]), start=1)}
     return np.array(
-        [[a["image_id"], *a["bbox"], score, a["category_id"]] for a in content["annotations"] if not a["iscrowd"]],
+        [
+            [indices[a["image_id"]], *a["bbox"], score, labels[a["category_id"]]]
+            for a in content["annotations"]
+            if not a["iscrowd"]
+        ],
         dtype=np.float64,
     )
 
 
 def test_ground_truth_scores_one(ground_truth):
-    annotation_file, content = ground_truth
-    metrics = CocoBoxMetric(annotation_file)(gt_rows(content))
+    split, content = ground_truth
+    metrics = CocoBoxMetric(split)(gt_rows(content))
     assert tuple(metrics) == COCO_STATS
     assert metrics["AP"] == pytest.approx(1)
     assert metrics["AR100"] == pytest.approx(1)
@@ -45,33 +63,76 @@ def jitter(content, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hotcoco_and_pycocotools_are_bit_identical(ground_truth, seed):
-    annotation_file, content = ground_truth
+    split, content = ground_truth
     rows = jitter(content, seed)
-    metrics = CocoBoxMetric(annotation_file, "hotcoco")(rows)
+    metrics = CocoBoxMetric(split, "hotcoco")(rows)
     assert 0 < metrics["AP"] < 1
-    assert metrics == CocoBoxMetric(annotation_file, "pycocotools")(rows)
+    assert metrics == CocoBoxMetric(split, "pycocotools")(rows)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["coco-tiny", "bccd"])
 def test_backends_agree_on_real_annotations(name):
-    annotation_file, _ = coco.standard_paths(shared(f"data/{name}"), "val")
-    rows = jitter(json.loads(annotation_file.read_text()), 0)
-    assert CocoBoxMetric(annotation_file, "hotcoco")(rows) == CocoBoxMetric(annotation_file)(rows)
+    split = coco.read(*coco.standard_paths(shared(f"data/{name}"), "val"))
+    rows = jitter(json.loads(split.annotation_file.read_text()), 0)
+    assert CocoBoxMetric(split, "hotcoco")(rows) == CocoBoxMetric(split)(rows)
 
 
-def test_auto_uses_pycocotools_for_an_annotation_with_id_0(ground_truth, tmp_path):
-    content = ground_truth[1] | {"annotations": [a | {"id": a["id"] - 1} for a in ground_truth[1]["annotations"]]}
-    (tmp_path / "val.json").write_text(json.dumps(content))
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize("first", [0, -3, 2**53 + 1, 2**63 - 500])
+def test_ids_do_not_change_the_metrics(ground_truth, write_split, backend, first):
+    split, content = ground_truth
+    images = {image["id"]: first + number for number, image in enumerate(content["images"])}
+    categories = {
+        c["id"]: first + number for number, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]))
+    }
+    renumbered = {
+        "images": [image | {"id": images[image["id"]]} for image in content["images"]],
+        "categories": [c | {"id": categories[c["id"]]} for c in content["categories"]],
+        "annotations": [
+            a | {"id": first + number, "image_id": images[a["image_id"]], "category_id": categories[a["category_id"]]}
+            for number, a in enumerate(content["annotations"])
+        ],
+    }
+    renumbered_split = write_split(renumbered)
+    metric = CocoBoxMetric(renumbered_split, backend)
+    assert metric(gt_rows(renumbered))["AP"] == pytest.approx(1)
+    assert metric(jitter(content, 0)) == CocoBoxMetric(split)(jitter(content, 0))
+    results = to_results(gt_rows(renumbered), renumbered_split)
+    expected = [(a["image_id"], a["category_id"]) for a in renumbered["annotations"] if not a["iscrowd"]]
+    assert [(row["image_id"], row["category_id"]) for row in results] == expected
+
+
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_order_of_images_in_the_file_does_not_change_the_metrics(ground_truth, write_split, backend):
+    split, content = ground_truth
     rows = jitter(content, 0)
-    assert CocoBoxMetric(tmp_path / "val.json", "auto")(rows) == CocoBoxMetric(tmp_path / "val.json")(rows)
+    rows[:, 5] = rows[:, 5].round(1)  # ties, which the order of the images decides
+    reordered = rows.copy()
+    reordered[:, 0] = len(split) - 1 - rows[:, 0]
+    metric = CocoBoxMetric(write_split(content | {"images": content["images"][::-1]}), backend)
+    assert metric(reordered) == CocoBoxMetric(split)(rows)
 
 
-def test_auto_uses_pycocotools_for_annotations_that_hotcoco_rejects(ground_truth, tmp_path):
-    content = ground_truth[1] | {"info": {"version": 1}}
-    (tmp_path / "val.json").write_text(json.dumps(content))
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_images_without_a_file_do_not_count(ground_truth, write_split, backend):
+    split, content = ground_truth
+    missing = [image | {"file_name": "missing.jpg"} if i % 2 else image for i, image in enumerate(content["images"])]
+    partial = write_split(content | {"images": missing})
+    assert 0 < len(partial) < len(split)
+    existing = partial.image_ids.tolist()
+    kept = {
+        "images": [image for image in content["images"] if image["id"] in existing],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in existing],
+    }
+    assert CocoBoxMetric(partial, backend)(gt_rows(content | kept))["AP"] == pytest.approx(1)
+
+
+def test_fields_without_a_meaning_for_the_metric_may_have_any_type(ground_truth, write_split):
+    split, content = ground_truth
     rows = jitter(content, 0)
-    assert CocoBoxMetric(tmp_path / "val.json", "auto")(rows) == CocoBoxMetric(ground_truth[0])(rows)
+    metric = CocoBoxMetric(write_split(content | {"info": {"version": 1}}), "hotcoco")
+    assert metric(rows) == CocoBoxMetric(split)(rows)
 
 
 def test_missing_hotcoco_is_an_error_by_name_and_skipped_by_auto(ground_truth, monkeypatch):
@@ -86,10 +147,10 @@ def test_no_detections_score_zero(ground_truth):
 
 
 def test_images_without_detections_count(ground_truth):
-    annotation_file, content = ground_truth
+    split, content = ground_truth
     rows = gt_rows(content)
     half = rows[rows[:, 0] <= np.median(rows[:, 0])]
-    assert CocoBoxMetric(annotation_file)(half)["AR100"] < 0.9
+    assert CocoBoxMetric(split)(half)["AR100"] < 0.9
 
 
 def test_metric_prints_nothing_and_is_reusable(ground_truth, capsys):
@@ -104,8 +165,8 @@ def test_pycocotools_reads_the_results_file(ground_truth, tmp_path):
     from pycocotools.coco import COCO
 
     rows = gt_rows(ground_truth[1])
-    (tmp_path / "detections.json").write_text(json.dumps(to_results(rows)))
-    loaded = COCO(str(ground_truth[0])).loadRes(str(tmp_path / "detections.json"))
+    (tmp_path / "detections.json").write_text(json.dumps(to_results(rows, ground_truth[0])))
+    loaded = COCO(str(ground_truth[0].annotation_file)).loadRes(str(tmp_path / "detections.json"))
     assert len(loaded.anns) == len(rows)
 
 
@@ -126,10 +187,10 @@ def gt_masks(content, max_shift_px=0):
 
 @pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
 def test_ground_truth_masks_score_one_with_any_boxes(ground_truth, backend):
-    annotation_file, content = ground_truth
+    split, content = ground_truth
     rows = gt_rows(content)
     rows[:, 1:5] = 1
-    metric = CocoMaskMetric(annotation_file, backend)
+    metric = CocoMaskMetric(split, backend)
     metrics = metric.compute_masks(rows, gt_masks(content))
     assert tuple(metrics) == COCO_STATS
     assert metrics["AP"] == pytest.approx(1)
@@ -138,17 +199,17 @@ def test_ground_truth_masks_score_one_with_any_boxes(ground_truth, backend):
 
 @pytest.mark.parametrize("name", ["toy", pytest.param("coco-tiny", marks=pytest.mark.data)])
 def test_backends_are_bit_identical_on_masks(ground_truth, name):
-    annotation_file, content = ground_truth
+    split, content = ground_truth
     if name != "toy":
-        annotation_file, _ = coco.standard_paths(shared(f"data/{name}"), "val")
-        content = json.loads(annotation_file.read_text())
+        split = coco.read(*coco.standard_paths(shared(f"data/{name}"), "val"))
+        content = json.loads(split.annotation_file.read_text())
     rows = gt_rows(content)
     rows[:, 5] = np.random.default_rng(1).random(len(rows))
     masks = gt_masks(content, max_shift_px=9)
-    metrics = CocoMaskMetric(annotation_file, "hotcoco").compute_masks(rows, masks)
+    metrics = CocoMaskMetric(split, "hotcoco").compute_masks(rows, masks)
     assert 0.05 < metrics["AP"] < 0.95
     rows[:, 1:5] = 1  # boxes, and so their areas, are ignored
-    assert metrics == CocoMaskMetric(annotation_file, "pycocotools").compute_masks(rows, masks)
+    assert metrics == CocoMaskMetric(split, "pycocotools").compute_masks(rows, masks)
 
 
 def test_no_masks_score_zero(ground_truth):
@@ -156,9 +217,9 @@ def test_no_masks_score_zero(ground_truth):
 
 
 def test_mask_metrics_change_neither_box_metrics_nor_their_input(ground_truth):
-    annotation_file, content = ground_truth
-    metric, rows, masks = CocoMaskMetric(annotation_file, "pycocotools"), jitter(content, 0), gt_masks(content)
-    expected = CocoBoxMetric(annotation_file)(rows)
+    split, content = ground_truth
+    metric, rows, masks = CocoMaskMetric(split, "pycocotools"), jitter(content, 0), gt_masks(content)
+    expected = CocoBoxMetric(split)(rows)
     first = metric.compute_masks(gt_rows(content), masks)
     assert metric(rows) == expected
     assert metric.compute_masks(gt_rows(content), masks) == first
@@ -169,9 +230,9 @@ def test_pycocotools_scores_the_results_file_of_masks(ground_truth, tmp_path, ca
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    annotation_file, content = ground_truth
-    (tmp_path / "segm.json").write_text(json.dumps(to_mask_results(gt_rows(content), gt_masks(content))))
-    official = COCO(str(annotation_file))
+    split, content = ground_truth
+    (tmp_path / "segm.json").write_text(json.dumps(to_mask_results(gt_rows(content), gt_masks(content), split)))
+    official = COCO(str(split.annotation_file))
     evaluation = COCOeval(official, official.loadRes(str(tmp_path / "segm.json")), "segm")
     evaluation.evaluate()
     evaluation.accumulate()

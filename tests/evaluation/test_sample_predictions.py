@@ -200,16 +200,17 @@ def test_missing_file_is_named(run, capsys):
 
 
 def test_per_class_ap_averages_to_the_overall_ap(small_toy):
-    annotations, _ = coco.standard_paths(small_toy, "val")
-    ground_truth = json.loads(annotations.read_text())
+    split = coco.read(*coco.standard_paths(small_toy, "val"))
+    ground_truth = json.loads(split.annotation_file.read_text())
+    indices = {image_id: index for index, image_id in enumerate(split.image_ids.tolist())}
     rng = np.random.default_rng(0)
     rows = np.array(
         [
-            [a["image_id"], *(np.array(a["bbox"]) + rng.uniform(-4, 4, 4)), rng.uniform(), a["category_id"]]
+            [indices[a["image_id"]], *(np.array(a["bbox"]) + rng.uniform(-4, 4, 4)), rng.uniform(), a["category_id"]]
             for a in ground_truth["annotations"]
         ]
     )
-    metric = CocoBoxMetric(annotations)
+    metric = CocoBoxMetric(split)
     metrics = metric(rows)
     classes = metric.per_class_ap()
     assert [row["name"] for row in classes] == [
@@ -224,11 +225,10 @@ def test_per_class_ap_averages_to_the_overall_ap(small_toy):
 
 
 def test_class_without_objects_has_no_ap(small_toy, tmp_path):
-    annotations, _ = coco.standard_paths(small_toy, "val")
+    annotations, image_dir = coco.standard_paths(small_toy, "val")
     ground_truth = json.loads(annotations.read_text())
     ground_truth["categories"].append({"id": 99, "name": "absent"})
     (tmp_path / "a.json").write_text(json.dumps(ground_truth))
-    metric = CocoBoxMetric(tmp_path / "a.json")
-    box = ground_truth["annotations"][0]
-    metric(np.array([[box["image_id"], *box["bbox"], 0.9, 99]]))
+    metric = CocoBoxMetric(coco.read(tmp_path / "a.json", image_dir))
+    metric(np.array([[0, 1, 1, 9, 9, 0.9, len(ground_truth["categories"])]]))
     assert metric.per_class_ap()[-1] == {"name": "absent", "AP": None, "objects": 0}

@@ -13,7 +13,7 @@ from torch import nn
 
 from detection.config.settings import read_rank_info
 from detection.data import coco
-from detection.evaluation.coco_metric import COCO_STATS, to_mask_results, to_results
+from detection.evaluation.coco_metric import COCO_STATS
 from detection.runtime.distributed import DistContext, init_process_group
 from maskrcnn import masks
 from maskrcnn.config import Config
@@ -32,24 +32,22 @@ def make_config(folder, **settings):
 
 
 class Oracle:
-    """Return the annotated objects, amid padding; for even image ids without the first `num_missed`."""
+    """Return the annotated objects, amid padding; for even indices without the first `num_missed`."""
 
     def __init__(self, split, num_missed=0, legacy=True):
         self.split, self.num_missed = split.drop_crowds(), num_missed
         self.last_pixel = torch.tensor([0, 0, legacy, legacy]).float()  # a legacy box ends with its last pixel
-        self.index = {image_id: i for i, image_id in enumerate(self.split.image_ids.tolist())}
 
     def __call__(self, model, batch):
         count = 12
         boxes, scores = torch.zeros(len(batch.images), count, 4), torch.zeros(len(batch.images), count)
         labels = torch.zeros(len(batch.images), count, dtype=torch.int64)
         bitmaps = torch.zeros(len(batch.images), count, 28, 28)
-        for row, image_id in enumerate(batch.image_ids.tolist()):
-            index = self.index[image_id]
+        for row, index in enumerate(batch.image_indices.tolist()):
             gt_boxes = torch.from_numpy(self.split.boxes(index)) - self.last_pixel
             vertices = masks.mask_vertices(self.split, index)
             scale = (batch.sizes_hw[row] / batch.original_sizes_hw[row]).flip(0).repeat(2)
-            for number in range(self.num_missed if image_id % 2 == 0 else 0, len(gt_boxes)):
+            for number in range(self.num_missed if index % 2 == 0 else 0, len(gt_boxes)):
                 slot = count - 1 - number  # so that padding comes first
                 boxes[row, slot] = gt_boxes[number] * scale
                 scores[row, slot] = 0.9 - 0.01 * number
@@ -100,11 +98,13 @@ def test_masks_cover_the_objects_of_the_original_image(perfect_evaluation, small
     content = json.loads(coco.standard_paths(small_toy, "val")[0].read_text())
     sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     objects = [a for a in content["annotations"] if not a["iscrowd"]]
-    rows, rles = evaluator.detections
+    (rows, rles), ids = evaluator.detections, evaluator.val.image_ids
     assert len(rows) == len(rles) == len(objects)
     for row, mask in zip(rows, rles, strict=True):
-        assert mask["size"] == sizes[row[0]]
-        matches = [a for a in objects if a["image_id"] == row[0] and np.allclose(a["bbox"], row[1:5], atol=0.05)]
+        assert mask["size"] == sizes[ids[int(row[0])]]
+        matches = [
+            a for a in objects if a["image_id"] == ids[int(row[0])] and np.allclose(a["bbox"], row[1:5], atol=0.05)
+        ]
         assert [a["category_id"] for a in matches] == [row[6]]
         expected = mask_api.merge(mask_api.frPyObjects(matches[0]["segmentation"], *mask["size"]))
         assert mask_api.iou([mask], [expected], [0])[0, 0] > 0.88
@@ -121,7 +121,8 @@ def test_labels_map_to_category_ids(perfect_evaluation, small_toy, tmp_path):
     file.write_text(json.dumps(content))
     evaluator, metrics = evaluate(folder)
     assert metrics == pytest.approx(perfect_evaluation[1])
-    assert set(evaluator.detections.rows[:, 6]) == {23, 16, 9}
+    for results in evaluator.coco_results().values():
+        assert {row["category_id"] for row in results} == {23, 16, 9}
 
 
 def test_missed_objects_lower_both_metrics(perfect_evaluation, small_toy):
@@ -158,8 +159,7 @@ def test_batch_size_threads_and_half_precision_do_not_change_metrics(perfect_eva
 
 
 def test_results_are_in_coco_format(perfect_evaluation):
-    rows, rles = perfect_evaluation[0].detections
-    boxes, segmentations = json.loads(json.dumps([to_results(rows), to_mask_results(rows, rles)]))
+    boxes, segmentations = json.loads(json.dumps(perfect_evaluation[0].coco_results())).values()
     assert [set(row) for row in (boxes[0], segmentations[0])] == [
         {"image_id", "category_id", "bbox", "score"},
         {"image_id", "category_id", "segmentation", "score"},
