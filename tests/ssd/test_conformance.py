@@ -11,17 +11,27 @@ import torch
 
 import commands
 from detection.evaluation.conformance import part_name, read_network
+from detection.runtime.device import has_native_bf16
 from paths import ROOT
 from ssd import checkpoint_names, conformance
 from ssd.conformance import SUITE
 from ssd.model import SSD300
+
+CPU = torch.device("cpu")
 
 
 def compare_only(monkeypatch, *comparisons):
     monkeypatch.setattr(conformance, "SUITE", replace(SUITE, comparisons=comparisons))
 
 
-@pytest.mark.parametrize("compare", SUITE.comparisons, ids=part_name)
+# Without a slow one, which tests/perf/test_ssd_baseline.py covers with another implementation.
+COMPARISONS = [
+    pytest.param(compare, marks=pytest.mark.slow) if compare is conformance.compare_crops else compare
+    for compare in SUITE.comparisons
+]
+
+
+@pytest.mark.parametrize("compare", COMPARISONS, ids=part_name)
 def test_every_comparison_with_the_reference_passes(golden, compare):
     context = SUITE.load(golden, "cpu", "fp32")
     results = list(compare(context))
@@ -42,8 +52,11 @@ def test_builtin_network_is_that_of_the_reference(golden):
     assert conformance.reference_network() == read_network(golden.with_name("ssd_reference_state_dict.json"))
 
 
-def test_network_in_bf16_is_within_its_tolerance(golden):
-    context = SUITE.load(golden, "cpu", "bf16")
+@pytest.mark.parametrize(
+    "precision", ["bf16" if has_native_bf16(CPU) else pytest.param("bf16", marks=pytest.mark.slow)]
+)
+def test_network_in_bf16_is_within_its_tolerance(golden, precision):
+    context = SUITE.load(golden, "cpu", precision)
     assert [result for result in conformance.compare_network(context) if not result.passed] == []
 
 

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from detection.engine import entrypoint
+from perf.ssd import baseline
 from ssd import model, train
 
 NARROWER = 16
@@ -20,7 +21,8 @@ def make_narrow(patch: pytest.MonkeyPatch) -> None:
     """Make every network that is built from now on narrow."""
     extras = tuple((channels // NARROWER, stride, padding) for channels, stride, padding in EXTRA_BLOCKS)
     patch.setattr(model, "EXTRA_BLOCKS", extras)
-    patch.setattr(model, "feature_map_channels", lambda name: tuple(n // NARROWER for n in CHANNELS(name)))
+    for module in (model, baseline):
+        patch.setattr(module, "feature_map_channels", lambda name: tuple(n // NARROWER for n in CHANNELS(name)))
     patch.setattr(torchvision.models, "get_model", narrow_resnet)
 
 
