@@ -1,13 +1,13 @@
 """Signals to a rank, in a process of its own."""
 
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from paths import ROOT
+import processes
+from forked import Forked
 
 PROGRAM = """
 import ctypes, time
@@ -22,21 +22,20 @@ WAIT_IN_LIBRARY = "[ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
     """Function that starts a program and waits until it is ready."""
-    processes = []
+    started = []
 
     def start(prepare, wait):
-        program = PROGRAM.format(prepare=prepare, wait=wait)
-        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        assert process.stdout.readline() == "ready\n"
-        return process
+        (tmp_path / "program.py").write_text(PROGRAM.format(prepare=prepare, wait=wait))
+        started.append(Forked([str(tmp_path / "program.py")], processes.environment()))
+        processes.wait_for(Path(started[0].files[0].name), "ready")
+        return started[0]
 
     yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

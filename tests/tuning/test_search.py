@@ -274,16 +274,22 @@ def measure_module(tmp_path, monkeypatch, text, limit_s=60.0):
     return trial.measure_training("generated_module", [], BASE, ranks=1, steps=1, warmup=0, limit_s=limit_s)
 
 
-def test_out_of_memory_trial_has_its_status(tmp_path, monkeypatch):
-    result = measure_module(tmp_path, monkeypatch, "raise RuntimeError('device: out of memory. Tried to allocate')")
-    assert result.status == "out of memory"
-
-
-def test_failed_trial_has_its_reason(tmp_path, monkeypatch):
-    result = measure_module(
-        tmp_path, monkeypatch, "import sys; sys.exit('error: --optimizer-backend apex: it is not installed')"
-    )
-    assert (result.status, result.reason) == ("failed", "error: --optimizer-backend apex: it is not installed")
+@pytest.mark.parametrize(
+    ("exit_status", "error", "status"),
+    [
+        (1, "RuntimeError: device: out of memory. Tried to allocate", "out of memory"),
+        (137, "error: rank 0 was killed by SIGKILL", "out of memory"),
+        (2, "error: --optimizer-backend apex: it is not installed", "failed"),
+    ],
+)
+def test_failed_trial_has_its_status_and_reason(tmp_path, monkeypatch, exit_status, error, status):
+    launcher = tmp_path / "python"
+    launcher.write_text(f"#!/bin/sh\necho 'progress\n{error}\nerror: rank 0 exited' >&2\nexit {exit_status}\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    result = trial.measure_training("ssd", [], BASE, ranks=1, steps=1, warmup=0, limit_s=60)
+    assert result.status == status
+    assert result.reason == error or exit_status == 137
 
 
 @pytest.mark.slow
