@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Download COCO 2017, unpack it and shrink its annotations. After an interruption, run it again: it resumes and skips
-# finished steps.
+# Download COCO 2017, unpack it and shrink its annotations, or download RetinaNet's Open Images. After an interruption,
+# run it again: it resumes and skips finished steps.
 set -euo pipefail
 
 usage() {
@@ -8,6 +8,7 @@ usage() {
 usage: ./init_datasets.sh
 
 environment:
+  BENCHMARK          ssd or maskrcnn: COCO 2017; retinanet: the Open Images v6 subset of MLPerf (ssd)
   DATADIR            target folder (data/coco); needs about 40 GiB, of which 20 GiB remain in use
   COCO_URL           mirror that contains zips/ and annotations/ (https://s3.amazonaws.com/images.cocodataset.org)
   KEEP_ARCHIVES      1 keeps the zip files after unpacking (0)
@@ -16,6 +17,15 @@ for a mirror of another subset in COCO 2017's layout:
   COCO_TRAIN_IMAGES  images in train2017 (118287)
   COCO_VAL_IMAGES    images in val2017 (5000)
   COCO_MD5           MD5 of annotations_trainval2017.zip, train2017.zip and val2017.zip, in this order
+
+with BENCHMARK=retinanet:
+  DATADIR                  target folder (data/openimages); needs about 360 GB
+  OPENIMAGES_URL           mirror that contains v5/, v6/ and 2018_04/ (https://storage.googleapis.com/openimages)
+  OPENIMAGES_IMAGES_URL    mirror that contains train/ and validation/ (https://open-images-dataset.s3.amazonaws.com)
+  OPENIMAGES_MAX_IMAGES    only the first images of each split, for a trial (all)
+  OPENIMAGES_WORKERS       images to download at a time (32)
+  OPENIMAGES_SKIP_MISSING  1 leaves out images that the server does not have, which MLPerf does not allow (0)
+  OPENIMAGES_CLASSES       file of class names, one per line, for another subset (MLPerf's 264)
 END
 }
 
@@ -29,7 +39,12 @@ case ${1:-} in
   *) die "unknown argument '$1'. Set DATADIR= to name the folder (./init_datasets.sh --help)" 2 ;;
 esac
 
-data=${DATADIR:-$script_dir/data/coco}
+benchmark=${BENCHMARK:-ssd}
+case $benchmark in
+  ssd | maskrcnn) data=${DATADIR:-$script_dir/data/coco} ;;
+  retinanet) data=${DATADIR:-$script_dir/data/openimages} ;;
+  *) die "BENCHMARK=$benchmark is unknown. Set it to ssd, maskrcnn or retinanet" 2 ;;
+esac
 # images.cocodataset.org has no valid HTTPS certificate. The URL of its S3 bucket has one.
 mirror=${COCO_URL:-https://s3.amazonaws.com/images.cocodataset.org}
 read -r md5_annotations md5_train md5_val \
@@ -45,6 +60,19 @@ if [[ ! -x $python ]]; then python=python3; fi
 mkdir -p "$data" 2>/dev/null && [[ -w $data ]] || die "DATADIR=$data cannot be created or written. Name another folder" 2
 exec 9<"$data"
 flock --nonblock 9 || die "another init_datasets.sh is running in $data. Wait for it to finish" 2
+
+if [[ $benchmark == retinanet ]]; then
+  "$script_dir/setup.sh" --quiet
+  data=$(cd "$data" && pwd)
+  flags=(--workers "${OPENIMAGES_WORKERS:-32}" --max-images "${OPENIMAGES_MAX_IMAGES:-}")
+  if [[ -n ${OPENIMAGES_URL:-} ]]; then flags+=(--annotations-url "$OPENIMAGES_URL"); fi
+  if [[ -n ${OPENIMAGES_IMAGES_URL:-} ]]; then flags+=(--images-url "$OPENIMAGES_IMAGES_URL"); fi
+  if [[ -n ${OPENIMAGES_CLASSES:-} ]]; then flags+=(--classes "$(realpath "$OPENIMAGES_CLASSES")"); fi
+  if [[ ${OPENIMAGES_SKIP_MISSING:-} == 1 ]]; then flags+=(--skip-missing); fi
+  cd "$script_dir"
+  exec "${VENV:-$script_dir/.venv}/bin/python" -m detection.data.open_images_download "$data" "${flags[@]}"
+fi
+
 partial=$data/.partial
 rm -rf "$partial"
 

@@ -214,6 +214,59 @@ fetch() {
   [[ $output == "error: another init_datasets.sh is running in $DATADIR"* ]]
 }
 
+# open_images FOLDER: writes a mirror of Open Images with a class and an image of each split.
+open_images() {
+  "$(any_python)" - "$1" <<'END'
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from detection.data.open_images_download import CLASS_NAMES, SOURCES
+
+root = Path(sys.argv[1])
+files = {CLASS_NAMES: "/m/cat,Cat\n"}
+columns = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+for split, sources in SOURCES.items():
+    files[sources.image_ids] = "ImageID\n0123456789abcdef\n"
+    files[sources.boxes] = f"{columns}\n0123456789abcdef,/m/cat,0.25,0.75,0,1,0,0,1,0,0\n"
+    (root / split).mkdir(parents=True)
+    Image.new("RGB", (8, 6)).save(root / split / "0123456789abcdef.jpg")
+for name, text in files.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+END
+  echo Cat >"$1/names.txt"
+}
+
+@test "BENCHMARK=retinanet downloads Open Images, and a second run sends no request" {
+  "$repository/setup.sh" --check >/dev/null || skip "needs the environment of ./setup.sh"
+  open_images "$BATS_TEST_TMPDIR/open images"
+  cd "$BATS_TEST_TMPDIR"
+  serve "open images"
+  export BENCHMARK=retinanet OPENIMAGES_URL=$url OPENIMAGES_IMAGES_URL=$url OPENIMAGES_MAX_IMAGES=5
+  export OPENIMAGES_CLASSES="open images/names.txt" OPENIMAGES_WORKERS=2
+  DATADIR="open set" run "$repository/init_datasets.sh"
+  [ "$status" -eq 0 ]
+  [[ ${lines[-1]} == "$PWD/open set/train/labels/openimages-mlperf.json: 1 images, 1 boxes, 1 classes" ]]
+  grep --quiet '"bbox":\[2.0,0.0,4.0,6.0\],"area":24.0,"iscrowd":1' "open set/train/labels/openimages-mlperf.json"
+  cmp "open images/train/0123456789abcdef.jpg" "open set/train/data/0123456789abcdef.jpg"
+  : >"$requests"
+  DATADIR="open set" run "$repository/init_datasets.sh"
+  [ "$status" -eq 0 ]
+  [ ! -s "$requests" ]
+  rm -r "open images/train" "open set/train/data"
+  DATADIR="open set" run "$repository/init_datasets.sh"
+  [ "$status" -eq 1 ]
+  [[ ${lines[-1]} == "error: $url/train: 1 of 1 images are missing: 0123456789abcdef."* ]]
+}
+
+@test "an unknown BENCHMARK is rejected" {
+  BENCHMARK=yolo run "$repository/init_datasets.sh"
+  [ "$status" -eq 2 ]
+  [[ $output == "error: BENCHMARK=yolo is unknown."* ]]
+}
+
 @test "an argument is rejected" {
   run "$repository/init_datasets.sh" --fast
   [ "$status" -eq 2 ]
