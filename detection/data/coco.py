@@ -202,6 +202,15 @@ def check_num_classes(num_classes: int, split: Split) -> None:
     )
 
 
+def check_evaluable(split: Split) -> None:
+    """Raise InputError if COCO's metric ignores all boxes of a split, because they are crowds."""
+    if split.is_crowd.all():
+        raise InputError(
+            f"{split.annotation_file}: all {len(split.labels)} boxes have iscrowd 1, which COCO's metric ignores, so "
+            "there is no AP. Set iscrowd to 0 for boxes of single objects."
+        )
+
+
 def read(
     annotation_file: Path, image_dir: Path, *, skip_missing_images: bool = False, segmentations: bool = False
 ) -> Split:

@@ -12,22 +12,24 @@ from PIL import Image
 from torch import Tensor
 
 from detection.config.settings import InputError
-from detection.data.pillow_io import is_high_bit_depth, to_uint8
+from detection.data.pillow_io import to_rgb
 
-JPEG_END_MARKER = b"\xff\xd9"
+JPEG_START_MARKER, JPEG_END_MARKER = b"\xff\xd8", b"\xff\xd9"
 
 
 def decode_with_pillow(encoded: bytes) -> Tensor:
-    """Decode with Pillow, which is always available: bytes to (3, H, W) uint8 RGB with strides of (H, W, 3)."""
+    """Decode with Pillow, which is always available: bytes to (3, H, W) uint8 RGB with strides of (H, W, 3).
+
+    `pillow_io.to_rgb` treats transparency and high bit depths, as for the images of `predict`.
+    """
     with Image.open(io.BytesIO(encoded)) as image:
-        image_8bit = Image.fromarray(to_uint8(np.asarray(image))) if is_high_bit_depth(image) else image
-        return torch.from_numpy(np.array(image_8bit.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def select_decoder() -> Callable[[bytes], Tensor]:
     """Return torchcodec's decoder if it loads: 1.35 times as fast as Pillow on one core, with the same pixels.
 
-    Formats unknown to torchcodec, such as BMP and TIFF, fall back to Pillow.
+    Pillow decodes all formats but JPEG: torchcodec knows few of them and drops transparency.
     """
     try:
         from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
@@ -35,10 +37,7 @@ def select_decoder() -> Callable[[bytes], Tensor]:
         return decode_with_pillow
 
     def decode(encoded: bytes) -> Tensor:
-        try:
-            return decode_image(encoded)
-        except ValueError:
-            return decode_with_pillow(encoded)
+        return decode_image(encoded) if encoded.startswith(JPEG_START_MARKER) else decode_with_pillow(encoded)
 
     return decode
 

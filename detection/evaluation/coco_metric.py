@@ -33,7 +33,7 @@ class CocoBoxMetric:
     """
 
     segmentations: ClassVar[bool] = False
-    """Whether the ground truth has masks."""
+    """True if the ground truth has masks."""
 
     def __init__(self, split: Split, backend: str = "pycocotools"):
         gt = dense_ground_truth(split, self.segmentations)

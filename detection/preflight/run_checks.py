@@ -294,6 +294,11 @@ def check_data(
             coco.check_num_classes(config.num_classes, first)
         except InputError as error:
             errors.append(str(error))
+    if "val" in splits:
+        try:
+            coco.check_evaluable(splits["val"])
+        except InputError as error:
+            errors.append(str(error))
     if train := splits.get("train"):
         info.append(f"classes: background, {', '.join(category.name for category in train.categories)}")
         global_batch = config.global_batch_size(layout.world_size)

@@ -176,6 +176,18 @@ def test_train_and_val_with_different_categories_are_rejected(check, data_dir, t
     assert "other categories" in err
 
 
+def test_val_with_only_crowds_is_rejected_before_the_run(check, data_dir, tmp_path):
+    val = json.loads((data_dir / "annotations/instances_val2017.json").read_text())
+    for row in val["annotations"]:
+        row["iscrowd"] = 1
+    (tmp_path / "val.json").write_text(json.dumps(val))
+    flags = custom_data_flags(data_dir)
+    flags[-1] = str(tmp_path / "val.json")
+    status, _, err = check(*flags, "--dataset", "shapes")
+    assert status == 2
+    assert f"val.json: all {len(val['annotations'])} boxes have iscrowd 1" in err
+
+
 def test_each_invalid_setting_gives_one_error_line(check):
     status, out, err = check("--epochs", "0", "--no-such-flag", "1")
     assert (status, out) == (2, "")
