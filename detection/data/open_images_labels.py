@@ -34,7 +34,7 @@ class Boxes:
 
     image_ids: NDArray[np.uint64]
     """(M,)"""
-    category_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int16]
     """(M,)"""
     edges: NDArray[np.float64]
     """(M, 4) XMin, XMax, YMin, YMax as fractions of the image."""
@@ -88,13 +88,13 @@ def read_boxes(path: Path, category_ids: Mapping[str, int]) -> Boxes:
             categories.append(category_id)
             edges.extend(map(float, row[2:6]))
             flags.extend(map(int, row[6:]))
-    image_ids = np.array(ids, dtype=np.uint64)
+    image_ids = np.asarray(ids)  # a view, as those below: the training split has millions of boxes
     order = np.argsort(image_ids, kind="stable")
     return Boxes(
         image_ids[order],
-        np.array(categories, dtype=np.int64)[order],
-        np.array(edges, dtype=np.float64).reshape(-1, len(EDGE_COLUMNS))[order],
-        np.array(flags, dtype=np.int8).reshape(-1, len(FLAGS))[order] != 0,
+        np.asarray(categories)[order],
+        np.asarray(edges).reshape(-1, len(EDGE_COLUMNS))[order],
+        np.asarray(flags).reshape(-1, len(FLAGS))[order] != 0,
     )
 
 

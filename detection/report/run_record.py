@@ -106,7 +106,7 @@ class RunRecord:
 
     @property
     def clock_error(self) -> str:
-        """Why the times of the MLPerf log are invalid, or ""."""
+        """Reason why the times of the MLPerf log are invalid, or ""."""
         return log.find_clock_error(self.log_events)
 
     @property

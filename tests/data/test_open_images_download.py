@@ -184,15 +184,15 @@ def test_training_and_metric_accept_category_0(download, tmp_path):
     assert [(category.id, category.name) for category in split.categories] == list(enumerate(NAMES))
     assert split.labels.tolist() == [3, 1, 1, 2]
     assert coco_json.read_categories(annotation_file) == list(enumerate(NAMES))
-    rows = [[a["image_id"], *a["bbox"], 0.9, a["category_id"]] for a in read(tmp_path)["annotations"]]
+    rows = [[a["image_id"] - 1, *a["bbox"], 0.9, a["category_id"] + 1] for a in read(tmp_path)["annotations"]]
     rows = np.array(rows)
     for backend in ("pycocotools", "hotcoco"):
-        metric = CocoBoxMetric(annotation_file, backend)
+        metric = CocoBoxMetric(split, backend)
         assert metric(rows)["AP"] == pytest.approx(1.0)
         ap = {row["name"]: (row["AP"], row["objects"]) for row in metric.per_class_ap()}
         assert ap == {"Ant": (pytest.approx(1.0), 1), "Bee": (None, 0), "Cow": (pytest.approx(1.0), 1)}
         rows_of_wrong_class = rows.copy()
-        rows_of_wrong_class[:, 6] = 1
+        rows_of_wrong_class[:, 6] = 2
         assert metric(rows_of_wrong_class)["AP"] == 0
 
 
