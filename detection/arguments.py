@@ -55,9 +55,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 def parse_predict(argv: Sequence[str], package: str, score: float, batch_size: int) -> argparse.Namespace:
     """Parse the command line of `predict`, given the defaults of a workload."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {package} predict",
-        description=PREDICT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m {package} predict", description=PREDICT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")

@@ -95,8 +95,7 @@ class RunConfig:
         False, help="use the running statistics of batch norm and do not train its weights and biases"
     )
     pretrained_backbone: str = setting(
-        "",
-        help="ImageNet weights of the backbone, .pth or .npz (get_resnet34_backbone.sh); empty: random weights",
+        "", help="ImageNet weights of the backbone, .pth or .npz (get_resnet34_backbone.sh); empty: random weights"
     )
     seed: int | None = setting(None, ge=0, lt=2**32, help="random seed; none: taken from the operating system")
     epochs: int
@@ -170,12 +169,7 @@ class RunConfig:
         help="maximum size per node (host) or per device; 0: half of the host's or 3/4 of the device's free memory",
     )
 
-    device: str = setting(
-        "auto",
-        pattern=r"^[a-z]+(:\d+)?$",
-        heading="Machine",
-        help=device_names.DEVICE_HELP,
-    )
+    device: str = setting("auto", pattern=r"^[a-z]+(:\d+)?$", heading="Machine", help=device_names.DEVICE_HELP)
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = setting(
         "auto",
         help="auto: bf16 if the device has fast bf16, else fp16 with loss scaling, else fp32; a step that loss scaling "

@@ -188,9 +188,7 @@ def validate(columns: Columns) -> list[str]:
     report(_is_duplicate(columns.image_ids), "images with a duplicate id", lambda i: columns.image_ids[i])
     report(_is_duplicate(columns.category_ids), "categories with a duplicate id", lambda i: columns.category_ids[i])
     report(
-        _is_duplicate(columns.annotation_ids),
-        "annotations with a duplicate id",
-        lambda i: columns.annotation_ids[i],
+        _is_duplicate(columns.annotation_ids), "annotations with a duplicate id", lambda i: columns.annotation_ids[i]
     )
     sizes_hw = columns.sizes_hw
     report(

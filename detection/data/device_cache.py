@@ -22,13 +22,7 @@ from detection.data.device_resize import CHANNELS, BatchCrops, bilinear_taps, ge
 from detection.data.host_cache import GIB
 from detection.data.image_pipeline import DeviceBatchInput, DeviceImagePipeline, HostImagePipeline, ImagePipeline
 from detection.data.prefetch import to_device
-from detection.runtime.device import (
-    device_name,
-    free_memory_bytes,
-    should_compile,
-    supports_jpeg_decode,
-    synchronize,
-)
+from detection.runtime.device import device_name, free_memory_bytes, should_compile, supports_jpeg_decode, synchronize
 from detection.runtime.distributed import DistContext
 
 # Fraction of the memory that is free after a step. The rest is for batches with more boxes, and for evaluation.
@@ -78,10 +72,7 @@ class DeviceImageCache:
         self.store(uploaded, inputs.uploaded)
         num_uploaded = len(inputs.uploaded)
         num_cached = len(inputs.order) - num_uploaded
-        sources = (
-            (self.pixels, slice(0, num_cached), num_cached),
-            (uploaded, slice(num_cached, None), num_uploaded),
-        )
+        sources = ((self.pixels, slice(0, num_cached), num_cached), (uploaded, slice(num_cached, None), num_uploaded))
         images = [
             self.resample(pixels, offsets[rows], widths[rows], slice_crops(crops, rows))
             for pixels, rows, count in sources

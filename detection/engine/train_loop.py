@@ -138,11 +138,7 @@ def check_stop_request(state: TrainState, run: RunContext, *, blocking: bool = F
 
 
 def train_step(
-    state: TrainState,
-    rank_batch: RankBatch[Batch],
-    workload: Workload[Batch],
-    config: RunConfig,
-    ranks: DistContext,
+    state: TrainState, rank_batch: RankBatch[Batch], workload: Workload[Batch], config: RunConfig, ranks: DistContext
 ) -> Tensor:
     """Take one optimizer step and return this rank's loss terms (L,), without waiting for the device.
 

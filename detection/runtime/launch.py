@@ -101,8 +101,7 @@ def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailur
     """
     terminated = (-signal.SIGTERM, 128 + signal.SIGTERM)
     return min(
-        failures.items(),
-        key=lambda item: (item[1].exitcode in terminated, item[1].timestamp, item[1].exitcode == 1),
+        failures.items(), key=lambda item: (item[1].exitcode in terminated, item[1].timestamp, item[1].exitcode == 1)
     )
 
 

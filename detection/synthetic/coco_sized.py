@@ -213,12 +213,7 @@ def _exit_with_parent() -> None:
 
 
 def _generate_split(
-    pool: ProcessPoolExecutor,
-    data_dir: Path,
-    spec: CocoSizedSpec,
-    split: str,
-    with_images: bool,
-    progress: "tqdm[Any]",
+    pool: ProcessPoolExecutor, data_dir: Path, spec: CocoSizedSpec, split: str, with_images: bool, progress: "tqdm[Any]"
 ) -> Path:
     """Generate one split. Return the temporary path of its annotation file."""
     count = spec.split_sizes()[split]
@@ -226,12 +221,7 @@ def _generate_split(
     shard_rows = pool.map(partial(_generate_shard, data_dir, spec, split, with_images), shards)
     tmp_path = data_dir / "annotations" / f"{TMP_PREFIX}{split}"
     images = [row for shard in shards for row in coco_scenes.make_image_rows(spec.seed, split, shard)][:count]
-    header = {
-        "info": spec.info(),
-        "licenses": LICENSES,
-        "images": images,
-        "annotations": [],
-    }
+    header = {"info": spec.info(), "licenses": LICENSES, "images": images, "annotations": []}
     with tmp_path.open("w") as file:
         file.write(json.dumps(header).removesuffix("]}"))
         separator = ""

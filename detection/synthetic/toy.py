@@ -63,11 +63,7 @@ class ToySpec:
 
     def info(self) -> dict[str, Any]:
         """Return the `info` of a COCO annotation file."""
-        return {
-            "description": GENERATOR.description,
-            "contributor": GENERATOR.name,
-            **asdict(self),
-        }
+        return {"description": GENERATOR.description, "contributor": GENERATOR.name, **asdict(self)}
 
 
 def generate(data_dir: Path, spec: ToySpec) -> bool:

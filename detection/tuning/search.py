@@ -204,13 +204,7 @@ def tune(
 
     def measure(settings: Settings, steps: int, warmup: int, limit_s: float) -> Trial:
         return measure_training(
-            target.package,
-            flags,
-            settings,
-            ranks=layout.ranks_per_node,
-            steps=steps,
-            warmup=warmup,
-            limit_s=limit_s,
+            target.package, flags, settings, ranks=layout.ranks_per_node, steps=steps, warmup=warmup, limit_s=limit_s
         )
 
     searcher = Searcher(measure, train_s, start_s + request.seconds)

@@ -187,10 +187,7 @@ def without(state, *names):
         ),
         (lambda state: without(state, "heads.2.bias"), r"1 missing tensors .*\(first: heads.2.bias\)"),
         (lambda state: state | {"backbone.x": torch.ones(1)}, r"1 unexpected tensors .*\(first: backbone.x\)"),
-        (
-            lambda state: state | {"heads.2.bias": torch.ones(9)},
-            r"1 mismatched tensors .*\(first: heads.2.bias, ",
-        ),
+        (lambda state: state | {"heads.2.bias": torch.ones(9)}, r"1 mismatched tensors .*\(first: heads.2.bias, "),
         (
             lambda state: without(checkpoint_names.to_reference(state), "conf.3.bias"),
             "of the MLPerf reference.*conf.3.bias",

@@ -37,11 +37,7 @@ def test_split_has_images_in_file_order_and_boxes_grouped_by_image(folder: Path)
 
 def test_labels_follow_ascending_category_ids(folder: Path) -> None:
     split = read(folder, content())
-    assert split.categories == (
-        coco.Category(1, "person"),
-        coco.Category(7, "train"),
-        coco.Category(90, "toothbrush"),
-    )
+    assert split.categories == (coco.Category(1, "person"), coco.Category(7, "train"), coco.Category(90, "toothbrush"))
     assert split.num_classes == 4
     assert split.labels.tolist() == [1, 3, 2]
 

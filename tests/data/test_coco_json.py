@@ -23,31 +23,16 @@ def with_value(table: str, key: str, value: Any) -> Callable[[dict[str, Any]], N
 
 
 INVALID_FILES = {
-    "nan": (
-        with_value("annotations", "bbox", [0, 0, float("nan"), 1]),
-        r"boxes with NaN or infinity: 1 of 3",
-    ),
-    "inf": (
-        with_value("annotations", "bbox", [0, float("-inf"), float("inf"), 1]),
-        r"NaN or infinity: 1 of 3",
-    ),
-    "negative": (
-        with_value("annotations", "bbox", [9, 9, -2, 1]),
-        r"negative width or height: 1 of 3.*annotation 2",
-    ),
+    "nan": (with_value("annotations", "bbox", [0, 0, float("nan"), 1]), r"boxes with NaN or infinity: 1 of 3"),
+    "inf": (with_value("annotations", "bbox", [0, float("-inf"), float("inf"), 1]), r"NaN or infinity: 1 of 3"),
+    "negative": (with_value("annotations", "bbox", [9, 9, -2, 1]), r"negative width or height: 1 of 3.*annotation 2"),
     "right of the image": (with_value("annotations", "bbox", [100, 0, 5, 5]), r"entirely outside their image: 1 of 3"),
     "above the image": (with_value("annotations", "bbox", [5, -5, 5, 5]), r"entirely outside their image: 1 of 3"),
-    "three numbers": (
-        with_value("annotations", "bbox", [5, 5, 5]),
-        r"'bbox' that is not 4 numbers.*annotations\[1\]",
-    ),
+    "three numbers": (with_value("annotations", "bbox", [5, 5, 5]), r"'bbox' that is not 4 numbers.*annotations\[1\]"),
     "text in a box": (with_value("annotations", "bbox", [5, 5, 5, "5"]), r"'bbox' that is not 4 numbers"),
     "not a list": (with_value("annotations", "bbox", None), r"'bbox' that is not a list"),
     "huge": (with_value("annotations", "bbox", [10**400, 1, 1, 1]), r"'bbox' of more than 64 bits"),
-    "unknown category": (
-        with_value("annotations", "category_id", 5),
-        r"unknown category_id: 1 of 3.*category_id 5",
-    ),
+    "unknown category": (with_value("annotations", "category_id", 5), r"unknown category_id: 1 of 3.*category_id 5"),
     "unknown image": (with_value("annotations", "image_id", 11), r"unknown image_id: 1 of 3.*image_id 11"),
     "huge id": (with_value("annotations", "image_id", 2**64), r"'image_id' of more than 64 bits"),
     "float id": (with_value("images", "id", 1.5), r"'id' that is not an integer \(first: images\[1\]\)"),
@@ -59,10 +44,7 @@ INVALID_FILES = {
     "annotation id twice": (with_value("annotations", "id", 1), r"annotations with a duplicate id: 1 of 3"),
     "no height": (with_value("images", "height", 0), r"outside 1 to 65535: 1 of 3 \(first: image 10, 64×0\)"),
     "name is a number": (with_value("images", "file_name", 7), r"'file_name' that is not text"),
-    "no file_name": (
-        without("images", "file_name"),
-        r"1 of 3 images have no 'file_name' \(first: images\[1\]\)",
-    ),
+    "no file_name": (without("images", "file_name"), r"1 of 3 images have no 'file_name' \(first: images\[1\]\)"),
     "no width": (without("images", "width"), r"1 of 3 images have no 'width'"),
     "no bbox": (without("annotations", "bbox"), r"1 of 3 annotations have no 'bbox'"),
     "no area": (without("annotations", "area"), r"1 of 3 annotations have no 'area'"),

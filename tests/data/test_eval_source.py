@@ -23,10 +23,7 @@ from ssd.data import SSDEvalSource
 from ssd.evaluator import SSDEvaluator
 
 CPU = torch.device("cpu")
-WORKLOADS = {
-    "ssd": (ssd_config.Config, SSDEvalSource),
-    "maskrcnn": (maskrcnn_config.Config, MaskRCNNEvalSource),
-}
+WORKLOADS = {"ssd": (ssd_config.Config, SSDEvalSource), "maskrcnn": (maskrcnn_config.Config, MaskRCNNEvalSource)}
 EMPTY = {2, 5, 7}
 """Positions of the evaluation images without boxes."""
 

@@ -41,10 +41,7 @@ def test_multi_part_polygons_are_closed_and_belong_to_their_box(folder: Path) ->
     data["annotations"][0]["segmentation"] = [[1, 2, 3.5, 4, 5, 6], *SQUARE]
     split = read(folder, data, segmentations=True)
     assert box_rings(split, 0) == [[[5, 5], [15, 5], [15, 15], [5, 5]]]
-    assert box_rings(split, 1) == [
-        [[1, 2], [3.5, 4], [5, 6], [1, 2]],
-        [[5, 5], [15, 5], [15, 15], [5, 15], [5, 5]],
-    ]
+    assert box_rings(split, 1) == [[[1, 2], [3.5, 4], [5, 6], [1, 2]], [[5, 5], [15, 5], [15, 15], [5, 15], [5, 5]]]
     assert box_rings(split, 2) == []
 
 

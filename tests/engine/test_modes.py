@@ -101,10 +101,7 @@ def test_checkpoint_of_a_run_evaluates_to_the_metrics_of_the_run(environment, st
 
 @pytest.mark.parametrize(
     ("mode", "phases"),
-    [
-        ("bench-train", ["data", "forward", "backward", "optimizer"]),
-        ("bench-infer", ["data", "forward", "detection"]),
-    ],
+    [("bench-train", ["data", "forward", "backward", "optimizer"]), ("bench-infer", ["data", "forward", "detection"])],
 )
 def test_throughput_modes_time_the_steps_of_the_training_loop(environment, tmp_path, monkeypatch, capsys, mode, phases):
     steps, real_step, summary = [], train_loop.train_step, tmp_path / "summary.json"

@@ -111,12 +111,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture
 def slurm(conf, tmp_path):
-    for script in (
-        "run.sub",
-        "run_and_time.sh",
-        "scripts/lib/resolve_config.sh",
-        "scripts/lib/container_mounts.sh",
-    ):
+    for script in ("run.sub", "run_and_time.sh", "scripts/lib/resolve_config.sh", "scripts/lib/container_mounts.sh"):
         (tmp_path / script).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, tmp_path / script)
     (tmp_path / "config_pair.sh").write_text(CONFIG)

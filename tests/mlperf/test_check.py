@@ -55,8 +55,7 @@ def test_availability_is_not_required_from_4_1_and_the_submitter_not_in_5_0(tmp_
 
 @pytest.mark.parametrize("ruleset", SSD_RULESETS)
 @pytest.mark.parametrize(
-    "key",
-    ["submission_org", "cache_clear", "init_stop", "run_start", "run_stop", "eval_accuracy", "max_samples"],
+    "key", ["submission_org", "cache_clear", "init_stop", "run_start", "run_stop", "eval_accuracy", "max_samples"]
 )
 def test_missing_key_is_named(tmp_path: Path, ruleset: str, key: str) -> None:
     verdict = check(write_run(tmp_path / "log.txt", without=key), ruleset)
@@ -136,10 +135,7 @@ def test_unknown_ruleset_is_rejected(tmp_path: Path) -> None:
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-    ):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             status = main([str(argument) for argument in arguments])
         except SystemExit as stop:

@@ -26,8 +26,7 @@ def repository(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "is_dirty"),
-    [("ssd/file", True), ("ssd/new", True), ("docs/file", False), ("perf/results/new", False)],
+    ("path", "is_dirty"), [("ssd/file", True), ("ssd/new", True), ("docs/file", False), ("perf/results/new", False)]
 )
 def test_commit_is_dirty_if_code_differs(repository, path, is_dirty):
     head = git(repository, "rev-parse", "--short", "HEAD")

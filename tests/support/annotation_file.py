@@ -26,23 +26,12 @@ def content() -> dict[str, Any]:
             annotation(2, image_id=20, category_id=1, bbox=[0, 0, 100, 50]),
             annotation(3, image_id=30, category_id=7, bbox=[1, 2, 3, 4], iscrowd=1),
         ],
-        "categories": [
-            {"id": 90, "name": "toothbrush"},
-            {"id": 1, "name": "person"},
-            {"id": 7, "name": "train"},
-        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 7, "name": "train"}],
     }
 
 
 def annotation(number: int, **changes: Any) -> dict[str, Any]:
-    row = {
-        "id": number,
-        "image_id": 20,
-        "category_id": 1,
-        "bbox": [5, 5, 10, 10],
-        "area": 100.0,
-        "iscrowd": 0,
-    }
+    row = {"id": number, "image_id": 20, "category_id": 1, "bbox": [5, 5, 10, 10], "area": 100.0, "iscrowd": 0}
     return row | {"segmentation": [[5, 5, 15, 5, 15, 15]]} | changes
 
 

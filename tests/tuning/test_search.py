@@ -253,8 +253,7 @@ def test_config_file_is_named_after_hardware_and_benchmark():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "00:15:00"), (901, "00:30:00"), (7200, "02:00:00"), (86400 * 3 + 3600, "3-01:00:00")],
+    ("seconds", "text"), [(0, "00:15:00"), (901, "00:30:00"), (7200, "02:00:00"), (86400 * 3 + 3600, "3-01:00:00")]
 )
 def test_slurm_time_format(seconds, text):
     assert config_file.slurm_time(seconds) == text
