@@ -58,23 +58,16 @@ def measure_training(
     """
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         summary = Path(folder, "summary.json")
-        trial_flags = config_file.to_flags(settings)
-        measure_flags = ["--mode", "bench-train", "--benchmark-input", "real", "--benchmark-steps", str(steps)]
-        measure_flags += [
-            "--benchmark-warmup",
-            str(warmup),
-            "--summary-json",
-            str(summary),
-            "--run-dir",
-            str(Path(folder, "run")),
-        ]
+        measurement = {"mode": "bench-train", "benchmark_input": "real", "benchmark_steps": str(steps)}
+        measurement |= {"benchmark_warmup": str(warmup), "summary_json": str(summary), "run_dir": f"{folder}/run"}
+        trial_flags = config_file.to_flags({**settings, **measurement})
         cores = max(1, len(os.sched_getaffinity(0)) // ranks)
         rank = ["-m", package, "train"]
         launch = [sys.executable, "-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *rank]
         start_s = time.monotonic()
         with Path(folder, "stderr").open("w+", errors="replace") as stderr:
             process = subprocess.Popen(
-                ["bash", "-c", SET_OMP_THREADS, "tune", str(cores), *launch, *flags, *trial_flags, *measure_flags],
+                ["bash", "-c", SET_OMP_THREADS, "tune", str(cores), *launch, *flags, *trial_flags],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
