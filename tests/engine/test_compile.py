@@ -66,7 +66,9 @@ def test_ssd_compiles_to_three_graphs_for_any_number_of_boxes(graphs, four_image
             yield batch._replace(boxes_xyxy=boxes_xyxy, labels=labels)
 
     config = ssd.config.load([*SSD, "--data-dir", str(four_image_coco)], {}).config
-    workload = ssd.train.make_workload(config, RANKS, 0, ssd.train.make_model(config), SimpleNamespace(predict=None))
+    workload = ssd.train.make_workload(
+        config, RANKS, 0, ssd.train.make_model(config), SimpleNamespace(predict=None, evaluate_other=None)
+    )
     assert count_warmup_graphs(workload, config, variants_of) == graphs() == 3  # preprocessing, network, loss
 
 
@@ -80,5 +82,5 @@ def test_mask_rcnn_compiles_to_four_graphs_for_any_image_size_and_objects(graphs
 
     config = maskrcnn.config.load([*MASK_RCNN, "--data-dir", str(four_image_coco)], {}).config
     model = maskrcnn.train.make_model(config)
-    workload = maskrcnn.train.make_workload(config, RANKS, 0, model, SimpleNamespace())
+    workload = maskrcnn.train.make_workload(config, RANKS, 0, model, SimpleNamespace(evaluate_other=None))
     assert count_warmup_graphs(workload, config, variants_of) == graphs() == 4  # backbone, proposals, and the two heads

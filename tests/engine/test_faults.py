@@ -21,7 +21,7 @@ def run_with_fault(run, fault, *flags, ranks=2, timeout_s=60, **extra):
     """Return status and stderr of a run with a fault, once all its processes have exited."""
     process = processes.start(run, *TWO, *flags, ranks=ranks, FAULT=fault, **extra)
     status, _, err = processes.finish(process, timeout_s)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while processes.alive(process.pid):
         assert time.monotonic() < end, "processes are left"
         time.sleep(0.1)

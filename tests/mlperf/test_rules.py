@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
+import commands
 from detection.preflight import run_checks
 from maskrcnn.commands import PREFLIGHT as MASKRCNN_PREFLIGHT
 from mlperf import score
@@ -430,10 +431,10 @@ def test_unknown_benchmark_ruleset_or_division_is_rejected(names: tuple[str, str
 
 
 @pytest.mark.parametrize(
-    ("preflight", "ruleset", "title"), [(SSD_PREFLIGHT, "2.0.0", "SSD300"), (MASKRCNN_PREFLIGHT, "4.0.0", "Mask R-CNN")]
+    ("command", "ruleset", "title"), [(commands.ssd, "2.0.0", "SSD300"), (commands.maskrcnn, "4.0.0", "Mask R-CNN")]
 )
-def test_ruleset_without_the_benchmark_is_one_message_of_preflight(preflight, ruleset, title, capsys) -> None:
-    assert run_checks.main(["--dry-run", "--ruleset", ruleset], preflight) == 2
+def test_ruleset_without_the_benchmark_is_one_message_of_preflight(command, ruleset, title, capsys) -> None:
+    assert command("preflight", "--dry-run", "--ruleset", ruleset) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: --ruleset={ruleset}: has no {title}. Choose one of 0.7.0, 1.0.0, 1.1.0")
 

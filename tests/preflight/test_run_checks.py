@@ -21,6 +21,7 @@ from detection.git_state import GitState
 from detection.preflight import run_checks
 from detection.synthetic import toy
 from maskrcnn import commands as maskrcnn_commands
+from mlperf.rules import BENCHMARKS
 from paths import ROOT
 from ssd.config import load
 from ssd.model import SSD300
@@ -386,9 +387,10 @@ def test_mask_rcnn_sizes_shared_memory_by_padded_images():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_config_file_passes_a_dry_run_and_the_rules(name, monkeypatch, capsys):
-    system, is_maskrcnn, _ = name.partition("_maskrcnn")
+    stem, _, workload = name.rpartition("_")
+    system, command = (stem, getattr(commands, workload)) if workload in BENCHMARKS else (name, commands.ssd)
     set_only(monkeypatch, exported(name, DGXSYSTEM=system))
-    assert (commands.maskrcnn if is_maskrcnn else commands.ssd)("preflight", "--dry-run") == 0
+    assert command("preflight", "--dry-run") == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "forbids" not in out

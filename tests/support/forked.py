@@ -86,7 +86,8 @@ def run_program(
 
         def fork_rank(_: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Forked:
             words = [word for word in args[1:] if word != "-u"]  # without the interpreter
-            return Forked(words, env, cwd, out=out, err=err)
+            environ = env | {"LAUNCHER_PID": "0"}  # the parent is the process that forks, and not the launcher
+            return Forked(words, environ, cwd, out=out, err=err)
 
         SubprocessHandler._popen = fork_rank  # type: ignore[assignment, method-assign]
     if argv[0] == "-m":
