@@ -40,6 +40,7 @@ def describe_checkpoint(path: Path, config: Config) -> str:
 
     content = weights.read(path)
     weights.check_compatible(content, config, path)
+    weights.order_classes(content, config, path)
     return f"{content.origin}; {config.network_name} for {weights.num_classes(content.state)} classes"
 
 

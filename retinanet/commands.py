@@ -32,6 +32,7 @@ def describe_checkpoint(path: Path, config: Config) -> str:
 
     loaded = weights.read(path)
     weights.check_compatible(loaded, config, path)
+    weights.order_classes(loaded, config, path)
     return f"{loaded.origin}; {config.network_name} for {config.num_classes} classes"
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -87,10 +88,27 @@ def check_compatible(weights: Weights, config: Config, path: Path) -> None:
 
 
 def load(model: RetinaNet, config: Config, path: Path) -> Weights:
-    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit."""
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit.
+
+    The class outputs take the order of the annotations' categories.
+    """
     weights = read(path)
-    load_into(weights, model, config, path)
+    check_compatible(weights, config, path)
+    files.load_into(order_classes(weights, config, path), model)
     return weights
+
+
+def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
+    """Return the weights with the class outputs in the order of the annotations. Raise InputError if the names differ.
+
+    The weights must fit the network of the settings.
+    """
+    order = files.class_order(weights, config, path)
+    state = dict(weights.state)
+    for name in (f"{CLASS_LAYER}.weight", f"{CLASS_LAYER}.bias"):
+        by_class = state[name].unflatten(0, (ANCHORS_PER_CELL, -1))
+        state[name] = by_class[:, [label - 1 for label in order[1:]]].flatten(0, 1)
+    return replace(weights, state=state)
 
 
 def load_into(weights: Weights, model: RetinaNet, config: Config, path: Path) -> None:

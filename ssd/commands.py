@@ -30,6 +30,7 @@ def describe_checkpoint(path: Path, config: Config) -> str:
 
     loaded = weights.read(path)
     weights.check_compatible(loaded, weights.expected_state(config), path)
+    weights.order_classes(loaded, config, path)
     return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
 
 

@@ -54,7 +54,7 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
 def load_weights(model: SSD300, config: Config, run: RunContext) -> None:
     """Load the initial weights that the settings name, if any: the whole network or its backbone."""
     if config.weights:
-        origin = weights.load(model, Path(config.weights)).origin
+        origin = weights.load(model, Path(config.weights), config).origin
         run.log.event("checkpoint", Path(config.weights).name)
         run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
     elif config.backbone_weights:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from detection.checkpoint import weights as files
 from detection.checkpoint.weights import THIS_PROGRAM, Weights
 from detection.config.settings import InputError
 from ssd import checkpoint_names
+from ssd.anchors import ANCHORS_PER_CELL
 from ssd.config import Config
 from ssd.model import SSD300, make_model
 
@@ -100,11 +101,29 @@ def check_compatible(weights: Weights, expected: Mapping[str, Tensor], path: Pat
     files.check_compatible(weights.state, expected, str(ours), path)
 
 
-def load(model: SSD300, path: Path) -> Weights:
-    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit."""
+def load(model: SSD300, path: Path, config: Config | None = None) -> Weights:
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit.
+
+    config: the class outputs take the order of the categories in its annotations.
+    """
     weights = read(path)
-    load_into(weights, model, path)
+    check_compatible(weights, model.state_dict(), path)
+    files.load_into(order_classes(weights, config, path) if config else weights, model)
     return weights
+
+
+def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
+    """Return the weights with the class outputs in the order of the annotations. Raise InputError if the names differ.
+
+    The weights must fit the network of the settings.
+    """
+    order = files.class_order(weights, config, path)
+    state = dict(weights.state)
+    outputs = [0, 1, 2, 3, *(4 + label for label in order)]
+    for level, num_anchors in enumerate(ANCHORS_PER_CELL):
+        for name in (f"heads.{level}.weight", f"heads.{level}.bias"):
+            state[name] = state[name].unflatten(0, (num_anchors, -1))[:, outputs].flatten(0, 1)
+    return replace(weights, state=state)
 
 
 def load_into(weights: Weights, model: SSD300, path: Path) -> None:

@@ -10,6 +10,7 @@ from detection import run_dir
 from detection.checkpoint import checkpointer
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, to_json
+from detection.data import num_classes
 
 # Settings that may change when a run is resumed: they have no effect on training.
 MUTABLE_SETTINGS = {
@@ -106,6 +107,17 @@ def check_optimizer(
         f"{path}: checkpoint of another optimizer, {saved} instead of {expected}. "
         f"Set {settings or 'all settings'} as in the run that wrote it."
     )
+
+
+def check_categories(config: RunConfig, path: Path, state: Mapping[str, Any]) -> None:
+    """Raise InputError unless a checkpoint has the categories of the annotations in their order."""
+    theirs = [category["name"] for category in state.get("categories", ())]
+    ours = [category.name for category in num_classes.read_categories(config)] if theirs else []
+    if ours and theirs != ours:
+        raise InputError(
+            f"{path}: was trained on the categories {', '.join(theirs)}, but the annotations have {', '.join(ours)}. "
+            "Restore the annotations. To start a new run from a checkpoint, pass it to --weights."
+        )
 
 
 def archive_logs(folder: Path, run_index: int) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
+from detection.data import num_classes
 from detection.data.coco import Category
 from detection.runtime import sync_batch_norm
 
@@ -83,6 +85,24 @@ def from_run_checkpoint(content: Mapping[str, Any], state: Mapping[str, Tensor])
     statistics = rows.mean(dim=0) if isinstance(rows, Tensor) else None  # each rank has its own within an epoch
     categories = tuple(Category(**category) for category in content.get("categories", ()))
     return Weights(state, THIS_PROGRAM, statistics, json.loads(content.get("config", "{}")), categories)
+
+
+def class_order(weights: Weights, config: RunConfig, path: Path) -> list[int]:
+    """Return the label in the file of each label (K,) of the data, background 0 first.
+
+    Categories are matched by name. It is the identity if the file has no names, or if the run reads no data. Raise
+    InputError if the names differ.
+    """
+    theirs = [category.name for category in weights.categories]
+    ours = [category.name for category in num_classes.read_categories(config)] if theirs else []
+    if theirs == ours or not ours:
+        return list(range(config.num_classes))
+    if sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
+        raise InputError(
+            f"{path}: was trained on the categories {', '.join(theirs)}, but the annotations have {', '.join(ours)}. "
+            "Use annotations with the same names, or name another file."
+        )
+    return [0, *(1 + theirs.index(name) for name in ours)]
 
 
 def load_into(weights: Weights, model: nn.Module) -> None:

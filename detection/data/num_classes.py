@@ -1,4 +1,4 @@
-"""Number of classes of the network: the categories of the annotations plus background."""
+"""Classes of the network: the categories of the annotations plus background."""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -19,5 +19,12 @@ def resolve_num_classes(config: Config) -> Config:
         return config
     if not config.required_splits:
         return replace(config, num_classes=COCO_NUM_CLASSES)
+    return replace(config, num_classes=1 + len(read_categories(config)))
+
+
+def read_categories(config: RunConfig) -> tuple[coco.Category, ...]:
+    """Return the categories of the annotations, or none if the run reads none. Raises InputError if unreadable."""
+    if not config.required_splits:
+        return ()
     annotation_file, _ = coco.dataset_paths(config, config.required_splits[0])
-    return replace(config, num_classes=1 + len(coco.read_categories(annotation_file)))
+    return coco.read_categories(annotation_file)

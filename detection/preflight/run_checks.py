@@ -246,6 +246,7 @@ def check_resume(config: Config, spec: PreflightSpec[Config], run_folder: Path) 
         bias_lr_factor=config.bias_lr_factor,
     )
     resume.check_optimizer(config, path, state, groups)
+    resume.check_categories(config, path, state)
     return f"resume: {description}"
 
 

@@ -476,3 +476,16 @@ def test_checkpoint_to_resume_must_fit_the_settings(check, tmp_path, changes, fl
     assert (tmp_path / "results").exists() == (not message)
     if message:
         assert check("--resume", str(path), "--backbone", "resnet18", *flags, NODE_RANK="1", DGXNNODES="2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "with_weights", "with_resume"),
+    [("disc square triangle", 0, 0), ("triangle square disc", 0, 2), ("disc square hexagon", 2, 2)],
+)
+def test_categories_of_a_checkpoint_are_compared_by_name(check, tmp_path, names, with_weights, with_resume):
+    categories = [{"id": number, "name": name} for number, name in enumerate(names.split(), start=1)]
+    path = str(save_checkpoint(tmp_path / "checkpoint.pt", categories=categories))
+    for flag, expected in (("--weights", with_weights), ("--resume", with_resume)):
+        status, _, err = check(flag, path, "--backbone", "resnet18", "--pretrained-backbone", "")
+        assert status == expected, err
+        assert ("the annotations have disc, square, triangle" in err) == bool(expected)
