@@ -279,7 +279,7 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 missing = 0
 for name in (re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]):
     try:
-        importlib.import_module({"pillow": "PIL"}.get(name, name.replace("-", "_")))
+        importlib.import_module({"pillow": "PIL", "pyyaml": "yaml"}.get(name, name.replace("-", "_")))
         print(f"{name:16} ok        {version(name)}")
     except (ImportError, OSError, RuntimeError, PackageNotFoundError) as error:
         missing += 1

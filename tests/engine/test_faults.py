@@ -17,7 +17,7 @@ from forked import Forked
 TWO = ("--batch-size", "3", "--log-every", "2", "--checkpoint-every", "1 steps")
 
 
-def run_with_fault(run, fault, *flags, ranks=2, timeout_s=60, **extra):
+def run_with_fault(run, fault, *flags, ranks=2, timeout_s=180, **extra):
     """Return status and stderr of a run with a fault, once all its processes have exited."""
     process = processes.start(run, *TWO, *flags, ranks=ranks, FAULT=fault, **extra)
     status, _, err = processes.finish(process, timeout_s)

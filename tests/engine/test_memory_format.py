@@ -33,7 +33,7 @@ def gradient_error(channels_last: str) -> float:
 
 
 def test_fp32_gradients_on_a_cpu_are_near_double_precision():
-    assert gradient_error("auto") < 1e-4 < gradient_error("on")
+    assert gradient_error("auto") < 1e-4  # channels-last reaches 4e-3, depending on the number of threads
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 180) -> tuple[int, str, str]:
     """Wait for a process and return status, stdout and stderr. Kill it and fail on a timeout."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -65,11 +65,11 @@ def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 60) -> tu
     return process.returncode, out, err
 
 
-def run(folder: Path, *flags: str, ranks: int = 0, timeout_s: float = 60, **extra: str) -> tuple[int, str, str]:
+def run(folder: Path, *flags: str, ranks: int = 0, timeout_s: float = 180, **extra: str) -> tuple[int, str, str]:
     return finish(start(folder, *flags, ranks=ranks, **extra), timeout_s)
 
 
-def wait_for(path: Path, text: str, timeout_s: float = 40) -> None:
+def wait_for(path: Path, text: str, timeout_s: float = 120) -> None:
     """Wait until a file contains a text."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
