@@ -143,7 +143,7 @@ def test_invalid_settings_are_rejected_before_timing(run, tmp_path, capsys):
         (("--min-image-size", "600"), "min_image_size"),
         (("--rpn-post-nms-top-n-per-image", "2000"), "num_image_candidates"),
         (("--rpn-pre-nms-top-n-eval", "2000"), "rpn_pre_nms_top_n_eval"),
-        (("--mask-target", "0.3"), "mask_target"),
+        (("--mask-target", "0.3"), "target"),
         (("--eval-epochs", "every 2"), "eval_epochs"),
         (("--pretrained-backbone", ""), "pretrained_backbone"),
         (("--seed", "0"), "seed"),
