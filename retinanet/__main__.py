@@ -28,7 +28,14 @@ def predict(arguments: Namespace) -> int:
     return main(arguments)
 
 
-COMMANDS = cli.CommandSet("retinanet", "RetinaNet", declare, train, predict, (0.3, 4))
+def conformance(arguments: Namespace) -> int:
+    """Compare with the MLPerf reference."""
+    from retinanet.conformance import SUITE
+
+    return SUITE.run(arguments)
+
+
+COMMANDS = cli.CommandSet("retinanet", "RetinaNet", declare, train, predict, (0.3, 4), conformance=conformance)
 
 if __name__ == "__main__":
     sys.exit(cli.main(sys.argv[1:], COMMANDS))

@@ -21,6 +21,7 @@ class Config(RunConfig):
     """
 
     benchmark: ClassVar[str] = "retinanet"
+    torchvision_boxes: ClassVar[bool] = True
 
     dataset: str = setting(
         OPEN_IMAGES,

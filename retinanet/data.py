@@ -100,7 +100,10 @@ class RetinaNetEvalDataset(Dataset[EvalBatch]):
 
 def read_split(config: Config, name: Literal["train", "val"]) -> Split:
     """Read and check a split; raise InputError."""
-    split = coco.read(*coco.dataset_paths(config, name), skip_missing_images=config.skip_missing_images)
+    paths = coco.dataset_paths(config, name)
+    split = coco.read(
+        *paths, skip_missing_images=config.skip_missing_images, torchvision_boxes=config.torchvision_boxes
+    )
     coco.check_num_classes(config.num_classes, split)
     return split
 

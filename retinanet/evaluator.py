@@ -29,7 +29,7 @@ class RetinaNetEvaluator(BoxEvaluator):
         return detect(
             model(images),
             make_anchors(size, size, self.ranks.device, config.anchor_sizes),
-            size,
+            (size, size),
             score_threshold=config.score_threshold,
             nms_threshold=config.nms_threshold,
             pre_nms_top_n=config.pre_nms_top_n,

@@ -35,7 +35,10 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor) -> HeadOutputs:
         """Return the predictions for normalized images (B, 3, H, W)."""
-        features = self.backbone(images)
+        return self.predict(self.backbone(images))
+
+    def predict(self, features: list[Tensor]) -> HeadOutputs:
+        """Return the predictions for the pyramid's levels, each (B, 256, h, w)."""
         classifier, regressor = self.head.classification_head, self.head.regression_head
         return HeadOutputs(
             [

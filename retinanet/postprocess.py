@@ -13,6 +13,7 @@ from torch import Tensor
 from detection.nn import box_coder
 from detection.nn.detections import Detections
 from detection.nn.nms import grouped_nms, rank_in_group, sort_by_group
+from detection.runtime.device import device_constant
 from retinanet.model import HeadOutputs
 
 # Safety margin for rounding in the log-odds of a score.
@@ -31,14 +32,14 @@ class Candidates(NamedTuple):
 def detect(
     outputs: HeadOutputs,
     anchors: Sequence[Tensor],
-    size_px: int,
+    size_hw: tuple[int, int],
     *,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
     pre_nms_top_n: int = 1000,
     max_detections: int = 300,
 ) -> Detections:
-    """Detect objects on square images of `size_px`, as in the MLPerf reference: in pixels, clipped to the image.
+    """Detect objects on images of one size, as in the MLPerf reference: in pixels, clipped to the image.
 
     anchors: (A_l, 4) of each level. The `pre_nms_top_n` best scores above the threshold of each level enter NMS, where
     an anchor may have several classes. NMS drops a box whose IoU with a better kept box of its class is above
@@ -55,7 +56,8 @@ def detect(
     image, anchor, label, score, group = (values[order] for values in (image, anchor, label, score, group))
     deltas = torch.cat(outputs.deltas, dim=1)[image, anchor].float()
     boxes = box_coder.decode(deltas, torch.cat(list(anchors))[anchor], box_coder.RPN_WEIGHTS, legacy=False)
-    boxes = boxes.clamp(0, size_px)
+    height, width = size_hw
+    boxes = boxes.view(-1, 2, 2).clamp(min=0).minimum(device_constant([width, height], boxes.device)).view(-1, 4)
 
     keep = grouped_nms(boxes, group, nms_threshold)
     image, boxes, label, score = (values[keep] for values in (image, boxes, label, score))

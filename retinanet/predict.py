@@ -50,7 +50,7 @@ class RetinaNetPredictor:
         detections = detect(
             outputs,
             make_anchors(size, size, self.device, config.anchor_sizes),
-            size,
+            (size, size),
             score_threshold=self.score,
             nms_threshold=config.nms_threshold,
             pre_nms_top_n=config.pre_nms_top_n,

@@ -1,7 +1,7 @@
 """Weights of the whole network, from checkpoints of this program, the MLPerf reference and torchvision."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +19,15 @@ from retinanet.model import RetinaNet, make_model
 TORCHVISION, REFERENCE = "torchvision", "the MLPerf reference"
 CLASS_LAYER = "head.classification_head.cls_logits"
 
+Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 # Patterns of the tensor names of the MLPerf reference and of older files of torchvision, and our names.
-RENAMES = (
+FROM_REFERENCE: Renames = (
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
     (r"^(head\.\w+\.conv\.)([0246])\.(weight|bias)$", lambda match: f"{match[1]}{int(match[2]) // 2}.0.{match[3]}"),
+)
+TO_REFERENCE: Renames = (
+    (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.0\.", r"\1."),
+    (r"^(head\.\w+\.conv\.)(\d)\.0\.", lambda match: f"{match[1]}{2 * int(match[2])}."),
 )
 
 
@@ -45,12 +50,24 @@ def read(path: Path) -> Weights:
 
 def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of the MLPerf reference or torchvision to our names."""
-    renamed = {}
-    for name, tensor in state.items():
-        for theirs, ours in RENAMES:
-            name = re.sub(theirs, ours, name)
-        renamed[name] = tensor
-    return renamed
+    return {rename(name, FROM_REFERENCE): tensor for name, tensor in state.items()}
+
+
+def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our tensors, or some of them, to the names of the MLPerf reference, whose order is the same.
+
+    Its batch norm, which is always frozen, does not count batches.
+    """
+    return {
+        rename(name, TO_REFERENCE): tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }
+
+
+def rename(name: str, renames: Renames) -> str:
+    """Rename a tensor by the patterns."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -171,7 +171,7 @@ def _parse_untyped(annotation_file: Path, text: str, segmentations: bool) -> Col
     return columns
 
 
-def validate(columns: Columns) -> list[str]:
+def validate(columns: Columns, *, allow_outside: bool = False) -> list[str]:
     """Return the errors in the columns, one line per kind with its count and first row."""
     errors: list[str] = []
 
@@ -208,11 +208,12 @@ def validate(columns: Columns) -> list[str]:
     outside = (boxes_xyxy[:, 2:] <= 0) | (boxes_xyxy[:, :2] >= sizes_hw[box_image, ::-1])
     report(~finite, "boxes with NaN or infinity", describe_box)
     report(negative, "boxes with a negative width or height", describe_box)
-    report(
-        np.any(outside, axis=1) & np.all(sizes_wh > 0, axis=1) & finite & has_image,
-        "boxes entirely outside their image",
-        describe_box,
-    )
+    if not allow_outside:
+        report(
+            np.any(outside, axis=1) & np.all(sizes_wh > 0, axis=1) & finite & has_image,
+            "boxes entirely outside their image",
+            describe_box,
+        )
     return errors
 
 
@@ -311,6 +312,6 @@ def _is_duplicate(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     return duplicate
 
 
-def to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Convert boxes (M, 4) from xywh to xyxy."""
+def to_xyxy(boxes_xywh: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Convert boxes (M, 4) from xywh to xyxy, in the same precision."""
     return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)

@@ -48,10 +48,14 @@ class ReferenceTensor(NamedTuple):
 
 
 class ReferenceNetwork(NamedTuple):
-    """Tensors of the reference's network in the order of its checkpoints, and the names of its trained parameters."""
+    """Tensors of the reference's network in the order of its checkpoints, and the names of its trained parameters.
+
+    seed: of the first tensor's values, if it is not among the vectors.
+    """
 
     tensors: list[ReferenceTensor]
     parameters: list[str]
+    seed: int | None = None
 
 
 class MissingVector(KeyError):
@@ -149,7 +153,9 @@ def read_network(path: Path) -> ReferenceNetwork:
     try:
         content = json.loads(path.read_text())
         tensors = [ReferenceTensor(name, tuple(shape), *rest) for name, shape, *rest in content["state_dict"]]
-        return ReferenceNetwork(tensors, content["parameters"])
+        # RetinaNet's "parameters" include those that its reference does not train.
+        parameters = content["trained"] if "trained" in content else content["parameters"]
+        return ReferenceNetwork(tensors, parameters, content.get("model_seed_base"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}: not the tensor names of a reference ({error}). Restore the file, or delete it."

@@ -81,7 +81,10 @@ def render_all(run_folder: Path) -> int:
         if annotation_file
         else coco.standard_paths(Path(config["data_dir"]), "val")
     )
-    split = coco.read(*paths, skip_missing_images=config["skip_missing_images"], segmentations=has_masks)
+    # The run has read the boxes, whether or not those outside of their images are an error for its workload.
+    split = coco.read(
+        *paths, skip_missing_images=config["skip_missing_images"], segmentations=has_masks, torchvision_boxes=True
+    )
     min_score = pick_threshold(split, detections)
     output = run_folder / "pictures"
     output.mkdir(exist_ok=True)

@@ -279,7 +279,12 @@ def check_data(
     for name in config.required_splits:
         try:
             paths = coco.dataset_paths(config, name, segmentations=segmentations)
-            split = coco.read(*paths, skip_missing_images=config.skip_missing_images, segmentations=segmentations)
+            split = coco.read(
+                *paths,
+                skip_missing_images=config.skip_missing_images,
+                segmentations=segmentations,
+                torchvision_boxes=config.torchvision_boxes,
+            )
         except InputError as error:
             errors += str(error).splitlines()
             continue

@@ -79,6 +79,27 @@ def test_boxes_past_the_border_are_clipped_and_counted(folder: Path) -> None:
     assert split.boxes(1).tolist() == [[0, 40, 64, 48]]
 
 
+@pytest.mark.parametrize("bbox", [[100, 0, 5, 5], [5, -5, 5, 5], [5, 100, 5, 5], [-5, 5, 5, 5]])
+def test_boxes_outside_are_dropped_and_counted_as_in_torchvision(folder: Path, bbox: list[float]) -> None:
+    data = content()
+    data["annotations"].insert(0, annotation(4, bbox=bbox))
+    with pytest.raises(InputError, match="entirely outside"):
+        read(folder, data)
+    split = read(folder, data, torchvision_boxes=True)
+    assert split.num_dropped_boxes == 1
+    assert split.boxes(0).tolist() == [[0, 0, 100, 50]]
+
+
+def test_borders_are_float32_sums_as_in_torchvision(folder: Path) -> None:
+    data = content()
+    x, width = 10.1, 20.37
+    data["annotations"].insert(0, annotation(4, bbox=[x, 5, width, 5]))
+    expected = np.float32(x) + np.float32(width)
+    assert expected != np.float32(x + width)
+    assert read(folder, data, torchvision_boxes=True).boxes(0)[0, 2] == expected
+    assert read(folder, data).boxes(0)[0, 2] == np.float32(x + width)
+
+
 def test_rounding_error_past_the_border_is_clipped_but_not_counted(folder: Path) -> None:
     data = content()
     data["annotations"].append(annotation(4, image_id=10, bbox=[33.34, 8, 30.67, 40]))

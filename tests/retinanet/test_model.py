@@ -92,7 +92,7 @@ def test_detections_equal_torchvisions(networks, images):
     ours, theirs, anchors = networks
     theirs.eval()
     with torch.inference_mode():
-        actual = detect(ours(normalized(images)), anchors, SIZE_PX)
+        actual = detect(ours(normalized(images)), anchors, (SIZE_PX, SIZE_PX))
         expected = theirs(list(images.float() / 255))
     for image, detections in enumerate(expected):
         rows = actual.batch_index == image

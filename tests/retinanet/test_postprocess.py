@@ -36,7 +36,7 @@ def test_detections_equal_those_of_a_naive_implementation(bias):
     logits = [bias + torch.randn(2, len(level), 3, generator=generator) for level in anchors]
     deltas = [0.5 * torch.randn(2, len(level), 4, generator=generator) for level in anchors]
     limits = {"pre_nms_top_n": 50, "max_detections": 40}
-    actual = detect(HeadOutputs(logits, deltas), anchors, SIZE_PX, **limits)
+    actual = detect(HeadOutputs(logits, deltas), anchors, (SIZE_PX, SIZE_PX), **limits)
     for image in range(2):
         rows = actual.batch_index == image
         expected = detect_naively(
@@ -54,4 +54,15 @@ def test_an_anchor_may_have_several_classes():
     logits = [torch.full((1, len(level), 3), -9.0) for level in anchors]
     logits[0][0, 500] = torch.tensor([2.0, -9.0, 1.0])
     outputs = HeadOutputs(logits, [torch.zeros(1, len(level), 4) for level in anchors])
-    assert detect(outputs, anchors, SIZE_PX).labels.tolist() == [1, 3]
+    assert detect(outputs, anchors, (SIZE_PX, SIZE_PX)).labels.tolist() == [1, 3]
+
+
+def test_boxes_are_clipped_to_width_and_height():
+    height, width = 128, 160
+    anchors = make_anchors(height, width, CPU)
+    logits = [torch.full((1, len(level), 1), -9.0) for level in anchors]
+    logits[-1][:] = 2.0
+    outputs = HeadOutputs(logits, [torch.full((1, len(level), 4), 3.0) for level in anchors])
+    boxes = detect(outputs, anchors, (height, width)).boxes_xyxy
+    assert boxes.amax(dim=0)[2:].tolist() == [width, height]
+    assert boxes.min() == 0
