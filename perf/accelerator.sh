@@ -9,7 +9,7 @@ python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 status=0
 
-for workload in ssd maskrcnn; do
+for workload in ssd maskrcnn retinanet; do
   for precision in fp32 tf32 bf16 fp16; do
     log=$out/conformance_${workload}_$precision.txt
     "$python" -m "$workload" conformance "tests/golden/$workload/${workload}_reference.npz" --device auto \

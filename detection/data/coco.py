@@ -251,8 +251,8 @@ def read(
     category_order = np.argsort(columns.category_ids)
     category_index, _ = coco_json.lookup(columns.box_category_ids, columns.category_ids[category_order])
 
-    boxes_xywh = columns.boxes_xywh.astype(np.float32 if torchvision_boxes else np.float64, copy=False)
-    boxes_xyxy = coco_json.to_xyxy(boxes_xywh)
+    boxes_xywh = columns.boxes_xywh
+    boxes_xyxy = coco_json.to_xyxy(boxes_xywh.astype(np.float32) if torchvision_boxes else boxes_xywh)
     clipped_xyxy = np.clip(boxes_xyxy, 0, np.tile(columns.sizes_hw[box_image, ::-1], (1, 2)))
     is_clipped = np.any(np.abs(clipped_xyxy - boxes_xyxy) > BORDER_ROUNDING_PX, axis=1)
     boxes_f32 = clipped_xyxy.astype(np.float32)  # before the test for empty boxes, because rounding may empty one

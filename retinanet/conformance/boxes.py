@@ -71,8 +71,8 @@ def compare_losses(context: ConformanceContext) -> Iterator[Comparison]:
         logits = context.as_tensor(shift + scale * rng.standard_normal((len(cases), sum(sizes), num_outputs)))
         box_scale = float(context.vectors[f"{key}_box_scale"])
         deltas = context.as_tensor(box_scale * rng.standard_normal((len(cases), sum(sizes), 4)))
-        levels = (tensor.requires_grad_().split(sizes, dim=1) for tensor in (logits, deltas))
-        losses = retinanet_loss(*levels, anchors, *load_cases(context, cases)).mean(dim=0)
+        logit_levels, delta_levels = (tensor.requires_grad_().split(sizes, dim=1) for tensor in (logits, deltas))
+        losses = retinanet_loss(logit_levels, delta_levels, anchors, *load_cases(context, cases)).mean(dim=0)
         for (part, suffix), loss in zip(LOSS_KEYS.items(), losses, strict=True):
             error = max_rel_error(loss, context.vector(f"{key}_{suffix}"))
             yield Comparison(f"{name}: {part}", error, LOSS_TOLERANCE)

@@ -38,7 +38,7 @@ def compare_warmup(context: ConformanceContext) -> Iterator[Comparison]:
     for steps_per_epoch, epochs, factor, step, expected in context.vectors["warmup"].tolist():
         changed = replace(config, base_lr=WARMUP_BASE_LR, warmup_epochs=epochs, warmup_factor=factor)
         workload = make_workload(changed, ranks, 0, model, RetinaNetEvaluator(changed, ranks))
-        rate = workload.lr_schedule(int(step), 1 + int(step // steps_per_epoch), int(steps_per_epoch))
+        rate = workload.lr_schedule(int(step), 1 + int(step // steps_per_epoch), int(steps_per_epoch), 1.0)
         errors[epochs, factor] = max(errors.get((epochs, factor), 0.0), abs(rate - expected))
     for (epochs, factor), error in errors.items():
         yield Comparison(f"warm-up: {epochs:g} epochs from {factor:g}", error, RATE_TOLERANCE)
@@ -72,7 +72,7 @@ def compare_adam(context: ConformanceContext) -> Iterator[Comparison]:
         rate = optim.set_learning_rates(optimizer, schedule)
         with context.precision.autocast(context.device):
             outputs = model(images)
-        losses = retinanet_loss(*outputs, anchors, *gt).mean(dim=0)
+        losses = retinanet_loss(outputs.logits, outputs.deltas, anchors, *gt).mean(dim=0)
         losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
