@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
@@ -24,24 +23,14 @@ SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "ssd.tr
 class Forked:
     """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen.
 
-    out, err: files for its output, which `communicate` then does not return. fork_ranks: if the program is the
-    launcher, fork its ranks, too.
+    Ranks that a launcher starts are new processes, as in a run.
     """
 
-    def __init__(
-        self,
-        argv: list[str],
-        environ: dict[str, str],
-        cwd: Path = ROOT,
-        *,
-        out: str = "",
-        err: str = "",
-        fork_ranks: bool = False,
-    ):
+    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT):
         self.argv = argv
         self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        names = [name or file.name for name, file in zip((out, err), self.files, strict=True)]
-        self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names, fork_ranks))
+        names = [file.name for file in self.files]
+        self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names))
         self.process.start()
         self.pid = self.process.pid
 
@@ -70,9 +59,7 @@ class Forked:
         return out, err
 
 
-def run_program(
-    argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str, fork_ranks: bool = False
-) -> None:
+def run_program(argv: list[str], environ: dict[str, str], cwd: Path, out: str, err: str) -> None:
     """Run the program in this process, with the given environment and output files."""
     os.setsid()
     for stream, name in ((1, out), (2, err)):
@@ -82,14 +69,6 @@ def run_program(
     os.chdir(cwd)
     tempfile.tempdir = None  # from TMPDIR
     torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
-    if fork_ranks:
-
-        def fork_rank(_: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Forked:
-            words = [word for word in args[1:] if word != "-u"]  # without the interpreter
-            environ = env | {"LAUNCHER_PID": "0"}  # the parent is the process that forks, and not the launcher
-            return Forked(words, environ, cwd, out=out, err=err)
-
-        SubprocessHandler._popen = fork_rank  # type: ignore[assignment, method-assign]
     if argv[0] == "-m":
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

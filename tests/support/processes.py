@@ -43,7 +43,7 @@ def start(
 ) -> subprocess.Popen[str] | Forked:
     words = command(run, *flags, ranks=ranks, launch=launch)
     if "PYTHONPATH" not in extra:  # PYTHONPATH needs a new interpreter
-        return Forked(words[1:], environment(**extra), fork_ranks=True)
+        return Forked(words[1:], environment(**extra))
     return subprocess.Popen(
         words,
         env=environment(**extra),

@@ -1,4 +1,4 @@
-"""Programs under the launcher, with ranks that are forked."""
+"""Programs under the launcher."""
 
 import os
 from subprocess import CompletedProcess
@@ -15,7 +15,7 @@ def run_ranks(ranks: int, *words: object, **variables: str) -> CompletedProcess[
     """Run a program on several ranks. words: its path, or "-m" and its module, and its arguments."""
     command = ["-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *map(str, words)]
     environ = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return CompletedProcess(command, *processes.finish(Forked(command, environ, fork_ranks=True), timeout_s=240))
+    return CompletedProcess(command, *processes.finish(Forked(command, environ), timeout_s=240))
 
 
 def launch(ranks, run, *flags, program=FULL_SSD300):
