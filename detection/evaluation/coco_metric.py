@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -168,6 +168,17 @@ def load_hotcoco(gt: dict[str, list[dict[str, Any]]], required: bool) -> tuple[A
         return hotcoco.COCO(gt), hotcoco.COCOeval
     except ValueError:
         return None
+
+
+def from_results(results: Sequence[Mapping[str, Any]], split: Split) -> NDArray[np.float64]:
+    """Convert detections in COCO's results format to rows (D, 7), columns as in `RESULT_COLUMNS`.
+
+    Raises KeyError for an image or category that the split does not have.
+    """
+    image_index = {image_id: index for index, image_id in enumerate(split.image_ids.tolist())}
+    label = {category.id: label for label, category in enumerate(split.categories, start=1)}
+    rows = [(image_index[r["image_id"]], *r["bbox"], r["score"], label[r["category_id"]]) for r in results]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(RESULT_COLUMNS))
 
 
 def to_results(rows: NDArray[np.float64], split: Split) -> list[dict[str, object]]:

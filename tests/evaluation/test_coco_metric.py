@@ -7,7 +7,14 @@ from pycocotools import mask as mask_api
 
 from detection.config.settings import InputError
 from detection.data import coco
-from detection.evaluation.coco_metric import COCO_STATS, CocoBoxMetric, CocoMaskMetric, to_mask_results, to_results
+from detection.evaluation.coco_metric import (
+    COCO_STATS,
+    CocoBoxMetric,
+    CocoMaskMetric,
+    from_results,
+    to_mask_results,
+    to_results,
+)
 from paths import shared
 
 
@@ -238,3 +245,10 @@ def test_pycocotools_scores_the_results_file_of_masks(ground_truth, tmp_path, ca
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1)
+
+
+def test_results_read_back_are_the_rows(small_toy):
+    split = coco.read(*coco.standard_paths(small_toy, "val"))
+    rows = np.array([[1.0, 2.5, 3, 4, 5.25, 0.5, 2], [0, 1, 2, 3, 4, 0.25, 1]])
+    assert np.array_equal(from_results(to_results(rows, split), split), rows)
+    assert from_results([], split).shape == (0, 7)
