@@ -23,13 +23,14 @@ SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "ssd.tr
 class Forked:
     """`python SCRIPT ...` or `python -m MODULE ...` in a new session, with the interface of subprocess.Popen.
 
-    Ranks that a launcher starts are new processes, as in a run.
+    out, err: files for its output, which `communicate` then does not return. Ranks that a launcher starts are new
+    processes, as in a run.
     """
 
-    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT):
+    def __init__(self, argv: list[str], environ: dict[str, str], cwd: Path = ROOT, *, out: str = "", err: str = ""):
         self.argv = argv
         self.files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self.files]
+        names = [name or file.name for name, file in zip((out, err), self.files, strict=True)]
         self.process = SERVER.Process(target=run_program, args=(argv, environ, cwd, *names))
         self.process.start()
         self.pid = self.process.pid
