@@ -14,11 +14,12 @@ from detection import run_dir
 from forked import Forked
 from paths import ROOT
 
+SEARCH_PATH = f"{ROOT}:{ROOT / 'tests' / 'support'}"  # of new interpreters, since nothing is installed
 DUMMY_WORKLOAD = str(ROOT / "tests" / "support" / "dummy_workload.py")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "DUMMY_DEVICE": "cpu"} | extra
+    return os.environ | {"OMP_NUM_THREADS": "1", "DUMMY_DEVICE": "cpu", "PYTHONPATH": SEARCH_PATH} | extra
 
 
 def command(run: Path, *flags: str, ranks: int = 0, launch: tuple[str, ...] = ()) -> list[str]:

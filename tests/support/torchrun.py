@@ -14,7 +14,7 @@ NARROW_SSD300 = (str(ROOT / "tests/support/narrow_ssd.py"),)
 def run_ranks(ranks: int, *words: object, **variables: str) -> CompletedProcess[str]:
     """Run a program on several ranks. words: its path, or "-m" and its module, and its arguments."""
     command = ["-m", "detection.runtime.launch", "--nproc-per-node", str(ranks), *map(str, words)]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": processes.SEARCH_PATH} | variables
     return CompletedProcess(command, *processes.finish(Forked(command, environ), timeout_s=240))
 
 
