@@ -95,9 +95,7 @@ def generate_proposals(
         levels.append((F.pad(top, padding), F.pad(index + start, padding), is_anchor))
         start += count
     scores, index, valid = (torch.stack(part, dim=1).flatten(1) for part in zip(*levels, strict=True))
-    boxes = box_coder.decode(
-        deltas.gather(1, index[..., None].expand(-1, -1, 4)), anchors[index], box_coder.RPN_WEIGHTS, legacy=legacy
-    )
+    boxes = box_coder.decode(deltas.gather(1, index[..., None].expand(-1, -1, 4)), anchors[index], legacy=legacy)
     boxes = box_coder.clip(boxes, sizes_hw[:, None], legacy=legacy)
     if not legacy:  # a legacy box is never empty, and the reference has no minimum size
         valid = valid & (box_coder.widths_heights(boxes, legacy=legacy) >= MIN_PROPOSAL_PX).all(dim=-1)
@@ -174,7 +172,7 @@ def rpn_loss(
     positive = is_sampled & (match_labels.gather(1, sampled) == 1)
     objectness = F.binary_cross_entropy_with_logits(logits.gather(1, sampled), positive.float(), reduction="none")
     boxes = gt_boxes_xyxy.gather(1, matched.gather(1, sampled)[..., None].expand(-1, -1, 4))
-    target_deltas = box_coder.encode(boxes, anchors[sampled], box_coder.RPN_WEIGHTS, legacy=legacy)
+    target_deltas = box_coder.encode(boxes, anchors[sampled], legacy=legacy)
     target_deltas = target_deltas.masked_fill(~positive[..., None], 0)  # infinite where there is no ground truth
     predicted = deltas.gather(1, sampled[..., None].expand(-1, -1, 4))
     box_loss = F.smooth_l1_loss(predicted, target_deltas, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)

@@ -1,16 +1,15 @@
 """Entry point that trains Mask R-CNN, or runs another --mode, on the loop of detection/engine/train_loop.py."""
 
-import math
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from detection.data import device_cache, num_classes
+from detection.data import device_cache, image_io, num_classes
 from detection.engine import entrypoint, optim
 from detection.engine.finalize import finalize_run
-from detection.engine.state import RunContext
+from detection.engine.initialization import load_weights
+from detection.engine.metadata import log_hyperparameters
 from detection.engine.workload import Workload
 from detection.runtime.distributed import DistContext
 from maskrcnn import weights
@@ -19,7 +18,6 @@ from maskrcnn.data import STRIDE_PX, Batch, EvalBatch, MaskRCNNEvalSource, MaskR
 from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import LOSS_NAMES, MaskRCNN, Targets, make_model
 from maskrcnn.postprocess import Detections
-from mlperf.log import MlperfLog
 from mlperf.rules import tensor_names
 
 
@@ -36,20 +34,12 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
     with entrypoint.open_run(config, process) as run:
         model = make_model(config)
         if not run.resume_point:
-            load_weights(model, config, run)
+            load_weights(run, partial(weights.load, model, config), lambda path: weights.load_backbone(model, config))
         workload = make_workload(config, ranks, run.seed, model, evaluator)
-        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks))
+        hyperparameters = config.hyperparameters(ranks.world_size)
+        log_recipe = partial(log_hyperparameters, run.log, hyperparameters, partial(tensor_names, "maskrcnn"))
+        result = entrypoint.run_mode(workload, run, log_recipe)
     return finalize_run(result, run, evaluator) if result else 0
-
-
-def load_weights(model: MaskRCNN, config: Config, run: RunContext) -> None:
-    """Load weights of the whole network or its backbone, if the settings name a file; raise InputError."""
-    if config.weights:
-        origin = weights.load(model, config, Path(config.weights)).origin
-        run.log.event("checkpoint", Path(config.weights).name)
-        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
-    elif config.backbone_weights:
-        weights.load_backbone(model, config)
 
 
 def make_workload(
@@ -124,14 +114,5 @@ def dummy_eval_batch(config: Config) -> EvalBatch:
 def random_images(config: Config, size: int) -> tuple[Tensor, Tensor]:
     """Return random images (size, 3, H, W) uint8, channels last, and their sizes (size, 2) without padding."""
     height, width = config.min_image_size, config.max_image_size
-    padded = [math.ceil(side / STRIDE_PX) * STRIDE_PX for side in (height, width)]
-    images = torch.randint(0, 256, (size, 3, *padded), dtype=torch.uint8)
-    return images.contiguous(memory_format=torch.channels_last), torch.tensor([[height, width]]).expand(size, 2)
-
-
-def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> None:
-    """Log the recipe, and each initialized layer."""
-    for key, value in config.hyperparameters(ranks.world_size).items():
-        log.event(key, value)
-    for name in tensor_names("maskrcnn"):
-        log.event("weights_initialization", tensor=name)
+    padded_hw = image_io.padded_hw([(height, width)], STRIDE_PX)
+    return image_io.random_images(size, padded_hw), torch.tensor([[height, width]]).expand(size, 2)

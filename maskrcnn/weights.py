@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detection.checkpoint import pretrained_backbone
 from detection.checkpoint import weights as files
-from detection.checkpoint.weights import THIS_PROGRAM, Weights
+from detection.checkpoint.weights import THIS_PROGRAM, RenamePatterns, Weights
 from detection.config.settings import InputError
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
@@ -26,7 +26,7 @@ from maskrcnn.model import MaskRCNN, make_model
 TORCHVISION = "torchvision"
 
 # Patterns of torchvision's tensor names and our names; the last three match its older files.
-TORCHVISION_RENAMES = (
+TORCHVISION_RENAMES: RenamePatterns = (
     (r"^roi_heads\.box_head\.", "box_head.features."),
     (r"^roi_heads\.box_predictor\.", "box_head.predictor."),
     (r"^roi_heads\.mask_head\.", "mask_head.features."),
@@ -64,12 +64,7 @@ def num_classes(state: Mapping[str, Tensor]) -> int:
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename torchvision's tensors to our names."""
-    renamed = {}
-    for name, tensor in state.items():
-        for theirs, ours in TORCHVISION_RENAMES:
-            name = re.sub(theirs, ours, name)
-        renamed[name] = tensor
-    return renamed
+    return files.rename(state, TORCHVISION_RENAMES)
 
 
 def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,16 +72,8 @@ def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if num_classes(state) != COCO_IDS:
         return state
     kept = [category_id for category_id in range(COCO_IDS) if category_id not in UNUSED_COCO_IDS]
-    for head in CLASS_HEADS:
-        for name in (f"{head}.weight", f"{head}.bias"):
-            state[name] = state[name].unflatten(0, (COCO_IDS, -1))[kept].flatten(0, 1)
+    files.keep_outputs(state, CLASS_HEADS, num_groups=1, num_outputs=COCO_IDS, kept=kept)
     return state
-
-
-def expected_state(config: Config) -> dict[str, Tensor]:
-    """Return the state dict of the settings' network on the meta device, without storage."""
-    with torch.device("meta"):
-        return make_model(config).state_dict()
 
 
 def check_compatible(weights: Weights, config: Config, path: Path) -> None:
@@ -99,7 +86,7 @@ def check_compatible(weights: Weights, config: Config, path: Path) -> None:
             f"{path}: holds {theirs} classes, but the settings ask for {config.num_classes}. "
             f"Pass --num-classes {theirs}, or name another file."
         )
-    files.check_compatible(weights.state, expected_state(config), config.network_name, path)
+    files.check_compatible(weights.state, files.expected_state(make_model, config), config.network_name, path)
 
 
 def load(model: MaskRCNN, config: Config, path: Path) -> Weights:
@@ -120,9 +107,7 @@ def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
     """
     order = files.class_order(weights, config, path)
     state = dict(weights.state)
-    for head in CLASS_HEADS:
-        for name in (f"{head}.weight", f"{head}.bias"):
-            state[name] = state[name].unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    files.keep_outputs(state, CLASS_HEADS, num_groups=1, num_outputs=len(order), kept=order)
     return replace(weights, state=state)
 
 

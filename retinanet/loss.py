@@ -78,7 +78,7 @@ def retinanet_loss(
     matched_boxes = boxes_xyxy.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))
     # Anchors without a box get their own, so that no logarithm of padding enters the gradient.
     matched_boxes = torch.where(positive[..., None], matched_boxes, all_anchors)
-    target_deltas = box_coder.encode(matched_boxes, all_anchors, box_coder.RPN_WEIGHTS, legacy=False)
+    target_deltas = box_coder.encode(matched_boxes, all_anchors, legacy=False)
     box_loss = ((torch.cat(list(pred_deltas), dim=1).float() - target_deltas).abs() * positive[..., None]).sum((1, 2))
     return torch.stack([class_loss, box_loss], dim=1) / num_positive[:, None]
 

@@ -55,7 +55,7 @@ def detect(
     order = sort_by_group(group, score)
     image, anchor, label, score, group = (values[order] for values in (image, anchor, label, score, group))
     deltas = torch.cat(outputs.deltas, dim=1)[image, anchor].float()
-    boxes = box_coder.decode(deltas, torch.cat(list(anchors))[anchor], box_coder.RPN_WEIGHTS, legacy=False)
+    boxes = box_coder.decode(deltas, torch.cat(list(anchors))[anchor], legacy=False)
     height, width = size_hw
     boxes = boxes.view(-1, 2, 2).clamp(min=0).minimum(device_constant([width, height], boxes.device)).view(-1, 4)
 

@@ -56,9 +56,4 @@ class RetinaNetPredictor:
             pre_nms_top_n=config.pre_nms_top_n,
             max_detections=config.max_detections,
         )
-        batch_index, boxes, labels, scores = (field.cpu().numpy() for field in detections)
-        scales = sizes_hw.flip(1).repeat(1, 2).numpy() / size
-        return [
-            ImageDetections(boxes[rows] * scale, scores[rows], labels[rows])
-            for rows, scale in zip((batch_index == index for index in range(len(images))), scales, strict=True)
-        ]
+        return predict.split_by_image(detections, sizes_hw.flip(1).repeat(1, 2).numpy() / size)

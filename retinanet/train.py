@@ -5,20 +5,19 @@ This module assembles the model, loss, data and evaluator to a `Workload`. detec
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from detection.checkpoint import pretrained_backbone
-from detection.data import device_cache, num_classes
+from detection.data import device_cache, image_io, num_classes
 from detection.engine import entrypoint, optim
 from detection.engine.finalize import finalize_run
-from detection.engine.state import RunContext
+from detection.engine.initialization import load_weights
+from detection.engine.metadata import log_hyperparameters
 from detection.engine.workload import Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
-from mlperf.log import MlperfLog
 from mlperf.rules import tensor_names
 from retinanet import weights
 from retinanet.anchors import make_anchors
@@ -43,20 +42,16 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
     with entrypoint.open_run(config, process) as run:
         model = make_model(config)
         if not run.resume_point:
-            load_weights(model, config, run)
+            load_weights(
+                run,
+                partial(weights.load, model, config),
+                partial(pretrained_backbone.load, model.backbone.body, config.backbone_name),
+            )
         workload = make_workload(config, ranks, run.seed, model, evaluator)
-        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks))
+        hyperparameters = config.hyperparameters(ranks.world_size)
+        log_recipe = partial(log_hyperparameters, run.log, hyperparameters, partial(tensor_names, "retinanet"))
+        result = entrypoint.run_mode(workload, run, log_recipe)
     return finalize_run(result, run, evaluator) if result else 0
-
-
-def load_weights(model: RetinaNet, config: Config, run: RunContext) -> None:
-    """Load the initial weights that the settings name, if any: the whole network or its backbone."""
-    if config.weights:
-        origin = weights.load(model, config, Path(config.weights)).origin
-        run.log.event("checkpoint", Path(config.weights).name)
-        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
-    elif config.backbone_weights:
-        pretrained_backbone.load(model.backbone.body, config.backbone_name, Path(config.backbone_weights))
 
 
 def make_workload(
@@ -112,7 +107,7 @@ def dummy_batch(config: Config, ranks: DistContext) -> Batch:
     device_cache.warm_up(config, ranks, (size, size))
     count = config.batch_size
     return Batch(
-        images=random_images(count, size),
+        images=image_io.random_images(count, (size, size)),
         sizes_hw=torch.full((count, 2), size),
         boxes_xyxy=(torch.tensor([0.25, 0.25, 0.75, 0.75]) * size).expand(count, 2, 4).contiguous(),
         labels=torch.ones(count, 2, dtype=torch.int64),
@@ -123,18 +118,4 @@ def dummy_batch(config: Config, ranks: DistContext) -> Batch:
 def dummy_eval_batch(config: Config) -> EvalBatch:
     """Make an evaluation batch of random images."""
     count, size = config.eval_batch_size, config.image_size
-    return EvalBatch(random_images(count, size), torch.full((count, 2), size), torch.arange(count))
-
-
-def random_images(count: int, size_px: int) -> Tensor:
-    """Generate random images (count, 3, S, S) uint8, channels last."""
-    images = torch.randint(0, 256, (count, 3, size_px, size_px), dtype=torch.uint8)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext) -> None:
-    """Log the recipe, and each initialized tensor."""
-    for key, value in config.hyperparameters(ranks.world_size).items():
-        log.event(key, value)
-    for name in tensor_names("retinanet"):
-        log.event("weights_initialization", tensor=name)
+    return EvalBatch(image_io.random_images(count, (size, size)), torch.full((count, 2), size), torch.arange(count))

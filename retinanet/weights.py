@@ -1,16 +1,14 @@
 """Weights of the whole network, from checkpoints of this program, the MLPerf reference and torchvision."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from detection.checkpoint import weights as files
-from detection.checkpoint.weights import THIS_PROGRAM, Weights
+from detection.checkpoint.weights import THIS_PROGRAM, RenamePatterns, Weights
 from detection.config.settings import InputError
 from retinanet.anchors import ANCHORS_PER_CELL
 from retinanet.config import Config
@@ -19,13 +17,12 @@ from retinanet.model import RetinaNet, make_model
 TORCHVISION, REFERENCE = "torchvision", "the MLPerf reference"
 CLASS_LAYER = "head.classification_head.cls_logits"
 
-Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 # Patterns of the tensor names of the MLPerf reference and of older files of torchvision, and our names.
-FROM_REFERENCE: Renames = (
+FROM_REFERENCE: RenamePatterns = (
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
     (r"^(head\.\w+\.conv\.)([0246])\.(weight|bias)$", lambda match: f"{match[1]}{int(match[2]) // 2}.0.{match[3]}"),
 )
-TO_REFERENCE: Renames = (
+TO_REFERENCE: RenamePatterns = (
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.0\.", r"\1."),
     (r"^(head\.\w+\.conv\.)(\d)\.0\.", lambda match: f"{match[1]}{2 * int(match[2])}."),
 )
@@ -50,7 +47,7 @@ def read(path: Path) -> Weights:
 
 def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of the MLPerf reference or torchvision to our names."""
-    return {rename(name, FROM_REFERENCE): tensor for name, tensor in state.items()}
+    return files.rename(state, FROM_REFERENCE)
 
 
 def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,16 +55,8 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Its batch norm, which is always frozen, does not count batches.
     """
-    return {
-        rename(name, TO_REFERENCE): tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
-    }
-
-
-def rename(name: str, renames: Renames) -> str:
-    """Rename a tensor by the patterns."""
-    for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
-    return name
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return files.rename(kept, TO_REFERENCE)
 
 
 def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,21 +65,13 @@ def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if num_outputs(state) != len(names):
         return state
     kept = [category_id for category_id, name in enumerate(names) if name not in ("__background__", "N/A")]
-    for name in (f"{CLASS_LAYER}.weight", f"{CLASS_LAYER}.bias"):
-        by_class = state[name].unflatten(0, (ANCHORS_PER_CELL, len(names)))
-        state[name] = by_class[:, kept].flatten(0, 1)
+    files.keep_outputs(state, [CLASS_LAYER], num_groups=ANCHORS_PER_CELL, num_outputs=len(names), kept=kept)
     return state
 
 
 def num_outputs(state: Mapping[str, Tensor]) -> int:
     """Return the number of class outputs of a state dict with our names."""
     return len(state[f"{CLASS_LAYER}.bias"]) // ANCHORS_PER_CELL
-
-
-def expected_state(config: Config) -> dict[str, Tensor]:
-    """Return the state dict of the settings' network on the meta device, without storage."""
-    with torch.device("meta"):
-        return make_model(config).state_dict()
 
 
 def check_compatible(weights: Weights, config: Config, path: Path) -> None:
@@ -101,7 +82,7 @@ def check_compatible(weights: Weights, config: Config, path: Path) -> None:
             f"{path}: holds {theirs} classes, with the background, but the settings ask for {config.num_classes}. "
             f"Pass --num-classes {theirs}, or name another file."
         )
-    files.check_compatible(weights.state, expected_state(config), config.network_name, path)
+    files.check_compatible(weights.state, files.expected_state(make_model, config), config.network_name, path)
 
 
 def load(model: RetinaNet, config: Config, path: Path) -> Weights:
@@ -121,10 +102,8 @@ def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
     The weights must fit the network of the settings.
     """
     order = files.class_order(weights, config, path)
-    state = dict(weights.state)
-    for name in (f"{CLASS_LAYER}.weight", f"{CLASS_LAYER}.bias"):
-        by_class = state[name].unflatten(0, (ANCHORS_PER_CELL, -1))
-        state[name] = by_class[:, [label - 1 for label in order[1:]]].flatten(0, 1)
+    state, kept = dict(weights.state), [label - 1 for label in order[1:]]
+    files.keep_outputs(state, [CLASS_LAYER], num_groups=ANCHORS_PER_CELL, num_outputs=len(kept), kept=kept)
     return replace(weights, state=state)
 
 

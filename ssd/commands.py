@@ -26,10 +26,12 @@ def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
 
 def describe_checkpoint(path: Path, config: Config) -> str:
     """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
-    from ssd import weights  # imports torch, which only this check needs
+    from detection.checkpoint import weights as files  # imports torch, which only this check needs
+    from ssd import weights
+    from ssd.model import make_model
 
     loaded = weights.read(path)
-    weights.check_compatible(loaded, weights.expected_state(config), path)
+    weights.check_compatible(loaded, files.expected_state(make_model, config), path)
     weights.order_classes(loaded, config, path)
     return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
 

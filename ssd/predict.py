@@ -52,9 +52,4 @@ class SSDPredictor:
             nms_threshold=self.network.nms_threshold,
             max_detections=self.network.max_detections,
         )
-        batch_index, boxes, labels, scores = (field.cpu().numpy() for field in detections)
-        sizes_whwh = [image.shape[:0:-1] * 2 for image in images]
-        return [
-            ImageDetections(boxes[rows] * np.array(size), scores[rows], labels[rows])
-            for rows, size in zip((batch_index == index for index in range(len(images))), sizes_whwh, strict=True)
-        ]
+        return predict.split_by_image(detections, np.array([image.shape[:0:-1] * 2 for image in images]))

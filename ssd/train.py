@@ -7,20 +7,19 @@ Shapes: B images, A anchors.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from detection.checkpoint import pretrained_backbone
-from detection.data import device_cache, num_classes
+from detection.data import device_cache, image_io, num_classes
 from detection.engine import entrypoint, optim
 from detection.engine.finalize import finalize_run
-from detection.engine.state import RunContext
+from detection.engine.initialization import load_weights
+from detection.engine.metadata import log_hyperparameters
 from detection.engine.workload import Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
-from mlperf.log import MlperfLog
 from mlperf.rules import tensor_names
 from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
@@ -45,20 +44,16 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
     with entrypoint.open_run(config, process) as run:
         model = make_model(config)
         if not run.resume_point:
-            load_weights(model, config, run)
+            load_weights(
+                run,
+                lambda path: weights.load(model, path, config),
+                partial(pretrained_backbone.load, model.backbone, config.backbone_name),
+            )
         workload = make_workload(config, ranks, run.seed, model, evaluator)
-        result = entrypoint.run_mode(workload, run, partial(log_hyperparameters, run.log, config, ranks, model))
+        hyperparameters = config.hyperparameters(ranks.world_size)
+        log_recipe = partial(log_hyperparameters, run.log, hyperparameters, partial(initialized_tensors, config, model))
+        result = entrypoint.run_mode(workload, run, log_recipe)
     return finalize_run(result, run, evaluator) if result else 0
-
-
-def load_weights(model: SSD300, config: Config, run: RunContext) -> None:
-    """Load the initial weights that the settings name, if any: the whole network or its backbone."""
-    if config.weights:
-        origin = weights.load(model, Path(config.weights), config).origin
-        run.log.event("checkpoint", Path(config.weights).name)
-        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
-    elif config.backbone_weights:
-        pretrained_backbone.load(model.backbone, config.backbone_name, Path(config.backbone_weights))
 
 
 def make_workload(
@@ -123,7 +118,7 @@ def dummy_batch(config: Config, ranks: DistContext) -> Batch:
     device_cache.warm_up(config, ranks, SIZE_HW)
     size = config.batch_size
     return Batch(
-        images=random_images(size),
+        images=image_io.random_images(size, SIZE_HW),
         boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 2, 4).contiguous(),
         labels=torch.ones(size, 2, dtype=torch.int64),
         flips=torch.zeros(size, FLIP_DIRECTIONS[config.flip], dtype=torch.bool),
@@ -135,20 +130,11 @@ def dummy_batch(config: Config, ranks: DistContext) -> Batch:
 def dummy_eval_batch(config: Config) -> EvalBatch:
     """Make an evaluation batch of random images, in the shape of real batches."""
     size = config.eval_batch_size
-    return EvalBatch(random_images(size), torch.arange(size), torch.full((size, 2), IMAGE_SIZE_PX))
+    return EvalBatch(image_io.random_images(size, SIZE_HW), torch.arange(size), torch.full((size, 2), IMAGE_SIZE_PX))
 
 
-def random_images(size: int) -> Tensor:
-    """Generate random images (B, 3, 300, 300) uint8, channels last."""
-    pixels = torch.randint(0, 256, (size, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX), dtype=torch.uint8)
-    return pixels.contiguous(memory_format=torch.channels_last)
-
-
-def log_hyperparameters(log: MlperfLog, config: Config, ranks: DistContext, model: SSD300) -> None:
-    """Log the hyperparameters, and each tensor that was initialized."""
-    for key, value in config.hyperparameters(ranks.world_size).items():
-        log.event(key, value)
-    # The rules name the tensors of no other network, in the order of its parameters.
-    is_reference = config.network_name == "ssd300-r34"
-    for name in tensor_names("ssd") if is_reference else [name for name, _ in model.named_parameters()]:
-        log.event("weights_initialization", tensor=name)
+def initialized_tensors(config: Config, model: SSD300) -> list[str]:
+    """Return the names of the initialized tensors: those of the rules, which name the tensors of no other network."""
+    return (
+        tensor_names("ssd") if config.network_name == "ssd300-r34" else [name for name, _ in model.named_parameters()]
+    )

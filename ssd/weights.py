@@ -14,7 +14,7 @@ from detection.config.settings import InputError
 from ssd import checkpoint_names
 from ssd.anchors import ANCHORS_PER_CELL
 from ssd.config import Config
-from ssd.model import SSD300, make_model
+from ssd.model import SSD300
 
 # Origin and prefix table of a file, by the prefix of its backbone's tensor names.
 ORIGINS = {
@@ -83,12 +83,6 @@ def infer_network(state: Mapping[str, Tensor]) -> NetworkInfo:
     )
 
 
-def expected_state(config: Config) -> dict[str, Tensor]:
-    """Return the state dict of the settings' network on the meta device, without storage."""
-    with torch.device("meta"):
-        return make_model(config).state_dict()
-
-
 def check_compatible(weights: Weights, expected: Mapping[str, Tensor], path: Path) -> None:
     """Raise InputError if the weights do not fit the network with the state dict `expected`."""
     theirs, ours = infer_network(weights.state), infer_network(expected)
@@ -121,8 +115,7 @@ def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
     state = dict(weights.state)
     outputs = [0, 1, 2, 3, *(4 + label for label in order)]
     for level, num_anchors in enumerate(ANCHORS_PER_CELL):
-        for name in (f"heads.{level}.weight", f"heads.{level}.bias"):
-            state[name] = state[name].unflatten(0, (num_anchors, -1))[:, outputs].flatten(0, 1)
+        files.keep_outputs(state, [f"heads.{level}"], num_groups=num_anchors, num_outputs=len(outputs), kept=outputs)
     return replace(weights, state=state)
 
 

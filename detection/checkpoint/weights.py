@@ -2,11 +2,12 @@
 
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from detection.data.coco import Category
 from detection.runtime import sync_batch_norm
 
 THIS_PROGRAM = "this program"
+
+Config = TypeVar("Config", bound=RunConfig)
+RenamePatterns = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""Regular expressions of tensor names, each with its replacement, as for `re.sub`."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,34 @@ def class_order(weights: Weights, config: RunConfig, path: Path) -> list[int]:
             "Use annotations with the same names, or name another file."
         )
     return [0, *(1 + theirs.index(name) for name in ours)]
+
+
+def keep_outputs(
+    state: dict[str, Tensor], layers: Iterable[str], *, num_groups: int, num_outputs: int, kept: Sequence[int]
+) -> None:
+    """Reduce or reorder, in place, the outputs of layers to those `kept`: their weights and biases.
+
+    The channels of a layer are `num_groups` groups of `num_outputs` blocks, such as a block per class for each anchor.
+    """
+    for layer in layers:
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            state[name] = state[name].unflatten(0, (num_groups, num_outputs, -1))[:, kept].flatten(0, 2)
+
+
+def rename(state: Mapping[str, Tensor], patterns: RenamePatterns) -> dict[str, Tensor]:
+    """Rename tensors by regular expressions, one after the other."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def expected_state(make_model: Callable[[Config], nn.Module], config: Config) -> dict[str, Tensor]:
+    """Return the state dict of the settings' network on the meta device, without storage."""
+    with torch.device("meta"):
+        return make_model(config).state_dict()
 
 
 def load_into(weights: Weights, model: nn.Module) -> None:

@@ -60,7 +60,7 @@ class RunConfig:
     reference_eval_images: ClassVar[Literal["with-boxes", "all"]] = "all"
     """Images on which the MLPerf reference detects."""
     torchvision_boxes: ClassVar[bool] = False
-    """Whether the MLPerf reference prepares boxes as torchvision's training scripts do (`coco.read`)."""
+    """True if the MLPerf reference prepares boxes as torchvision's training scripts do (`coco.read`)."""
 
     mode: Literal["train", "evaluate", "bench-train", "bench-infer"] = setting(
         "train",

@@ -87,6 +87,12 @@ def resize(image: Tensor, size_hw: int | tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size=size_hw, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
+def random_images(count: int, size_hw: tuple[int, int]) -> Tensor:
+    """Generate random images (count, 3, H, W) uint8, channels last."""
+    images = torch.randint(0, 256, (count, 3, *size_hw), dtype=torch.uint8)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def pad_to_batch(images: Sequence[Tensor], multiple_px: int = 1) -> Tensor:
     """Pad images (3, h, w) with zeros at the right and bottom to one batch (B, 3, H, W) uint8, channels last.
 

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from detection.checkpoint.weights import Weights
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data.batch import Batch, RankBatch
@@ -15,6 +17,19 @@ from detection.engine.state import RunContext, TrainState
 from detection.engine.workload import Workload
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
+
+
+def load_weights(
+    run: RunContext, load_network: Callable[[Path], Weights], load_backbone: Callable[[Path], None]
+) -> None:
+    """Load the initial weights that the settings name, if any: the whole network or its backbone. Raise InputError."""
+    config = run.config
+    if config.weights:
+        origin = load_network(Path(config.weights)).origin
+        run.log.event("checkpoint", Path(config.weights).name)
+        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
+    elif config.backbone_weights:
+        load_backbone(Path(config.backbone_weights))
 
 
 def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext) -> TrainState:

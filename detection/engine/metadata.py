@@ -1,6 +1,7 @@
 """Metadata of a run: what trains, on what, and to which target."""
 
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,17 @@ from detection.engine.state import RunContext, TrainState
 from detection.engine.workload import Workload
 from detection.runtime import device
 from mlperf import system_desc
+from mlperf.log import MlperfLog
+
+
+def log_hyperparameters(
+    log: MlperfLog, hyperparameters: Mapping[str, object], read_tensor_names: Callable[[], Iterable[str]]
+) -> None:
+    """Log the hyperparameters by MLPerf's keys, and the name of each tensor that was initialized."""
+    for key, value in hyperparameters.items():
+        log.event(key, value)
+    for name in read_tensor_names():
+        log.event("weights_initialization", tensor=name)
 
 
 def run_metadata(workload: Workload[Batch], run: RunContext, state: TrainState) -> dict[str, object]:

@@ -23,6 +23,7 @@ from detection.data.pillow_io import UserImage
 from detection.data.rle import CocoRle
 from detection.evaluation import visualize
 from detection.evaluation.visualize import Annotation
+from detection.nn.detections import Detections
 from detection.runtime import device
 
 FORMAT = 1
@@ -41,6 +42,15 @@ class ImageDetections(NamedTuple):
     scores: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
     masks: Sequence[CocoRle] | None = None
+
+
+def split_by_image(detections: Detections, scales_whwh: NDArray[Any]) -> list[ImageDetections]:
+    """Return the detections of each image of a batch on the CPU; scales_whwh: (B, 4) factors to its pixels."""
+    batch_index, boxes, labels, scores = (field.cpu().numpy() for field in detections)
+    return [
+        ImageDetections(boxes[rows] * scale, scores[rows], labels[rows])
+        for rows, scale in ((batch_index == index, scale) for index, scale in enumerate(scales_whwh))
+    ]
 
 
 class Predictor(Protocol):

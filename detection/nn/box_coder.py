@@ -14,12 +14,14 @@ from detection import boxes
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Limit on the logarithm of the size ratio between a decoded box and its base box (Detectron)."""
 
-RPN_WEIGHTS = (1.0, 1.0)
+UNIT_WEIGHTS = (1.0, 1.0)
 BOX_HEAD_WEIGHTS = (10.0, 5.0)
-"""Factors of the center offsets and of the logarithms of the size ratios."""
+"""Factors of the center offsets and of the logarithms of the size ratios, in the box head of Mask R-CNN."""
 
 
-def encode(boxes_xyxy: Tensor, base_xyxy: Tensor, weights: tuple[float, float], *, legacy: bool) -> Tensor:
+def encode(
+    boxes_xyxy: Tensor, base_xyxy: Tensor, weights: tuple[float, float] = UNIT_WEIGHTS, *, legacy: bool
+) -> Tensor:
     """Return the deltas (..., 4) from the base boxes (..., 4) to the boxes (..., 4)."""
     size = widths_heights(base_xyxy, legacy=legacy)
     target_size = widths_heights(boxes_xyxy, legacy=legacy)
@@ -27,7 +29,7 @@ def encode(boxes_xyxy: Tensor, base_xyxy: Tensor, weights: tuple[float, float], 
     return torch.cat([offset / size * weights[0], torch.log(target_size / size) * weights[1]], dim=-1)
 
 
-def decode(deltas: Tensor, base_xyxy: Tensor, weights: tuple[float, float], *, legacy: bool) -> Tensor:
+def decode(deltas: Tensor, base_xyxy: Tensor, weights: tuple[float, float] = UNIT_WEIGHTS, *, legacy: bool) -> Tensor:
     """Apply deltas (..., 4) to the base boxes, which broadcast to them; return the boxes (..., 4)."""
     size = widths_heights(base_xyxy, legacy=legacy)
     offset, log_scale = deltas[..., :2] / weights[0], deltas[..., 2:] / weights[1]

@@ -79,7 +79,7 @@ def compare_rpn_targets(context: ConformanceContext) -> Iterator[Comparison]:
             yield Comparison(f"RPN targets {case}: {name}", max_abs_error(actual[case], expected), 0)
         positive = labels[case] == 1
         boxes = gt_boxes[case, matched[case, positive]]
-        deltas = box_coder.encode(boxes, anchors[positive], box_coder.RPN_WEIGHTS, legacy=True)
+        deltas = box_coder.encode(boxes, anchors[positive], legacy=True)
         expected = context.vector(f"rpn_target{case}_deltas")
         yield Comparison(f"RPN targets {case}: deltas", max_abs_error(deltas, expected), 1e-6)
 

@@ -234,7 +234,7 @@ def proposal_variants(context: BenchContext) -> list[Variant]:
     iou, matched = box_coder.pairwise_iou(batch.boxes_xyxy, anchors, legacy=False).max(dim=1)  # (B, A)
     nearest = batch.boxes_xyxy.gather(1, matched[..., None].expand(-1, -1, 4)).maximum(anchors.new_tensor([0, 0, 1, 1]))
     logits = 8 * iou - 4 + torch.randn(iou.shape, device=context.device)
-    targets = box_coder.encode(nearest, anchors, box_coder.RPN_WEIGHTS, legacy=False)
+    targets = box_coder.encode(nearest, anchors, legacy=False)
     noise = 0.05 * torch.randn(targets.shape, device=context.device)
     deltas = torch.where(iou[..., None] > 0.3, 0.8 * targets, 0.0) + noise
     network = torchvision_model(context, config).rpn

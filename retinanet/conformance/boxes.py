@@ -53,7 +53,7 @@ def compare_matching(context: ConformanceContext) -> Iterator[Comparison]:
             yield Comparison(f"{name}: {part}", max_abs_error(actual, context.vector(f"{key}_{part}")), 0)
         sampled = positive[:: context.scalar(f"{key}_target_stride")]
         boxes = gt.boxes_xyxy[0, matched[sampled]]
-        targets = box_coder.encode(boxes, anchors[sampled], box_coder.RPN_WEIGHTS, legacy=False)
+        targets = box_coder.encode(boxes, anchors[sampled], legacy=False)
         error = max_abs_error(targets, context.vector(f"{key}_targets"))
         yield Comparison(f"{name}: targets", error, TARGET_TOLERANCE)
 

@@ -22,9 +22,9 @@ from detection.evaluation.conformance import (
     compare_rows,
     max_peak_error,
     max_rel_error,
+    place_model,
 )
 from detection.nn.detections import Detections
-from detection.runtime.device import select_memory_format
 from detection.runtime.distributed import DistContext
 from retinanet import weights
 from retinanet.anchors import make_anchors
@@ -139,13 +139,7 @@ def reference_model(context: ConformanceContext) -> RetinaNet:
     config = reference_config()
     with torch.device("meta"):
         model = make_model(config)
-    state = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name.endswith("tracked")}
-    state |= weights.from_reference(reference_state(context))
-    model.load_state_dict(state, assign=True)
-    memory_format = select_memory_format(
-        config.channels_last, context.precision, context.device, trains_batch_norm=not config.freeze_batch_norm
-    )
-    model = model.to(context.device).to(memory_format=memory_format)
+    model = place_model(context, model, weights.from_reference(reference_state(context)), config)
     set_train_mode(model, config)
     return model
 

@@ -12,6 +12,7 @@ from detection.evaluation.conformance import Vectors, part_name, read_network
 from maskrcnn import conformance
 from maskrcnn.conformance import SUITE, data, heads, network, rpn, training
 from paths import ROOT
+from recorded_vectors import RecordedVectors
 
 GOLDEN = ROOT / "tests/golden/maskrcnn/maskrcnn_reference.npz"
 
@@ -42,18 +43,6 @@ VECTORS = {
 @pytest.fixture(scope="module")
 def vectors():
     return dict(np.load(GOLDEN))
-
-
-class RecordedVectors(Vectors):
-    """Vectors that record which of them are read."""
-
-    def __init__(self, vectors):
-        super().__init__(vectors)
-        self.read = set()
-
-    def __getitem__(self, key):
-        self.read.add(key)
-        return super().__getitem__(key)
 
 
 def run_parts(monkeypatch, path, vectors, *comparisons):

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
+from detection.checkpoint import weights as files
 from detection.config.settings import InputError
 from detection.engine.optim import freeze_batch_norm
 from detection.nn import box_coder, matcher
@@ -395,7 +396,7 @@ def test_names_in_old_torchvision_files_are_mapped():
             torch.zeros(1),
         )
     )
-    expected = weights.expected_state(make_config())
+    expected = files.expected_state(make_model, make_config())
     assert set(renamed) <= set(expected)
     assert "mask_head.features.2.0.weight" in renamed
 

@@ -30,7 +30,7 @@ def test_proposals_equal_suppression_level_by_level(flags, training):
     proposals = rpn.generate_proposals(
         logits, 0.3 * deltas, anchors, torch.zeros(2, 3, height, width), sizes_hw, config, training=training
     )
-    boxes = box_coder.decode(0.3 * deltas, anchors, box_coder.RPN_WEIGHTS, legacy=legacy)
+    boxes = box_coder.decode(0.3 * deltas, anchors, legacy=legacy)
     boxes = box_coder.clip(boxes, sizes_hw[:, None], legacy=legacy)
     rows = []  # score, image, anchor
     for image in range(2):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import commands
-from detection.evaluation.conformance import Vectors, part_name, read_network
+from detection.evaluation.conformance import part_name, read_network
 from paths import ROOT
+from recorded_vectors import RecordedVectors
 from retinanet import conformance, weights
 from retinanet.conformance import SUITE, boxes, data, network, training
 from retinanet.model import make_model
@@ -34,18 +35,6 @@ PREFIXES = ("netsmall_", "net256_", "net800_", "pipeline_", "adam_")
 @pytest.fixture(scope="module")
 def vectors():
     return dict(np.load(GOLDEN))
-
-
-class RecordedVectors(Vectors):
-    """Vectors that record which of them are read."""
-
-    def __init__(self, vectors):
-        super().__init__(vectors)
-        self.read = set()
-
-    def __getitem__(self, key):
-        self.read.add(key)
-        return super().__getitem__(key)
 
 
 def check(*comparisons):

@@ -19,7 +19,7 @@ def detect_naively(logits, deltas, anchors, *, top_n, max_detections):
         candidates = sorted(((float(s), i) for i, s in enumerate(scores.flatten()) if s > 0.05), key=lambda c: -c[0])
         for score, index in candidates[:top_n]:
             anchor, label = divmod(index, scores.shape[1])
-            box = box_coder.decode(level_deltas[anchor], level_anchors[anchor], box_coder.RPN_WEIGHTS, legacy=False)
+            box = box_coder.decode(level_deltas[anchor], level_anchors[anchor], legacy=False)
             rows.append((score, label + 1, clip_boxes_to_image(box[None], (SIZE_PX, SIZE_PX))[0]))
     kept = []
     for label in {row[1] for row in rows}:

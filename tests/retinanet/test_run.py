@@ -7,8 +7,9 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
+import processes
 from commands import retinanet
-from config_files import exported
+from config_files import exported, set_only
 from detection import run_dir
 from detection.preflight.run_checks import check_rules
 from mlperf import compliance
@@ -24,9 +25,7 @@ from tiny_retinanet import SMALL
 
 def set_environment(four_image_coco, monkeypatch):
     """Set the environment of a run on four images."""
-    for name, value in SMALL.items():
-        monkeypatch.setenv(f"RETINANET_{name}", value)
-    monkeypatch.setenv("DATADIR", str(four_image_coco))
+    set_only(monkeypatch, {f"RETINANET_{name}": value for name, value in SMALL.items()} | {"DATADIR": four_image_coco})
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,7 @@ def test_run_writes_a_log_that_every_ruleset_accepts(uninterrupted_run):
     assert tensors == tensor_names("retinanet")
     verdict = compliance.check(folder / "result_0.txt", "5.1.0")
     assert verdict.passed, verdict.messages
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in steps if line["event"] == "step"]
+    steps = processes.metrics(folder, "step")
     assert [tuple(step["losses"]) for step in steps] == [LOSS_NAMES] * 2
     assert json.loads((folder / "detections.json").read_text()) is not None
     assert "pycocotools confirms the final metrics" in output
@@ -97,8 +95,7 @@ def test_checkpoint_evaluates_to_the_same_metrics(uninterrupted_run, run, tmp_pa
     summary = tmp_path / "summary.json"
     flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
     assert run(*flags, name="evaluation")[0] == 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    expected = next(line["metrics"] for line in lines if line["event"] == "evaluation")
+    expected = processes.metrics(folder, "evaluation")[0]["metrics"]
     assert json.loads(summary.read_text())["metrics"] == expected
 
 
