@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detection.data.coco import Split
 from detection.preflight import run_checks
 from mlperf.recipes import Recipe
 from retinanet.config import PREFIX, Config, load
+from retinanet.train_images import select_train_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,11 +41,6 @@ def make_model(config: Config) -> "nn.Module":
     from retinanet import model
 
     return model.make_model(config)
-
-
-def select_train_images(config: Config, split: Split) -> Split:
-    """Return the images to train on: all of them, those without boxes included, as in the reference."""
-    return split if config.train_crowds else split.drop_crowds()
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:

@@ -19,8 +19,8 @@ from detection.data.image_pipeline import CropSpec, ImagePipeline
 from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
 from detection.evaluation.box_evaluator import BoxEvalSource
 from detection.runtime.distributed import DistContext
-from retinanet.commands import select_train_images
 from retinanet.config import Config
+from retinanet.train_images import select_train_images
 
 
 class Batch(NamedTuple):

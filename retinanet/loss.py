@@ -3,7 +3,6 @@
 B images, A anchors of one level or of all, K classes without a background, G ground-truth boxes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,8 +146,3 @@ def focal_terms(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> tuple
     positive_gradient = -positive_weight * (2 * own_p * F.softplus(-own_x) + own_q)
     own_gradient = torch.where(positive, positive_gradient, gradient.gather(1, class_index))
     return total, gradient.scatter_(1, class_index, own_gradient)
-
-
-def initial_class_bias(prior: float = 0.01) -> float:
-    """Return the bias at which every class starts with this probability, so that negatives do not dominate."""
-    return -math.log((1 - prior) / prior)

@@ -12,11 +12,11 @@ from PIL import Image
 from detection.data.image_io import pad_to_batch
 from detection.data.image_pipeline import HostImagePipeline
 from detection.evaluation.conformance import Comparison, ConformanceContext, max_abs_error
-from retinanet.commands import select_train_images
 from retinanet.conformance.boxes import compare_sums
 from retinanet.conformance.inputs import NUM_CLASSES, reference_config
 from retinanet.data import Batch, RetinaNetTrainDataset, read_split
 from retinanet.resize import normalize_and_resize, resize_boxes
+from retinanet.train_images import select_train_images
 
 PIXEL_TOLERANCE, BOX_TOLERANCE_PX = 5e-4, 1e-4
 
