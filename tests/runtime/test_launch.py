@@ -28,7 +28,11 @@ def start(folder: Path, *ends: str, ranks: int | None = None, restarts: int = 0,
     (folder / "rank.py").write_text(RANK)
     flags = ["--nnodes", "1", "--nproc-per-node", str(ranks or len(ends)), "--max-restarts", str(restarts)]
     words = ["-m", "detection.runtime.launch", *flags, "-m", "rank", *ends]
-    return Forked(words, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1", **extra}, folder)
+    return Forked(words, environment(folder) | extra, folder)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1", "NEW_INTERPRETERS": "1"}
 
 
 def result(folder: Path, *ends: str, **extra: str) -> tuple[int, str]:
@@ -109,8 +113,7 @@ def test_launcher_and_ranks_end_when_the_script_is_killed(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "script.py").write_text(SCRIPT)
     words = ["script.py", "launch", "--nproc-per-node", "1", "-m", "rank", "wait"]
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    script = Forked(words, environ, tmp_path)
+    script = Forked(words, environment(tmp_path), tmp_path)
     pid = tmp_path / "pid_0"
     deadline = time.monotonic() + 60
     while not (pid.exists() and pid.read_text()):
