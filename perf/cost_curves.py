@@ -11,7 +11,6 @@ is the memory of its tensors.
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -43,7 +42,8 @@ from detection.runtime.device import select_device
 from detection.runtime.distributed import DistContext
 from detection.synthetic.coco_scenes import TRAIN_IMAGES
 from mlperf import stdio
-from perf.machine import ROOT, LoadMeter, machine, process_mib, select_out
+from perf import open_images
+from perf.machine import PEAK_RESET, ROOT, LoadMeter, machine, peak_mib, process_mib, select_out
 from perf.page import markdown, split_at_marker, update_table
 from perf.photos import synthesize_gt, synthesize_photos
 from perf.ssd.predictions import make_rows
@@ -56,7 +56,6 @@ from ssd.model import SSD300
 from ssd.train import make_workload
 
 RECORDS = ROOT / "perf" / "results" / "cost_curves.json"
-PEAK_RESET = Path("/proc/self/clear_refs")
 NUM_CLASSES = 81  # COCO's categories and the background
 NUM_PHOTOS = 64  # different ones, which data sets repeat
 LOADED_BATCHES, LOADED_BATCH_SIZE = 40, 16
@@ -181,25 +180,13 @@ def cost(call: Callable[[], object]) -> Values:
     """
     device = select_device("auto", 0)
     variant = Variant("", call)
-    gc.collect()
-    before_mib = memory_mib(device, "VmRSS", reset_peak=True)
-    call_s = time_calls(variant, 1, device)
-    peak_mib = memory_mib(device, "VmHWM")
+    first_s: list[float] = []
+    memory_mib = peak_mib(lambda: first_s.append(time_calls(variant, 1, device)), device)
+    (call_s,) = first_s
     if call_s < 1:
         calls = calls_per_sample(variant, device)
         call_s = statistics.median(time_calls(variant, calls, device) for _ in range(3))
-    return {"time, ms": 1000 * call_s, "memory, MiB": max(1.0, peak_mib - before_mib)}
-
-
-def memory_mib(device: torch.device, field: str, *, reset_peak: bool = False) -> float:
-    """Return the memory of this process: VmRSS is what it holds, VmHWM the peak. reset_peak: to the former, before."""
-    if device.type == "cpu":
-        if reset_peak:
-            PEAK_RESET.write_text("5")
-        return process_mib(os.getpid(), "status", field)
-    if reset_peak:
-        torch.accelerator.reset_peak_memory_stats()
-    return torch.accelerator.max_memory_allocated() / 2**20
+    return {"time, ms": 1000 * call_s, "memory, MiB": memory_mib}
 
 
 def read(images: int, folder: Path) -> Values:
@@ -255,6 +242,14 @@ def train(batch_size: int, folder: Path) -> Values:
     return values | {"rate, img/s": 1000 * batch_size / values["time, ms"]}
 
 
+def measure_open_images(step: Callable[[Path], None], images: int, folder: Path) -> Values:
+    """Measure a step of `perf.open_images` over N images."""
+    split = folder / f"open-images-{images}"
+    if not split.exists():
+        run_in_subprocess(open_images.generate, split, images)
+    return cost(partial(step, split))
+
+
 def make_annotations(folder: Path, images: int) -> Path:
     """Return a folder with the annotations of N images in COCO's layout and empty image files. Create it if missing."""
     data_dir = folder / f"annotations-{images}"
@@ -276,6 +271,15 @@ AXES = {
     ),
     "workers": Axis(
         "workers", (0, 1, 2, 4), {f"{images:,} images": partial(load, images) for images in (1000, TRAIN_IMAGES)}
+    ),
+    "open_images": Axis(
+        "images",
+        (1000, 10_000, 100_000, open_images.TRAIN_IMAGES),
+        {
+            "convert": partial(measure_open_images, open_images.convert),
+            "read the JSON file": partial(measure_open_images, open_images.read_json),
+            "read the arrays": partial(measure_open_images, open_images.read_arrays),
+        },
     ),
     "batch": Axis("images per batch", (1, 2, 4, 8, 16, 32), {"training step": train}),
 }

@@ -1,11 +1,13 @@
 """Description of the machine: hardware, versions, commit and load."""
 
+import gc
 import os
 import platform
 import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ PACKAGES = ("torch", "torchvision", "torchcodec", "numpy", "pillow", "pycocotool
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915")  # kernel modules of accelerators
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "perf" / "results"
+PEAK_RESET = Path("/proc/self/clear_refs")  # "5" sets the peak memory to what the process holds
 IDLE_PERCENT = 10  # of one core that other processes may use
 
 
@@ -90,6 +93,25 @@ def select_out(out: Path | None, default: Path, commit: str, *, allow_dirty: boo
             "outside the repository, or pass --allow-dirty to write to a temporary folder."
         )
     return out
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Return the peak memory during a call, above what is held before: of this process, or of the accelerator."""
+    gc.collect()
+    before = memory_mib(device, "VmRSS", reset_peak=True)
+    call()
+    return max(1.0, memory_mib(device, "VmHWM") - before)
+
+
+def memory_mib(device: torch.device, field: str, *, reset_peak: bool = False) -> float:
+    """Return the memory of this process: VmRSS is what it holds, VmHWM the peak. reset_peak: to the former, before."""
+    if device.type == "cpu":
+        if reset_peak:
+            PEAK_RESET.write_text("5")
+        return process_mib(os.getpid(), "status", field)
+    if reset_peak:
+        torch.accelerator.reset_peak_memory_stats()
+    return torch.accelerator.max_memory_allocated() / 2**20
 
 
 def process_mib(pid: int, file: str, *fields: str) -> float:

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from detection import atomic_file
 from detection.config.settings import InputError
+from detection.data.coco_json import Columns
 
 ID_COLUMN, LABEL_COLUMN = "ImageID", "LabelName"
 EDGE_COLUMNS = ("XMin", "XMax", "YMin", "YMax")
 FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
-IMAGES_PER_BLOCK = 10_000
+BOXES_PER_BLOCK = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,23 +99,45 @@ def read_boxes(path: Path, category_ids: Mapping[str, int]) -> Boxes:
     )
 
 
-def write_coco(
-    path: Path,
-    info: Mapping[str, Any],
-    names: Sequence[str],
-    image_ids: NDArray[np.uint64],
-    sizes_wh: NDArray[np.int64],
-    boxes: Boxes,
-) -> None:
-    """Write an annotation file: images in the order of image_ids (N,), ascending, and their boxes.
+def make_columns(
+    names: Sequence[str], image_ids: NDArray[np.uint64], sizes_wh: NDArray[np.int64], boxes: Boxes
+) -> Columns:
+    """Return the columns of an annotation file: images in the order of image_ids (N,), ascending, and their boxes.
 
-    sizes_wh: (N, 2) pixels. boxes: of these images only. `info` comes first, where `read_info` finds it.
+    sizes_wh: (N, 2) pixels. boxes: of these images only.
     """
+    image_index = np.searchsorted(image_ids, boxes.image_ids)
+    left, right, top, bottom = boxes.edges.T
+    width, height = sizes_wh[image_index].T
+    boxes_xywh = np.stack([left * width, top * height, (right - left) * width, (bottom - top) * height], axis=1)
+    return Columns(
+        image_ids=np.arange(1, 1 + len(image_ids)),
+        file_names=[f"{format_id(key)}.jpg" for key in image_ids.tolist()],
+        sizes_hw=sizes_wh[:, ::-1],
+        category_ids=np.arange(len(names)),
+        category_names=list(names),
+        annotation_ids=np.arange(1, 1 + len(boxes_xywh)),
+        box_image_ids=1 + image_index,
+        box_category_ids=boxes.category_ids,
+        boxes_xywh=boxes_xywh,
+        areas=boxes_xywh[:, 2] * boxes_xywh[:, 3],
+        is_crowd=boxes.flags[:, FLAGS.index("IsGroupOf")].astype(np.int64),
+        segmentations=(),
+    )
+
+
+def write_coco(path: Path, info: Mapping[str, Any], columns: Columns, flags: NDArray[np.bool_]) -> None:
+    """Write an annotation file. `info` comes first, where `read_info` finds it. flags: (M, 5) as in `Boxes`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    categories = [{"id": i, "name": name, "supercategory": None} for i, name in enumerate(names)]
+    categories = (
+        {"id": i, "name": name, "supercategory": None}
+        for i, name in zip(columns.category_ids.tolist(), columns.category_names, strict=True)
+    )
     images = (
-        {"id": i, "file_name": f"{format_id(key)}.jpg", "height": h, "width": w, "license": None, "coco_url": None}
-        for i, (key, (w, h)) in enumerate(zip(image_ids.tolist(), sizes_wh.tolist(), strict=True), start=1)
+        {"id": i, "file_name": name, "height": height, "width": width, "license": None, "coco_url": None}
+        for i, name, (height, width) in zip(
+            columns.image_ids.tolist(), columns.file_names, columns.sizes_hw.tolist(), strict=True
+        )
     )
     with atomic_file.atomic_write(path) as partial, partial.open("wb") as file:
         file.write(b'{"info":' + msgspec.json.encode(dict(info)) + b',"licenses":[],"categories":')
@@ -122,7 +145,7 @@ def write_coco(
         file.write(b',"images":')
         _write_list(file, images)
         file.write(b',"annotations":')
-        _write_list(file, _annotations(image_ids, sizes_wh, boxes))
+        _write_list(file, _annotations(columns, flags))
         file.write(b"}\n")
 
 
@@ -139,37 +162,14 @@ def read_info(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _annotations(
-    image_ids: NDArray[np.uint64], sizes_wh: NDArray[np.int64], boxes: Boxes
-) -> Iterator[dict[str, object]]:
+def _annotations(columns: Columns, flags: NDArray[np.bool_]) -> Iterator[dict[str, object]]:
     """Yield the rows of the boxes. Blocks bound the memory that numbers of Python take."""
-    annotation_id = 0
-    for block in range(0, len(image_ids), IMAGES_PER_BLOCK):
-        block_ids = image_ids[block : block + IMAGES_PER_BLOCK]
-        start = int(np.searchsorted(boxes.image_ids, block_ids[0], "left"))
-        end = int(np.searchsorted(boxes.image_ids, block_ids[-1], "right"))
-        index = block + np.searchsorted(block_ids, boxes.image_ids[start:end])
-        left, right, top, bottom = boxes.edges[start:end].T
-        width, height = sizes_wh[index].T
-        boxes_xywh = np.stack([left * width, top * height, (right - left) * width, (bottom - top) * height], axis=1)
-        for image_index, category_id, bbox, flags in zip(
-            index.tolist(),
-            boxes.category_ids[start:end].tolist(),
-            boxes_xywh.tolist(),
-            boxes.flags[start:end].tolist(),
-            strict=True,
-        ):
-            annotation_id += 1
-            named_flags = dict(zip(FLAGS, flags, strict=True))
-            yield {
-                "id": annotation_id,
-                "image_id": image_index + 1,
-                "category_id": category_id,
-                "bbox": bbox,
-                "area": bbox[2] * bbox[3],
-                "iscrowd": int(named_flags["IsGroupOf"]),
-                **named_flags,
-            }
+    arrays: list[NDArray[Any]] = [columns.annotation_ids, columns.box_image_ids, columns.box_category_ids]
+    arrays += [columns.boxes_xywh, columns.areas, columns.is_crowd, flags]
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    for start in range(0, len(flags), BOXES_PER_BLOCK):
+        for *values, box_flags in zip(*(a[start : start + BOXES_PER_BLOCK].tolist() for a in arrays), strict=True):
+            yield dict(zip(keys, values, strict=True)) | dict(zip(FLAGS, box_flags, strict=True))
 
 
 def _write_list(file: BinaryIO, rows: Iterable[object]) -> None:

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.config.settings import InputError
-from detection.data import coco_json
+from detection.data import coco_arrays, coco_json
 from detection.data.coco import Split
 from detection.data.rle import CocoRle
 
@@ -117,7 +117,7 @@ def dense_ground_truth(split: Split, segmentations: bool) -> dict[str, list[dict
 
     pycocotools treats a match with an annotation of id 0 as no match, and rounds ids above 2^53.
     """
-    columns = coco_json.read(split.annotation_file, segmentations)
+    columns = coco_arrays.read(split.annotation_file, segmentations)
     box_image, has_image = coco_json.lookup(columns.box_image_ids, split.image_ids)
     category_index, _ = coco_json.lookup(columns.box_category_ids, np.array([c.id for c in split.categories]))
     ids = metric_image_ids(split)

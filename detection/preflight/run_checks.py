@@ -23,7 +23,7 @@ from detection import git_state, run_dir, run_lock
 from detection.checkpoint import backbone_urls
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, format_settings, read_launch_layout
-from detection.data import coco, worker_shm
+from detection.data import coco, coco_arrays, worker_shm
 from detection.data.num_classes import resolve_num_classes
 from detection.engine import tensorboard
 from detection.synthetic import coco_scenes, coco_sized, toy
@@ -289,6 +289,12 @@ def check_data(
             errors += str(error).splitlines()
             continue
         splits[name] = split
+        arrays_file = coco_arrays.arrays_path(split.annotation_file)
+        if arrays_file.exists() and not segmentations and not coco_arrays.read_arrays(split.annotation_file):
+            info.append(
+                f"warning: {arrays_file}: damaged, or older than {split.annotation_file.name}, and not used. "
+                f"Run python -m detection.data.coco_arrays {split.annotation_file}"
+            )
         num_empty = len(split) - len(split.drop_empty_images())
         info.append(
             f"{name}: {len(split)} images ({num_empty} without boxes, {split.num_missing_images} missing), "

@@ -188,6 +188,17 @@ def test_box_only_annotations_are_used_for_training_only(folder: Path) -> None:
     assert coco.standard_paths(folder, "train", segmentations=True)[0] == annotations / "instances_train2017.json"
 
 
+@pytest.mark.parametrize("torchvision_boxes", [False, True])
+def test_blocks_do_not_change_the_boxes(folder: Path, torchvision_boxes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = content()
+    data["annotations"] += [annotation(4, bbox=[-5, 40, 100, 100]), annotation(5, bbox=[1.1, 2.2, 3.3, 4.4])]
+    whole = read(folder, data, torchvision_boxes=torchvision_boxes)
+    monkeypatch.setattr(coco, "BOXES_PER_BLOCK", 2)
+    split = read(folder, data, torchvision_boxes=torchvision_boxes)
+    assert split.boxes_xyxy.tobytes() == whole.boxes_xyxy.tobytes()
+    assert split.num_clipped_boxes == whole.num_clipped_boxes == 1
+
+
 @given(st.lists(st.tuples(st.sampled_from([10, 20, 30]), st.sampled_from([1, 7, 90])), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_each_image_has_its_own_boxes_in_file_order(

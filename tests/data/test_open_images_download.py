@@ -1,3 +1,4 @@
+import dataclasses
 import http.server
 import io
 import json
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data import coco, coco_json, http_download, open_images, open_images_download, open_images_labels
+from detection.data import (
+    coco,
+    coco_arrays,
+    coco_json,
+    http_download,
+    open_images,
+    open_images_download,
+    open_images_labels,
+)
 from detection.evaluation.coco_metric import CocoBoxMetric
 
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
@@ -171,10 +180,31 @@ def test_blocks_do_not_change_the_annotations(download, tmp_path, monkeypatch):
     download()
     whole = read(tmp_path)
     (tmp_path / "oi/train" / open_images.ANNOTATION_FILE).unlink()
-    monkeypatch.setattr(open_images_labels, "IMAGES_PER_BLOCK", 2)
+    monkeypatch.setattr(open_images_labels, "BOXES_PER_BLOCK", 3)
     monkeypatch.setattr(open_images_download, "IMAGES_PER_TASK", 2)
     download()
     assert read(tmp_path) == whole
+
+
+def test_arrays_hold_the_columns_of_the_annotations(download, tmp_path):
+    download()
+    for split in open_images_download.SOURCES:
+        annotation_file = tmp_path / "oi" / split / open_images.ANNOTATION_FILE
+        columns, expected = coco_arrays.read_arrays(annotation_file), coco_json.read(annotation_file)
+        assert columns is not None
+        for field in dataclasses.fields(expected):
+            if field.name != "is_valid":
+                np.testing.assert_array_equal(getattr(columns, field.name), getattr(expected, field.name))
+
+
+def test_a_second_run_replaces_stale_arrays(download, tmp_path):
+    download()
+    arrays_file = coco_arrays.arrays_path(tmp_path / "oi/train" / open_images.ANNOTATION_FILE)
+    content = arrays_file.read_bytes()
+    arrays_file.write_bytes(content[:-1])
+    assert f"{arrays_file}: 3 images, 4 boxes" in download()[1]
+    assert arrays_file.read_bytes() == content
+    assert f"{arrays_file} is current" in download()[1]
 
 
 def test_training_and_metric_accept_category_0(download, tmp_path):
@@ -240,7 +270,11 @@ def test_a_killed_run_resumes_from_the_bytes_it_has(download, server, tmp_path):
     (labels / "detections.csv.part").write_bytes(server.files[path])
     assert download()[0] == 0
     assert [r for r in server.requests if r.startswith(path)] == [f"{path} bytes={len(server.files[path])}-"]
-    assert sorted(p.name for p in labels.iterdir()) == ["detections.csv", "openimages-mlperf.json"]
+    assert sorted(p.name for p in labels.iterdir()) == [
+        "detections.csv",
+        "openimages-mlperf.json",
+        "openimages-mlperf.npz",
+    ]
 
 
 def test_a_broken_connection_is_retried_then_reported_and_the_next_run_continues(download, server, tmp_path):
@@ -312,6 +346,7 @@ def test_a_page_instead_of_an_image_is_rejected(download, server, tmp_path):
         ("train/data/.0000000000000001.jpg.partial", "train/data/0000000000000001.jpg"),
         ("train/labels/detections.csv.part", "train/labels/detections.csv.part"),
         ("train/labels/.openimages-mlperf.json.partial", "train/labels/openimages-mlperf.json"),
+        ("train/labels/.openimages-mlperf.npz.partial", "train/labels/openimages-mlperf.npz"),
     ],
 )
 def test_a_full_disk_is_reported_and_the_next_run_continues(download, tmp_path, full, name):

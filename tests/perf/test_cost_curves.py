@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from detection.config.settings import InputError
+from detection.data import coco_arrays
+from detection.data.open_images import ANNOTATION_FILE
 from detection.runtime.distributed import DistContext
 from paths import ROOT
-from perf import cost_curves
+from perf import cost_curves, open_images
 from perf.cost_curves import AXES, Axis
 from perf.machine import process_mib
 from perf.page import split_at_marker
@@ -51,7 +53,7 @@ def test_peak_memory_excludes_earlier_allocations():
 def test_command_measures_every_axis_and_updates_the_page(tmp_path, in_one_process, monkeypatch, capsys):
     page, out = tmp_path / "page.md", tmp_path / "curves.json"
     page.write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in AXES) + "the end\n")
-    for name, amounts in {"images": (40,), "workers": (0, 1), "batch": (1,)}.items():
+    for name, amounts in {"images": (40,), "workers": (0, 1), "open_images": (9,), "batch": (1,)}.items():
         monkeypatch.setitem(AXES, name, AXES[name]._replace(amounts=amounts))
     monkeypatch.setitem(AXES["workers"].curves, "1,000 images", AXES["workers"].curves.pop("118,287 images"))
     assert cost_curves.main(["--rounds", "1", "--out", str(out), "--page", str(page)]) == 0
@@ -142,3 +144,14 @@ def test_page_shows_the_records():
     for record in records.values():
         assert not record["machine"]["commit"].endswith("-dirty")
         assert cost_curves.format_record(record) in page
+
+
+def test_open_images_are_generated_as_the_download_reads_them(tmp_path, capsys):
+    open_images.generate(tmp_path / "split", 7)
+    open_images.convert(tmp_path / "split")
+    assert "7 images, 84 boxes" in capsys.readouterr().out
+    arrays = coco_arrays.arrays_path(tmp_path / "split" / ANNOTATION_FILE)
+    content = arrays.read_bytes()
+    open_images.read_json(tmp_path / "split")
+    open_images.read_arrays(tmp_path / "split")
+    assert arrays.read_bytes() == content

@@ -15,7 +15,7 @@ import commands
 from config_files import exported, set_only
 from detection.checkpoint import checkpointer
 from detection.config.settings import to_json
-from detection.data import worker_shm
+from detection.data import coco_arrays, worker_shm
 from detection.engine import optim
 from detection.git_state import GitState
 from detection.preflight import run_checks
@@ -59,6 +59,21 @@ def test_valid_run_prints_organization_folder_and_counts(check, tmp_path):
     assert Path(folder).parent == tmp_path / "results/toy/ssd"
     assert "train: 24 images" in err
     assert "val: 4 images" in err
+
+
+def test_arrays_that_are_not_used_are_a_warning(check, data_dir):
+    annotation_file = data_dir / "annotations" / "instances_train2017.json"
+    arrays_file = coco_arrays.arrays_path(annotation_file)
+    try:
+        coco_arrays.main([str(annotation_file)])
+        assert "coco_arrays" not in check()[2]
+        arrays_file.write_bytes(arrays_file.read_bytes()[:-1])
+        status, _, err = check()
+        assert status == 0
+        assert f"warning: {arrays_file}: damaged, or older than instances_train2017.json, and not used. Run" in err
+        assert f"python -m detection.data.coco_arrays {annotation_file}" in err
+    finally:
+        arrays_file.unlink()
 
 
 @pytest.mark.parametrize(
