@@ -44,8 +44,12 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the reference's state dict to our names. Unknown tensors keep theirs."""
-    return {replace_prefix(name, FROM_REFERENCE): tensor for name, tensor in state.items()}
+    """Convert the reference's state dict to our names, without its anchors. Unknown tensors keep theirs."""
+    return {
+        replace_prefix(name, FROM_REFERENCE): tensor
+        for name, tensor in state.items()
+        if not name.startswith("rpn.anchor_generator.")
+    }
 
 
 def block_name(name: str) -> str:

@@ -34,14 +34,18 @@ def image_bytes(config: Config) -> int:
     return 3 * long * (short if config.group_by_aspect_ratio else long)
 
 
-def describe_checkpoint(path: Path, config: Config) -> str:
-    """Describe a file of weights; raise InputError unless it fits the network of the settings."""
-    from maskrcnn import weights  # imports torch, which only this check needs
+def describe_checkpoint(path: Path, config: Config, initialize: bool) -> str:
+    """Describe a weights file. Raise InputError if it does not fit the network of the settings, or their classes.
 
-    content = weights.read(path)
-    weights.check_compatible(content, config, path)
-    weights.order_classes(content, config, path)
-    return f"{content.origin}; {config.network_name} for {weights.num_classes(content.state)} classes"
+    initialize: the outputs of new classes may be initialized.
+    """
+    from detection.checkpoint import class_outputs  # these import torch, which only this check needs
+    from maskrcnn import weights
+
+    loaded = weights.read(path)
+    weights.check_compatible(loaded, config, path)
+    report = class_outputs.match(loaded, weights.CLASS_LAYERS, config, path, initialize=initialize).report
+    return f"{loaded.origin}; {config.network_name} for {weights.num_classes(loaded.state)} classes; {report}"
 
 
 def make_model(config: Config) -> "nn.Module":

@@ -3,10 +3,8 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
-
 from detection.checkpoint.weights import Weights
-from detection.config.run_config import COCO_NUM_CLASSES, RunConfig
+from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.data import coco
 from detection.data.coco import Category
@@ -14,7 +12,7 @@ from maskrcnn import weights
 from maskrcnn.config import Config
 from maskrcnn.config import load as load_config
 from maskrcnn.model import MaskRCNN, make_model
-from maskrcnn.weights import COCO_IDS, TORCHVISION, UNUSED_COCO_IDS, num_classes
+from maskrcnn.weights import TORCHVISION, num_classes
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,8 @@ def load(path: Path, score_threshold: float) -> TrainedModel:
     model = make_model(config)
     weights.load_into(loaded, model, config, path)
     model.eval()
-    default = coco.anonymous_categories(config.num_classes)
-    if loaded.origin == TORCHVISION and config.num_classes == COCO_NUM_CLASSES:
-        default = coco_categories()
-    return TrainedModel(model, loaded.categories or default, config.min_image_size, config.max_image_size)
+    categories = loaded.categories or coco.anonymous_categories(config.num_classes)
+    return TrainedModel(model, categories, config.min_image_size, config.max_image_size)
 
 
 def resolve_config(loaded: Weights, score_threshold: float, path: Path) -> Config:
@@ -58,9 +54,3 @@ def resolve_config(loaded: Weights, score_threshold: float, path: Path) -> Confi
     values = {name: value for name, value in loaded.settings.items() if name in names}
     values |= {"num_classes": num_classes(loaded.state), "score_threshold": score_threshold}
     return Config(**values)
-
-
-def coco_categories() -> tuple[Category, ...]:
-    """Return COCO's 80 categories, ordered by id."""
-    names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-    return tuple(Category(id, names[id]) for id in range(1, COCO_IDS) if id not in UNUSED_COCO_IDS)

@@ -1,4 +1,4 @@
-"""Weights of the whole network, from checkpoints of this program and torchvision, and ImageNet weights of the backbone.
+"""Weights of the whole network, from three programs, and ImageNet weights of the backbone.
 
 torchvision's weights fit the settings of `--variant torchvision`. Detectron's R-50.pkl, from which the MLPerf reference
 starts, fits the reference's settings.
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.checkpoint import pretrained_backbone
+from detection.checkpoint import class_outputs, pretrained_backbone, tensor_file
 from detection.checkpoint import weights as files
+from detection.checkpoint.class_outputs import ClassLayer
 from detection.checkpoint.weights import THIS_PROGRAM, RenamePatterns, Weights
 from detection.config.settings import InputError
+from maskrcnn import checkpoint_names
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN, make_model
 
-TORCHVISION = "torchvision"
+TORCHVISION, REFERENCE = "torchvision", "the MLPerf reference"
 
 # Patterns of torchvision's tensor names and our names; the last three match its older files.
 TORCHVISION_RENAMES: RenamePatterns = (
@@ -35,31 +37,35 @@ TORCHVISION_RENAMES: RenamePatterns = (
     (r"^(backbone\.fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
     (r"^mask_head\.features\.mask_fcn(\d)\.", lambda match: f"mask_head.features.{int(match[1]) - 1}.0."),
 )
-CLASS_HEADS = ("box_head.predictor.cls_score", "box_head.predictor.bbox_pred", "mask_head.predictor.mask_fcn_logits")
+CLASS_LAYERS = tuple(
+    map(
+        ClassLayer,
+        ("box_head.predictor.cls_score", "box_head.predictor.bbox_pred", "mask_head.predictor.mask_fcn_logits"),
+    )
+)
 
-# COCO's category ids run to 90. torchvision has a class for each, including the unused ids.
-COCO_IDS = 91
-UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+# The tensor with the number of classes, by origin.
+ORIGINS = {
+    "box_head.predictor.cls_score.bias": THIS_PROGRAM,
+    "roi_heads.box_predictor.cls_score.bias": TORCHVISION,
+    "roi_heads.box.predictor.cls_score.bias": REFERENCE,
+}
 
 
 def read(path: Path) -> Weights:
-    """Read a checkpoint of either origin. Raise InputError if it is not one, is damaged, or holds code."""
-    content = files.read(path, hint="Name a checkpoint.")
-    state = files.model_state(content, path)
-    if "box_head.predictor.cls_score.bias" in state:
+    """Read a checkpoint of any origin. Raise InputError if it is not one, is damaged, or holds code."""
+    content = tensor_file.read(path, hint="Name a checkpoint.")
+    marker, state = files.find_network(content, path, "a Mask R-CNN", tuple(ORIGINS))
+    origin = ORIGINS[marker]
+    if origin == THIS_PROGRAM:
         return files.from_run_checkpoint(content, state)
-    if "roi_heads.box_predictor.cls_score.bias" in state:
-        return Weights(drop_unused_coco_classes(from_torchvision(state)), TORCHVISION)
-    first = next(iter(state), "missing")
-    raise InputError(
-        f"{path}: not the weights of a Mask R-CNN (the first tensor is {first}). Pass a checkpoint of {THIS_PROGRAM} "
-        "or torchvision's maskrcnn_resnet50_fpn to --weights, and weights of a backbone to --pretrained-backbone."
-    )
+    ours = from_torchvision(state) if origin == TORCHVISION else checkpoint_names.from_reference(state)
+    return drop_unused_coco_classes(Weights(ours, origin))
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:
     """Return the number of classes, with the background, of a state dict with our names."""
-    return len(state["box_head.predictor.cls_score.bias"])
+    return class_outputs.count_classes(state, CLASS_LAYERS[0])
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,48 +73,27 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return files.rename(state, TORCHVISION_RENAMES)
 
 
-def drop_unused_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_unused_coco_classes(weights: Weights) -> Weights:
     """Reduce heads with a class for each category id up to 90 to COCO's 80 categories."""
-    if num_classes(state) != COCO_IDS:
-        return state
-    kept = [category_id for category_id in range(COCO_IDS) if category_id not in UNUSED_COCO_IDS]
-    files.keep_outputs(state, CLASS_HEADS, num_groups=1, num_outputs=COCO_IDS, kept=kept)
-    return state
+    if num_classes(weights.state) != class_outputs.NUM_COCO_IDS:
+        return weights
+    categories = class_outputs.coco_categories()
+    kept = [0, *(category.id for category in categories)]
+    return replace(weights, state=class_outputs.select(weights.state, CLASS_LAYERS, kept), categories=categories)
 
 
 def check_compatible(weights: Weights, config: Config, path: Path) -> None:
-    """Raise InputError if the weights do not fit the settings or their network."""
+    """Raise InputError unless the weights fit the settings and their network, apart from its number of classes."""
     if weights.origin == TORCHVISION and config.variant != "torchvision":
         raise InputError(f"{path}: torchvision's weights expect another input format. Pass --variant torchvision.")
-    theirs = num_classes(weights.state)
-    if theirs != config.num_classes:
-        raise InputError(
-            f"{path}: holds {theirs} classes, but the settings ask for {config.num_classes}. "
-            f"Pass --num-classes {theirs}, or name another file."
-        )
-    files.check_compatible(weights.state, files.expected_state(make_model, config), config.network_name, path)
+    class_outputs.check_compatible(weights, CLASS_LAYERS, make_model, config, path)
 
 
 def load(model: MaskRCNN, config: Config, path: Path) -> Weights:
-    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit.
-
-    The class outputs take the order of the annotations' categories.
-    """
+    """Load a checkpoint into the network, on the CPU. Raise InputError if it does not fit (`class_outputs.load`)."""
     weights = read(path)
     check_compatible(weights, config, path)
-    files.load_into(order_classes(weights, config, path), model)
-    return weights
-
-
-def order_classes(weights: Weights, config: Config, path: Path) -> Weights:
-    """Return the weights with the class outputs in the order of the annotations. Raise InputError if the names differ.
-
-    The weights must fit the network of the settings.
-    """
-    order = files.class_order(weights, config, path)
-    state = dict(weights.state)
-    files.keep_outputs(state, CLASS_HEADS, num_groups=1, num_outputs=len(order), kept=order)
-    return replace(weights, state=state)
+    return class_outputs.load(weights, CLASS_LAYERS, model, config, path)
 
 
 def load_into(weights: Weights, model: MaskRCNN, config: Config, path: Path) -> None:

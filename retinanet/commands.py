@@ -26,14 +26,18 @@ def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
     return config.hyperparameters(world_size) | {"eval_accuracy": config.target}
 
 
-def describe_checkpoint(path: Path, config: Config) -> str:
-    """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
-    from retinanet import weights  # imports torch, which only this check needs
+def describe_checkpoint(path: Path, config: Config, initialize: bool) -> str:
+    """Describe a weights file. Raise InputError if it does not fit the network of the settings, or their classes.
+
+    initialize: the outputs of new classes may be initialized.
+    """
+    from detection.checkpoint import class_outputs  # these import torch, which only this check needs
+    from retinanet import weights
 
     loaded = weights.read(path)
     weights.check_compatible(loaded, config, path)
-    weights.order_classes(loaded, config, path)
-    return f"{loaded.origin}; {config.network_name} for {config.num_classes} classes"
+    report = class_outputs.match(loaded, weights.CLASS_LAYERS, config, path, initialize=initialize).report
+    return f"{loaded.origin}; {config.network_name} for {1 + weights.num_outputs(loaded.state)} classes; {report}"
 
 
 def make_model(config: Config) -> "nn.Module":

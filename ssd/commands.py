@@ -24,16 +24,18 @@ def rule_values(config: Config, world_size: int) -> Mapping[str, object]:
     return config.hyperparameters(world_size) | {"eval_accuracy": config.target}
 
 
-def describe_checkpoint(path: Path, config: Config) -> str:
-    """Describe a checkpoint. Raise InputError if it does not fit the network of the settings."""
-    from detection.checkpoint import weights as files  # imports torch, which only this check needs
+def describe_checkpoint(path: Path, config: Config, initialize: bool) -> str:
+    """Describe a weights file. Raise InputError if it does not fit the network of the settings, or their classes.
+
+    initialize: the outputs of new classes may be initialized.
+    """
+    from detection.checkpoint import class_outputs  # these import torch, which only this check needs
     from ssd import weights
-    from ssd.model import make_model
 
     loaded = weights.read(path)
-    weights.check_compatible(loaded, files.expected_state(make_model, config), path)
-    weights.order_classes(loaded, config, path)
-    return f"{loaded.origin}; {weights.infer_network(loaded.state)}"
+    weights.check_compatible(loaded, config, path)
+    report = class_outputs.match(loaded, weights.CLASS_LAYERS, config, path, initialize=initialize).report
+    return f"{loaded.origin}; {weights.infer_network(loaded.state)}; {report}"
 
 
 def make_model(config: Config) -> "nn.Module":

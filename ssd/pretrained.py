@@ -42,7 +42,7 @@ def load(path: Path) -> TrainedModel:
     values |= {"network": network.name, "backbone": network.backbone, "num_classes": network.num_classes}
     settings = Config(**values)
     model = make_model(settings)
-    weights.load_into(loaded, model, path)
+    weights.load_into(loaded, model, settings, path)
     model.eval()
     return TrainedModel(
         model,

@@ -46,7 +46,7 @@ def run_mode(config: Config, process: entrypoint.ProcessContext) -> int:
         if not run.resume_point:
             load_weights(
                 run,
-                lambda path: weights.load(model, path, config),
+                partial(weights.load, model, config),
                 partial(pretrained_backbone.load, model.backbone, config.backbone_name),
             )
         workload = make_workload(config, ranks, run.seed, model, evaluator)

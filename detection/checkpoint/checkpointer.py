@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from detection import atomic_file
-from detection.checkpoint import weights
+from detection.checkpoint import tensor_file
 from detection.config.settings import InputError
 from detection.run_dir import CHECKPOINTS, CheckpointFile, checkpoint_name, list_checkpoints
 from detection.runtime.device import rng_state, set_rng_state
@@ -51,7 +51,7 @@ def load(path: Path, *, benchmark: str, hint: str = "Name another checkpoint.") 
 
     Raise InputError, with `hint` as its last sentence, if the file is truncated, damaged, or not such a checkpoint.
     """
-    state = weights.read(path, kind="checkpoint", hint=hint)
+    state = tensor_file.read(path, kind="checkpoint", hint=hint)
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this program. {hint}")
     if state["benchmark"] != benchmark:

@@ -6,18 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from detection.checkpoint import tensor_file
 from detection.checkpoint.backbone_urls import fetch_command
-from detection.checkpoint.weights import read
+from detection.checkpoint.weights import find_network
 from detection.config.settings import InputError
 
 
 def load(backbone: nn.Module, name: str, path: Path) -> None:
-    """Load torchvision's ImageNet weights (.pth, or .npz with the same names) into a backbone, the ResNet `name`.
+    """Load ImageNet weights with torchvision's names into a backbone, the ResNet `name`.
 
     Ignore tensors that the backbone does not have, such as the classifier. Raise InputError if the file is missing,
     truncated or from a different network.
     """
-    load_into(read(path, hint=fetch_hint(name)), backbone, name, path)
+    content = tensor_file.read(path, hint=fetch_hint(name))
+    load_into(find_network(content, path, "a ResNet", ["conv1.weight"])[1], backbone, name, path)
 
 
 def fetch_hint(name: str) -> str:

@@ -326,6 +326,11 @@ class RunConfig:
         return self.benchmark
 
     @property
+    def trains(self) -> bool:
+        """True if the mode trains the network."""
+        return self.mode in ("train", "bench-train")
+
+    @property
     def required_splits(self) -> tuple[Literal["train", "val"], ...]:
         """Splits of the data set that the mode reads."""
         if self.mode.startswith("bench") and self.benchmark_input == "synthetic":

@@ -25,9 +25,9 @@ def load_weights(
     """Load the initial weights that the settings name, if any: the whole network or its backbone. Raise InputError."""
     config = run.config
     if config.weights:
-        origin = load_network(Path(config.weights)).origin
+        taken = load_network(Path(config.weights))
         run.log.event("checkpoint", Path(config.weights).name)
-        run.logger.print(f"{config.weights}: weights of a checkpoint of {origin}")
+        run.logger.print(f"{config.weights}: weights of a checkpoint of {taken.origin}; {taken.report}")
     elif config.backbone_weights:
         load_backbone(Path(config.backbone_weights))
 

@@ -45,14 +45,15 @@ class PreflightSpec(Generic[Config]):
 
     load: read settings from flags. rule_values: values by the keys of `mlperf.rules`, for a number of ranks.
     image_bytes: size of an image from a worker. check_weights: describe a weights file, or raise InputError if it does
-    not fit the network. make_model: build the network for resolved num_classes. The last two may import torch.
-    select_train_images: return the images to train on. segmentations: the benchmark trains masks.
+    not fit the network or, unless its last argument allows to initialize outputs, the classes. make_model: build the
+    network for resolved num_classes. The last two may import torch. select_train_images: return the images to train
+    on. segmentations: the benchmark trains masks.
     """
 
     load: Callable[[Sequence[str]], ResolvedSettings[Config]]
     rule_values: Callable[[Config, int], Mapping[str, object]]
     image_bytes: Callable[[Config], int]
-    check_weights: Callable[[Path, Config], str]
+    check_weights: Callable[[Path, Config, bool], str]
     make_model: Callable[[Config], "nn.Module"]
     select_train_images: Callable[[Config, coco.Split], coco.Split]
     segmentations: bool = False
@@ -195,7 +196,7 @@ def check_input(
     if config.resume != "none" and layout.node_rank == 0:  # the first rank reads it
         checks.append(partial(check_resume, config, spec, run_folder))
     if config.weights:
-        checks.append(lambda: f"weights: {check_weights(config, config.weights, spec)}")
+        checks.append(lambda: f"weights: {check_weights(config, config.weights, spec, initialize=config.trains)}")
     elif config.backbone_weights:
         checks.append(partial(check_backbone, config))
     for check in checks:
@@ -223,9 +224,9 @@ def check_device(config: RunConfig, layout: LaunchLayout) -> None:
     device.select_device(config.device, layout.ranks_per_node - 1)
 
 
-def check_weights(config: Config, file: str, spec: PreflightSpec[Config]) -> str:
-    """Describe a weights file. Raise InputError if it does not fit the network."""
-    return f"{file} ({spec.check_weights(Path(file), resolve_num_classes(config))})"
+def check_weights(config: Config, file: str, spec: PreflightSpec[Config], *, initialize: bool) -> str:
+    """Describe a weights file. Raise InputError if it does not fit the network or, unless `initialize`, the classes."""
+    return f"{file} ({spec.check_weights(Path(file), resolve_num_classes(config), initialize)})"
 
 
 def check_resume(config: Config, spec: PreflightSpec[Config], run_folder: Path) -> str | None:
@@ -238,7 +239,7 @@ def check_resume(config: Config, spec: PreflightSpec[Config], run_folder: Path) 
     if selected is None:
         return None
     path, state = selected
-    description = check_weights(config, str(path), spec)
+    description = check_weights(config, str(path), spec, initialize=False)
     groups = optim.group_parameters(
         make_meta_model(spec.make_model, resolve_num_classes(config)),
         weight_decay=config.weight_decay,

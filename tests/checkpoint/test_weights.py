@@ -13,7 +13,7 @@ from detection.evaluation.conformance import max_rel_error
 from ssd import checkpoint_names, conformance, weights
 from ssd.commands import describe_checkpoint
 from ssd.config import load
-from ssd.model import SSD300, ExtraBlock
+from ssd.model import SSD300, ExtraBlock, make_model
 
 CLASSES = 5
 CELLS = (4, 6, 6, 6, 4, 4)
@@ -85,13 +85,16 @@ def published(public, tmp_path_factory):
     return path
 
 
-def r50() -> SSD300:
-    return SSD300(CLASSES, "resnet50", batch_norm=True)
+def make_config(*flags, num_classes=CLASSES):
+    return load(["--num-classes", str(num_classes), *flags], {}).config
+
+
+R50 = make_config("--network", "ssd300-r50")
 
 
 def test_ssd300_v1_1_checkpoint_reproduces_the_outputs_of_its_network(public, published):
-    model = r50().eval()
-    assert weights.load(model, published).origin == "SSD300 v1.1"
+    model = make_model(R50).eval()
+    assert weights.load(model, R50, published).origin == "SSD300 v1.1"
     images = torch.randn(1, 3, 300, 300)
     with torch.no_grad():
         boxes, classes = public(images)
@@ -103,8 +106,9 @@ def test_ssd300_v1_1_checkpoint_reproduces_the_outputs_of_its_network(public, pu
 def test_checkpoint_with_a_smaller_backbone_loads(tmp_path):
     public_network = randomize_batch_norm(PublicSSD300("resnet18", (256, 512, 512, 256, 256, 128)))
     torch.save({"model": public_network.state_dict()}, tmp_path / "r18.pt")
-    model = SSD300(CLASSES, "resnet18", batch_norm=True).eval()
-    weights.load(model, tmp_path / "r18.pt")
+    config = make_config("--network", "ssd300-r50", "--backbone", "resnet18")
+    model = make_model(config).eval()
+    weights.load(model, config, tmp_path / "r18.pt")
     images = torch.randn(1, 3, 300, 300)
     with torch.no_grad():
         torch.testing.assert_close(model(images)[1], public_network(images)[1].transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -117,7 +121,7 @@ def test_mlperf_reference_checkpoint_reproduces_its_outputs(golden, tmp_path):
         {"model": state, "label_map": {1: "person"}}, tmp_path / "iter_1.pt", _use_new_zipfile_serialization=False
     )
     model = SSD300().eval()
-    assert weights.load(model, tmp_path / "iter_1.pt").origin == "the MLPerf reference"
+    assert weights.load(model, make_config(num_classes=81), tmp_path / "iter_1.pt").origin == "the MLPerf reference"
     rng = np.random.default_rng(bench.scalar("model_seed_base") - 1)
     images = bench.as_tensor(rng.standard_normal((2, 3, 300, 300)))
     with torch.no_grad():
@@ -132,7 +136,7 @@ def test_own_checkpoint_gets_the_mean_statistics_of_all_ranks(tmp_path):
     rows = torch.stack([torch.full((size,), 1.0), torch.full((size,), 3.0)])
     torch.save({"format": 2, "benchmark": "ssd", "model": model.state_dict(), "batch_norm": rows}, tmp_path / "a.pt")
     loaded = SSD300(CLASSES)
-    assert weights.load(loaded, tmp_path / "a.pt").origin == "this program"
+    assert weights.load(loaded, make_config(), tmp_path / "a.pt").origin == "this program"
     assert torch.equal(loaded.heads[0].weight, model.heads[0].weight)
     assert float(loaded.backbone.bn1.running_var.mean()) == 2.0
 
@@ -140,28 +144,39 @@ def test_own_checkpoint_gets_the_mean_statistics_of_all_ranks(tmp_path):
 def test_batch_norm_statistics_without_a_counter_load(tmp_path):
     state = {name: t for name, t in SSD300(CLASSES).state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
-    weights.load(SSD300(CLASSES), tmp_path / "old.pt")
+    weights.load(SSD300(CLASSES), make_config(), tmp_path / "old.pt")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--network", "ssd300-r50"), "--num-classes 5"),
-        (("--num-classes", "5"), "--network ssd300-r50 --backbone resnet50"),
-        (("--network", "ssd300-r50", "--backbone", "resnet101", "--num-classes", "5"), "--backbone resnet50"),
+        ((), "--network ssd300-r50 --backbone resnet50"),
+        (("--network", "ssd300-r50", "--backbone", "resnet101"), "--backbone resnet50"),
     ],
 )
 def test_checkpoint_of_another_network_is_rejected_with_the_right_settings(published, flags, message):
-    config = load([*flags, "--weights", str(published)], {}).config
     with pytest.raises(InputError, match="holds ssd300-r50 on resnet50 for 5 classes, but the settings ask") as caught:
-        describe_checkpoint(published, config)
+        describe_checkpoint(published, make_config(*flags), False)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_matching_checkpoint_passes_preflight(published):
-    config = load(["--network", "ssd300-r50", "--num-classes", "5", "--weights", str(published)], {}).config
-    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes" in describe_checkpoint(published, config)
+    assert "SSD300 v1.1; ssd300-r50 on resnet50 for 5 classes; 330 tensors loaded" in describe_checkpoint(
+        published, R50, False
+    )
+
+
+def test_ssd300_v1_1_checkpoint_starts_a_network_for_other_classes(public, published):
+    config = make_config("--network", "ssd300-r50", num_classes=3)
+    model = make_model(config)
+    initial = model.heads[1].weight.detach().unflatten(0, (6, 7)).clone()
+    taken = weights.load(model, config, published)
+    assert "the outputs of all 3 classes initialized (heads.0, heads.1" in taken.report
+    head = model.heads[1].weight.detach().unflatten(0, (6, 7))
+    assert torch.equal(head[:, 4:], initial[:, 4:])
+    assert torch.equal(head[:, :4], public.loc[1].weight.detach().unflatten(0, (4, 6)).transpose(0, 1))
+    assert torch.equal(model.backbone.conv1.weight, public.feature_extractor.feature_extractor[0].weight)
 
 
 class Evil:
@@ -202,7 +217,7 @@ def without(state, *names):
 def test_unloadable_weights_are_rejected_in_one_line(tmp_path, capsys, change, message):
     torch.save(change(SSD300(CLASSES).state_dict()), tmp_path / "a.pt")
     with pytest.raises(InputError, match=message) as caught:
-        weights.load(SSD300(CLASSES), tmp_path / "a.pt")
+        weights.load(SSD300(CLASSES), make_config(), tmp_path / "a.pt")
     assert str(caught.value).startswith(str(tmp_path / "a.pt"))
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
@@ -213,7 +228,7 @@ def test_file_with_flipped_bits_is_rejected(published, tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(content)
     with pytest.raises(InputError, match="not a valid weights file"):
-        weights.load(r50(), tmp_path / "flipped.pt")
+        weights.load(make_model(R50), R50, tmp_path / "flipped.pt")
 
 
 def test_extra_block_trains_on_one_value_with_running_statistics():

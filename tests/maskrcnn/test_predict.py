@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import commands
-from detection.checkpoint import checkpointer
+from detection.checkpoint import checkpointer, class_outputs
 from detection.config.settings import InputError, to_json
 from detection.data import rle
 from detection.evaluation import visualize
@@ -159,7 +159,7 @@ def test_torchvision_checkpoint_gets_its_settings_and_coco_names(tmp_path):
     assert (config.variant, config.stride_in_1x1, config.input_format) == ("torchvision", False, "imagenet-rgb")
     assert (config.num_classes, config.score_threshold, config.min_image_size) == (81, 0.4, 800)
     expected = [(category.id, category.name) for category in coco_scenes.COCO_CATEGORIES]
-    assert [(category.id, category.name) for category in pretrained.coco_categories()] == expected
+    assert [(category.id, category.name) for category in class_outputs.coco_categories()] == expected
 
 
 def test_checkpoint_without_settings_or_of_another_network_is_rejected(

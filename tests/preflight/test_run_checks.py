@@ -417,7 +417,11 @@ def test_weights_must_match_the_number_of_classes(check, tmp_path):
         torch.save(SSD300(num_classes, "resnet18").state_dict(), path)
         exit_status, _, err = check("--mode", "evaluate", "--weights", str(path), "--backbone", "resnet18")
         assert exit_status == status, err
-        assert f"ssd300-r34 on resnet18 for {num_classes} classes" in err
+        assert ("ssd300-r34 on resnet18 for 4 classes" if num_classes == 4 else "holds 5 classes, with the") in err
+    status, _, err = check("--weights", str(path), "--backbone", "resnet18", "--pretrained-backbone", "")
+    assert status == 0, err
+    assert "for 5 classes; " in err
+    assert "but the outputs of all 4 classes initialized (heads.0, " in err
 
 
 def test_device_that_is_missing_and_checkpoint_that_is_missing_stop_the_script_before_the_run(tmp_path, data_dir):
@@ -487,20 +491,26 @@ def test_checkpoint_to_resume_must_fit_the_settings(check, tmp_path, changes, fl
     status, _, err = check("--resume", str(path), "--backbone", "resnet18", *flags)
     assert status == (2 if message else 0), err
     assert err.count("error:") == bool(message)
-    assert (message or f"resume: {path} (this program; ssd300-r34 on resnet18 for 4 classes)") in err
+    assert (message or f"resume: {path} (this program; ssd300-r34 on resnet18 for 4 classes; ") in err
     assert (tmp_path / "results").exists() == (not message)
     if message:
         assert check("--resume", str(path), "--backbone", "resnet18", *flags, NODE_RANK="1", DGXNNODES="2")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("names", "with_weights", "with_resume"),
-    [("disc square triangle", 0, 0), ("triangle square disc", 0, 2), ("disc square hexagon", 2, 2)],
+    ("names", "with_weights", "with_resume", "when_evaluated"),
+    [("disc square triangle", 0, 0, 0), ("triangle square disc", 0, 2, 0), ("disc square hexagon", 0, 2, 2)],
 )
-def test_categories_of_a_checkpoint_are_compared_by_name(check, tmp_path, names, with_weights, with_resume):
+def test_categories_of_a_checkpoint_are_compared_by_name(
+    check, tmp_path, names, with_weights, with_resume, when_evaluated
+):
     categories = [{"id": number, "name": name} for number, name in enumerate(names.split(), start=1)]
     path = str(save_checkpoint(tmp_path / "checkpoint.pt", categories=categories))
-    for flag, expected in (("--weights", with_weights), ("--resume", with_resume)):
-        status, _, err = check(flag, path, "--backbone", "resnet18", "--pretrained-backbone", "")
+    for flags, expected in (
+        (("--weights", path), with_weights),
+        (("--resume", path), with_resume),
+        (("--mode", "evaluate", "--weights", path), when_evaluated),
+    ):
+        status, _, err = check(*flags, "--backbone", "resnet18", "--pretrained-backbone", "")
         assert status == expected, err
         assert ("the annotations have disc, square, triangle" in err) == bool(expected)
