@@ -57,6 +57,9 @@ class BenchSize:
     maskrcnn_batch_size: int = 2
     maskrcnn_image_px: tuple[int, int] = (320, 533)  # limits of the short and the long side
     maskrcnn_eval_images: int = 500
+    retinanet_batch_size: int = 2
+    retinanet_image_px: int = 320
+    retinanet_eval_images: int = 200
     memory_images: tuple[int, int] = (1000, 10_000)  # images after which the memory of a worker is read
     compiled: bool = True  # also measure compiled steps
     traced_steps: int = 4  # steps of the epoch that --profile traces
@@ -79,6 +82,8 @@ def bench_size(*, on_cpu: bool, quick: bool = False) -> BenchSize:
             baseline_epoch_images=228 * (4 if quick else 8),
             maskrcnn_batch_size=4,
             maskrcnn_image_px=(800, 1333),
+            retinanet_batch_size=32,
+            retinanet_image_px=800,
             matrix_side=8192,
             copy_bytes=2**31,
         )
@@ -89,13 +94,15 @@ def bench_size(*, on_cpu: bool, quick: bool = False) -> BenchSize:
             baseline_epoch_images=16,
             maskrcnn_batch_size=1,
             maskrcnn_image_px=(256, 426),
+            retinanet_batch_size=1,
+            retinanet_image_px=256,
             compiled=False,
         )
     if not quick:
         return size
     workers = tuple(sorted({0, 1, num_cores()}))
     size = replace(size, rounds=5, limit_s=12, photos=128, workers=workers, input_images=160)
-    return replace(size, metric_images=(500,), full_metric_rounds=1, maskrcnn_eval_images=50)
+    return replace(size, metric_images=(500,), full_metric_rounds=1, maskrcnn_eval_images=50, retinanet_eval_images=20)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ from perf.maskrcnn import mask_targets as maskrcnn_mask_targets
 from perf.maskrcnn import training as maskrcnn_training
 from perf.photos import open_photos
 from perf.profiler import Operation, trace
+from perf.retinanet import evaluation as retinanet_evaluation
+from perf.retinanet import training as retinanet_training
 from perf.ssd import evaluation, input, network, training
 
 PARTS: Mapping[str, Callable[[BenchContext], Iterator[Result]]] = {
@@ -61,9 +63,15 @@ PARTS: Mapping[str, Callable[[BenchContext], Iterator[Result]]] = {
     "maskrcnn_mask_targets": maskrcnn_mask_targets.time_mask_targets,
     "maskrcnn_paste": maskrcnn_evaluation.time_paste,
     "maskrcnn_evaluation": maskrcnn_evaluation.time_evaluation,
+    "retinanet_step": retinanet_training.time_step,
+    "retinanet_loss": retinanet_training.time_loss,
+    "retinanet_decode": retinanet_evaluation.time_decode,
+    "retinanet_evaluation": retinanet_evaluation.time_evaluation,
 }
 
-MASK_RCNN = "maskrcnn"  # prefix of the names of its parts
+GROUPS = {
+    group: [name for name in PARTS if name.startswith(f"{group}_")] for group in ("maskrcnn", "retinanet")
+}  # parts of the workloads other than SSD
 
 
 @report_errors
@@ -86,7 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m perf.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names_help = "parts to measure (see --list), or maskrcnn for all of its parts; default: all"
+    names_help = "parts to measure (see --list), or maskrcnn or retinanet for all of its parts; default: all"
     parser.add_argument("names", metavar="NAME", nargs="*", help=names_help)
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument("--quick", action="store_true", help="measure less: SSD's parts in ten minutes on two cores")
@@ -115,7 +123,8 @@ def make_context(arguments: argparse.Namespace, size: BenchSize | None, scratch:
     if arguments.batch_size is not None:
         if arguments.batch_size < 1:
             raise InputError(f"--batch-size {arguments.batch_size}: should be at least 1.")
-        selected = replace(selected, batch_size=arguments.batch_size, maskrcnn_batch_size=arguments.batch_size)
+        names = ("batch_size", *(f"{group}_batch_size" for group in GROUPS))
+        selected = replace(selected, **dict.fromkeys(names, arguments.batch_size))
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: should be at least 0.")
     return BenchContext(
@@ -150,7 +159,7 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
     results: list[Result] = []
     for name in names:
         start_s = time.perf_counter()
-        set_kernel_autotune(context.device, fixed_input_size=not name.startswith(MASK_RCNN))
+        set_kernel_autotune(context.device, fixed_input_size=name not in GROUPS["maskrcnn"])
         part_results = list(PARTS[name](context))
         gc.collect()  # models and workers of this part
         results += part_results
@@ -175,12 +184,11 @@ def measure(arguments: argparse.Namespace, context: BenchContext) -> int:
 
 
 def select_parts(arguments: argparse.Namespace, *, on_cpu: bool) -> list[str]:
-    """Return the named parts. The name maskrcnn selects all of Mask R-CNN's. Raise InputError for unknown names.
+    """Return the named parts. The name of a workload selects all of its parts. Raise InputError for unknown names.
 
     Without names, return those that --check needs, or those of SSD with --quick, or all.
     """
-    maskrcnn_parts = [name for name in PARTS if name.startswith(MASK_RCNN)]
-    names = [part for name in arguments.names for part in (maskrcnn_parts if name == MASK_RCNN else [name])]
+    names = [part for name in arguments.names for part in GROUPS.get(name, [name])]
     for name in names:
         if name not in PARTS:
             matches = difflib.get_close_matches(name, PARTS, n=1)
@@ -190,7 +198,8 @@ def select_parts(arguments: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     if arguments.check:
         default = [name for name in PARTS if name in required]
     else:
-        default = [name for name in PARTS if not (arguments.quick and name in maskrcnn_parts)]
+        left_out = {name for group in GROUPS.values() for name in group} if arguments.quick else set()
+        default = [name for name in PARTS if name not in left_out]
     return names or default
 
 

@@ -59,6 +59,12 @@ REQUIREMENTS = (
     Requirement("end to end", "end-to-end", on_cpu=True, min=4),
     Requirement("maskrcnn step", "maskrcnn_step", on_cpu=True, min=1),
     Requirement("maskrcnn evaluation", "maskrcnn_evaluation", on_cpu=True, min=3),
+    Requirement("retinanet step", "retinanet_step", on_cpu=True, min=2),
+    Requirement("retinanet loss", "retinanet_loss", on_cpu=True, min=2),
+    Requirement("retinanet loss memory", "retinanet_loss", on_cpu=True, min=3),
+    Requirement("retinanet trained scores", "retinanet_decode", on_cpu=True, min=3),
+    Requirement("retinanet early scores", "retinanet_decode", on_cpu=True, min=3),
+    Requirement("retinanet evaluation", "retinanet_evaluation", on_cpu=True, min=5),
     Requirement("end to end rate", "end-to-end", on_cpu=False, min=4000),
 )
 

@@ -9,6 +9,7 @@ from detection.runtime.distributed import DistContext
 from retinanet.anchors import make_anchors
 from retinanet.config import Config
 from retinanet.data import EvalBatch
+from retinanet.model import HeadOutputs
 from retinanet.postprocess import detect
 from retinanet.resize import normalize_and_resize
 
@@ -22,12 +23,15 @@ class RetinaNetEvaluator(BoxEvaluator):
 
     def predict(self, model: nn.Module, batch: EvalBatch) -> Detections:
         """Return the detections in a batch on the device."""
-        config = self.config
-        size = config.image_size
         with torch.autocast(self.ranks.device.type, enabled=False):
-            images = normalize_and_resize(batch.images, batch.sizes_hw, None, size)
+            images = normalize_and_resize(batch.images, batch.sizes_hw, None, self.config.image_size)
+        return self.detect(model(images))
+
+    def detect(self, outputs: HeadOutputs) -> Detections:
+        """Return the detections of the network's outputs."""
+        config, size = self.config, self.config.image_size
         return detect(
-            model(images),
+            outputs,
             make_anchors(size, size, self.ranks.device, config.anchor_sizes),
             (size, size),
             score_threshold=config.score_threshold,

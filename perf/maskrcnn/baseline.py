@@ -69,10 +69,7 @@ def make_model(config: Config) -> Any:
         norm_layer=FrozenBatchNorm2d,
         trainable_layers=len(STAGES) - config.freeze_at,
     )
-    for block in backbone.body.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            last_norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-            last_norm.weight.fill_(RESIDUAL_SCALE)
+    damp_residuals(backbone.body)
     return MaskRCNN(
         backbone,
         config.num_classes,
@@ -82,6 +79,14 @@ def make_model(config: Config) -> Any:
         box_batch_size_per_image=config.box_batch_size_per_image,
         _skip_resize=True,
     )
+
+
+def damp_residuals(body: nn.Module) -> None:
+    """Set the last, frozen norm of each residual block to `RESIDUAL_SCALE`."""
+    for block in body.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last_norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            last_norm.weight.fill_(RESIDUAL_SCALE)
 
 
 def to_model_input(batch: Batch) -> ModelInput:

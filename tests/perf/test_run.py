@@ -12,6 +12,8 @@ from perf import table
 from perf.harness import BenchSize, Result, bench_size
 from perf.machine import RESULTS
 from perf.maskrcnn import training
+from perf.retinanet import evaluation as retinanet_evaluation
+from perf.retinanet import training as retinanet_training
 from perf.roofline import count_flop
 from perf.run import PARTS, main, parse, select_parts
 from perf.table import REQUIREMENTS, check, compare, read
@@ -20,7 +22,8 @@ from ssd.model import SSD300
 from tiny_ssd import TinyBackbone
 
 CPU = torch.device("cpu")
-load_config = training.load_config
+OTHERS = ("maskrcnn", "retinanet")
+load_config, load_retinanet_config = training.load_config, retinanet_training.load_config
 TINY = BenchSize(
     rounds=1,
     limit_s=0,
@@ -41,6 +44,9 @@ TINY = BenchSize(
     maskrcnn_batch_size=1,
     maskrcnn_image_px=(64, 96),
     maskrcnn_eval_images=2,
+    retinanet_batch_size=1,
+    retinanet_image_px=128,
+    retinanet_eval_images=2,
     memory_images=(32, 128),
     compiled=False,
     traced_steps=1,
@@ -62,6 +68,10 @@ def measured(tmp_path_factory, small_toy):
             patch.setattr(f"perf.maskrcnn.{name}", 4)
         small = ("--backbone", "resnet18", "--box-batch-size-per-image", "16")
         patch.setattr(training, "load_config", lambda context, *flags: load_config(context, *flags, *small))
+        tiny = ("--backbone", "resnet18", "--anchor-sizes", "16,32,64,128,256")
+        for module in (retinanet_training, retinanet_evaluation):
+            patch.setattr(module, "load_config", lambda context, *flags: load_retinanet_config(context, *flags, *tiny))
+        patch.setattr(retinanet_training, "NUM_CLASSES", 91)
         assert main(argv, TINY) == 0
     by_part = {}
     for result in read(file)["results"]:
@@ -73,7 +83,7 @@ def test_every_part_is_measured_against_its_baseline(measured):
     by_part, _ = measured
     assert list(by_part) == list(PARTS)
     with_baseline = {"decode", "resize", "jitter", "encode", "input", "forward", "loss", "step", "detect", "metric"}
-    for part in with_baseline | {name for name in PARTS if name.startswith("maskrcnn")}:
+    for part in with_baseline | {name for name in PARTS if name.startswith(OTHERS)}:
         assert any(result.is_baseline and result.speedup.median > 0 for result in by_part[part])
     for part in ("evaluate", "end-to-end"):
         assert sum(result.is_baseline for result in by_part[part]) >= 2
@@ -99,8 +109,16 @@ def test_every_requirement_has_a_result_that_answers_it(measured):
 
 def test_parts_with_counted_work_have_a_roofline(measured):
     by_part, file = measured
-    counted = ("jitter", "encode", "forward", "loss", "step", "end-to-end")
-    for part in (*counted, "maskrcnn_step", "maskrcnn_backbone", "maskrcnn_mask_head"):
+    counted = ["jitter", "encode", "forward", "loss", "step", "end-to-end"]
+    counted += ["maskrcnn_step", "maskrcnn_backbone", "maskrcnn_mask_head", "retinanet_step", "retinanet_loss"]
+    for part in (
+        *counted,
+        "maskrcnn_step",
+        "maskrcnn_backbone",
+        "maskrcnn_mask_head",
+        "retinanet_step",
+        "retinanet_loss",
+    ):
         optimized = next(result for result in by_part[part] if not result.is_baseline)
         is_rate = optimized.unit.endswith("/s")
         assert optimized.bytes > 0
@@ -171,6 +189,12 @@ ENOUGH = {
     "end_to_end": 4.0,
     "maskrcnn_step": 1.1,
     "maskrcnn_evaluation": 3.1,
+    "retinanet_step": 2.1,
+    "retinanet_loss": 2.1,
+    "retinanet_loss_memory": 3.1,
+    "retinanet_trained_scores": 3.1,
+    "retinanet_early_scores": 3.1,
+    "retinanet_evaluation": 5.1,
 }
 
 
@@ -286,13 +310,13 @@ def test_sizes_match_the_device():
     assert max(bench_size(on_cpu=True).metric_images) == 5000
 
 
-def test_quick_selects_parts_of_ssd_and_maskrcnn_selects_its_own():
+def test_quick_selects_parts_of_ssd_and_other_workloads_select_theirs():
     def parts(*argv):
         return select_parts(parse(list(argv)), on_cpu=True)
 
-    maskrcnn_parts = [name for name in PARTS if name.startswith("maskrcnn_")]
-    assert parts("maskrcnn") == maskrcnn_parts
-    assert parts("step", "maskrcnn") == ["step", *maskrcnn_parts]
-    assert parts("--quick") == [name for name in PARTS if name not in maskrcnn_parts]
+    maskrcnn, retinanet = ([name for name in PARTS if name.startswith(f"{group}_")] for group in OTHERS)
+    assert parts("maskrcnn") == maskrcnn
+    assert parts("step", "retinanet") == ["step", *retinanet]
+    assert parts("--quick") == [name for name in PARTS if name not in maskrcnn + retinanet]
     assert parts() == list(PARTS)
-    assert {"step", "maskrcnn_step", "maskrcnn_evaluation"} <= set(parts("--quick", "--check"))
+    assert {"step", "maskrcnn_step", "maskrcnn_evaluation", "retinanet_step"} <= set(parts("--quick", "--check"))

@@ -1,0 +1,1 @@
+"""Benchmarks of RetinaNet next to torchvision's."""
