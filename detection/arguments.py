@@ -38,13 +38,9 @@ is 2. Only files of an earlier call in the same folder are overwritten.
 EXPORT = """\
 Export a trained network to a file that runs without this program, OUT.onnx or OUT.pt2.
 
-input   images  (B, 3, 300, 300) uint8 RGB, the whole image resized, without other preprocessing
-    output  boxes   (B, D, 4) float32: left, top, right, bottom as fractions of width and height, not clipped
-            labels  (B, D) int64: 1, 2, ... by the categories in the file, 0 without a detection
-            scores  (B, D) float32, descending, 0 without a detection
-
+{interface}
 The graph includes non-maximum suppression. OUT.onnx runs in any ONNX runtime, OUT.pt2 with torch.export.load. The file
-holds the categories as JSON, [{id, name}, ...], under "categories": in ONNX's metadata, or in the extra files of .pt2.
+holds the categories as JSON, [{{id, name}}, ...], as "categories" in the metadata of ONNX or the extra files of .pt2.
 The export compares the file's detections with this program's, on synthetic images or those of --images. The file is
 kept only if they match.
 """
@@ -69,10 +65,12 @@ def parse_predict(argv: Sequence[str], package: str, score: float, batch_size: i
     return parser.parse_args(argv)
 
 
-def parse_export(argv: Sequence[str], package: str) -> argparse.Namespace:
-    """Parse the command line of `export`."""
+def parse_export(argv: Sequence[str], package: str, interface: str) -> argparse.Namespace:
+    """Parse the command line of `export`. interface: inputs and outputs of the workload's network."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {package} export", description=EXPORT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {package} export",
+        description=EXPORT.format(interface=interface),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
     parser.add_argument("out", type=Path, help="file to write, .onnx or .pt2")

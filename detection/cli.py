@@ -49,6 +49,7 @@ class CommandSet:
 
     declare: return the declarations for the shared commands. train: run a rank. predict, export, conformance: run with
     parsed arguments; None if the workload lacks the command. predict_defaults: score threshold and batch size.
+    export_interface: inputs and outputs of the exported network.
     """
 
     package: str
@@ -59,6 +60,7 @@ class CommandSet:
     predict_defaults: tuple[float, int]
     export: Callable[["Namespace"], int] | None = None
     conformance: Callable[["Namespace"], int] | None = None
+    export_interface: str = ""
 
     def names(self) -> list[str]:
         """Return the commands that this workload has."""
@@ -115,7 +117,7 @@ def run_tool(name: str, flags: Sequence[str], commands: CommandSet) -> int:
         return commands.predict(arguments.parse_predict(flags, commands.package, *commands.predict_defaults))
     if name == "export":
         assert commands.export
-        return commands.export(arguments.parse_export(flags, commands.package))
+        return commands.export(arguments.parse_export(flags, commands.package, commands.export_interface))
     assert commands.conformance
     return commands.conformance(arguments.parse_conformance(flags, commands.package))
 

@@ -43,7 +43,16 @@ def conformance(arguments: Namespace) -> int:
     return SUITE.run(arguments)
 
 
-COMMANDS = cli.CommandSet("ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance)
+EXPORT_INTERFACE = """\
+    input   images  (B, 3, 300, 300) uint8 RGB, the whole image resized, without other preprocessing
+    output  boxes   (B, D, 4) float32: left, top, right, bottom as fractions of width and height, not clipped
+            labels  (B, D) int64: 1, 2, ... by the categories in the file, 0 without a detection
+            scores  (B, D) float32, descending, 0 without a detection
+"""
+
+COMMANDS = cli.CommandSet(
+    "ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance, export_interface=EXPORT_INTERFACE
+)
 
 if __name__ == "__main__":
     stdio.ignore_write_errors()

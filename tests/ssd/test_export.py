@@ -7,8 +7,9 @@ from PIL import Image
 from torch import nn
 
 import commands
-from ssd import export
+from detection.evaluation import export
 from ssd.anchors import NUM_ANCHORS, make_anchors
+from ssd.export import OUTPUTS
 from ssd.export_module import ExportableSSD
 from ssd.model import SSD300
 from ssd.postprocess import detect
@@ -68,7 +69,7 @@ def test_onnx_postprocessing_matches_detect_for_any_number_of_images(tmp_path):
     dynamic = {0: torch.export.Dim("batch")}
     module = PostprocessOnly(nn.Identity(), **SETTINGS).eval()
     program = torch.export.export(module, inputs, dynamic_shapes=(dynamic, dynamic))
-    export.save_onnx(program, tmp_path / "module.onnx", ["deltas", "logits"], {})
+    export.write_onnx(program, tmp_path / "module.onnx", ["deltas", "logits"], OUTPUTS, {})
     session = onnxruntime.InferenceSession(tmp_path / "module.onnx", providers=["CPUExecutionProvider"])
     ties = torch.zeros(1, NUM_ANCHORS, 4), torch.zeros(1, NUM_ANCHORS, 4)
     ties[1][:, ::3, 2] = 1.0
@@ -117,8 +118,8 @@ def test_onnx_export_matches_the_checkpoint(tmp_path, capsys, batch_size):
 def fake_export(monkeypatch):
     """Replace the slow export: the file is empty, and the network itself, with shifted boxes, stands for it."""
     models = []
-    monkeypatch.setattr(export, "trace", lambda model, batch_size: models.append(model))
-    monkeypatch.setattr(export, "write_pt2", lambda program, network, path: path.touch())
+    monkeypatch.setattr(export.ExportJob, "trace", lambda job: models.append(job.module.eval()))
+    monkeypatch.setattr(export, "write_pt2", lambda program, path, metadata: path.touch())
 
     def set_offset(offset):
         def load_pt2(path):
