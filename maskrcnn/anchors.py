@@ -48,11 +48,21 @@ def make_anchors(
     height_px: int, width_px: int, device: torch.device, *, legacy: bool, sizes_px: tuple[int, ...] = SIZES_PX
 ) -> Tensor:
     """Return all anchors (A, 4) xyxy in pixels, for padded images of this size."""
-    levels = []
-    for size, stride, (rows, columns) in zip(sizes_px, STRIDES_PX, grid_hw(height_px, width_px), strict=True):
-        y, x = (torch.arange(count, device=device) * stride for count in (rows, columns))
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-        cell = device_constant([side for shape in cell_anchors(size, stride, legacy=legacy) for side in shape], device)
-        levels.append((shifts + cell.view(-1, 4)).reshape(-1, 4))
-    return torch.cat(levels)
+    grids = grid_hw(height_px, width_px)
+    return torch.cat(
+        [
+            make_level_anchors(*grid, device, size_px=size, stride_px=stride, legacy=legacy)
+            for size, stride, grid in zip(sizes_px, STRIDES_PX, grids, strict=True)
+        ]
+    )
+
+
+def make_level_anchors(
+    rows: int, columns: int, device: torch.device, *, size_px: int, stride_px: int, legacy: bool
+) -> Tensor:
+    """Return the anchors (rows · columns · 3, 4) of one level."""
+    y, x = (torch.arange(count, device=device) * stride_px for count in (rows, columns))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+    cell = [side for anchor in cell_anchors(size_px, stride_px, legacy=legacy) for side in anchor]
+    return (shifts + device_constant(cell, device).view(-1, 4)).reshape(-1, 4)

@@ -28,10 +28,11 @@ class TrainedModel:
     max_size_px: int
 
 
-def load(path: Path, score_threshold: float) -> TrainedModel:
+def load(path: Path, score_threshold: float | None) -> TrainedModel:
     """Read a checkpoint of a run, or torchvision's. Raise InputError if the file cannot be used.
 
-    The model drops detections below score_threshold. A checkpoint without category names gets numbers for names.
+    The model drops detections below score_threshold, by default that of the run's evaluation. A checkpoint without
+    category names gets numbers for names.
     """
     loaded = weights.read(path)
     config = resolve_config(loaded, score_threshold, path)
@@ -42,15 +43,17 @@ def load(path: Path, score_threshold: float) -> TrainedModel:
     return TrainedModel(model, categories, config.min_image_size, config.max_image_size)
 
 
-def resolve_config(loaded: Weights, score_threshold: float, path: Path) -> Config:
+def resolve_config(loaded: Weights, score_threshold: float | None, path: Path) -> Config:
     """Return the settings with which the weights were trained. Raise InputError if the file does not hold them."""
     if loaded.origin == TORCHVISION:
-        flags = ["--variant", "torchvision", "--score-threshold", str(score_threshold)]
-        return load_config([*flags, "--num-classes", str(num_classes(loaded.state))], {}).config
+        flags = ["--variant", "torchvision", "--num-classes", str(num_classes(loaded.state))]
+        flags += [] if score_threshold is None else ["--score-threshold", str(score_threshold)]
+        return load_config(flags, {}).config
     if not loaded.settings:
         raise InputError(f"{path}: holds no settings of its network. Name a file of a run's checkpoints/.")
     # The shared settings concern where and how fast a run trains, not the network.
     names = {field.name for field in fields(Config)} - {field.name for field in fields(RunConfig)}
     values = {name: value for name, value in loaded.settings.items() if name in names}
-    values |= {"num_classes": num_classes(loaded.state), "score_threshold": score_threshold}
+    values |= {"num_classes": num_classes(loaded.state)}
+    values |= {} if score_threshold is None else {"score_threshold": score_threshold}
     return Config(**values)

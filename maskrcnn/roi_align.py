@@ -34,7 +34,7 @@ class Rois(NamedTuple):
 
 def flatten_rois(boxes_xyxy: Tensor) -> Rois:
     """Return the ROIs of boxes (B, P, 4) of B images, R = B · P."""
-    images = torch.arange(len(boxes_xyxy), device=boxes_xyxy.device)
+    images = torch.arange(boxes_xyxy.shape[0], device=boxes_xyxy.device)
     return Rois(boxes_xyxy.flatten(0, 1), images.repeat_interleave(boxes_xyxy.shape[1]))
 
 

@@ -6,9 +6,8 @@ D detections per image.
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.while_loop import while_loop
 
-from detection.boxes import pairwise_iou
+from detection.nn.traceable_nms import nms_keep_mask, stable_topk
 from ssd import augment
 from ssd.anchors import Anchors, make_anchors
 from ssd.box_coder import decode
@@ -47,36 +46,8 @@ class ExportableSSD(nn.Module):
         rows = torch.arange(deltas.shape[0], device=deltas.device)[:, None, None]
         anchors = Anchors(self.anchors_cxcywh, self.anchors_xyxy)
         boxes = decode(deltas[rows, anchor].float(), anchors[anchor])
-        score = torch.where(nms_keep_mask(boxes, candidate, self.nms_threshold), score, 0).flatten(1)
+        score = torch.where(nms_keep_mask(boxes, candidate, self.nms_threshold, drop_equal=True), score, 0).flatten(1)
         score, index = stable_topk(score, self.max_detections)
         labels = torch.where(score > 0, index // anchor.shape[-1] + 1, 0)
         boxes = boxes.flatten(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
         return boxes, labels, score
-
-
-def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest values of the last dimension, and their indices. Ties keep their order."""
-    values, indices = scores.sort(dim=-1, descending=True, stable=True)
-    return values[..., :count], indices[..., :count]
-
-
-def nms_keep_mask(boxes_xyxy: Tensor, candidate: Tensor, nms_threshold: float) -> Tensor:
-    """Apply NMS to the candidates (B, C, W) among boxes (B, C, W, 4), sorted best first: (B, C, W) bool.
-
-    The loop is that of `ssd.postprocess.nms_keep_mask`.
-    """
-    width = candidate.shape[-1]
-    better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
-    suppresses = ((pairwise_iou(boxes_xyxy, boxes_xyxy) >= nms_threshold) & better).float()
-
-    def cond(keep: Tensor, previous: Tensor, suppresses: Tensor, candidate: Tensor) -> Tensor:
-        return (keep != previous).any()
-
-    def body(
-        keep: Tensor, previous: Tensor, suppresses: Tensor, candidate: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        is_suppressed = torch.matmul(keep.unsqueeze(-2).float(), suppresses).squeeze(-2) > 0
-        return candidate & ~is_suppressed, keep.clone(), suppresses.clone(), candidate.clone()
-
-    keep: Tensor = while_loop(cond, body, (candidate, ~candidate, suppresses, candidate.clone()))[0]
-    return keep

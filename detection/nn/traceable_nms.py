@@ -66,16 +66,20 @@ def select_best(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, count:
         is_class = torch.arange(classes, device=best.device)[None, :, None] == of_class
         left = torch.where(is_class & is_dropped[:, None], 0.0, left)
         is_slot = slots == slot
-        return slot + 1, left, torch.where(is_slot, best[:, None], index), torch.where(is_slot, score[:, None], top), (
-            boxes.clone()
+        return (
+            slot + 1,
+            left,
+            torch.where(is_slot, best[:, None], index),
+            torch.where(is_slot, score[:, None], top),
+            (boxes.clone()),
         )
 
     initial = (
         torch.zeros((), dtype=torch.int64, device=scores.device),
-        scores,
+        scores.contiguous(),
         torch.zeros(batch, count, dtype=torch.int64, device=scores.device),
         scores.new_zeros(batch, count),
-        boxes_xyxy,
+        boxes_xyxy.contiguous(),
     )
     _, _, index, top, _ = while_loop(cond, body, initial)
     return top, index

@@ -1,0 +1,79 @@
+"""Export of a trained Mask R-CNN to a file that runs without this program.
+
+    python -m maskrcnn export CHECKPOINT OUT.onnx|OUT.pt2
+
+`maskrcnn/__main__.py` documents inputs and outputs. `detection/evaluation/export.py` writes the file and reads it back.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from detection.data import image_io
+from detection.evaluation import export
+from detection.evaluation.export import Comparison, ExportedNetwork, ExportJob
+from maskrcnn import pretrained
+from maskrcnn.data import STRIDE_PX, pad_to_batch, resized_hw, stack_sizes
+from maskrcnn.export_module import ExportableMaskRCNN
+from maskrcnn.model import MaskRCNN
+
+OUTPUTS = ("boxes", "labels", "scores", "masks")
+
+
+def main(arguments: Namespace) -> int:
+    """Export and verify the network, and return the exit status."""
+    return export.main(arguments, prepare)
+
+
+def prepare(arguments: Namespace) -> ExportJob:
+    """Read the network and the images for the verification. Raise InputError if one cannot be used."""
+    network = pretrained.load(arguments.checkpoint, arguments.score)
+    model, batch_size = network.model, arguments.batch_size
+    # Its kernel becomes one operator of ONNX.
+    model.config = replace(model.config, roi_align="torchvision")
+    limits = network.min_size_px, network.max_size_px
+    images = [
+        image_io.resize(image, resized_hw(image.shape[1:], *limits)) for image in export.read_images(arguments.images)
+    ]
+    batch = batch_size or 2
+    sides = {2: STRIDE_PX * Dim("rows", min=2, max=256), 3: STRIDE_PX * Dim("columns", min=2, max=256)}
+    any_batch = {} if batch_size else {0: Dim("batch")}
+    return ExportJob(
+        module=ExportableMaskRCNN(model),
+        example={
+            "images": torch.zeros(batch, 3, 3 * STRIDE_PX, 5 * STRIDE_PX, dtype=torch.uint8),
+            "sizes_hw": torch.tensor([[3 * STRIDE_PX, 5 * STRIDE_PX]]).repeat(batch, 1),
+        },
+        dynamic_shapes={"images": any_batch | sides, "sizes_hw": any_batch},
+        outputs=OUTPUTS,
+        categories=network.categories,
+        score=model.config.score_threshold,
+        verify=partial(verify_export, model, images, batch_size),
+    )
+
+
+@torch.inference_mode()
+def verify_export(model: MaskRCNN, images: Sequence[Tensor], batch_size: int, exported: ExportedNetwork) -> str:
+    """Compare the exported network's detections with this program's, and summarize. Raise InputError on a mismatch."""
+    comparison = Comparison()
+    for batch, num_images in export.make_batches(images, batch_size):
+        pixels, sizes_hw = pad_to_batch(batch).contiguous(), stack_sizes(batch)
+        boxes, scores, labels, masks = model(pixels, sizes_hw)
+        expected = boxes, labels, scores, masks
+        actual = exported(pixels, sizes_hw)
+        for index in range(num_images):
+            rows = []
+            for boxes, labels, scores, masks in (expected, actual):
+                valid = labels[index] > 0
+                fractions = boxes[index, valid] / max(pixels.shape[2:])
+                rows += [
+                    labels[index, valid],
+                    torch.cat([fractions, scores[index, valid, None], masks[index, valid].flatten(1)], dim=1),
+                ]
+            comparison.add(*rows)
+    return comparison.summarize(model.config.score_threshold)
