@@ -51,7 +51,7 @@ def select_best(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, count:
     slots = torch.arange(count, device=scores.device)
 
     def cond(slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor) -> Tensor:
-        return (slot < count) & (left.amax() > 0)
+        return (slot < count) & (left > 0).any()
 
     def body(
         slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor
