@@ -45,7 +45,7 @@ def export(arguments: Namespace) -> int:
 
 EXPORT_INTERFACE = """\
     input   images    (B, 3, H, W) uint8 RGB, resized (short side 800, long side at most 1333 in MLPerf's settings) and
-                      padded right and below to multiples of 32, without other preprocessing
+                      padded right and below to multiples of 32, at least 96, without other preprocessing
             sizes_hw  (B, 2) int64, height and width without the padding
     output  boxes     (B, D, 4) float32: left, top, right, bottom in pixels of the resized image, without the last pixel
                       (width is right - left + 1) except in the torchvision variant

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim
 
@@ -23,6 +24,8 @@ from maskrcnn.export_module import ExportableMaskRCNN
 from maskrcnn.model import MaskRCNN
 
 OUTPUTS = ("boxes", "labels", "scores", "masks")
+# P6 of smaller images has a side of 1. A dynamic size may not become 1, because that size would broadcast.
+MIN_SIDE_PX, MAX_SIDE_PX = 3 * STRIDE_PX, 256 * STRIDE_PX
 
 
 def main(arguments: Namespace) -> int:
@@ -36,18 +39,19 @@ def prepare(arguments: Namespace) -> ExportJob:
     model, batch_size = network.model, arguments.batch_size
     # Its kernel becomes one operator of ONNX.
     model.config = replace(model.config, roi_align="torchvision")
-    limits = network.min_size_px, network.max_size_px
     images = [
-        image_io.resize(image, resized_hw(image.shape[1:], *limits)) for image in export.read_images(arguments.images)
+        image_io.resize(image, resized_hw(image.shape[1:], network.min_size_px, network.max_size_px))
+        for image in export.read_images(arguments.images)
     ]
     batch = batch_size or 2
-    sides = {2: STRIDE_PX * Dim("rows", min=2, max=256), 3: STRIDE_PX * Dim("columns", min=2, max=256)}
+    limits = {"min": MIN_SIDE_PX // STRIDE_PX, "max": MAX_SIDE_PX // STRIDE_PX}
+    sides = {2: STRIDE_PX * Dim("rows", **limits), 3: STRIDE_PX * Dim("columns", **limits)}
     any_batch = {} if batch_size else {0: Dim("batch")}
     return ExportJob(
         module=ExportableMaskRCNN(model),
         example={
-            "images": torch.zeros(batch, 3, 3 * STRIDE_PX, 5 * STRIDE_PX, dtype=torch.uint8),
-            "sizes_hw": torch.tensor([[3 * STRIDE_PX, 5 * STRIDE_PX]]).repeat(batch, 1),
+            "images": torch.zeros(batch, 3, 4 * STRIDE_PX, 5 * STRIDE_PX, dtype=torch.uint8),
+            "sizes_hw": torch.tensor([[4 * STRIDE_PX, 5 * STRIDE_PX]]).repeat(batch, 1),
         },
         dynamic_shapes={"images": any_batch | sides, "sizes_hw": any_batch},
         outputs=OUTPUTS,
@@ -57,12 +61,19 @@ def prepare(arguments: Namespace) -> ExportJob:
     )
 
 
+def pad_images(images: Sequence[Tensor]) -> Tensor:
+    """Stack images (3, h, w) to an input of the exported network, (B, 3, H, W)."""
+    pixels = pad_to_batch(images)
+    missing = [max(MIN_SIDE_PX - side, 0) for side in pixels.shape[2:]]
+    return F.pad(pixels, (0, missing[1], 0, missing[0])).contiguous()
+
+
 @torch.inference_mode()
 def verify_export(model: MaskRCNN, images: Sequence[Tensor], batch_size: int, exported: ExportedNetwork) -> str:
     """Compare the exported network's detections with this program's, and summarize. Raise InputError on a mismatch."""
     comparison = Comparison()
     for batch, num_images in export.make_batches(images, batch_size):
-        pixels, sizes_hw = pad_to_batch(batch).contiguous(), stack_sizes(batch)
+        pixels, sizes_hw = pad_images(batch), stack_sizes(batch)
         boxes, scores, labels, masks = model(pixels, sizes_hw)
         expected = boxes, labels, scores, masks
         actual = exported(pixels, sizes_hw)

@@ -26,8 +26,8 @@ def checkpoint(tmp_path_factory):
         freeze_batch_norm=False,
         batch_norm_eps=1e-5,
         input_format="imagenet-rgb",
-        min_image_size=64,
-        max_image_size=96,
+        min_image_size=96,
+        max_image_size=128,
         anchor_sizes=(8, 16, 32, 64, 96),
         rpn_pre_nms_top_n_eval=100,
         rpn_post_nms_top_n_eval=60,
@@ -49,11 +49,11 @@ def check_sizes(checkpoint, exported):
     model = pretrained.load(checkpoint, None).model
     generator = torch.Generator().manual_seed(1)
     num_detections = []
-    for height, width in ((64, 96), (96, 64), (64, 64)):
+    for height, width in ((96, 128), (128, 96), (30, 103)):
         images = [torch.randint(0, 256, (3, height, width - 7), dtype=torch.uint8, generator=generator)] * 2
         assert "detections match" in export.verify_export(model, images, 0, exported)
         sizes_hw = export.stack_sizes(images)
-        boxes, labels, scores, masks = exported(export.pad_to_batch(images).contiguous(), sizes_hw)
+        boxes, labels, scores, masks = exported(export.pad_images(images), sizes_hw)
         num_detections += (labels > 0).sum(dim=1).tolist()
         unused = labels == 0
         assert not any(part[unused].any() for part in (boxes, scores, masks))
