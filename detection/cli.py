@@ -48,7 +48,7 @@ class CommandSet:
     """Commands of a workload. Each function imports what it needs.
 
     declare: return the declarations for the shared commands. train: run a rank. predict, export, conformance: run with
-    parsed arguments; None if the workload lacks the command. predict_defaults: score threshold and batch size.
+    parsed arguments. predict_defaults: score threshold and batch size.
     export_interface: inputs and outputs of the exported network.
     """
 
@@ -58,13 +58,9 @@ class CommandSet:
     train: Callable[[list[str]], int]
     predict: Callable[["Namespace"], int]
     predict_defaults: tuple[float, int]
-    export: Callable[["Namespace"], int] | None = None
-    conformance: Callable[["Namespace"], int] | None = None
-    export_interface: str = ""
-
-    def names(self) -> list[str]:
-        """Return the commands that this workload has."""
-        return [name for name in HELP if getattr(self, name, True) is not None]
+    export: Callable[["Namespace"], int]
+    conformance: Callable[["Namespace"], int]
+    export_interface: str
 
 
 @report_errors
@@ -74,12 +70,9 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
     if name in ("", "-h", "--help"):
         print(usage(commands))
         return 0
-    if name not in commands.names():
-        if name in HELP:
-            problem = f"not available for {commands.title}"
-        else:
-            nearest = difflib.get_close_matches(name, commands.names(), n=1)
-            problem = "no such command" + (f". Did you mean {nearest[0]}?" if nearest else "")
+    if name not in HELP:
+        nearest = difflib.get_close_matches(name, HELP, n=1)
+        problem = "no such command" + (f". Did you mean {nearest[0]}?" if nearest else "")
         raise InputError(f"{name}: {problem} (`python -m {commands.package}` lists the commands)")
     if name in ("predict", "export", "conformance"):
         return run_tool(name, flags, commands)
@@ -105,7 +98,7 @@ def usage(commands: CommandSet) -> str:
     """Return the list of commands."""
     package = commands.package
     lines = [f"usage: python -m {package} COMMAND [--help] ...", "", f"Commands of {commands.title}:", ""]
-    lines += [f"  {name:<12} {HELP[name]}" for name in commands.names()]
+    lines += [f"  {name:<12} {text}" for name, text in HELP.items()]
     return "\n".join([*lines, "", f"`python -m {package} COMMAND --help` explains a command."])
 
 
@@ -116,9 +109,7 @@ def run_tool(name: str, flags: Sequence[str], commands: CommandSet) -> int:
     if name == "predict":
         return commands.predict(arguments.parse_predict(flags, commands.package, *commands.predict_defaults))
     if name == "export":
-        assert commands.export
         return commands.export(arguments.parse_export(flags, commands.package, commands.export_interface))
-    assert commands.conformance
     return commands.conformance(arguments.parse_conformance(flags, commands.package))
 
 

@@ -63,7 +63,7 @@ COMMANDS = cli.CommandSet(
     (0.5, 4),
     export,
     conformance,
-    export_interface=EXPORT_INTERFACE,
+    EXPORT_INTERFACE,
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from detection.data import image_io
 from detection.evaluation import export
-from detection.evaluation.export import Comparison, ExportedNetwork, ExportJob
+from detection.evaluation.export import ExportJob, ImageOutputs
 from maskrcnn import pretrained
 from maskrcnn.data import STRIDE_PX, pad_to_batch, resized_hw, stack_sizes
 from maskrcnn.export_module import ExportableMaskRCNN
@@ -57,34 +57,21 @@ def prepare(arguments: Namespace) -> ExportJob:
         outputs=OUTPUTS,
         categories=network.categories,
         score=model.config.score_threshold,
-        verify=partial(verify_export, model, images, batch_size),
+        images=images,
+        batch_size=batch_size,
+        make_inputs=make_inputs,
+        detect=partial(detect_images, model),
     )
 
 
-def pad_images(images: Sequence[Tensor]) -> Tensor:
-    """Stack images (3, h, w) to an input of the exported network, (B, 3, H, W)."""
+def detect_images(model: MaskRCNN, pixels: Tensor, sizes_hw: Tensor) -> list[ImageOutputs]:
+    """Return this program's detections on resized and padded images (B, 3, H, W)."""
+    boxes, scores, labels, masks = model(pixels, sizes_hw)
+    return export.drop_padding([boxes, labels, scores, masks])
+
+
+def make_inputs(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack images (3, h, w) to inputs of the exported network: pixels (B, 3, H, W) and sizes (B, 2)."""
     pixels = pad_to_batch(images)
     missing = [max(MIN_SIDE_PX - side, 0) for side in pixels.shape[2:]]
-    return F.pad(pixels, (0, missing[1], 0, missing[0])).contiguous()
-
-
-@torch.inference_mode()
-def verify_export(model: MaskRCNN, images: Sequence[Tensor], batch_size: int, exported: ExportedNetwork) -> str:
-    """Compare the exported network's detections with this program's, and summarize. Raise InputError on a mismatch."""
-    comparison = Comparison()
-    for batch, num_images in export.make_batches(images, batch_size):
-        pixels, sizes_hw = pad_images(batch), stack_sizes(batch)
-        boxes, scores, labels, masks = model(pixels, sizes_hw)
-        expected = boxes, labels, scores, masks
-        actual = exported(pixels, sizes_hw)
-        for index in range(num_images):
-            rows = []
-            for boxes, labels, scores, masks in (expected, actual):
-                valid = labels[index] > 0
-                fractions = boxes[index, valid] / max(pixels.shape[2:])
-                rows += [
-                    labels[index, valid],
-                    torch.cat([fractions, scores[index, valid, None], masks[index, valid].flatten(1)], dim=1),
-                ]
-            comparison.add(*rows)
-    return comparison.summarize(model.config.score_threshold)
+    return F.pad(pixels, (0, missing[1], 0, missing[0])).contiguous(), stack_sizes(images)

@@ -65,7 +65,6 @@ class ExportableMaskRCNN(nn.Module):
             decoded = box_coder.decode(
                 level_deltas.gather(1, index[..., None].expand(-1, -1, 4)),
                 F.pad(anchors, (0, 0, 0, width))[index],
-                box_coder.RPN_WEIGHTS,
                 legacy=legacy,
             )
             boxes.append(box_coder.clip(decoded, sizes_hw[:, None], legacy=legacy))
@@ -93,12 +92,15 @@ class ExportableMaskRCNN(nn.Module):
         candidate = (scores > config.score_threshold) & valid[:, None]
         if not legacy:
             candidate = candidate & (box_coder.widths_heights(boxes, legacy=legacy) >= MIN_DETECTION_PX).all(dim=-1)
+        labels = torch.arange(1, logits.shape[2], device=logits.device)[None, :, None].expand_as(scores)
+        boxes, labels = boxes.flatten(1, 2), labels.flatten(1)
         top, index = select_best(
             box_coder.to_exclusive(boxes, legacy=legacy),
-            torch.where(candidate, scores, 0.0),
+            torch.where(candidate, scores, 0.0).flatten(1),
+            labels,
             config.nms_threshold,
             config.max_detections,
         )
         is_kept = top > 0
-        top_boxes = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
-        return top_boxes * is_kept[..., None], (index // scores.shape[2] + 1) * is_kept, top
+        top_boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return top_boxes * is_kept[..., None], labels.gather(1, index) * is_kept, top

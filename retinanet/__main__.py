@@ -28,6 +28,13 @@ def predict(arguments: Namespace) -> int:
     return main(arguments)
 
 
+def export(arguments: Namespace) -> int:
+    """Export a trained network."""
+    from retinanet.export import main
+
+    return main(arguments)
+
+
 def conformance(arguments: Namespace) -> int:
     """Compare with the MLPerf reference."""
     from retinanet.conformance import SUITE
@@ -35,7 +42,17 @@ def conformance(arguments: Namespace) -> int:
     return SUITE.run(arguments)
 
 
-COMMANDS = cli.CommandSet("retinanet", "RetinaNet", declare, train, predict, (0.3, 4), conformance=conformance)
+EXPORT_INTERFACE = """\
+    input   images    (B, 3, H, W) uint8 RGB, not resized, padded right and below to the largest of the batch
+            sizes_hw  (B, 2) int64, height and width without the padding
+    output  boxes     (B, D, 4) float32: left, top, right, bottom in pixels of the image
+            labels    (B, D) int64: 1, 2, ... by the categories in the file, 0 without a detection
+            scores    (B, D) float32, descending, 0 without a detection
+"""
+
+COMMANDS = cli.CommandSet(
+    "retinanet", "RetinaNet", declare, train, predict, (0.3, 4), export, conformance, EXPORT_INTERFACE
+)
 
 if __name__ == "__main__":
     sys.exit(cli.main(sys.argv[1:], COMMANDS))

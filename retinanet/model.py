@@ -51,7 +51,7 @@ class RetinaNet(nn.Module):
 
 def rows_of_anchors(maps: Tensor, width: int) -> Tensor:
     """Return maps (B, 9·width, h, w) as rows (B, h·w·9, width). Channels-last maps are not copied."""
-    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, width)
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, width)
 
 
 def make_model(config: Config) -> RetinaNet:

@@ -26,7 +26,7 @@ def normalize_and_resize(images: Tensor, sizes_hw: Tensor, flips: Tensor | None,
             torch.where(flips[:, None], values.flip(-1), values) for values in (columns, column_weight)
         )
     pixels = images.permute(0, 2, 3, 1)  # the three channels of a pixel are read together
-    image = torch.arange(len(images), device=images.device)[:, None, None]
+    image = torch.arange(images.shape[0], device=images.device)[:, None, None]
 
     def resized_row(row: Tensor) -> Tensor:
         left, right = (pixels[image, row[:, :, None], column[:, None, :]].float() for column in columns)

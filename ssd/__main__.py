@@ -50,9 +50,7 @@ EXPORT_INTERFACE = """\
             scores  (B, D) float32, descending, 0 without a detection
 """
 
-COMMANDS = cli.CommandSet(
-    "ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance, export_interface=EXPORT_INTERFACE
-)
+COMMANDS = cli.CommandSet("ssd", "SSD300", declare, train, predict, (0.3, 8), export, conformance, EXPORT_INTERFACE)
 
 if __name__ == "__main__":
     stdio.ignore_write_errors()

@@ -6,7 +6,6 @@
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from detection.data import image_io
 from detection.evaluation import export
-from detection.evaluation.export import Comparison, ExportedNetwork, ExportJob
+from detection.evaluation.export import ExportJob, ImageOutputs
 from ssd import augment, pretrained
 from ssd.anchors import IMAGE_SIZE_PX, make_anchors
 from ssd.export_module import ExportableSSD
@@ -47,34 +46,23 @@ def prepare(arguments: Namespace) -> ExportJob:
         outputs=OUTPUTS,
         categories=network.categories,
         score=score,
-        verify=partial(verify_export, network, score, images, batch_size),
+        images=images,
+        batch_size=batch_size,
+        make_inputs=lambda batch: (torch.stack(list(batch)),),
+        detect=partial(detect_images, network, score),
+        boxes_in_pixels=False,
     )
 
 
-@torch.inference_mode()
-def verify_export(
-    network: TrainedModel, score: float, images: Sequence[Tensor], batch_size: int, exported: ExportedNetwork
-) -> str:
-    """Compare the exported network's detections with this program's, and summarize. Raise InputError on a mismatch."""
-    comparison = Comparison()
-    for batch, num_images in export.make_batches(images, batch_size):
-        pixels = torch.stack(batch)
-        deltas, logits = network.model(augment.normalize(augment.to_float(pixels)))
-        expected = detect(
-            deltas,
-            logits,
-            make_anchors(),
-            score_threshold=score,
-            nms_threshold=network.nms_threshold,
-            max_detections=network.max_detections,
-        )
-        boxes, labels, scores = exported(pixels)
-        for index in range(num_images):
-            in_image, valid = expected.batch_index == index, scores[index] > 0
-            comparison.add(
-                expected.labels[in_image],
-                torch.cat([expected.boxes_xyxy[in_image], expected.scores[in_image, None]], dim=1),
-                labels[index, valid],
-                torch.cat([boxes[index, valid], scores[index, valid, None]], dim=1),
-            )
-    return comparison.summarize(score)
+def detect_images(network: TrainedModel, score: float, images: Tensor) -> list[ImageOutputs]:
+    """Return this program's detections on images (B, 3, 300, 300)."""
+    deltas, logits = network.model(augment.normalize(augment.to_float(images)))
+    detections = detect(
+        deltas,
+        logits,
+        make_anchors(),
+        score_threshold=score,
+        nms_threshold=network.nms_threshold,
+        max_detections=network.max_detections,
+    )
+    return export.split_by_image(detections, len(images))

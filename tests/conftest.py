@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +55,16 @@ def small_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_copy(small_toy: Path, tmp_path: Path) -> Path:
     """Copy of `small_toy` that a test may modify."""
     return shutil.copytree(small_toy, tmp_path / "data")
+
+
+@pytest.fixture
+def python_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the loops of exported networks in Python. Outside of an export, torch takes seconds to trace them."""
+    from detection.nn import traceable_nms
+
+    def run_loop(cond: Any, body: Any, values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        while cond(*values):
+            values = body(*values)
+        return values
+
+    monkeypatch.setattr(traceable_nms, "while_loop", run_loop)

@@ -11,6 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from detection import atomic_file
 from detection.config.settings import InputError
 from detection.data import coco, image_io, pillow_io
 from detection.data.coco import Category
+from detection.nn.detections import Detections
 from detection.synthetic import toy
 
 NUM_SYNTHETIC_IMAGES = 8
@@ -33,15 +35,21 @@ TOLERANCE = 1e-3
 MIN_MATCH_RATE = 0.99
 
 ExportedNetwork = Callable[..., Sequence[Tensor]]
+# Boxes (D, 4), labels (D,), scores (D,) and, if the network has them, masks (D, S, S).
+ImageOutputs = Sequence[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    """Network to export.
+    """Network to export, and what verifies the export.
 
-    module: network with preprocessing and postprocessing. example: inputs by name. dynamic_shapes: as in torch.export.
-    outputs: names. categories: of the labels 1, 2, ... score: threshold of the detections. verify: compares the
-    exported network with this program, and summarizes; raises InputError on a mismatch.
+    module: network with preprocessing and postprocessing, whose outputs are boxes, labels, scores and, if it has them,
+    masks, with label 0 where there is no detection. example: inputs by name. dynamic_shapes: as in torch.export.
+    outputs: names. categories: of the labels 1, 2, ... score: threshold of the detections.
+
+    images: for the verification, (3, h, w) uint8. batch_size: of a call, or 0 for any. make_inputs: returns the inputs
+    for a batch of images. detect: returns this program's detections from these inputs, image by image. boxes_in_pixels:
+    rather than in fractions of the image.
     """
 
     module: nn.Module
@@ -50,7 +58,11 @@ class ExportJob:
     outputs: Sequence[str]
     categories: Sequence[Category]
     score: float
-    verify: Callable[[ExportedNetwork], str]
+    images: Sequence[Tensor]
+    batch_size: int
+    make_inputs: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    detect: Callable[..., Sequence[ImageOutputs]]
+    boxes_in_pixels: bool = True
 
     def trace(self) -> torch.export.ExportedProgram:
         """Trace the network to a graph."""
@@ -82,7 +94,7 @@ def main(arguments: Namespace, prepare: Callable[[Namespace], ExportJob]) -> int
         else:
             write_pt2(job.trace(), partial, job.metadata())
             exported = load_pt2(partial)
-        print(job.verify(exported))
+        print(verify(job, exported))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, scores from {job.score}")
     return 0
 
@@ -163,16 +175,44 @@ def load_onnx(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Expo
     return run
 
 
+@torch.inference_mode()
+def verify(job: ExportJob, exported: ExportedNetwork) -> str:
+    """Compare the exported network's detections with this program's, and summarize. Raise InputError on a mismatch."""
+    comparison = Comparison()
+    for batch, num_images in make_batches(job.images, job.batch_size):
+        inputs = job.make_inputs(batch)
+        box_unit = max(inputs[0].shape[2:]) if job.boxes_in_pixels else 1
+        pairs = zip(job.detect(*inputs), drop_padding(exported(*inputs)), strict=True)
+        for expected, actual in islice(pairs, num_images):
+            comparison.add(expected, actual, box_unit)
+    return comparison.summarize(job.score)
+
+
+def split_by_image(detections: Detections, num_images: int) -> list[ImageOutputs]:
+    """Return boxes, labels and scores of each image of a batch."""
+    batch_index, boxes, labels, scores = detections
+    return [(boxes[rows], labels[rows], scores[rows]) for rows in (batch_index == image for image in range(num_images))]
+
+
+def drop_padding(outputs: Sequence[Tensor]) -> list[ImageOutputs]:
+    """Return the outputs (B, D, ...) of each image without the rows of label 0."""
+    return [tuple(part[image, rows] for part in outputs) for image, rows in enumerate(outputs[1] > 0)]
+
+
 class Comparison:
     """Comparison of the exported network's detections with this program's, image by image."""
 
     def __init__(self) -> None:
         self.num_images, self.num_detections, self.num_matched, self.max_diff = 0, 0, 0, 0.0
 
-    def add(self, labels: Tensor, values: Tensor, exported_labels: Tensor, exported_values: Tensor) -> None:
-        """Add an image: labels (D,), and the values (D, V) that are compared. The numbers of detections may differ."""
-        diffs = (values[:, None] - exported_values).abs().amax(dim=-1)
-        diffs[labels[:, None] != exported_labels] = torch.inf
+    def add(self, expected: ImageOutputs, actual: ImageOutputs, box_unit: float) -> None:
+        """Add an image. The numbers of detections may differ. Boxes in this unit are fractions of the image."""
+        (labels, values), (actual_labels, actual_values) = (
+            (labels, torch.cat([boxes / box_unit, scores[:, None], *(mask.flatten(1) for mask in masks)], dim=1))
+            for boxes, labels, scores, *masks in (expected, actual)
+        )
+        diffs = (values[:, None] - actual_values).abs().amax(dim=-1)
+        diffs[labels[:, None] != actual_labels] = torch.inf
         nearest = diffs.amin(dim=1) if diffs.shape[1] else diffs.new_zeros(0)
         nearest = nearest[nearest <= TOLERANCE]
         self.num_images += 1

@@ -1,6 +1,6 @@
 """NMS for exported networks: no shape depends on a value, and its loops are part of the graph.
 
-Shapes: W boxes that may suppress each other, D detections.
+Shapes: B images, N boxes of an image, W boxes that may suppress each other.
 """
 
 import torch
@@ -40,46 +40,45 @@ def nms_keep_mask(boxes_xyxy: Tensor, candidate: Tensor, iou_threshold: float, *
     return keep
 
 
-def select_best(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, count: int) -> tuple[Tensor, Tensor]:
-    """Apply NMS to each class and return the `count` best of all classes, best first: scores and indices (B, count).
+def select_best(
+    boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Apply NMS within each label and return the `count` best boxes, best first: scores and indices (B, count).
 
-    boxes_xyxy: (B, C, W, 4). scores: (B, C, W), 0 for no candidate. index: into C · W, arbitrary where the score is 0.
-    Each round takes the best box that is left, and drops those of its class that overlap it. So the cost depends on
-    `count`, not on the square of the number of boxes.
+    boxes_xyxy: (B, N, 4). scores: (B, N), 0 for no candidate. labels: (B, N). Equal scores keep their order. The index
+    is 0 where the score is 0. Each round takes the best box that is left, and drops those of its label that overlap it.
+    So the cost depends on `count`, not on the square of N.
     """
-    batch, classes, width = scores.shape
     slots = torch.arange(count, device=scores.device)
+    positions = torch.arange(scores.shape[1], device=scores.device)
 
-    def cond(slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor) -> Tensor:
+    def cond(slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
         return (slot < count) & (left > 0).any()
 
     def body(
-        slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        score = left.flatten(1).amax(dim=1)  # (B,)
-        best = (left.flatten(1) == score[:, None]).to(torch.int64).argmax(dim=1)  # the first of equal scores
-        of_class = (best // width)[:, None, None]
-        own_boxes = boxes.gather(1, of_class[..., None].expand(-1, 1, width, 4))[:, 0]  # (B, W, 4)
-        own_box = own_boxes.gather(1, (best % width)[:, None, None].expand(-1, 1, 4))
-        is_dropped = pairwise_iou(own_box, own_boxes)[:, 0] > iou_threshold
-        is_dropped = is_dropped | (torch.arange(width, device=best.device) == (best % width)[:, None])
-        is_class = torch.arange(classes, device=best.device)[None, :, None] == of_class
-        left = torch.where(is_class & is_dropped[:, None], 0.0, left)
-        is_slot = slots == slot
+        slot: Tensor, left: Tensor, index: Tensor, top: Tensor, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        best = left.argmax(dim=1, keepdim=True)  # the first of equal scores
+        score = left.gather(1, best)
+        overlap = pairwise_iou(boxes.gather(1, best[..., None].expand(-1, -1, 4)), boxes)[:, 0]
+        is_dropped = ((overlap > iou_threshold) & (labels == labels.gather(1, best))) | (positions == best)
+        is_slot = (slots == slot) & (score > 0)
         return (
             slot + 1,
-            left,
-            torch.where(is_slot, best[:, None], index),
-            torch.where(is_slot, score[:, None], top),
-            (boxes.clone()),
+            torch.where(is_dropped, 0.0, left),
+            torch.where(is_slot, best, index),
+            torch.where(is_slot, score, top),
+            boxes.clone(),  # an output must not be an input
+            labels.clone(),
         )
 
     initial = (
         torch.zeros((), dtype=torch.int64, device=scores.device),
         scores.contiguous(),
-        torch.zeros(batch, count, dtype=torch.int64, device=scores.device),
-        scores.new_zeros(batch, count),
+        torch.zeros(scores.shape[0], count, dtype=torch.int64, device=scores.device),
+        scores.new_zeros(scores.shape[0], count),
         boxes_xyxy.contiguous(),
+        labels.contiguous(),
     )
-    _, _, index, top, _ = while_loop(cond, body, initial)
+    _, _, index, top, _, _ = while_loop(cond, body, initial)
     return top, index

@@ -1,23 +1,29 @@
 """Tests of the export: the file's detections are those of the program."""
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import commands
-from detection.checkpoint import checkpointer
-from detection.config.settings import to_json
+from checkpoints import CATEGORY_NAMES, write_checkpoint
 from detection.evaluation import export as shared_export
-from detection.runtime import sync_batch_norm
-from maskrcnn import export, pretrained
+from maskrcnn import export
 from maskrcnn.config import Config
+from maskrcnn.export_module import ExportableMaskRCNN
 from maskrcnn.model import make_model
+from maskrcnn.postprocess import select_detections
+from tiny_maskrcnn import SIZES_HW, make_outputs
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Checkpoint of a small network with random weights, which yields 100 detections per image."""
+@pytest.fixture(scope="module", params=["reference", "torchvision"])
+def checkpoint(tmp_path_factory, request):
+    """Checkpoint of a small network with random weights, which yields 30 detections per image.
+
+    The activations of the network have a scale of 1, as trained ones do. So rounding stays small.
+    """
     torch.manual_seed(0)
     config = Config(
         dataset="toy",
@@ -26,38 +32,84 @@ def checkpoint(tmp_path_factory):
         freeze_batch_norm=False,
         batch_norm_eps=1e-5,
         input_format="imagenet-rgb",
-        min_image_size=96,
-        max_image_size=128,
+        min_image_size=64,
+        max_image_size=96,
         anchor_sizes=(8, 16, 32, 64, 96),
-        rpn_pre_nms_top_n_eval=100,
-        rpn_post_nms_top_n_eval=60,
+        rpn_pre_nms_top_n_eval=50,
+        rpn_post_nms_top_n_eval=40,
+        max_detections=30,
+        legacy_boxes=request.param == "reference",
     )
     model = make_model(config)
     torch.nn.init.normal_(model.mask_head.predictor.mask_fcn_logits.weight, std=0.5)
-    state = {
-        "benchmark": "maskrcnn",
-        "model": model.state_dict(),
-        "batch_norm": sync_batch_norm.running_stats(model).unsqueeze(0),
-        "categories": [{"id": label, "name": name} for label, name in enumerate("abc", start=1)],
-        "config": to_json(config),
-    }
-    return checkpointer.save(tmp_path_factory.mktemp("run"), epoch=1, step=1, score=0.0, state=state)
+    return write_checkpoint(tmp_path_factory.mktemp("run"), model, config)
 
 
-def check_sizes(checkpoint, exported):
-    """Compare images of several sizes, with and without detections."""
-    model = pretrained.load(checkpoint, None).model
+def prepare(checkpoint):
+    return export.prepare(Namespace(checkpoint=checkpoint, score=None, batch_size=0, images=[]))
+
+
+def test_fixed_shape_detections_equal_the_program_at_any_size(checkpoint, python_loops):
+    job = prepare(checkpoint)
     generator = torch.Generator().manual_seed(1)
-    num_detections = []
-    for height, width in ((96, 128), (128, 96), (30, 103)):
-        images = [torch.randint(0, 256, (3, height, width - 7), dtype=torch.uint8, generator=generator)] * 2
-        assert "detections match" in export.verify_export(model, images, 0, exported)
-        sizes_hw = export.stack_sizes(images)
-        boxes, labels, scores, masks = exported(export.pad_images(images), sizes_hw)
-        num_detections += (labels > 0).sum(dim=1).tolist()
-        unused = labels == 0
-        assert not any(part[unused].any() for part in (boxes, scores, masks))
-    return num_detections
+    for height, width in ((64, 96), (128, 90)):
+        images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)]
+        with torch.inference_mode():
+            inputs = job.make_inputs(images)
+            (expected,), (actual,) = job.detect(*inputs), shared_export.drop_padding(job.module(*inputs))
+        assert len(expected[1]) == 30
+        for expected_part, actual_part in zip(expected, actual, strict=True):
+            torch.testing.assert_close(actual_part, expected_part, rtol=0, atol=1e-6)
+
+
+class PostprocessOnly(ExportableMaskRCNN):
+    """Exportable graph of the postprocessing, without the network."""
+
+    def forward(self, logits, deltas, proposals, valid, sizes_hw):
+        return self.select_detections(logits, deltas, proposals, valid, sizes_hw)
+
+
+def make_postprocess(legacy):
+    model = torch.nn.Identity()
+    model.config = Config(dataset="toy", num_classes=6, max_detections=50, legacy_boxes=legacy)
+    return PostprocessOnly(model).eval()
+
+
+def check_postprocess(run, legacy, seed, atol=0.0):
+    """Compare postprocessing, with equal scores, padded proposals and boxes without area."""
+    logits, deltas, proposals = make_outputs(torch.Generator().manual_seed(seed))
+    deltas[:, ::5, :, 2:] -= 100
+    boxes, labels, scores = run(logits, deltas, proposals.boxes_xyxy, proposals.valid, SIZES_HW)
+    expected = select_detections(logits, deltas, proposals, SIZES_HW, make_postprocess(legacy).config)
+    assert (labels > 0).sum() > 40
+    assert torch.equal(labels, expected[2])
+    torch.testing.assert_close((boxes, scores), expected[:2], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_fixed_shape_postprocessing_equals_the_program(legacy, python_loops):
+    for seed in range(3):
+        check_postprocess(make_postprocess(legacy), legacy, seed)
+
+
+@pytest.mark.slow
+def test_onnx_postprocessing_matches_the_program(tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    logits, deltas, proposals = make_outputs(torch.Generator().manual_seed(9))
+    example = {
+        "logits": logits,
+        "deltas": deltas,
+        "proposals": proposals.boxes_xyxy,
+        "valid": proposals.valid,
+        "sizes_hw": SIZES_HW,
+    }
+    program = torch.export.export(make_postprocess(legacy=True), tuple(example.values()))
+    outputs = export.OUTPUTS[:3]
+    shared_export.write_onnx(program, tmp_path / "module.onnx", list(example), outputs, {})
+    for seed in range(3):
+        check_postprocess(
+            shared_export.load_onnx(tmp_path / "module.onnx", list(example), outputs), True, seed, atol=1e-4
+        )
 
 
 @pytest.mark.slow
@@ -66,21 +118,25 @@ def test_export_matches_the_checkpoint_at_any_size(checkpoint, tmp_path, capsys,
     if suffix == "onnx":
         pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / f"model.{suffix}"
-    assert commands.maskrcnn("export", str(checkpoint), str(out)) == 0
-    assert "verified on 8 images" in capsys.readouterr().out
+    assert commands.maskrcnn("export", checkpoint, out) == 0
+    assert "verified on 8 images: 240 of 240 detections match" in capsys.readouterr().out
+    job = prepare(checkpoint)
     if suffix == "onnx":
-        exported = shared_export.load_onnx(out, ["images", "sizes_hw"], export.OUTPUTS)
+        exported = shared_export.load_onnx(out, list(job.example), export.OUTPUTS)
     else:
         files = {"categories": ""}
         torch.export.load(out, extra_files=files)
-        assert [category["name"] for category in json.loads(files["categories"])] == ["a", "b", "c"]
+        assert [category["name"] for category in json.loads(files["categories"])] == list(CATEGORY_NAMES)
         exported = shared_export.load_pt2(out)
-    assert set(check_sizes(checkpoint, exported)) == {100}
+    for height, width in ((64, 96), (96, 64), (64, 64), (200, 130)):
+        images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8)] * 2
+        sized = replace(job, images=images)
+        assert "60 of 60 detections match" in shared_export.verify(sized, exported)
 
 
 @pytest.mark.slow
 def test_scores_below_the_threshold_give_empty_rows(checkpoint, tmp_path, capsys):
     out = tmp_path / "model.pt2"
-    assert commands.maskrcnn("export", str(checkpoint), str(out), "--score", "0.9") == 2
+    assert commands.maskrcnn("export", checkpoint, out, "--score", "0.9") == 2
     assert "nothing was detected on 8 images with a score of 0.9 or more" in capsys.readouterr().err
     assert not out.exists()

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import commands
-from detection.checkpoint import checkpointer, class_outputs
-from detection.config.settings import InputError, to_json
+from checkpoints import CATEGORY_NAMES, write_checkpoint
+from detection.checkpoint import class_outputs
+from detection.config.settings import InputError
 from detection.data import rle
 from detection.evaluation import visualize
 from detection.evaluation.visualize import Annotation
-from detection.runtime import sync_batch_norm
 from detection.runtime.distributed import DistContext
 from detection.synthetic import coco_scenes
 from maskrcnn import pretrained, weights
@@ -24,7 +24,6 @@ from maskrcnn.evaluator import MaskRCNNEvaluator
 from maskrcnn.model import make_model
 from maskrcnn.train import predict as predict_batch
 
-NAMES = ("disc", "square", "triangle")
 SINGLE_RANK = DistContext(0, 1, torch.device("cpu"))
 SCORE_THRESHOLD = 0.28  # a few of four equally likely classes exceed it
 
@@ -49,17 +48,7 @@ def random_checkpoint(tmp_path_factory):
     model = make_model(config)
     torch.nn.init.normal_(model.box_head.predictor.cls_score.weight, std=0.1)
     torch.nn.init.normal_(model.mask_head.predictor.mask_fcn_logits.weight, std=0.5)
-    return write(tmp_path_factory.mktemp("network"), model, config=to_json(config))
-
-
-def write(folder, model, **extra):
-    state = {
-        "benchmark": "maskrcnn",
-        "model": model.state_dict(),
-        "batch_norm": sync_batch_norm.running_stats(model).unsqueeze(0),
-        "categories": [{"id": label, "name": name} for label, name in enumerate(NAMES, start=1)],
-    }
-    return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
+    return write_checkpoint(tmp_path_factory.mktemp("network"), model, config)
 
 
 def run_predict(capsys, *words):
@@ -97,7 +86,7 @@ def test_detections_match_the_evaluator(random_checkpoint, four_image_coco, tmp_
         assert len(entry["detections"]) == len(image_results)
         for detection, (box, mask) in zip(entry["detections"], image_results, strict=True):
             assert detection["category_id"] == box["category_id"]
-            assert detection["name"] == NAMES[box["category_id"] - 1]
+            assert detection["name"] == CATEGORY_NAMES[box["category_id"] - 1]
             assert detection["score"] == pytest.approx(box["score"], abs=1e-4)
             assert detection["bbox"] == pytest.approx(box["bbox"], abs=0.1)
             assert detection["segmentation"]["size"] == [entry["height"], entry["width"]]
@@ -145,7 +134,7 @@ def test_score_threshold_overrides_the_run(random_checkpoint, four_image_coco, t
 def test_network_is_built_from_the_settings_in_its_checkpoint(random_checkpoint):
     network = pretrained.load(random_checkpoint, 0.5)
     assert (network.min_size_px, network.max_size_px) == (64, 96)
-    assert [category.name for category in network.categories] == list(NAMES)
+    assert [category.name for category in network.categories] == list(CATEGORY_NAMES)
     config = network.model.config
     assert (config.backbone, config.input_format) == ("resnet18", "imagenet-rgb")
     assert config.anchor_sizes == (16, 32, 48, 64, 96)

@@ -1,4 +1,8 @@
-"""Settings of a Mask R-CNN that trains in seconds."""
+"""Settings of a Mask R-CNN that trains in seconds, and predictions of its box head."""
+
+import torch
+
+from maskrcnn.rpn import Proposals
 
 SMALL = {
     "BACKBONE": "resnet18",
@@ -23,3 +27,20 @@ SMALL = {
     "DEVICE": "cpu",
     "SEED": "7",
 }
+
+SIZES_HW = torch.tensor([[100, 120], [90, 120]])
+
+
+def make_outputs(generator, num_proposals=60, num_classes=6):
+    """Return logits, deltas and proposals of two images, the last proposals of the second image being padding."""
+    corners = torch.rand(2, num_proposals, 2, generator=generator) * 80
+    boxes = torch.cat([corners, corners + 5 + 30 * torch.rand(corners.shape, generator=generator)], dim=2)
+    valid = torch.ones(2, num_proposals, dtype=torch.bool)
+    valid[1, 40:] = False
+    logits = 2 * torch.randn(2, num_proposals, num_classes, generator=generator)
+    logits[:, 1::2] = logits[:, ::2]  # equal scores
+    return (
+        logits,
+        torch.randn(2, num_proposals, num_classes, 4, generator=generator),
+        Proposals(boxes, logits[..., 0], valid),
+    )

@@ -5,26 +5,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detection.checkpoint import checkpointer
-from detection.config.settings import to_json
-from detection.runtime import sync_batch_norm
+import checkpoints
+from checkpoints import CATEGORY_NAMES
 from ssd.anchors import NUM_ANCHORS
 from ssd.config import Config
 from ssd.model import SSD300
 
-CATEGORY_NAMES = ("disc", "square", "triangle")
 
-
-def write_checkpoint(folder: Path, model: SSD300, **extra) -> Path:
-    config = to_json(Config(dataset="toy", num_classes=model.num_classes))
-    state = {
-        "benchmark": "ssd",
-        "model": model.state_dict(),
-        "batch_norm": sync_batch_norm.running_stats(model).unsqueeze(0),
-        "config": config,
-        "categories": [{"id": 10 * label, "name": name} for label, name in enumerate(CATEGORY_NAMES, start=1)],
-    }
-    return checkpointer.save(folder, epoch=1, step=1, score=0.0, state=state | extra)
+def write_checkpoint(folder: Path, model: SSD300) -> Path:
+    categories = [{"id": 10 * label, "name": name} for label, name in enumerate(CATEGORY_NAMES, start=1)]
+    config = Config(dataset="toy", num_classes=model.num_classes)
+    return checkpoints.write_checkpoint(folder, model, config, categories=categories)
 
 
 def square_detector() -> SSD300:
