@@ -20,6 +20,18 @@ from detection.data.rle import CocoRle
 
 COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
+# Metrics of each category: IoU thresholds, recalls and object sizes of their precisions in the libraries' results.
+_ALL = slice(None)
+CLASS_METRICS = {
+    "AP": (_ALL, _ALL, 0),
+    "AP50": (0, _ALL, 0),
+    "AP75": (5, _ALL, 0),
+    "APs": (_ALL, _ALL, 1),
+    "APm": (_ALL, _ALL, 2),
+    "APl": (_ALL, _ALL, 3),
+}
+CURVES = {"precision50": 0, "precision75": 5}  # their IoU thresholds
+
 # Columns of a row of detections. Boxes are left, top, width, height in pixels of the original image. Images and
 # categories are numbered as in the split, because float64 does not hold every id.
 RESULT_COLUMNS = ("image_index", "x", "y", "width", "height", "score", "label")
@@ -68,20 +80,25 @@ class CocoBoxMetric:
         return dict(zip(COCO_STATS, map(float, evaluation.stats), strict=True))
 
     def per_class_ap(self) -> list[dict[str, object]]:
-        """Return the name, the AP of the last rows and the number of ground-truth objects of each category.
+        """Return the metrics of each category for classes.json (docs/RUN_FOLDER.md), from the last results.
 
-        Crowds are not counted. AP is None for a category without objects.
+        Crowds are not counted. A metric is None without objects of its size. Precisions are those at the recalls 0,
+        0.01, ..., 1.
         """
         num_objects = Counter(a["category_id"] for a in self.coco_gt.dataset["annotations"] if not a.get("iscrowd"))
+        categories = sorted(self.coco_gt.dataset["categories"], key=lambda row: row["id"])
+        # (IoU thresholds, recalls, categories, sizes), with 100 detections per image. -1 means no object.
+        precisions: NDArray[np.float64] = np.zeros((10, 101, len(categories), 4))
+        if self.last_eval is not None:
+            precisions = np.asarray(self.last_eval.eval["precision"])[..., -1]
         rows: list[dict[str, object]] = []
-        for index, category in enumerate(sorted(self.coco_gt.dataset["categories"], key=lambda row: row["id"])):
-            ap = 0.0
-            if self.last_eval is not None:
-                # (IoU thresholds, recalls, categories, sizes, limits): all sizes, 100 per image. -1 means no object.
-                precision = self.last_eval.eval["precision"][:, :, index, 0, -1]
-                ap = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+        for category, precision in zip(categories, np.moveaxis(precisions, 2, 0), strict=True):
             count = num_objects[category["id"]]
-            rows.append({"name": category["name"], "AP": ap if count and ap >= 0 else None, "objects": count})
+            if not count:
+                precision = np.full_like(precision, -1)
+            metrics = {name: _mean_precision(precision[selected]) for name, selected in CLASS_METRICS.items()}
+            curves = {name: precision[iou, :, 0].round(3).tolist() if count else [] for name, iou in CURVES.items()}
+            rows.append({"name": category["name"], "objects": count, **metrics, **curves})
         return rows
 
 
@@ -100,6 +117,11 @@ class CocoMaskMetric(CocoBoxMetric):
             )
         ]
         return self.compute(results, "segm")
+
+
+def _mean_precision(precision: NDArray[np.float64]) -> float | None:
+    """Return the mean of the precisions, None if there is no object."""
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else None
 
 
 def metric_image_ids(split: Split) -> NDArray[np.int64]:

@@ -1,1 +1,1 @@
-"""HTML report, plots and live view of runs."""
+"""HTML report and live view of runs."""

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from detection.run_dir import CONFIG, METRICS, log_path
@@ -41,7 +42,8 @@ class RunRecord:
 
     name: short display name. log: path of the MLPerf log. log_events: its events. jsonl_events: events of
     metrics.jsonl (docs/METRICS_JSONL.md). config: all settings. summary: from summary.json. classes: from classes.json.
-    images: from pictures.json, with the full path as `file`. notes: what is missing or damaged.
+    images: from pictures.json, with the full path as `file`. confusion: from confusion.json. notes: what is missing or
+    damaged.
     """
 
     name: str
@@ -53,6 +55,7 @@ class RunRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     classes: list[dict[str, Any]] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
+    confusion: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def log_events_named(self, key: str) -> list[Event]:
@@ -178,6 +181,39 @@ class RunRecord:
         return list(self.targets) or [name for name in ("AP", "mask_AP") if name in self.metric_history]
 
     @property
+    def stop_reason(self) -> str:
+        """Reason why the run stopped early, or ""."""
+        stopped_by = str(self.summary_event.get("stopped_by") or "")
+        by_request = stopped_by in ("TrainingStopped", "Stopped")  # the second: name in older runs
+        return str(
+            self.summary_event.get("stop_reason") or ("by a signal or --max-steps" if by_request else stopped_by)
+        )
+
+    @property
+    def last_step(self) -> str:
+        """The last step that is recorded, such as "step 95 of epoch 1", or ""."""
+        step = next(reversed(self.events_named("step")), None)
+        return f"step {to_float(step.get('step')) + 1:.0f} of epoch {step.get('epoch')}" if step else ""
+
+    @property
+    def commit(self) -> str:
+        """Commit of the program and whether it had changes, or ""."""
+        commit = next(reversed(self.log_events_named("commit")), None)
+        if commit is None:
+            return str(self.summary.get("commit") or "")
+        return f"{commit.value}{', with changes' if commit.metadata.get('dirty') else ''}"
+
+    @property
+    def images_per_s(self) -> float:
+        """Training images per second: over the run, or the median of its epochs or steps so far. NaN if unknown."""
+        reported = [to_float(self.summary_event.get("images_per_s"))]
+        for name in ("epoch", "step"):
+            if not any(map(math.isfinite, reported)):
+                reported = [to_float(event.get("images_per_s")) for event in self.events_named(name)]
+        known = [rate for rate in reported if math.isfinite(rate)]
+        return median(known) if known else math.nan
+
+    @property
     def warnings(self) -> list[str]:
         """Warnings that a reader of the metrics needs."""
         messages = []
@@ -185,10 +221,6 @@ class RunRecord:
             if not math.isfinite(to_float(event.get("loss"))):
                 messages.append(f"the loss is {event.get('loss')} at step {event.get('step')}")
                 break
-        if stopped_by := self.summary_event.get("stopped_by"):
-            by_request = stopped_by in ("TrainingStopped", "Stopped")  # the second: name in older runs
-            reason = "by a signal or --max-steps" if by_request else str(stopped_by)
-            messages.append(f"the run stopped early: {self.summary_event.get('stop_reason') or reason}")
         if self.resumed:
             messages.append("the run was resumed: it is not an MLPerf result")
         if self.clock_error:
@@ -325,6 +357,7 @@ def read_run_dir(folder: Path, logs: list[Path]) -> RunRecord:
         summary=read_json(folder / "summary.json", dict, notes, optional=True),
         classes=[row for row in classes if isinstance(row, dict)],
         images=images,
+        confusion=read_json(folder / "confusion.json", dict, notes, optional=True),
         notes=notes + truncate_messages(errors),
     )
 

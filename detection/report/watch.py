@@ -1,9 +1,10 @@
-"""Live view of a run in the terminal.
+"""Live view of a run in the terminal or in a browser.
 
-    python -m detection.report watch [RUN] [--under results]
+    python -m detection.report watch [RUN] [--under results] [--serve PORT]
 
 RUN is a run folder. The default is the latest run below `results`. A terminal shows the view in place, a pipe gets one
-line per event. It ends with the run. Ctrl-C ends it without affecting the run. Exit status: 0, or 2 if there is no run.
+line per event. It ends with the run. `--serve` serves the report as a web page that follows the run, until Ctrl-C.
+Ctrl-C ends the view without affecting the run. Exit status: 0, or 2 if there is no run.
 """
 
 import argparse
@@ -156,7 +157,9 @@ class WatchedRun:
 
     def warnings(self) -> list[str]:
         """Return the warnings of the record, and one if the run stalls."""
-        messages = list(self.record.warnings)
+        record = self.record
+        messages = [f"the run stopped early: {record.stop_reason}"] if record.stop_reason else []
+        messages += record.warnings
         silent_s = time.monotonic() - self.last_event_s
         times = [to_float(event.get("time_s")) for event in self.events_since_start()]
         longest_gap_s = max((end - start for start, end in itertools.pairwise(times)), default=0.0)
@@ -311,6 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder; default: the latest run")
     parser.add_argument("--under", type=Path, default=Path("results"), help="parent of the runs (%(default)s)")
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="poll interval (%(default)s)")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="serve the report as a web page in place of the view")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s: this machine only)")
     options = parser.parse_args(arguments)
     folder = options.run or latest_run(options.under)
     if folder and folder.is_dir() and not (folder / METRICS).exists():
@@ -322,6 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     try:
+        if options.serve is not None:
+            from detection.report import server  # imports jinja2
+
+            server.serve(folder, options.host, options.serve)
         watch(WatchedRun(folder), Console(highlight=False), lambda: time.sleep(max(0.1, options.every)))
     except (KeyboardInterrupt, BrokenPipeError):  # the user has left
         sys.stderr.close()  # otherwise the interpreter complains about the pipe

@@ -125,7 +125,7 @@ def test_run_folder_has_config_metrics_checkpoint_and_detections(full_run):
     assert sum(row["objects"] for row in classes) > 0
     summary = record.summarize(run / "result_0.txt")
     assert (summary["status"], summary["epoch_s"]["n"], list(summary["ap_by_epoch"])) == ("success", 1, [1])
-    assert sample_predictions.render_all(run) > 0
+    assert sample_predictions.write_samples(run) > 0
 
 
 def test_custom_data_set_needs_only_four_paths(toy_data, tmp_path, monkeypatch, capsys):

@@ -1,47 +1,23 @@
 """Selection and content of the sample predictions of a run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_api
 
 from detection.data import coco, rle
-from detection.data.coco import Category, Split
-from detection.evaluation import sample_predictions
+from detection.evaluation import matching, sample_predictions
 from detection.evaluation.coco_metric import CocoBoxMetric
-
-
-def make_split(*images: list[tuple[list[float], int, bool]]) -> Split:
-    """Return a split of images of 100 × 100 pixels. Each box has corners, a label and a crowd flag."""
-    boxes = [box for image in images for box in image]
-    return Split(
-        annotation_file=Path("a.json"),
-        image_dir=Path("images"),
-        image_ids=np.arange(10, 10 + len(images)),
-        file_names=np.array([f"{n}.jpg" for n in range(len(images))], dtype=np.bytes_),
-        sizes_hw=np.full((len(images), 2), 100, dtype=np.int32),
-        box_offsets=np.cumsum([0, *map(len, images)]),
-        boxes_xyxy=np.array([box[0] for box in boxes], dtype=np.float32).reshape(-1, 4),
-        labels=np.array([box[1] for box in boxes], dtype=np.int64),
-        is_crowd=np.array([box[2] for box in boxes], dtype=bool),
-        categories=(Category(3, "disc"), Category(7, "square")),
-        num_dropped_boxes=0,
-        num_clipped_boxes=0,
-        num_missing_images=0,
-    )
-
-
-def make_detection(image_id: int, corners: list[float], category_id: int, score: float) -> dict[str, object]:
-    left, top, right, bottom = corners
-    box = [left, top, right - left, bottom - top]
-    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+from samples import make_detection, make_split
 
 
 def test_detection_matches_a_free_object_of_its_class_from_iou_0_5():
     big, small = [0.0, 0, 40, 40], [60.0, 60, 80, 80]
-    (matches,) = sample_predictions.match_images(
+    (matches,) = matching.match_images(
         make_split([(big, 1, False), (small, 2, False)]),
         [
             make_detection(10, [0, 0, 40, 21], 3, 0.9),  # IoU above 0.5
@@ -60,7 +36,7 @@ def test_detection_matches_a_free_object_of_its_class_from_iou_0_5():
 
 
 def test_crowds_are_not_objects_and_detections_in_them_are_not_false():
-    (matches,) = sample_predictions.match_images(
+    (matches,) = matching.match_images(
         make_split([([0.0, 0, 100, 100], 1, True)]),
         [make_detection(10, [5, 5, 15, 15], 3, 0.9), make_detection(10, [20, 20, 30, 30], 7, 0.8)],
         min_score=0,
@@ -73,8 +49,8 @@ def test_crowds_are_not_objects_and_detections_in_them_are_not_false():
 def test_threshold_keeps_as_many_detections_as_objects():
     split = make_split([([0.0, 0, 9, 9], 1, False)] * 2, [([0.0, 0, 9, 9], 1, True)])
     rows = [make_detection(10, [0, 0, 9, 9], 3, score) for score in (0.2, 0.9, 0.4, 0.1)]
-    assert sample_predictions.pick_threshold(split, rows) == 0.4
-    assert sample_predictions.pick_threshold(split, []) == 0
+    assert matching.pick_threshold(split, rows) == 0.4
+    assert matching.pick_threshold(split, []) == 0
 
 
 def test_each_group_has_its_images_and_none_repeats():
@@ -86,7 +62,7 @@ def test_each_group_has_its_images_and_none_repeats():
     split = make_split(*images)
     groups = [
         (group, matches.index)
-        for group, matches in sample_predictions.select_images(list(sample_predictions.match_images(split, rows, 0.0)))
+        for group, matches in sample_predictions.select_images(list(matching.match_images(split, rows, 0.0)))
     ]
     assert groups[0] == ("missed", 4)
     assert groups[3] == ("false", 7)
@@ -108,24 +84,43 @@ def run(small_toy, tmp_path) -> Path:
     return tmp_path
 
 
-def test_images_show_ground_truth_and_detections_side_by_side(run, small_toy, capsys):
+def read_rows(run: Path) -> list[dict]:
+    return json.loads((run / "pictures.json").read_text())
+
+
+def test_pictures_are_plain_and_their_boxes_are_listed(run, small_toy, capsys):
     assert sample_predictions.main([str(run)]) == 0
-    rows = json.loads((run / "pictures.json").read_text())
+    rows = read_rows(run)
     assert capsys.readouterr().out == f"{len(rows)} images\n"
     assert 4 <= len(rows) <= 12
     assert {path.name for path in (run / "pictures").iterdir()} == {row["file"] for row in rows}
-    (best,) = (row for row in rows if row["caption"].startswith("best"))
-    words = best["caption"].split()
-    assert words[1] == words[3]
-    assert "0 false (score ≥ 0.80)" in best["caption"]
-    with Image.open(run / "pictures" / best["file"]) as sheet:
-        half = (sheet.width - sample_predictions.GAP_PX) // 2
-        left = np.asarray(sheet.crop((0, 0, half, sheet.height)), dtype=int)
-        right = np.asarray(sheet.crop((half + sample_predictions.GAP_PX, 0, sheet.width, sheet.height)), dtype=int)
-    assert 0 < np.abs(left - right).max(axis=2).mean() < 40  # same image and boxes, different texts
-    missed = next(row for row in rows if row["caption"].startswith("missed"))
-    with Image.open(run / "pictures" / missed["file"]) as sheet:
-        assert max(sheet.height, (sheet.width - sample_predictions.GAP_PX) // 2) <= sample_predictions.SIDE_PX
+    (best,) = (row for row in rows if row["group"] == "best")
+    assert {row["state"] for row in best["objects"]} == {"found"}
+    assert [row["name"] for row in best["objects"]] == [row["name"] for row in best["detections"]]
+    assert {(row["state"], row["score"]) for row in best["detections"]} == {("correct", 0.8)}
+    assert best["caption"].endswith("0 false (score ≥ 0.80)")
+    split = coco.read(*coco.standard_paths(small_toy, "val"))
+    assert best["objects"][0]["box"][:2] == pytest.approx(split.boxes(0)[0, :2].tolist(), abs=0.06)
+    missed = next(row for row in rows if row["group"] == "missed")
+    assert "missed" in {row["state"] for row in missed["objects"]}
+    with Image.open(run / "pictures" / missed["file"]) as picture:
+        assert picture.size == (missed["width"], missed["height"])
+        with Image.open(
+            split.image_path(int(np.flatnonzero(split.image_ids == int(missed["file"][3:-4]))[0]))
+        ) as image:
+            assert np.abs(np.asarray(picture, dtype=int) - np.asarray(image, dtype=int)).mean() < 8
+
+
+def test_large_image_and_its_boxes_are_scaled(run, monkeypatch):
+    monkeypatch.setattr(sample_predictions, "SIDE_PX", 64)
+    sample_predictions.write_samples(run)
+    for row in read_rows(run):
+        assert max(row["width"], row["height"]) == 64
+        with Image.open(run / "pictures" / row["file"]) as picture:
+            assert picture.size == (row["width"], row["height"])
+        for left, top, width, height in (shape["box"] for shape in row["objects"]):
+            assert left + width <= row["width"] + 1
+            assert top + height <= row["height"] + 1
 
 
 @pytest.fixture
@@ -139,33 +134,41 @@ def mask_run(run, small_toy) -> Path:
     return run
 
 
-def read_best(run: Path) -> np.ndarray:
-    """Return the sheet of the image with all objects detected."""
-    (best,) = (row for row in json.loads((run / "pictures.json").read_text()) if row["caption"].startswith("best"))
-    with Image.open(run / "pictures" / best["file"]) as sheet:
-        return np.asarray(sheet, dtype=int)
-
-
-def test_masks_are_drawn_on_both_sides(mask_run, small_toy):
-    sample_predictions.render_all(mask_run)
-    with_masks = read_best(mask_run)
-    (mask_run / "bbox.json").rename(mask_run / "detections.json")
-    (mask_run / "segm.json").unlink()
-    sample_predictions.render_all(mask_run)
-    is_overlaid = np.abs(with_masks - read_best(mask_run)).max(axis=2) > 30
-    half = (is_overlaid.shape[1] - sample_predictions.GAP_PX) // 2
-    left, right = is_overlaid[:, :half], is_overlaid[:, half + sample_predictions.GAP_PX :]
+def test_outlines_enclose_the_masks(mask_run, small_toy):
+    sample_predictions.write_samples(mask_run)
+    (best,) = (row for row in read_rows(mask_run) if row["group"] == "best")
     split = coco.read(*coco.standard_paths(small_toy, "val"), segmentations=True)
-    inside = np.any([rle.decode_mask(mask) for mask in split.masks(0) if mask], axis=0)
-    for side in (left, right):
-        assert 0.5 * inside.mean() < side.mean() < 1.1 * inside.mean()
-    assert (left & right).sum() > 0.8 * left.sum()  # all but the pixels under texts
+    for objects in (best["objects"], best["detections"]):
+        assert len(objects) == len(split.masks(0))
+        for row, mask in zip(objects, split.masks(0), strict=True):
+            assert outline_area(row["mask"]) == pytest.approx(rle.decode_mask(mask).sum(), rel=0.1, abs=20)
+
+
+def outline_area(path: str) -> float:
+    """Return the area that an SVG path of horizontal and vertical lines encloses."""
+    x, y = map(float, re.match(r"M(\d+) (\d+)", path).groups())
+    points = [(x, y)]
+    for command, value in re.findall(r"([HV])(\d+)", path):
+        x, y = (float(value), y) if command == "H" else (x, float(value))
+        points.append((x, y))
+    xs, ys = np.array(points).T
+    return abs(np.sum(xs[:-1] * ys[1:] - xs[1:] * ys[:-1])) / 2
+
+
+def test_outline_of_a_large_mask_is_short_and_scaled():
+    pixels = np.zeros((1000, 2000), dtype=np.uint8, order="F")
+    pixels[100:900, 200:1800] = 1
+    mask = mask_api.encode(pixels)
+    outline = sample_predictions.outline_mask(mask, 0.4)
+    assert outline_area(outline) == pytest.approx(0.4**2 * 800 * 1600, rel=0.02)
+    assert len(outline) < 60
+    assert sample_predictions.outline_mask(mask_api.encode(np.asfortranarray(0 * pixels)), 1.0) == ""
 
 
 def test_sorting_keeps_each_mask_with_its_box():
     box = [0.0, 0, 9, 9]
     rows = [make_detection(10, box, 3, score) | {"segmentation": f"of {score}"} for score in (0.2, 0.4, 0.9)]
-    (matches,) = sample_predictions.match_images(make_split([(box, 1, False)]), rows, 0.3)
+    (matches,) = matching.match_images(make_split([(box, 1, False)]), rows, 0.3)
     assert matches.masks == ["of 0.9", "of 0.4"]
 
 
@@ -176,17 +179,19 @@ def test_boxes_and_masks_of_different_runs_are_rejected(mask_run, capsys):
 
 
 def test_second_call_removes_the_images_of_the_first(run):
-    sample_predictions.render_all(run)
+    sample_predictions.write_samples(run)
     (run / "pictures" / "11_old.jpg").write_bytes(b"")
-    sample_predictions.render_all(run)
+    sample_predictions.write_samples(run)
     assert not (run / "pictures" / "11_old.jpg").exists()
 
 
 def test_run_without_detections_shows_missed_objects(run):
     (run / "detections.json").write_text("[]")
-    assert sample_predictions.render_all(run) > 0
-    captions = [row["caption"] for row in json.loads((run / "pictures.json").read_text())]
-    assert {caption.split(":")[0] for caption in captions} == {"missed", "typical"}
+    assert sample_predictions.write_samples(run) > 0
+    assert {row["group"] for row in read_rows(run)} == {"missed", "typical"}
+    confusion = json.loads((run / "confusion.json").read_text())
+    assert confusion["counts"] == []
+    assert sum(confusion["objects"]) > 0
 
 
 def test_missing_file_is_named(run, capsys):
@@ -219,6 +224,12 @@ def test_per_class_ap_averages_to_the_overall_ap(small_toy):
     assert 0 < metrics["AP"] < 1
     assert np.mean([row["AP"] for row in classes]) == pytest.approx(metrics["AP"])
     assert len({row["AP"] for row in classes}) == len(classes)
+    for name in ("AP50", "AP75", "APs", "APm", "APl"):
+        values = [row[name] for row in classes if row[name] is not None]
+        assert (np.mean(values) if values else -1) == pytest.approx(metrics[name])
+    for name, ap in (("precision50", "AP50"), ("precision75", "AP75")):
+        assert all(len(row[name]) == 101 for row in classes)
+        assert np.mean([row[name] for row in classes]) == pytest.approx(metrics[ap], abs=1e-3)
     assert sum(row["objects"] for row in classes) == sum(not a["iscrowd"] for a in ground_truth["annotations"])
     metric(np.zeros((0, 7)))
     assert [row["AP"] for row in metric.per_class_ap()] == [0.0] * len(classes)
@@ -231,4 +242,6 @@ def test_class_without_objects_has_no_ap(small_toy, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ground_truth))
     metric = CocoBoxMetric(coco.read(tmp_path / "a.json", image_dir))
     metric(np.array([[0, 1, 1, 9, 9, 0.9, len(ground_truth["categories"])]]))
-    assert metric.per_class_ap()[-1] == {"name": "absent", "AP": None, "objects": 0}
+    absent = metric.per_class_ap()[-1]
+    assert (absent.pop("name"), absent.pop("objects")) == ("absent", 0)
+    assert {name for name, value in absent.items() if value not in (None, [])} == set()
