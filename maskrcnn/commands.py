@@ -61,7 +61,7 @@ def recipe_settings(recipe: Recipe) -> dict[str, str]:
     return {
         "base_lr": f"{recipe.base_lr:g}",
         "lr_round_to": f"{recipe.lr_round_to:g}",
-        "warmup_steps": str(recipe.warmup_steps),
+        "warmup_steps": str(recipe.warmup),
         "lr_decay_images": f"{96_000 * decay_tenths},{128_000 * decay_tenths}",
     }
 

@@ -1,8 +1,8 @@
 """Published recipes by global batch, and interpolation between them.
 
-Sources: the logs and config files of NVIDIA's and Inspur's submissions to MLPerf Training 0.7 and 1.1, and the
-reference points, which are the runs in mlperf_logging's rcp_checker (rcps_*.json of 1.0 and 1.1). Where the points of
-1.1 give ten times the learning rate of 1.0, the value of 1.0 is used.
+Sources: the logs and config files of submissions to MLPerf Training 0.7 to 5.1, and the reference points, which are the
+runs in mlperf_logging's rcp_checker (rcps_*.json). Where SSD's points of 1.1 give ten times the learning rate of 1.0,
+the value of 1.0 is used. RetinaNet has the submissions' recipe where it took fewer epochs than the reference point.
 """
 
 import itertools
@@ -17,13 +17,14 @@ from mlperf import rules
 class Recipe:
     """Recipe for a global batch, in the units of the settings.
 
-    base_lr: per 32 images for SSD, per 16 for Mask R-CNN. decay_k: the rule's K, tenths by which the decay is later
-    than its minimum. lr_round_to: the peak is rounded to a multiple of it, or not at all if 0. max_samples: SSD only.
+    base_lr: per 32 images for SSD, per 16 for Mask R-CNN, for all images for RetinaNet. warmup: steps, or epochs for
+    RetinaNet. decay_k: the rule's K, tenths by which the decay is later than its minimum; RetinaNet has no decay.
+    lr_round_to: the peak is rounded to a multiple of it, or not at all if 0. max_samples: SSD only.
     """
 
     global_batch_size: int
     base_lr: float
-    warmup_steps: int
+    warmup: int
     weight_decay: float
     decay_k: int
     source: str
@@ -48,6 +49,20 @@ PUBLISHED_RECIPES: Mapping[str, tuple[Recipe, ...]] = {
         Recipe(96, 0.02, 625, 1e-4, 2, "the submissions with 96 images per step", lr_round_to=0.02),
         Recipe(128, 0.02, 625, 1e-4, 2, "the reference point of 128", lr_round_to=0.02),
         Recipe(256, 0.015, 1800, 1e-4, 5, "the reference point of 256", lr_round_to=0.02),
+    ),
+    "retinanet": (
+        Recipe(64, 6e-5, 0, 0, 0, "Dell's four L40S in 4.0"),
+        Recipe(96, 9.5e-5, 0, 0, 0, "tinycorp's six accelerators in 5.0"),
+        Recipe(128, 8.5e-5, 0, 0, 0, "the submissions with 128 images per step"),
+        Recipe(256, 8.5e-5, 0, 0, 0, "the submissions with 256 images per step"),
+        Recipe(320, 8.5e-5, 0, 0, 0, "the submissions with 320 images per step"),
+        Recipe(512, 8.5e-5, 0, 0, 0, "the submissions with 512 images per step"),
+        Recipe(768, 1.3e-4, 1, 0, 0, "the reference point of 768"),
+        Recipe(1024, 1.1e-4, 1, 0, 0, "the reference point of 1024"),
+        Recipe(1280, 1.3e-4, 1, 0, 0, "the reference point of 1280"),
+        Recipe(2048, 1.35e-4, 1, 0, 0, "the reference point of 2048"),
+        Recipe(2560, 1.45e-4, 1, 0, 0, "the reference point of 2560"),
+        Recipe(4096, 1e-4, 1, 0, 0, "the reference point of 4096"),
     ),
 }
 
@@ -76,7 +91,7 @@ def interpolate_recipe(benchmark: str, global_batch_size: int) -> Recipe:
     return Recipe(
         global_batch_size,
         base_lr=float(f"{interpolate(low.base_lr, high.base_lr):.3g}"),
-        warmup_steps=round(interpolate(low.warmup_steps, high.warmup_steps)),
+        warmup=round(interpolate(low.warmup, high.warmup)),
         weight_decay=float(f"{interpolate(low.weight_decay, high.weight_decay):.2g}"),
         decay_k=round(interpolate(low.decay_k, high.decay_k)),
         source=f"between {low.source} ({low.global_batch_size}) and {high.source} ({high.global_batch_size})",

@@ -49,7 +49,7 @@ def make_model(config: Config) -> "nn.Module":
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
     """Convert a recipe to settings by name."""
-    return {"base_lr": f"{recipe.base_lr:g}", "warmup_epochs": f"{recipe.warmup_steps:g}"}
+    return {"base_lr": f"{recipe.base_lr:g}", "warmup_epochs": str(recipe.warmup), "eval_epochs": "every 1"}
 
 
 def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batch]":

@@ -51,7 +51,7 @@ def recipe_settings(recipe: Recipe) -> dict[str, str]:
     return {
         "base_lr": f"{recipe.base_lr:g}",
         "lr_round_to": f"{recipe.lr_round_to:g}",
-        "warmup_steps": str(recipe.warmup_steps),
+        "warmup_steps": str(recipe.warmup),
         "weight_decay": f"{recipe.weight_decay:g}",
         "lr_decay_epochs": f"{4 * decay_tenths},{5 * decay_tenths}",
         "max_samples": str(recipe.max_samples),

@@ -23,7 +23,7 @@ from detection.runtime import device
 from detection.tuning import config_file
 from detection.tuning.config_file import ConfigFile
 from detection.tuning.trial import Trial, measure_training
-from mlperf import recipes
+from mlperf import recipes, rules
 from mlperf.recipes import Recipe
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -229,7 +229,7 @@ def count_train_images(config: Config, layout: LaunchLayout, preflight: Prefligh
 
 def uses_published_recipes(config: RunConfig) -> bool:
     """Return whether published recipes of other global batches apply to this run."""
-    return config.division == "closed" and config.dataset == "coco2017"
+    return config.division == "closed" and config.dataset == rules.BENCHMARKS[config.benchmark].dataset
 
 
 def find_baseline(searcher: Searcher, settings: dict[str, str]) -> Trial:

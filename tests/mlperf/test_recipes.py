@@ -8,6 +8,8 @@ from detection.tuning.config_file import to_flags
 from maskrcnn import commands as maskrcnn_commands
 from maskrcnn import config as maskrcnn_config
 from mlperf import recipes
+from retinanet import commands as retinanet_commands
+from retinanet import config as retinanet_config
 from ssd import commands as ssd_commands
 from ssd import config as ssd_config
 
@@ -52,16 +54,32 @@ def test_maskrcnn_has_decay_steps_of_submissions():
     }
 
 
+@pytest.mark.parametrize("batch", [1, 32, 64, 100, 192, 256, 640, 700, 768, 2000, 4096])
+def test_retinanet_recipe_of_any_batch_follows_every_rule(batch):
+    words = to_flags(retinanet_commands.recipe_settings(recipes.interpolate_recipe("retinanet", batch)))
+    words += ["--batch-size", str(batch), "--pretrained-backbone", "resnext50_32x4d.pth"]
+    config = retinanet_config.load(words, {}).config
+    assert run_checks.check_rules(config, retinanet_commands.rule_values(config, 1), 1)[1] == []
+
+
+@pytest.mark.parametrize("system", ["DGXH100", "H200"])
+def test_retinanet_has_the_recipe_of_its_config_files(system):
+    env = {name: value for name, value in exported(f"{system}_retinanet").items() if name.startswith("RETINANET_")}
+    config = retinanet_config.load([], env).config
+    recipe = recipes.interpolate_recipe("retinanet", 256)
+    assert (config.base_lr, config.warmup_epochs) == (recipe.base_lr, recipe.warmup)
+
+
 def test_recipe_between_two_batches_is_interpolated():
     recipe = recipes.interpolate_recipe("ssd", 1774)  # the logarithmic mean of 1536 and 2048
-    assert recipe.warmup_steps == pytest.approx((200 + 1489) / 2, abs=3)
+    assert recipe.warmup == pytest.approx((200 + 1489) / 2, abs=3)
     assert recipe.base_lr == pytest.approx((2.5e-3 + 4.57e-3) / 2, abs=1e-5)
     assert recipe.decay_k == 3
     assert "(1536)" in recipe.source
     assert "(2048)" in recipe.source
     assert "the nearest" in recipes.interpolate_recipe("ssd", 8).source
     assert recipes.interpolate_recipe("ssd", 8).base_lr == 2.5e-3
-    assert recipes.interpolate_recipe("ssd", 8192).warmup_steps == 1145
+    assert recipes.interpolate_recipe("ssd", 8192).warmup == 1145
 
 
 @pytest.mark.parametrize(

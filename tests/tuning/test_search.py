@@ -18,6 +18,8 @@ from detection.tuning import config_file, search, trial
 from detection.tuning.search import SearchAxis, Searcher
 from detection.tuning.trial import Trial
 from paths import ROOT
+from retinanet import commands as retinanet_commands
+from retinanet import config as retinanet_config
 from ssd.commands import rule_values
 from ssd.config import Config, load
 
@@ -233,6 +235,23 @@ def test_larger_coco_batch_uses_its_published_recipe(config_dir, monkeypatch, ca
     text = (config_dir / "config_mine.sh").read_text()
     assert "the reference point of 1024; MLPerf 1.1.0 closed allows it" in text
     assert f"expected: 50 epochs, {50 * 117266 / 1024 / 60:.1f} minutes" in text
+
+
+def test_larger_open_images_batch_uses_its_published_recipe(config_dir, monkeypatch):
+    monkeypatch.setattr(search, "count_train_images", lambda *_: 1_170_301)
+    monkeypatch.setenv("DATADIR", "data/openimages")
+    fake_measurements(monkeypatch, lambda settings: min(2048, float(settings["batch_size"])))
+    start = ("--batch-size", "256", "--pretrained-backbone", "data/resnext50_32x4d.pth")
+    assert commands.retinanet("tune", "--autotune", "100", "--name", "mine", *start) == 0
+    config = retinanet_config.load([], exported("mine_retinanet", config_dir)).config
+    assert (config.batch_size, config.base_lr, config.warmup_epochs) == (2048, 1.35e-4, 1)
+    assert config.eval_epochs == tuple(range(1, config.epochs + 1))
+    assert config.epochs > 8
+    assert run_checks.check_rules(config, retinanet_commands.rule_values(config, 1), 1)[1] == []
+    assert (
+        "the reference point of 2048; MLPerf 5.1.0 closed allows it"
+        in (config_dir / "config_mine_retinanet.sh").read_text()
+    )
 
 
 def test_only_force_overwrites_a_config_file(config_dir, monkeypatch, capsys):
