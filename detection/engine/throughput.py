@@ -34,9 +34,11 @@ PHASE_STEPS_DIVISOR = 4  # a quarter of the steps runs again, synchronizing the 
 
 def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
     """Time training steps. Print, summarize and return the metrics of each input kind."""
+    start_s = time.monotonic()
     state = build_state(workload, run.config, run.ranks)
     warm_up(state, workload, run, train_loop.train_step)
     set_train_mode(state.model, run.config)
+    init_s = time.monotonic() - start_s
 
     def step_fn(rank_batch: RankBatch[Any]) -> int:
         optim.set_learning_rates(
@@ -53,12 +55,14 @@ def benchmark_training(workload: Workload[Any], run: RunContext) -> list[dict[st
         num_images = run.config.global_batch_size(run.ranks.world_size)
         return RankBatch(workload.dummy_batch(), num_images, run.ranks.world_size / num_images)
 
-    return measure(step_fn, real, synthetic, workload, state, run)
+    return measure(step_fn, real, synthetic, workload, state, run, init_s)
 
 
 def benchmark_inference(workload: Workload[Any], run: RunContext) -> list[dict[str, Any]]:
     """Time inference from batch to detections, without the COCO metric. Report as `benchmark_training` does."""
+    start_s = time.monotonic()
     state = build_state(workload, run.config, run.ranks)
+    init_s = time.monotonic() - start_s
 
     def real() -> Iterator[Any]:
         data = workload.make_eval_source()
@@ -74,7 +78,7 @@ def benchmark_inference(workload: Workload[Any], run: RunContext) -> list[dict[s
             state.step_timer.lap("detection")
             return len(batch[0])
 
-        return measure(step_fn, real, workload.dummy_eval_batch, workload, state, run)
+        return measure(step_fn, real, workload.dummy_eval_batch, workload, state, run, init_s)
 
 
 def measure(
@@ -84,8 +88,12 @@ def measure(
     workload: Workload[Any],
     state: TrainState,
     run: RunContext,
+    init_s: float,
 ) -> list[dict[str, Any]]:
-    """Time `step_fn`, which returns its number of images, on each requested input kind."""
+    """Time `step_fn`, which returns its number of images, on each requested input kind.
+
+    init_s: seconds until the first step could begin, of the summary.
+    """
     config, run_device = run.config, run.ranks.device
     run.logger.start_run(run_metadata(workload, run, state))
     results = []
@@ -110,6 +118,8 @@ def measure(
             "batch_size": config.batch_size if config.mode == "bench-train" else config.eval_batch_size,
             "steps": config.benchmark_steps,
             "warmup_steps": config.benchmark_warmup,
+            "init_s": init_s,
+            "peak_memory_gib": device.peak_memory_gib(run_device),
             "results": results,
         }
     )

@@ -112,6 +112,8 @@ def test_throughput_modes_time_the_steps_of_the_training_loop(environment, tmp_p
     # Per input: one timed step and one with phases. Before them, one warm-up step.
     assert len(steps) == (5 if mode == "bench-train" else 0)
     values = json.loads(summary.read_text())
+    assert 0 < values["init_s"] < 60
+    assert values["peak_memory_gib"] > 0.1
     assert [result["input"] for result in values["results"]] == ["real", "synthetic"]
     for result in values["results"]:
         rate, latency = result["images_per_s"], result["latency_ms"]
