@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from detection.data.coco import Split
 from detection.data.eval_source import OtherEvaluation
-from detection.data.prefetch import prefetch
+from detection.data.prefetch import HostCopy, prefetch
 from detection.data.rle import CocoRle
 from detection.evaluation.coco_metric import RESULT_COLUMNS, CocoMaskMetric, to_mask_results, to_results
 from detection.runtime.distributed import DistContext
@@ -44,8 +44,8 @@ class CocoDetections(NamedTuple):
 class MaskRCNNEvaluator:
     """Evaluator of Mask R-CNN; the first rank keeps the detections of the last evaluation.
 
-    predict: returns the detections of a batch on the device. Threads paste masks onto their images while the device
-    computes the next images.
+    predict: returns the detections of a batch on the device. The device computes the next images while detections are
+    copied to the host, where threads paste masks onto their images.
     """
 
     val: Split
@@ -93,10 +93,7 @@ class MaskRCNNEvaluator:
         num_threads = max(1, self.config.num_workers)
         pending: deque[Future[CocoDetections]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
-            for batch in prefetch(batches, self.ranks.device):
-                boxes_xyxy, scores, labels, masks = self.predict(model, batch)
-                numbers = (boxes_xyxy.float(), scores.float(), labels, masks.float())  # NumPy has no bfloat16
-                arrays = [tensor.cpu().numpy() for tensor in (*numbers, *batch[1:])]
+            for arrays in self.iter_predictions(model, batches):
                 for row in zip(*arrays, strict=True):
                     convert = partial(to_original_scale, *row, legacy=self.config.legacy_boxes)
                     pending.append(threads.submit(convert))
@@ -104,6 +101,20 @@ class MaskRCNNEvaluator:
                     yield pending.popleft().result()
             for future in pending:
                 yield future.result()
+
+    def iter_predictions(self, model: nn.Module, batches: Iterator[EvalBatch]) -> Iterator[list[NDArray[Any]]]:
+        """Yield the detections and the sizes of each batch on the host, after those of the next batch are queued."""
+        previous: HostCopy[tuple[Tensor, ...]] | None = None
+        for batch in prefetch(batches, self.ranks.device):
+            boxes_xyxy, scores, labels, masks = self.predict(model, batch)
+            # NumPy has no bfloat16.
+            results: tuple[Tensor, ...] = (boxes_xyxy.float(), scores.float(), labels, masks.float(), *batch[1:])
+            current = HostCopy(results, self.ranks.device)
+            if previous:
+                yield [tensor.numpy() for tensor in previous.wait()]
+            previous = current
+        if previous:
+            yield [tensor.numpy() for tensor in previous.wait()]
 
     def coco_results(self) -> dict[str, list[dict[str, object]]]:
         """Return the detections of the last evaluation in COCO's format, by file name."""

@@ -184,8 +184,9 @@ def blend(images: Tensor, factors: Tensor, operations: Tensor) -> Tensor:
 def shift_hue(images: Tensor, hue_shift: Tensor) -> Tensor:
     """Rotate the hue of RGB images (B, 3, H, W) in [0, 1] by hue_shift (B,) turns, in the HSV hexcone.
 
-    This is the closed form of the six cases. With hue h in sixths, value v and chroma c, a channel of the result is
-    v - c·clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and n = 5, 3, 1 for red, green and blue.
+    The result has the memory format of the images. This is the closed form of the six cases. With hue h in sixths,
+    value v and chroma c, a channel of the result is v - c·clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and
+    n = 5, 3, 1 for red, green and blue.
     """
     # Products of masks and floor: where, max with its index and % take several times as long on a CPU.
     red, green, blue = images.unbind(1)
@@ -201,6 +202,8 @@ def shift_hue(images: Tensor, hue_shift: Tensor) -> Tensor:
         k = sixths + n
         k = k - 6 * torch.floor(k / 6)
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
     return torch.stack(channels, dim=1)
 
 

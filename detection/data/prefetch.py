@@ -1,8 +1,8 @@
-"""Prefetching of batches to the device, overlapped with the computation on the previous batch."""
+"""Copies between host and device that overlap with computation: batches to the device, and results from it."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,13 +39,36 @@ def prefetch(batches: Iterable[T], device: torch.device) -> Iterator[T]:
             yield wait_ready(*queue.pop(0), backend.current_stream())
 
 
+class HostCopy(Generic[T]):
+    """Copy of the tensors of a nested tuple to the host, while the device works on what is queued after it."""
+
+    def __init__(self, value: T, device: torch.device):
+        is_async = device.type != "cpu" and has_streams(device)
+        self.value = move(value, torch.device("cpu"), non_blocking=is_async)
+        self.event = backend_module(device).current_stream().record_event() if is_async else None
+
+    def wait(self) -> T:
+        """Return the copy once it is complete."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.value
+
+
 def to_device(value: T, device: torch.device) -> T:
-    """Copy the tensors of a nested tuple to the device. Other values are unchanged."""
+    """Copy the tensors of a nested tuple to the device. Other values are unchanged.
+
+    A copy to the CPU is complete on return.
+    """
+    return move(value, device, non_blocking=device.type != "cpu")
+
+
+def move(value: T, device: torch.device, *, non_blocking: bool) -> T:
+    """Copy the tensors of a nested tuple to a device, and return at once if non_blocking and possible."""
     moved: Any = value
     if isinstance(value, Tensor):
-        moved = value.to(device, non_blocking=True)
+        moved = value.to(device, non_blocking=non_blocking)
     elif isinstance(value, tuple):
-        parts = [to_device(part, device) for part in value]
+        parts = [move(part, device, non_blocking=non_blocking) for part in value]
         moved = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return moved
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import fake_cuda
 import maskrcnn.config
 import maskrcnn.evaluator
 import maskrcnn.train
+import retinanet.commands
+import retinanet.config
 import ssd.config
 import ssd.evaluator
 import ssd.train
@@ -21,7 +22,9 @@ from detection.engine import train_loop
 from detection.engine.initialization import build_state
 from detection.evaluation import box_evaluator
 from detection.runtime.distributed import DistContext
-from fake_cuda import CUDA, fake_cuda_device
+from perf import fake_cuda
+from perf.fake_cuda import CUDA, fake_cuda_device
+from perf.step_costs import DeviceMonitor
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C, "_set_only_lift_cpu_tensors"), reason=f"torch {torch.__version__} hides copies of constants"
@@ -54,16 +57,26 @@ def maskrcnn_workload(*flags):
     return maskrcnn.train.make_workload(config, RANKS, 0, maskrcnn.train.make_model(config), evaluation), config
 
 
+def retinanet_workload(*flags):
+    small = ("--backbone", "resnet18", "--image-size", "128")
+    config = retinanet.config.load([*COMMON, *small, *flags], {}).config
+    return retinanet.commands.make_random_workload(config, RANKS), config
+
+
 def training_syncs(syncs, workload, config):
-    """Return the synchronizations of the second of two training steps."""
+    """Return the synchronizations of the second of two training steps, which never change the memory layout."""
     state = build_state(workload, config, RANKS)
     # Mask R-CNN has a new number of regions at each step.
-    assert torch.backends.cudnn.benchmark == (config.benchmark == "ssd")
+    assert torch.backends.cudnn.benchmark == (config.benchmark != "maskrcnn")
     rank_batch = to_device(RankBatch(workload.dummy_batch(), config.batch_size, 1 / config.batch_size), CUDA)
-    for _ in range(2):
-        syncs.take()
-        loss = train_loop.train_step(state, rank_batch, workload, config, RANKS)
+    with DeviceMonitor() as monitor:
+        for _ in range(2):
+            syncs.take()
+            monitor.restart()
+            loss = train_loop.train_step(state, rank_batch, workload, config, RANKS)
     assert loss.device == CUDA
+    if config.channels_last != "off":
+        assert monitor.layout_changes == {}
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     assert all(parameter.grad.device == CUDA for parameter in trained)
     assert len(state.optimizer.state) == len(trained)
@@ -121,6 +134,19 @@ def test_ssd_training_step_never_synchronizes(flags):
         assert training_syncs(syncs, *ssd_workload(*flags)) == {}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "bf16"),
+        ("--precision", "fp16", "--grad-accum-steps", "2", "--optimizer", "adamw"),
+        ("--precision", "fp32", "--channels-last", "off", "--no-freeze-batch-norm", "--freeze-at", "0"),
+    ],
+)
+def test_retinanet_training_step_never_synchronizes(flags):
+    with fake_cuda_device() as syncs:
+        assert training_syncs(syncs, *retinanet_workload(*flags)) == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_ssd_training_step_never_synchronizes_on_a_real_gpu(precision):
@@ -150,6 +176,19 @@ def test_ssd_prediction_synchronizes_independently_of_the_batch_size(precision):
         # Counts candidates and kept boxes, and repeats suppression until nothing changes.
         assert {function.split(" ")[0] for function, _ in counts} == {"ssd/postprocess.py", "detection/nn/nms.py"}
         assert sum(counts.values()) < 40
+    assert by_size[0] == by_size[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_retinanet_prediction_synchronizes_independently_of_the_batch_size(precision):
+    by_size = []
+    for size in ("2", "5"):
+        with fake_cuda_device() as syncs:
+            counts, _, detections = prediction_syncs(
+                syncs, *retinanet_workload("--precision", precision, "--eval-batch-size", size)
+            )
+            assert {tensor.device for tensor in detections} == {CUDA}
+        by_size.append(counts)
     assert by_size[0] == by_size[1]
 
 
@@ -196,5 +235,5 @@ def test_cached_images_are_resized_on_the_device_without_synchronization(monkeyp
         images = cache.assemble_batch(sent)
         assert (images.device, images.shape, images.dtype) == (CUDA, (2, 3, 30, 20), torch.uint8)
         assert syncs.take() == {
-            ("detection/data/prefetch.py to_device", "from cpu to cuda"): 12
+            ("detection/data/prefetch.py move", "from cpu to cuda"): 12
         }  # from pinned memory in a real run

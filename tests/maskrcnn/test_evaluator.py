@@ -13,6 +13,7 @@ from torch import nn
 
 from detection.config.settings import read_rank_info
 from detection.data import coco
+from detection.data.prefetch import HostCopy
 from detection.evaluation.coco_metric import COCO_STATS
 from detection.runtime.distributed import DistContext, init_process_group
 from maskrcnn import masks
@@ -156,6 +157,26 @@ def test_batch_size_threads_and_half_precision_do_not_change_metrics(perfect_eva
 
     evaluator = MaskRCNNEvaluator(config, SINGLE_RANK, predict_bf16)
     assert evaluator(MODEL, MaskRCNNEvalSource(config, SINGLE_RANK)) == perfect_evaluation[1]
+
+
+def test_next_batch_is_queued_before_detections_are_awaited(small_toy, monkeypatch):
+    events = []
+    config = make_config(small_toy, eval_batch_size=3)
+    oracle = Oracle(read_val(small_toy))
+
+    class RecordedCopy(HostCopy):
+        def wait(self):
+            events.append("wait")
+            return super().wait()
+
+    def predict(model, batch):
+        events.append("predict")
+        return oracle(model, batch)
+
+    monkeypatch.setattr("maskrcnn.evaluator.HostCopy", RecordedCopy)
+    evaluator = MaskRCNNEvaluator(config, SINGLE_RANK, predict)
+    assert evaluator(MODEL, MaskRCNNEvalSource(config, SINGLE_RANK))["AP"] == pytest.approx(1, abs=1e-3)
+    assert events == ["predict", "predict", "wait", "predict", "wait", "wait"]
 
 
 def test_results_are_in_coco_format(perfect_evaluation):
