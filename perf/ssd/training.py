@@ -30,11 +30,11 @@ def time_end_to_end(context: BenchContext) -> Iterator[Result]:
     results = context.compare(
         "end-to-end",
         epochs(context, batch_size, context.num_workers),
-        baseline_epochs(context),
         step,
+        baseline_epochs(context),
         unit="img/s",
         work=work,
-        requirement="end to end",
+        requirement="end to end of step",
     )
     yield replace(next(results), requirement="end to end rate")
     yield from results

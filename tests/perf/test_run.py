@@ -176,17 +176,25 @@ def test_quartiles_of_one_sample_and_of_several():
 def results_of(**medians):
     """Synthetic results that answer the requirements on a CPU with these numbers."""
     names = {name: name.replace("_", " ").replace("detection ", "detection, ") for name in medians}
-    return [Result("x", name, "×", quartiles([medians[name]]), requirement=names[name]) for name in medians]
+    fractions = {requirement.name for requirement in REQUIREMENTS if requirement.of_roofline}
+    results = []
+    for name, median in medians.items():
+        is_fraction = names[name] in fractions
+        value = quartiles([1000.0 if is_fraction else median])
+        results.append(
+            Result("x", name, "×", value, requirement=names[name], roofline_fraction=median if is_fraction else None)
+        )
+    return results
 
 
 ENOUGH = {
-    "input_per_core": 4.1,
+    "input_of_decoding": 0.6,
     "worker_memory_growth": 1.0,
-    "training_step": 4.2,
+    "training_step": 0.98,
     "detection_trained_scores": 3.8,
     "detection_early_scores": 9.5,
     "metric": 120.0,
-    "end_to_end": 4.0,
+    "end_to_end_of_step": 0.99,
     "maskrcnn_step": 1.1,
     "maskrcnn_evaluation": 3.1,
     "retinanet_step": 2.1,
@@ -223,10 +231,22 @@ def test_requirement_on_a_baseline_applies_to_the_speedup():
     assert not table.Requirement("", "step", on_cpu=True, min=5).passed(result)
 
 
-def test_requirement_on_an_accelerator_applies_to_the_rate():
+def test_requirements_on_an_accelerator_apply_to_the_rate_and_to_its_ratio_to_the_step():
     fast = Result("end-to-end", "", "img/s", quartiles([4100.0]), requirement="end to end rate")
-    assert check([fast], on_cpu=False)[1]
-    assert not check([replace(fast, value=quartiles([3900.0]))], on_cpu=False)[1]
+    ratio = quartiles([0.98])
+    step = Result("end-to-end", "", "img/s", quartiles([4200.0]), True, ratio, requirement="end to end of step")
+    assert check([fast, step], on_cpu=False)[1]
+    assert not check([replace(fast, value=quartiles([3900.0])), step], on_cpu=False)[1]
+    assert not check([fast, replace(step, speedup=quartiles([0.96]))], on_cpu=False)[1]
+
+
+def test_step_without_a_roofline_fails():
+    (result,) = results_of(training_step=0.95)
+    requirement = next(requirement for requirement in REQUIREMENTS if requirement.of_roofline)
+    assert requirement.passed(result)
+    assert not requirement.passed(replace(result, roofline_fraction=None))
+    text, _ = check([replace(result, roofline_fraction=None)], on_cpu=True)
+    assert "nan of the roofline" in text
 
 
 def write(path, *results):
