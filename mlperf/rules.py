@@ -228,6 +228,8 @@ RETINANET = Rules(
         "freeze_batch_norm": True,
         "backbone": "resnext50_32x4d",
         "freeze_at": 1,
+        "pyramid_channels": 256,
+        "head_init_std": 0.01,
         "image_size": 800,
         "anchor_sizes": (32, 64, 128, 256, 512),
         "flip": True,

@@ -57,6 +57,16 @@ class Config(RunConfig):
         "resnext50_32x4d", help="torchvision's network below the feature pyramid (MLPerf: resnext50_32x4d)"
     )
     freeze_at: int = setting(1, ge=0, le=4, help="freeze the stem and this many stages; 0: none (MLPerf: 1)")
+    pyramid_channels: int = setting(
+        256, ge=8, le=1024, help="channels of each level of the feature pyramid and of the heads (MLPerf: 256)"
+    )
+    head_init_std: float = setting(
+        0.01,
+        gt=0,
+        le=1,
+        help="standard deviation of the initial weights of the heads' hidden convolutions; a higher one, as "
+        "sqrt(2 / (9 * channels)), learns faster from scratch (MLPerf: 0.01)",
+    )
     image_size: int = setting(
         800, ge=128, le=4096, unit="pixels", help="both sides of the resized images, without keeping the aspect ratio"
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import retinanet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detection.nn.resnet_fpn import NUM_CHANNELS, STAGES, ResNetFPN
+from detection.nn.resnet_fpn import STAGES, ResNetFPN
 from retinanet.anchors import ANCHORS_PER_CELL
 from retinanet.config import Config
 
@@ -27,18 +27,25 @@ class RetinaNet(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # P6 comes from P5, since both have 256 channels.
+        channels = config.pyramid_channels
         self.backbone = ResNetFPN(
-            config.backbone, STAGES[1:], LastLevelP6P7(NUM_CHANNELS, NUM_CHANNELS), freeze_at=config.freeze_at
+            config.backbone,
+            STAGES[1:],
+            LastLevelP6P7(channels, channels),  # P6 comes from P5, since both have as many channels
+            num_channels=channels,
+            freeze_at=config.freeze_at,
         )
-        self.head = retinanet.RetinaNetHead(NUM_CHANNELS, ANCHORS_PER_CELL, config.num_outputs)
+        self.head = retinanet.RetinaNetHead(channels, ANCHORS_PER_CELL, config.num_outputs)
+        for head in (self.head.classification_head, self.head.regression_head):
+            for block in head.conv:
+                nn.init.normal_(block[0].weight, std=config.head_init_std)
 
     def forward(self, images: Tensor) -> HeadOutputs:
         """Return the predictions for normalized images (B, 3, H, W)."""
         return self.predict(self.backbone(images))
 
     def predict(self, features: list[Tensor]) -> HeadOutputs:
-        """Return the predictions for the pyramid's levels, each (B, 256, h, w)."""
+        """Return the predictions for the pyramid's levels, each (B, C, h, w)."""
         classifier, regressor = self.head.classification_head, self.head.regression_head
         return HeadOutputs(
             [

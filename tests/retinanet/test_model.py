@@ -24,11 +24,11 @@ def networks():
     ours = make_model(config).eval()
     torch.nn.init.normal_(ours.head.classification_head.cls_logits.weight, std=0.1)
     torch.nn.init.zeros_(ours.head.classification_head.cls_logits.bias)
-    ours.backbone.out_channels = 256  # torchvision's detector asks for it
+    ours.backbone.out_channels = config.pyramid_channels  # torchvision's detector asks for it
     sizes = tuple(tuple(int(size * scale) for scale in OCTAVE_SCALES) for size in config.anchor_sizes)
 
     class Levels(torch.nn.Module):
-        out_channels = 256
+        out_channels = config.pyramid_channels
 
         def __init__(self):
             super().__init__()
@@ -55,6 +55,16 @@ def images():
     return torch.randint(
         0, 256, (2, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
+
+
+def test_settings_of_the_pyramid_and_the_heads_reach_the_network():
+    config = make_config("--pyramid-channels", "32", "--head-init-std", "0.06")
+    state = make_model(config).state_dict()
+    for branch in ("classification", "regression"):
+        weight = state[f"head.{branch}_head.conv.0.0.weight"]
+        assert weight.shape[:2] == (32, 32)
+        assert weight.std().item() == pytest.approx(0.06, rel=0.05)
+    assert state["head.classification_head.cls_logits.weight"].std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def normalized(images):

@@ -134,6 +134,8 @@ def test_config_files_pass_the_rules(path):
         (("--weight-decay", "1e-4"), "opt_weight_decay"),
         (("--warmup-epochs", "0.5"), "opt_learning_rate_warmup_epochs"),
         (("--image-size", "640"), "image_size"),
+        (("--pyramid-channels", "64"), "pyramid_channels"),
+        (("--head-init-std", "0.03"), "head_init_std"),
         (("--no-train-crowds",), "train_crowds"),
         (("--target", "0.3"), "target"),
         (("--eval-epochs", "every 2"), "eval_epochs"),

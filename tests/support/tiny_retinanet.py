@@ -10,6 +10,7 @@ SMALL = {
     "BACKBONE": "resnet18",
     "FREEZE_AT": "0",
     "FREEZE_BATCH_NORM": "false",
+    "PYRAMID_CHANNELS": "64",
     "IMAGE_SIZE": "128",
     "ANCHOR_SIZES": "16,32,64,128,256",
     "BATCH_SIZE": "2",
