@@ -5,7 +5,7 @@ and width of the batch, rounded up to multiples of 32.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class MaskRCNNTrainDataset(Dataset[Batch]):
         images, sizes, boxes, labels, vertices, seeds = [], [], [], [], [], []
         for epoch, index in keys:
             try:
-                source = self.pixels.read(index, self.split.image_path(index))
+                source = self.pixels.read(index, self.split.image_file(index))
             except InputError as error:
                 return error
             height, width = size_hw = resized_hw(source.size_hw, self.min_size_px, self.max_size_px)
@@ -133,7 +133,7 @@ class MaskRCNNEvalDataset(Dataset[EvalBatch]):
         images, original_sizes = [], []
         for index in indices:
             try:
-                image = image_io.read(self.split.image_path(index))
+                image = image_io.read(*self.split.image_file(index))
             except InputError as error:
                 return error
             height, width = image.shape[1:]
@@ -186,14 +186,6 @@ def pad_vertices(vertices: Sequence[Sequence[masks.Floats]]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def read_split(config: Config, name: Literal["train", "val"]) -> Split:
-    """Read and check a split with its masks; raise InputError."""
-    files = coco.dataset_paths(config, name, segmentations=True)
-    split = coco.read(*files, skip_missing_images=config.skip_missing_images, segmentations=True)
-    coco.check_num_classes(config.num_classes, split)
-    return split
-
-
 def aspect_groups(sizes_hw: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return (N,) 1 for portrait and square images, 0 for landscape: batches of one group need little padding."""
     return (sizes_hw[:, 0] >= sizes_hw[:, 1]).astype(np.int64)
@@ -208,8 +200,8 @@ def order_by_shape(sizes_hw: NDArray[np.int32], config: Config) -> NDArray[np.in
 class MaskRCNNEvalSource(CocoEvalSource):
     """Evaluation images of a run, ordered by their size, and the metric over them."""
 
-    def __init__(self, config: Config, ranks: DistContext):
-        val = read_split(config, "val")
+    def __init__(self, config: Config, ranks: DistContext, train: Split | None = None):
+        val = coco.open_split(config, "val", segmentations=True, train=train)
         dataset = MaskRCNNEvalDataset(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
         super().__init__(val, order_by_shape(val.sizes_hw, config), dataset, config, ranks)
         self.metric = CocoMaskMetric(val, config.coco_eval_backend) if ranks.is_main else None
@@ -219,8 +211,9 @@ class MaskRCNNTrainSource(MaskRCNNEvalSource):
     """Training and evaluation images of a run, opened after its clock has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = select_train_images(config, read_split(config, "train"))
-        super().__init__(config, ranks)
+        train = select_train_images(config, coco.open_split(config, "train", segmentations=True))
+        super().__init__(config, ranks, train)
+        self.categories = train.categories  # those of val may have other ids
         self.train_samples = len(train)
         self.sampler = EpochBatchSampler(
             len(train),

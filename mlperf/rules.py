@@ -124,6 +124,7 @@ SSD = Rules(
         "max_detections": 200,
         "eval_images": "with-boxes",
         "skip_missing_images": False,
+        "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED | {"bn_group", "weight_decay", "lr_decay_epochs", "backbone"},
     free=_FREE,
@@ -207,6 +208,7 @@ MASKRCNN = Rules(
         "max_detections": 100,
         "eval_images": "all",
         "skip_missing_images": False,
+        "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image", "mask_target"},
     # Batch norm is frozen. A variant is a set of defaults, each of which is fixed.
@@ -240,6 +242,7 @@ RETINANET = Rules(
         "max_detections": 300,
         "eval_images": "all",
         "skip_missing_images": False,
+        "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED - {"lr_round_to", "warmup_steps"} | {"optimizer", "weight_decay", "warmup_epochs"},
     # Batch norm is frozen, and Adam has no momentum.

@@ -4,7 +4,7 @@ B images, G ground-truth boxes of the image with the most. H and W: the largest 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class RetinaNetTrainDataset(Dataset[Batch]):
         images, sizes, boxes, labels, flips = [], [], [], [], []
         for epoch, index in keys:
             try:
-                source = self.pixels.read(index, self.split.image_path(index))
+                source = self.pixels.read(index, self.split.image_file(index))
             except InputError as error:
                 return error
             height, width = source.size_hw
@@ -91,28 +91,18 @@ class RetinaNetEvalDataset(Dataset[EvalBatch]):
         images = []
         for index in indices:
             try:
-                images.append(image_io.read(self.split.image_path(index)))
+                images.append(image_io.read(*self.split.image_file(index)))
             except InputError as error:
                 return error
         sizes_hw = torch.tensor([image.shape[1:] for image in images])
         return EvalBatch(image_io.pad_to_batch(images), sizes_hw, torch.tensor(indices))
 
 
-def read_split(config: Config, name: Literal["train", "val"]) -> Split:
-    """Read and check a split; raise InputError."""
-    paths = coco.dataset_paths(config, name)
-    split = coco.read(
-        *paths, skip_missing_images=config.skip_missing_images, torchvision_boxes=config.torchvision_boxes
-    )
-    coco.check_num_classes(config.num_classes, split)
-    return split
-
-
 class RetinaNetEvalSource(BoxEvalSource):
     """Evaluation images of a run, and the metric over them."""
 
-    def __init__(self, config: Config, ranks: DistContext):
-        val = read_split(config, "val")
+    def __init__(self, config: Config, ranks: DistContext, train: Split | None = None):
+        val = coco.open_split(config, "val", train=train)
         super().__init__(val, np.arange(len(val)), RetinaNetEvalDataset(val), config, ranks)
 
 
@@ -120,8 +110,9 @@ class RetinaNetTrainSource(RetinaNetEvalSource):
     """Training and evaluation images of a run, opened after its timer has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = select_train_images(config, read_split(config, "train"))
-        super().__init__(config, ranks)
+        train = select_train_images(config, coco.open_split(config, "train"))
+        super().__init__(config, ranks, train)
+        self.categories = train.categories  # those of val may have other ids
         self.train_samples = len(train)
         self.sampler = EpochBatchSampler(
             len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch

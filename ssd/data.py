@@ -84,7 +84,7 @@ class SSDTrainDataset(Dataset[Batch]):
         images, params, boxes, labels = [], [], [], []
         for epoch, index in keys:
             try:
-                source = self.pixels.read(index, self.split.image_path(index))
+                source = self.pixels.read(index, self.split.image_file(index))
             except InputError as error:
                 return error
             image_params, image_boxes, image_labels = self.sample_params(epoch, index, *source.size_hw)
@@ -139,7 +139,7 @@ class SSDEvalDataset(Dataset[EvalBatch]):
         images, sizes = [], []
         for index in indices:
             try:
-                image = image_io.read(self.split.image_path(index))
+                image = image_io.read(*self.split.image_file(index))
             except InputError as error:
                 return error
             images.append(image_io.resize(image, SIZE_HW))
@@ -150,9 +150,8 @@ class SSDEvalDataset(Dataset[EvalBatch]):
 class SSDEvalSource(BoxEvalSource):
     """Evaluation images of a run, and the metric over them."""
 
-    def __init__(self, config: Config, ranks: DistContext):
-        val = coco.read(*coco.dataset_paths(config, "val"), skip_missing_images=config.skip_missing_images)
-        coco.check_num_classes(config.num_classes, val)
+    def __init__(self, config: Config, ranks: DistContext, train: Split | None = None):
+        val = coco.open_split(config, "val", train=train)
         super().__init__(val, np.arange(len(val)), SSDEvalDataset(val), config, ranks)
 
 
@@ -160,10 +159,9 @@ class SSDTrainSource(SSDEvalSource):
     """Training and evaluation images of a run, opened after its clock has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = coco.read(*coco.dataset_paths(config, "train"), skip_missing_images=config.skip_missing_images)
-        coco.check_num_classes(config.num_classes, train)
-        super().__init__(config, ranks)
-        train = train.drop_empty_images()
+        train = coco.open_split(config, "train").drop_empty_images()
+        super().__init__(config, ranks, train)
+        self.categories = train.categories  # those of val may have other ids
         self.train_samples = len(train)
         self.sampler = EpochBatchSampler(
             len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch

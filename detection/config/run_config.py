@@ -48,6 +48,9 @@ CUSTOM_DATA_SETTINGS = ("train_images", "train_annotations", "val_images", "val_
 SYNTHETIC_DATASETS = ("toy", "synthetic_coco")
 """Data sets that the program generates."""
 
+ExifRule = Literal["auto", "ignore", "apply"]
+"""How to treat the EXIF orientation of an image: see `detection.data.image_file.ImageFile`."""
+
 EvalEpochs = Annotated[AscendingInts, BeforeValidator(_parse_interval)]
 """Epochs to evaluate after, written `40,50` or `every 5`."""
 
@@ -143,6 +146,11 @@ class RunConfig:
     )
     skip_missing_images: bool = setting(
         False, formerly="allow_missing", help="train without images that are missing from the folder"
+    )
+    exif: ExifRule = setting(
+        "auto",
+        help="EXIF orientation of images; ignore: pixels as stored, as in COCO; apply: as displayed; auto: as "
+        "displayed only where the annotated width and height are those of the rotated image",
     )
     last_batch: Literal["partial", "pad", "carry-over"] = setting(
         "partial",
@@ -341,6 +349,11 @@ class RunConfig:
     def device_preprocessing(self) -> bool:
         """True if workers send whole images and the device crops and resizes them."""
         return self.image_cache == "device" or self.jpeg_decoder == "gpu"
+
+    @property
+    def has_custom_data(self) -> bool:
+        """True for data that are neither published with checksums nor generated."""
+        return self.dataset not in (*KNOWN_NUM_CLASSES, *SYNTHETIC_DATASETS)
 
     def unrounded_peak_lr(self, world_size: int) -> float:
         """Return the learning rate after warm-up, before rounding."""

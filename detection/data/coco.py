@@ -4,17 +4,23 @@ Shapes: N images, M boxes, K classes including background (label 0), K - 1 categ
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.config.run_config import OPEN_IMAGES, RunConfig
+from detection.config.run_config import OPEN_IMAGES, ExifRule, RunConfig
 from detection.config.settings import InputError
 from detection.data import coco_arrays, coco_json, open_images, polygons, rle
+from detection.data.box_checks import suspect_boxes
+from detection.data.image_file import ImageFile
+from detection.data.image_headers import map_files, read_header
+from detection.data.missing_files import describe_missing
 from detection.data.polygons import PolygonArrays, offsets
 from detection.data.rle import CocoRle
 
@@ -52,7 +58,7 @@ class Split:
     is_crowd: NDArray[np.bool_]
     """(M,) True where the box covers a group of objects."""
     categories: tuple[Category, ...]
-    """(K - 1,) in ascending order of their ids (COCO uses 80 of the ids 1 to 90)."""
+    """(K - 1,) in ascending order of their ids (COCO uses 80 of the ids 1 to 90), or in that of the training images."""
     num_dropped_boxes: int
     """Boxes of zero width or height in the image, where log(width) is undefined. COCO itself has a few."""
     num_clipped_boxes: int
@@ -61,6 +67,10 @@ class Split:
     """Images without a file, skipped together with their boxes."""
     polygons: PolygonArrays | None = None
     """Masks of the boxes, if requested."""
+    exif: ExifRule = "auto"
+    """How to treat the EXIF orientation of the images."""
+    remarks: tuple[str, ...] = ()
+    """Fields that were filled, and boxes that are probably wrong."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -71,8 +81,13 @@ class Split:
         return 1 + len(self.categories)
 
     def image_path(self, index: int) -> Path:
-        """Return the file of image `index` (0 to N - 1)."""
+        """Return the path of image `index` (0 to N - 1)."""
         return self.image_dir / os.fsdecode(bytes(self.file_names[index]))
+
+    def image_file(self, index: int) -> ImageFile:
+        """Return the file of image `index`, from which its pixels are read."""
+        height, width = self.sizes_hw[index].tolist()
+        return ImageFile(self.image_path(index), (height, width), self.exif)
 
     def rng_key(self, index: int) -> int:
         """Return the id of image `index` as a part of a seed, which must not be negative."""
@@ -136,6 +151,24 @@ class Split:
         )
 
 
+FETCH_HINTS = {
+    "coco2017": "Run ./init_datasets.sh to fetch COCO 2017.",
+    OPEN_IMAGES: "Run BENCHMARK=retinanet ./init_datasets.sh to fetch Open Images.",
+}
+"""How to get a published data set, by its name."""
+
+
+@contextmanager
+def fetch_hint(config: RunConfig) -> Iterator[None]:
+    """Add to an InputError how to get the data set, if it is a published one."""
+    try:
+        yield
+    except InputError as error:
+        if hint := FETCH_HINTS.get(config.dataset):
+            raise InputError(f"{error} {hint}") from None
+        raise
+
+
 def dataset_paths(
     config: RunConfig, split: Literal["train", "val"], *, segmentations: bool = False
 ) -> tuple[Path, Path]:
@@ -146,9 +179,10 @@ def dataset_paths(
     annotations, images = getattr(config, f"{split}_annotations"), getattr(config, f"{split}_images")
     if annotations:
         return Path(annotations), Path(images)
-    if config.dataset == OPEN_IMAGES:
-        return open_images.paths(config.data_dir, split)
-    return standard_paths(config.data_dir, split, segmentations=segmentations)
+    with fetch_hint(config):
+        if config.dataset == OPEN_IMAGES:
+            return open_images.paths(config.data_dir, split)
+        return standard_paths(config.data_dir, split, segmentations=segmentations)
 
 
 def standard_paths(data_dir: Path, split: Literal["train", "val"], *, segmentations: bool = False) -> tuple[Path, Path]:
@@ -163,10 +197,7 @@ def standard_paths(data_dir: Path, split: Literal["train", "val"], *, segmentati
     box_only = annotations / f"bbox_only_instances_{split}2017.json"
     if split == "train" and not segmentations and box_only.is_file():
         annotation_file = box_only
-    hint = (
-        "Run ./init_datasets.sh to fetch COCO 2017, or set DATADIR to a folder that contains "
-        f"annotations/instances_{split}2017.json and {split}2017/."
-    )
+    hint = f"Set DATADIR to a folder that contains annotations/instances_{split}2017.json and {split}2017/."
     try:
         empty = not any(data_dir.iterdir())
     except OSError as error:
@@ -177,6 +208,60 @@ def standard_paths(data_dir: Path, split: Literal["train", "val"], *, segmentati
         if not path.exists():
             raise InputError(f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. {hint}")
     return annotation_file, image_dir
+
+
+def read_split(config: RunConfig, name: Literal["train", "val"], *, segmentations: bool = False) -> Split:
+    """Read a split by the settings of a run. Raises InputError with all errors of its files."""
+    paths = dataset_paths(config, name, segmentations=segmentations)
+    with fetch_hint(config):
+        return read(
+            *paths,
+            skip_missing_images=config.skip_missing_images,
+            segmentations=segmentations,
+            torchvision_boxes=config.torchvision_boxes,
+            exif=config.exif,
+        )
+
+
+def open_split(
+    config: RunConfig, name: Literal["train", "val"], *, segmentations: bool = False, train: Split | None = None
+) -> Split:
+    """Read a split, and check that it has the number of classes of the settings. Raises InputError.
+
+    train: the training images, whose labels the split takes.
+    """
+    split = read_split(config, name, segmentations=segmentations)
+    if train:
+        split = align_categories(split, train)
+    check_num_classes(config.num_classes, split)
+    return split
+
+
+def align_categories(split: Split, train: Split) -> Split:
+    """Return a split with the labels of the training images. Categories are matched by name, and keep their ids.
+
+    Categories that only the training images have get unused ids. Raises InputError if the split has others.
+    """
+    if split.categories == train.categories:
+        return split
+    names, train_names = ([category.name for category in s.categories] for s in (split, train))
+    unknown, absent = sorted(set(names) - set(train_names)), sorted(set(train_names) - set(names))
+    problem = ""
+    if unknown:
+        problem = f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not in {train.annotation_file}"
+        problem += f", which also has {', '.join(absent)}" if absent else ""
+    elif len(set(names)) < len(names) or len(set(train_names)) < len(train_names):
+        problem = f"their ids or order differ from {train.annotation_file}, and names occur twice"
+    if problem:
+        raise InputError(f"{split.annotation_file}: categories: {problem}. Use the same names in both files.")
+    ids = {category.name: category.id for category in split.categories}
+    unused = (number for number in count(1) if number not in ids.values())
+    categories = tuple(Category(ids[name] if name in ids else next(unused), name) for name in train_names)
+    new_labels = np.array([0, *(1 + train_names.index(name) for name in names)])
+    remark = "categories: matched by name, since their ids or order differ from the training images"
+    if absent:
+        remark = f"categories: without {', '.join(absent)} of the training images, so the metric leaves them out"
+    return replace(split, labels=new_labels[split.labels], categories=categories, remarks=(*split.remarks, remark))
 
 
 def read_categories(annotation_file: Path) -> tuple[Category, ...]:
@@ -219,6 +304,7 @@ def read(
     skip_missing_images: bool = False,
     segmentations: bool = False,
     torchvision_boxes: bool = False,
+    exif: ExifRule = "auto",
 ) -> Split:
     """Read an annotation file and validate it against its image folder.
 
@@ -236,20 +322,17 @@ def read(
     has_file = _find_existing(columns.file_names, image_dir)
     num_images = len(has_file)
     num_missing = num_images - int(has_file.sum())
+    columns = _fill_sizes(columns, has_file, image_dir, exif)
+    remarks = [*columns.remarks]
 
     errors = coco_json.validate(columns, allow_outside=torchvision_boxes)
-    if num_missing and not skip_missing_images:
-        errors.insert(
-            0,
-            f"{num_missing} of its {num_images} images are not in {image_dir.name}/ "
-            f"(first: {columns.file_names[int(has_file.argmin())]}). Run ./init_datasets.sh, or pass "
-            "--skip-missing-images to train without them",
-        )
-    elif num_missing == num_images:
-        errors.insert(0, f"none of its {num_images} images is in {image_dir}. Run ./init_datasets.sh")
+    box_image, has_image = coco_json.lookup(columns.box_image_ids, columns.image_ids)
+    if has_image.all() and (suspicion := suspect_boxes(columns.boxes_xywh, columns.sizes_hw, box_image)):
+        (errors if errors else remarks).append(suspicion)
+    if num_missing and (num_missing == num_images or not skip_missing_images):
+        errors.insert(0, describe_missing(columns.file_names, has_file, image_dir))
     coco_json.raise_if_any(annotation_file, errors)
 
-    box_image, _ = coco_json.lookup(columns.box_image_ids, columns.image_ids)
     category_order = np.argsort(columns.category_ids)
     category_index, _ = coco_json.lookup(columns.box_category_ids, columns.category_ids[category_order])
 
@@ -279,6 +362,8 @@ def read(
         num_clipped_boxes=int((box_has_file & ~is_empty & is_clipped).sum()),
         num_missing_images=num_missing,
         polygons=polygons.read(annotation_file, columns, kept, columns.sizes_hw[box_image]) if segmentations else None,
+        exif=exif,
+        remarks=tuple(remarks),
     )
 
 
@@ -299,12 +384,31 @@ def _clip_boxes(
     return boxes, is_clipped
 
 
+def _fill_sizes(
+    columns: coco_json.Columns, has_file: NDArray[np.bool_], image_dir: Path, exif: ExifRule
+) -> coco_json.Columns:
+    """Read missing sizes from the headers of the images. Raises InputError for an unreadable one."""
+    is_missing = np.any(columns.sizes_hw == coco_json.MISSING, axis=1)
+    if not is_missing.any():
+        return columns
+    sizes_hw = columns.sizes_hw.copy()
+    sizes_hw[is_missing] = coco_json.JPEG_MAX_SIDE_PX  # of images without a file, which are skipped
+    rows = np.flatnonzero(is_missing & has_file)
+    headers = map_files(read_header, [ImageFile(image_dir / columns.file_names[row], None, exif) for row in rows])
+    for row, header in zip(rows, headers, strict=True):
+        if isinstance(header, InputError):
+            raise header
+        sizes_hw[row] = header.size_hw
+    remark = f"{is_missing.sum()} of {len(is_missing)} images have no 'width' or 'height': read from their headers"
+    return replace(columns, sizes_hw=sizes_hw, remarks=[*columns.remarks, remark])
+
+
 def _find_existing(file_names: list[str], image_dir: Path) -> NDArray[np.bool_]:
     """Return (N,) True where a name is a file, from one listing: 118,287 calls take minutes on a network disk."""
     try:
         with os.scandir(image_dir) as entries:
             listed = {entry.name for entry in entries}
     except OSError as error:
-        raise InputError(f"{image_dir}: image folder unreadable: {error.strerror}. Run ./init_datasets.sh.") from None
+        raise InputError(f"{image_dir}: image folder unreadable: {error.strerror}.") from None
     exists = (name in listed or os.path.isfile(image_dir / name) for name in file_names)  # may name a subfolder
     return np.fromiter(exists, dtype=bool, count=len(file_names))

@@ -25,7 +25,7 @@ from mlperf import stdio
 FORMAT_VERSION = 1
 INTEGERS = ("image_ids", "sizes_hw", "category_ids", "annotation_ids", "box_image_ids", "box_category_ids", "is_crowd")
 ARRAYS = (*INTEGERS, "boxes_xywh", "areas")
-TEXTS = ("file_names", "category_names")
+TEXTS = ("file_names", "category_names", "remarks")
 SIGNATURE = "signature"
 INTEGER_TYPES = (np.int16, np.int32, np.int64)
 

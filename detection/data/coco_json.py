@@ -4,8 +4,9 @@ Format: https://cocodataset.org/#format-data (object detection).
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.config.settings import InputError
+from detection.data.file_content import describe_other_content
 
 JPEG_MAX_SIDE_PX = 65_535
 
-REDOWNLOAD_HINT = "Run ./init_datasets.sh, or recreate the file"
+RECREATE_HINT = "Recreate the file"
 
 INTEGER: dict[type, str] = {int: "an integer", bool: "an integer"}
 NUMBER: dict[type, str] = {int: "a number", float: "a number"}
 TEXT: dict[type, str] = {str: "text"}
 
 Integers = NDArray[np.signedinteger[Any]]
+
+MISSING = -(2**63)
+"""Integer in place of a missing one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +51,55 @@ class Columns:
     """Per box: undecoded JSON, decoded JSON or None. Empty unless requested."""
     is_valid: bool = False
     """True if `validate` has found no errors before."""
+    remarks: list[str] = field(default_factory=list)
+    """Missing fields, and what they were filled with."""
 
 
 def read(annotation_file: Path, segmentations: bool = False) -> Columns:
     """Read the columns of an annotation file, including the masks with `segmentations`.
 
-    Raises InputError if the file is unreadable, is not an annotation file, or has values of the wrong type.
+    Missing fields that have a default are filled: annotation ids, crowd flags (0) and areas (width × height of the
+    box). A missing width or height of an image stays `MISSING`. Raises InputError if the file is unreadable, is not an
+    annotation file, or has values of the wrong type.
+    """
+    data = read_utf8(annotation_file)
+    return _fill_missing(_parse_typed(data, segmentations) or _parse_untyped(annotation_file, data, segmentations))
+
+
+def read_utf8(path: Path) -> bytes:
+    """Return the UTF-8 text of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises InputError if it is unreadable. UTF-8 is not verified.
     """
     try:
-        content = annotation_file.read_bytes()
+        data = path.read_bytes()
+        encoding = json.detect_encoding(data)
+        return data if encoding == "utf-8" else data.decode(encoding).encode()
     except OSError as error:
-        raise InputError(f"{annotation_file}: cannot be read: {error.strerror}. {REDOWNLOAD_HINT}.") from None
-    return _parse_typed(content, segmentations) or _parse_untyped(annotation_file, content, segmentations)
+        raise InputError(f"{path}: cannot be read: {error.strerror}. {RECREATE_HINT}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}{_describe_json_error(data, error)}") from None
+
+
+def _fill_missing(columns: Columns) -> Columns:
+    """Fill fields that have a default. Return the columns unchanged if none is missing."""
+    remarks = []
+
+    def is_missing(name: str, missing: NDArray[np.bool_], default: str) -> NDArray[np.bool_]:
+        if missing.any():
+            remarks.append(f"{missing.sum()} of {len(missing)} annotations have no '{name}': {default}")
+        return missing
+
+    ids, areas, is_crowd = columns.annotation_ids, columns.areas, columns.is_crowd
+    if is_missing("id", ids == MISSING, "numbered").any():
+        ids = np.where(ids == MISSING, max(0, ids.max()) + np.arange(1, len(ids) + 1), ids)
+    if is_missing("area", np.isnan(areas), "width × height of the box").any():
+        areas = np.where(np.isnan(areas), columns.boxes_xywh[:, 2:].prod(axis=1), areas)
+    if is_missing("iscrowd", is_crowd == MISSING, "0").any():
+        is_crowd = np.where(is_crowd == MISSING, 0, is_crowd)
+    if not remarks:
+        return columns
+    return replace(columns, annotation_ids=ids, areas=areas, is_crowd=is_crowd, remarks=remarks)
 
 
 def read_categories(annotation_file: Path) -> list[tuple[int, str]]:
@@ -66,9 +108,9 @@ def read_categories(annotation_file: Path) -> list[tuple[int, str]]:
     Raises InputError if the file is unreadable or not an annotation file.
     """
     try:
-        rows = msgspec.json.decode(annotation_file.read_bytes(), type=_Categories).categories
+        rows = msgspec.json.decode(read_utf8(annotation_file), type=_Categories).categories
         return [(row.id, row.name) for row in rows]
-    except (OSError, msgspec.DecodeError, RecursionError):  # `read` reports the error
+    except (msgspec.DecodeError, RecursionError, UnicodeError):  # `read` reports the error
         columns = read(annotation_file)
         return list(zip(columns.category_ids.tolist(), columns.category_names, strict=True))
 
@@ -76,20 +118,20 @@ def read_categories(annotation_file: Path) -> list[tuple[int, str]]:
 class _ImageRow(msgspec.Struct, gc=False):
     id: int
     file_name: str
-    height: int
-    width: int
+    height: int = MISSING
+    width: int = MISSING
 
 
-class _AnnotationRow(msgspec.Struct, gc=False):
-    id: int
+class _AnnotationRow(msgspec.Struct, gc=False, kw_only=True):
+    id: int = MISSING
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
-    iscrowd: int
-    area: float
+    iscrowd: int = MISSING
+    area: float = math.nan
 
 
-class _MaskRow(_AnnotationRow, gc=False):
+class _MaskRow(_AnnotationRow, gc=False, kw_only=True):
     segmentation: msgspec.Raw  # decoding all masks at once takes gigabytes of memory
 
 
@@ -154,19 +196,19 @@ def _parse_untyped(annotation_file: Path, data: bytes, segmentations: bool) -> C
     images = _Table("images", content, errors)
     categories = _Table("categories", content, errors)
     annotations = _Table("annotations", content, errors)
-    heights, widths = images.integers("height"), images.integers("width")
+    heights, widths = images.integers("height", MISSING), images.integers("width", MISSING)
     columns = Columns(
         image_ids=images.integers("id"),
         file_names=images.values("file_name", TEXT),
         sizes_hw=np.stack([heights, widths], axis=1) if len(heights) == len(widths) else np.empty((0, 2), np.int64),
         category_ids=categories.integers("id"),
         category_names=categories.values("name", TEXT),
-        annotation_ids=annotations.integers("id"),
+        annotation_ids=annotations.integers("id", MISSING),
         box_image_ids=annotations.integers("image_id"),
         box_category_ids=annotations.integers("category_id"),
         boxes_xywh=annotations.boxes("bbox"),
-        areas=np.array(annotations.values("area", NUMBER), np.float64),
-        is_crowd=annotations.integers("iscrowd"),
+        areas=np.array(annotations.values("area", NUMBER, math.nan), np.float64),
+        is_crowd=annotations.integers("iscrowd", MISSING),
         segmentations=[row.get("segmentation") for row in annotations.rows] if segmentations else (),
     )
     raise_if_any(annotation_file, errors)
@@ -229,6 +271,16 @@ def raise_if_any(annotation_file: Path, errors: list[str]) -> None:
         raise InputError("\n".join([f"{annotation_file}: {len(errors)} errors:", *(f"  {e}." for e in errors)]))
 
 
+def _describe_json_error(data: bytes, error: Exception) -> str:
+    """Return the text that follows the name of an unreadable file: a position, the problem and what to do."""
+    if content := describe_other_content(data):
+        return f": {content}, not JSON. {RECREATE_HINT}."
+    if isinstance(error, json.JSONDecodeError):
+        return f", line {error.lineno}, column {error.colno}: broken JSON: {error.msg}. {RECREATE_HINT}."
+    hint = "Save it in UTF-8" if isinstance(error, UnicodeDecodeError) else RECREATE_HINT
+    return f": broken JSON: {error}. {hint}."
+
+
 def _load_json(annotation_file: Path, data: bytes, segmentations: bool) -> dict[str, Any]:
     def drop_segmentation(row: dict[str, Any]) -> dict[str, Any]:
         row.pop("segmentation", None)  # COCO's polygons take gigabytes of memory
@@ -236,13 +288,10 @@ def _load_json(annotation_file: Path, data: bytes, segmentations: bool) -> dict[
 
     try:
         content = json.loads(data.decode(), object_hook=None if segmentations else drop_segmentation)
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{annotation_file}, {position}: broken JSON: {error.msg}. {REDOWNLOAD_HINT}.") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, too deeply nested lists
-        raise InputError(f"{annotation_file}: broken JSON: {error}. {REDOWNLOAD_HINT}.") from None
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, too deeply nested lists
+        raise InputError(f"{annotation_file}{_describe_json_error(data, error)}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{annotation_file}: not a COCO annotation file: expected a JSON object. {REDOWNLOAD_HINT}.")
+        raise InputError(f"{annotation_file}: not a COCO annotation file: expected a JSON object. {RECREATE_HINT}.")
     return content
 
 
@@ -263,10 +312,12 @@ class _Table:
         else:
             self.rows = rows
 
-    def values(self, key: str, types: Mapping[type, str]) -> list[Any]:
-        """Return the value of `key` in each row, each of one of `types`."""
+    def values(self, key: str, types: Mapping[type, str], default: Any = None) -> list[Any]:
+        """Return the value of `key` in each row, each of one of `types`. A default replaces missing and null values."""
         try:
-            values = [row[key] for row in self.rows]
+            values = [
+                row[key] if default is None else default if row.get(key) is None else row[key] for row in self.rows
+            ]
         except KeyError:
             return self._report(f"have no '{key}'", [key not in row for row in self.rows])
         if not set(map(type, values)) <= types.keys():
@@ -274,9 +325,9 @@ class _Table:
             return self._report(f"have a '{key}' that is not {expected}", [type(v) not in types for v in values])
         return values
 
-    def integers(self, key: str) -> NDArray[np.int64]:
+    def integers(self, key: str, default: int | None = None) -> NDArray[np.int64]:
         """Return the integers of `key`: (rows,)."""
-        values = self.values(key, INTEGER)
+        values = self.values(key, INTEGER, default)
         try:
             return np.array(values, dtype=np.int64)
         except OverflowError:

@@ -21,6 +21,7 @@ from detection.data.coco import Split
 from detection.data.device_resize import CHANNELS, BatchCrops, bilinear_taps, get_resampler, slice_crops, stack_taps
 from detection.data.host_cache import GIB
 from detection.data.image_pipeline import DeviceBatchInput, DeviceImagePipeline, HostImagePipeline, ImagePipeline
+from detection.data.pillow_io import read_errors
 from detection.data.prefetch import to_device
 from detection.runtime.device import device_name, free_memory_bytes, should_compile, supports_jpeg_decode, synchronize
 from detection.runtime.distributed import DistContext
@@ -91,7 +92,7 @@ class DeviceImageCache:
         except RuntimeError:  # the message does not name the file, and the CPU may decode it
             decoded = []
             for (index, _), file in zip(headers, files, strict=True):
-                with image_io.image_errors(self.image_path(index)):
+                with read_errors(self.image_path(index)):
                     decoded.append(image_io.decode(file.numpy().tobytes()).to(self.pixels.device))
             return decoded
 
@@ -100,8 +101,7 @@ class DeviceImageCache:
         start, pipeline = 0, self.pipeline
         for index, height, width, _ in uploaded.tolist():
             stop = start + CHANNELS * height * width
-            # If the annotation file has a wrong size, the image does not fit in its slot.
-            if index < len(pipeline.is_cached) and (height, width) == tuple(pipeline.sizes_hw[index]):
+            if index < len(pipeline.is_cached):
                 self.pixels[pipeline.offsets[index] : pipeline.offsets[index + 1]] = pixels[start:stop]
                 pipeline.is_cached[index] = 1
             start = stop

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detection.config.run_config import RunConfig
 from detection.data import image_io
+from detection.data.image_file import ImageFile
 from detection.runtime.distributed import DistContext
 
 GIB = 2**30
@@ -34,19 +35,16 @@ class HostImageCache:
         memory = allocate_shared(self.num_slots + self.size_bytes, ranks)
         self.is_cached, self.pixels = memory[: self.num_slots], memory[self.num_slots :]
 
-    def read(self, index: int, path: Path) -> Tensor:
+    def read(self, index: int, file: ImageFile) -> Tensor:
         """Return image `index`, (3, H, W) uint8 with strides of (H, W, 3), and decode it on first use.
 
         Do not modify the result. Raises InputError for a file that cannot be decoded.
         """
         if index >= self.num_slots:
-            return image_io.read(path)
+            return image_io.read(*file)
         slot = self.pixels[self.offsets[index] : self.offsets[index + 1]]
         if not self.is_cached[index]:
-            image = image_io.read(path)
-            if image.shape[1:] != tuple(self.sizes_hw[index]):
-                return image  # the annotation file has a wrong size, so it does not fit in its slot
-            slot[:] = image.permute(1, 2, 0).reshape(-1).numpy()
+            slot[:] = image_io.read(*file).permute(1, 2, 0).reshape(-1).numpy()
             self.is_cached[index] = 1
         height, width = self.sizes_hw[index]
         return torch.from_numpy(slot.reshape(height, width, 3)).permute(2, 0, 1)

@@ -1,35 +1,35 @@
 """Decoder of JPEG and other image formats, and resizing of decoded images."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from detection.config.settings import InputError
-from detection.data.pillow_io import to_rgb
+from detection.config.run_config import ExifRule
+from detection.data.image_file import JPEG_START_MARKER, ImageFile, Pixels, read_orientation, strip_app1, transpose
+from detection.data.pillow_io import decode_stored, max_pixels, read_errors
 
-JPEG_START_MARKER, JPEG_END_MARKER = b"\xff\xd8", b"\xff\xd9"
+JPEG_END_MARKER = b"\xff\xd9"
 
 
 def decode_with_pillow(encoded: bytes) -> Tensor:
     """Decode with Pillow, which is always available: bytes to (3, H, W) uint8 RGB with strides of (H, W, 3).
 
-    `pillow_io.to_rgb` treats transparency and high bit depths, as for the images of `predict`.
+    The pixels are those that are stored. `pillow_io.to_rgb` treats transparency and high bit depths, as for the images
+    of `predict`.
     """
     with Image.open(io.BytesIO(encoded)) as image:
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        return to_tensor(decode_stored(image))
 
 
 def select_decoder() -> Callable[[bytes], Tensor]:
     """Return torchcodec's decoder if it loads: 1.35 times as fast as Pillow on one core, with the same pixels.
 
-    Pillow decodes all formats but JPEG: torchcodec knows few of them and drops transparency.
+    Pillow decodes all formats but JPEG: torchcodec knows few of them, drops transparency, and returns all frames.
     """
     try:
         from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
@@ -37,7 +37,12 @@ def select_decoder() -> Callable[[bytes], Tensor]:
         return decode_with_pillow
 
     def decode(encoded: bytes) -> Tensor:
-        return decode_image(encoded) if encoded.startswith(JPEG_START_MARKER) else decode_with_pillow(encoded)
+        if not encoded.startswith(JPEG_START_MARKER):
+            return decode_with_pillow(encoded)
+        stored, (height, width) = strip_app1(encoded)
+        if height * width > max_pixels():
+            raise Image.DecompressionBombError
+        return decode_image(stored)
 
     return decode
 
@@ -45,32 +50,50 @@ def select_decoder() -> Callable[[bytes], Tensor]:
 decode = select_decoder()
 
 
-def read(path: Path) -> Tensor:
-    """Read and decode one image: (3, H, W) uint8 RGB.
+def read(path: Path, size_hw: tuple[int, int] | None = None, exif: ExifRule = "auto") -> Tensor:
+    """Read and decode one image: (3, H, W) uint8 RGB, the pixels to which its boxes refer.
 
-    The EXIF orientation is not applied: COCO's boxes refer to the stored pixels. Raises InputError with the path of
-    a missing, truncated or corrupt file.
+    The arguments are the fields of `ImageFile`. Raises InputError with the path of a missing, truncated or corrupt
+    file, or of one that has another size than annotated.
     """
-    with image_errors(path):
-        return decode(path.read_bytes())
+    with read_errors(path):
+        return decode_file(path.read_bytes(), ImageFile(path, size_hw, exif))
 
 
-@contextmanager
-def image_errors(path: Path) -> Iterator[None]:
-    """Convert errors of reading or decoding a file to InputError with its path."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: this image cannot be decoded ({reason}). Replace the file.") from error
+def decode_file(encoded: bytes, file: ImageFile) -> Tensor:
+    """Decode the bytes of an image file: (3, H, W) uint8 RGB, the pixels to which its boxes refer."""
+    pixels = decode(encoded)
+    orientation = select_orientation(encoded, file, (pixels.shape[1], pixels.shape[2]))
+    return pixels if orientation == 1 else to_tensor(transpose(pixels.permute(1, 2, 0).numpy(), orientation))
 
 
-def complete_jpeg_hw(encoded: bytes) -> tuple[int, int] | None:
-    """Return height and width of a complete RGB or grayscale JPEG file, else None."""
+def select_orientation(encoded: bytes, file: ImageFile, stored_hw: tuple[int, int]) -> int:
+    """Return the EXIF orientation to apply to the stored pixels. Raises InputError for a size that is not annotated."""
+
+    def read_from_header() -> int:
+        with Image.open(io.BytesIO(encoded)) as header:
+            return read_orientation(header)
+
+    return file.select_orientation(stored_hw, read_from_header)
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """Return pixels (H, W, 3) as a tensor (3, H, W) with the same memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def device_jpeg(encoded: bytes, file: ImageFile) -> tuple[bytes, tuple[int, int]] | None:
+    """Return the bytes and size that let a device decode a file to the pixels to which its boxes refer, else None.
+
+    That is a complete RGB or grayscale JPEG file whose pixels are needed as stored.
+    """
+    if not encoded.startswith(JPEG_START_MARKER) or not encoded.endswith(JPEG_END_MARKER):
+        return None
     with Image.open(io.BytesIO(encoded)) as header:
-        if header.format != "JPEG" or header.mode not in ("RGB", "L") or not encoded.endswith(JPEG_END_MARKER):
+        if header.mode not in ("RGB", "L"):
             return None
-        return header.height, header.width
+    stored, stored_hw = strip_app1(encoded)
+    return (stored, stored_hw) if select_orientation(encoded, file, stored_hw) == 1 else None
 
 
 def decode_jpeg_on_device(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor]:

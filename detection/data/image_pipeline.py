@@ -5,7 +5,6 @@ Both pipelines produce the same bytes. B images.
 
 from collections.abc import Sequence
 from itertools import starmap
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +15,8 @@ from torch import Tensor
 from detection.data import image_io
 from detection.data.device_resize import CHANNELS, BatchCrops, Taps, bilinear_taps, flip_taps, stack_taps
 from detection.data.host_cache import HostImageCache
+from detection.data.image_file import ImageFile
+from detection.data.pillow_io import read_errors
 
 
 class SourceImage(NamedTuple):
@@ -77,7 +78,7 @@ class DeviceBatchInput(NamedTuple):
 class ImagePipeline(Protocol):
     """Processing of images in a data worker."""
 
-    def read(self, index: int, path: Path) -> SourceImage:
+    def read(self, index: int, file: ImageFile) -> SourceImage:
         """Read an image, and decode it unless the device does.
 
         Raises InputError with the path of an unreadable file.
@@ -96,9 +97,9 @@ class HostImagePipeline:
     def __init__(self, cache: HostImageCache | None = None):
         self.cache = cache
 
-    def read(self, index: int, path: Path) -> SourceImage:
+    def read(self, index: int, file: ImageFile) -> SourceImage:
         """Read and decode an image. Raises InputError with the path of an unreadable file."""
-        decoded = self.cache.read(index, path) if self.cache else image_io.read(path)
+        decoded = self.cache.read(index, file) if self.cache else image_io.read(*file)
         return SourceImage(index, image_hw(decoded), decoded=decoded)
 
     def transform(self, crop: CropSpec) -> Tensor:
@@ -130,19 +131,20 @@ class DeviceImagePipeline:
     ):
         self.offsets, self.is_cached, self.sizes_hw, self.device_decodes = offsets, is_cached, sizes_hw, device_decodes
 
-    def read(self, index: int, path: Path) -> SourceImage:
+    def read(self, index: int, file: ImageFile) -> SourceImage:
         """Read an image unless the device has cached it. Raises InputError with the path of an unreadable file."""
         if index < len(self.is_cached) and self.is_cached[index]:
             height, width = self.sizes_hw[index].tolist()
             return SourceImage(index, (height, width))
         if not self.device_decodes:
-            decoded = image_io.read(path)
+            decoded = image_io.read(*file)
             return SourceImage(index, image_hw(decoded), decoded=decoded)
-        with image_io.image_errors(path):
-            encoded = path.read_bytes()
-            if size_hw := image_io.complete_jpeg_hw(encoded):
-                return SourceImage(index, size_hw, encoded=torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-            decoded = image_io.decode(encoded)
+        with read_errors(file.path):
+            encoded = file.path.read_bytes()
+            if uploaded := image_io.device_jpeg(encoded, file):
+                jpeg, size_hw = uploaded
+                return SourceImage(index, size_hw, encoded=torch.frombuffer(bytearray(jpeg), dtype=torch.uint8))
+            decoded = image_io.decode_file(encoded, file)
         return SourceImage(index, image_hw(decoded), decoded=decoded)
 
     def transform(self, crop: CropSpec) -> CropSpec:

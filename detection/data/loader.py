@@ -2,6 +2,7 @@
 
 import multiprocessing.util
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -29,6 +30,8 @@ warnings.filterwarnings("ignore", message="This DataLoader will create")
 # (epoch, index in the split). The key carries the epoch, because persistent workers do not see it otherwise.
 SampleKey = tuple[int, int]
 LastBatch = Literal["partial", "pad", "carry-over"]
+
+LOST_WORKER = re.compile(r"DataLoader worker \(pid")
 
 MAX_SOCKET_DIR = 70  # bytes; multiprocessing appends 32 to it, and a socket's path has at most 107
 
@@ -213,11 +216,14 @@ def train_batches(
 
 @contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """Convert torch's error about a killed worker to DataWorkerDied. torch may raise it at any time."""
+    """Convert torch's error about a killed worker to DataWorkerDied. torch may raise it at any time.
+
+    An exception in a worker is no such error: torch raises its type with "in DataLoader worker process" in the text.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not LOST_WORKER.match(str(error)):
             raise
         reason = str(error).splitlines()[0]
         raise DataWorkerDied(

@@ -16,8 +16,7 @@ def paths(data_dir: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     for path in (annotation_file, image_dir):
         if not path.exists():
             raise InputError(
-                f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. Run BENCHMARK=retinanet "
-                "./init_datasets.sh to fetch Open Images, or set DATADIR to a folder that contains "
+                f"DATADIR={data_dir}: {path.relative_to(data_dir)} is missing. Set DATADIR to a folder that contains "
                 f"{folder.name}/{ANNOTATION_FILE} and {folder.name}/{IMAGE_DIR}/."
             )
     return annotation_file, image_dir

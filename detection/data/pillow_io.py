@@ -4,14 +4,18 @@
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from detection.config.settings import InputError
+from detection.data.file_content import CONTENT_HEAD, describe_other_content
+from detection.data.image_file import UNDO, ImageFile, Pixels, read_orientation, read_stored_hw, transpose
 
 # RGBA background of transparent parts.
 TRANSPARENCY_FILL = (255, 255, 255, 255)
@@ -56,36 +60,59 @@ def read(path: Path) -> UserImage:
     16-bit and floating-point values become 8-bit. Transparent parts become white. Raises InputError with the path of
     a file that is missing, corrupt, or larger than Pillow's limit against decompression bombs.
     """
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    with read_errors(path), warnings.catch_warnings():
+        # Pillow warns at half of the limit at which it raises, and about much else that is harmless here.
+        warnings.simplefilter("ignore")
+        with Image.open(path) as opened:
+            mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+            opened.seek(0)
+            return UserImage(path, Image.fromarray(decode(opened, ImageFile(path, exif="apply"))), mode, frames)
+
+
+def read_pixels(file: ImageFile) -> Pixels:
+    """Read the pixels (H, W, 3) of an image to which its boxes refer. Raises InputError with its path."""
+    with read_errors(file.path), Image.open(file.path) as opened:
+        return decode(opened, file)
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Convert errors of reading or decoding an image to InputError with its path."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at half of the limit at which it raises, and about much else that is harmless here.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as opened:
-                mode, frames = opened.mode, getattr(opened, "n_frames", 1)
-                opened.seek(0)
-                opened.load()
-                return UserImage(path, to_rgb(apply_exif_orientation(opened)), mode, frames)
+        yield
+    except InputError:
+        raise
     except Image.DecompressionBombError:
         raise InputError(
-            f"{path}: more than {limit:,} pixels, possibly a decompression bomb. Make it smaller."
+            f"{path}: more than {max_pixels():,} pixels, possibly a decompression bomb. Make it smaller."
         ) from None
     except MemoryError:
         raise InputError(f"{path}: not enough memory for its pixels. Make it smaller.") from None
-    except OSError as error:
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown image format" if is_unknown else error.strerror or str(error)
-        raise InputError(f"{path}: this image cannot be read ({reason})") from error
     except Exception as error:  # a decoder may raise anything for a corrupt file
-        raise InputError(f"{path}: this image cannot be read ({error or type(error).__name__})") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            with path.open("rb") as file:
+                reason = describe_other_content(file.read(CONTENT_HEAD)) or "unknown image format"
+        elif isinstance(error, OSError):
+            reason = error.strerror or reason
+        raise InputError(f"{path}: this image cannot be read ({reason}). Replace the file.") from error
 
 
-def apply_exif_orientation(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, or return the image unchanged if its EXIF data is corrupt."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the parser may raise anything for corrupt EXIF data, but the pixels are intact
-        return image
+def max_pixels() -> int:
+    """Return the number of pixels above which an image is rejected: Pillow's limit for its own decoders."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 0)
+
+
+def decode_stored(image: Image.Image) -> Pixels:
+    """Return the stored pixels (H, W, 3) of an opened image. Pillow itself rotates TIFF files."""
+    orientation = read_orientation(image) if image.format == "TIFF" else 1
+    return transpose(np.array(to_rgb(image)), UNDO.get(orientation, orientation))
+
+
+def decode(image: Image.Image, file: ImageFile) -> Pixels:
+    """Return the pixels (H, W, 3) of an opened image to which the boxes refer."""
+    orientation = file.select_orientation(read_stored_hw(image), partial(read_orientation, image))
+    return transpose(decode_stored(image), orientation)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

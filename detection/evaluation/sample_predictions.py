@@ -21,7 +21,7 @@ from PIL import Image
 
 from detection import run_dir
 from detection.config.settings import InputError, report_errors
-from detection.data import coco, rle
+from detection.data import coco, pillow_io, rle
 from detection.data.coco import Split
 from detection.data.rle import CocoRle
 from detection.evaluation.confusion import count_confusions
@@ -47,7 +47,11 @@ def write_samples(run_folder: Path) -> int:
     )
     # The run has read the boxes, whether or not those outside of their images are an error for its workload.
     split = coco.read(
-        *paths, skip_missing_images=config["skip_missing_images"], segmentations=has_masks, torchvision_boxes=True
+        *paths,
+        skip_missing_images=config["skip_missing_images"],
+        segmentations=has_masks,
+        torchvision_boxes=True,
+        exif=config.get("exif", "auto"),
     )
     (run_folder / "confusion.json").write_text(json.dumps(count_confusions(split, detections), ensure_ascii=False))
     min_score = pick_threshold(split, detections)
@@ -58,7 +62,7 @@ def write_samples(run_folder: Path) -> int:
     rows: list[dict[str, object]] = []
     for group, matches in select_images(list(match_images(split, detections, min_score))):
         name = f"{len(rows):02d}_{split.image_ids[matches.index]}.jpg"
-        image = read_image(split.image_path(matches.index))
+        image = Image.fromarray(pillow_io.read_pixels(split.image_file(matches.index)))
         scale = min(1.0, SIDE_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image.resize(size, reducing_gap=2.0).save(output / name, quality=JPEG_QUALITY)
@@ -109,15 +113,6 @@ def select_images(images: Sequence[ImageMatches]) -> Iterator[tuple[str, ImageMa
         for image in sorted(candidates, key=lambda image: (sort_key(image), image.index))[:IMAGES_PER_GROUP]:
             selected.add(image.index)
             yield name, image
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB. Raise InputError if it cannot be read."""
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: this image cannot be read ({error}). Replace the file.") from error
 
 
 def describe_boxes(split: Split, matches: ImageMatches, scale: float) -> dict[str, list[dict[str, object]]]:

@@ -26,6 +26,7 @@ from detection.config.settings import InputError, LaunchLayout, ResolvedSettings
 from detection.data import coco, coco_arrays, worker_shm
 from detection.data.num_classes import resolve_num_classes
 from detection.engine import tensorboard
+from detection.preflight import image_checks
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
 
@@ -274,18 +275,14 @@ def check_data(
     """Read the splits and check them against the settings. Return the splits and a description. Raise InputError."""
     segmentations = spec.segmentations
     if not config.train_images and not config.data_dir.is_dir():
-        coco.standard_paths(config.data_dir, "train", segmentations=segmentations)
+        coco.dataset_paths(config, "train", segmentations=segmentations)
     info, errors = [], []
     splits: dict[str, coco.Split] = {}
     for name in config.required_splits:
         try:
-            paths = coco.dataset_paths(config, name, segmentations=segmentations)
-            split = coco.read(
-                *paths,
-                skip_missing_images=config.skip_missing_images,
-                segmentations=segmentations,
-                torchvision_boxes=config.torchvision_boxes,
-            )
+            split = coco.read_split(config, name, segmentations=segmentations)
+            if train := splits.get("train"):
+                split = coco.align_categories(split, train)
         except InputError as error:
             errors += str(error).splitlines()
             continue
@@ -302,6 +299,11 @@ def check_data(
             f"{len(split.labels)} boxes ({split.num_dropped_boxes} of zero size dropped, "
             f"{split.num_clipped_boxes} clipped to the image)"
         )
+        info += [f"warning: {split.annotation_file}: {remark}" for remark in split.remarks]
+        if config.has_custom_data:
+            header_info, header_errors = image_checks.check_headers(name, split)
+            info += header_info
+            errors += header_errors
     if first := next(iter(splits.values()), None):
         try:
             coco.check_num_classes(config.num_classes, first)
@@ -320,10 +322,6 @@ def check_data(
             errors.append(
                 f"batch_size {config.batch_size} on {layout.world_size} ranks is {global_batch} images per step, but "
                 f"{train.annotation_file} has {num_images} images to train on. Pass a smaller --batch-size"
-            )
-        if "val" in splits and splits["val"].categories != train.categories:
-            errors.append(
-                f"{splits['val'].annotation_file} has other categories than {train.annotation_file}. Use the same ones"
             )
     if errors:
         raise InputError("\n".join(errors))

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detection.data import coco
 from detection.data.image_io import pad_to_batch
 from detection.data.image_pipeline import HostImagePipeline
 from detection.evaluation.conformance import Comparison, ConformanceContext, max_abs_error
 from retinanet.conformance.boxes import compare_sums
 from retinanet.conformance.inputs import NUM_CLASSES, reference_config
-from retinanet.data import Batch, RetinaNetTrainDataset, read_split
+from retinanet.data import Batch, RetinaNetTrainDataset
 from retinanet.resize import normalize_and_resize, resize_boxes
 from retinanet.train_images import select_train_images
 
@@ -76,7 +77,7 @@ def compare_prepared_boxes(context: ConformanceContext) -> Iterator[Comparison]:
             *("--train-annotations", str(annotation_file), "--train-images", name),
             *("--val-annotations", str(annotation_file), "--val-images", name),
         )
-        split = select_train_images(config, read_split(config, "train"))
+        split = select_train_images(config, coco.open_split(config, "train"))
         batch = RetinaNetTrainDataset(split, seed=0, flip=False, pixels=HostImagePipeline()).__getitems__([(1, 0)])
     if not isinstance(batch, Batch):
         raise batch

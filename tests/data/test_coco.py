@@ -145,7 +145,7 @@ def test_skip_missing_images_drops_them_with_their_boxes(folder: Path) -> None:
 def test_folder_without_any_image_is_an_error_even_with_skip_missing_images(folder: Path) -> None:
     for path in (folder / "train2017").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="none of its 3 images"):
+    with pytest.raises(InputError, match="3 of its 3 images are not in train2017/"):
         read(folder, content(), skip_missing_images=True)
 
 
@@ -158,9 +158,9 @@ def test_images_in_subfolders_are_found(folder: Path) -> None:
 
 
 def test_missing_or_empty_data_folder_is_an_error_with_hint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent: No such file or directory\. Run \./init_datasets\.sh"):
+    with pytest.raises(InputError, match=r"absent: No such file or directory\. Set DATADIR"):
         coco.standard_paths(tmp_path / "absent", "train")
-    with pytest.raises(InputError, match=r"the folder is empty\. Run \./init_datasets\.sh"):
+    with pytest.raises(InputError, match=r"the folder is empty\. Set DATADIR"):
         coco.standard_paths(tmp_path, "train")
 
 
@@ -265,6 +265,33 @@ def test_images_of_any_id_have_different_seeds(folder: Path, first: int) -> None
     split = read(folder, data)
     draws = {np.random.default_rng((0, 1, split.rng_key(index))).random() for index in range(len(split))}
     assert len(draws) == len(split)
+
+
+def test_labels_of_a_split_follow_the_training_images(folder: Path) -> None:
+    train = read(folder, content())  # 1 person, 7 train, 90 toothbrush
+    data = content()
+    data["categories"] = [{"id": 1, "name": "toothbrush"}, {"id": 2, "name": "train"}]
+    data["annotations"] = [annotation(1, category_id=1), annotation(2, category_id=2)]
+    split = coco.align_categories(read(folder, data), train)
+    assert [category.name for category in split.categories] == ["person", "train", "toothbrush"]
+    assert [category.id for category in split.categories] == [3, 2, 1]
+    assert split.labels.tolist() == [3, 2]
+    assert split.remarks == ("categories: without person of the training images, so the metric leaves them out",)
+    data["categories"].append({"id": 3, "name": "cat"})
+    with pytest.raises(InputError, match=r"categories: cat is not in .*, which also has person\. Use the same names"):
+        coco.align_categories(read(folder, data), train)
+    assert coco.align_categories(train, train) is train
+
+
+def test_repeated_names_cannot_be_matched(folder: Path) -> None:
+    data = content()
+    data["categories"][0]["name"] = "person"
+    train = read(folder, data)
+    assert coco.align_categories(read(folder, data), train).categories == train.categories
+    data["categories"][0]["id"] = 91
+    data["annotations"] = [annotation(1)]
+    with pytest.raises(InputError, match="names occur twice"):
+        coco.align_categories(read(folder, data), train)
 
 
 def test_seeds_contain_the_ids(folder: Path) -> None:

@@ -1,12 +1,14 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from annotation_file import content, data_folder, read
 from detection.config.settings import InputError
-from detection.data import coco
+from detection.data import coco, coco_json
 
 
 @pytest.fixture
@@ -45,10 +47,7 @@ INVALID_FILES = {
     "no height": (with_value("images", "height", 0), r"outside 1 to 65535: 1 of 3 \(first: image 10, 64×0\)"),
     "name is a number": (with_value("images", "file_name", 7), r"'file_name' that is not text"),
     "no file_name": (without("images", "file_name"), r"1 of 3 images have no 'file_name' \(first: images\[1\]\)"),
-    "no width": (without("images", "width"), r"1 of 3 images have no 'width'"),
     "no bbox": (without("annotations", "bbox"), r"1 of 3 annotations have no 'bbox'"),
-    "no area": (without("annotations", "area"), r"1 of 3 annotations have no 'area'"),
-    "no iscrowd": (without("annotations", "iscrowd"), r"1 of 3 annotations have no 'iscrowd'"),
     "no name": (without("categories", "name"), r"1 of 3 categories have no 'name'"),
     "no images": (lambda data: data["images"].clear(), r"'images' is empty"),
     "no boxes": (lambda data: data["annotations"].clear(), r"'annotations' is empty"),
@@ -80,8 +79,74 @@ def test_broken_json_is_reported_with_line_and_column(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", "", '{"images": ' + "[" * 100_000, '{"images": ' + "9" * 5000 + "}"])
 def test_file_with_other_content_is_an_error(folder: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"broken JSON|expected a JSON object"):
+    with pytest.raises(InputError, match=r"broken JSON|not JSON|expected a JSON object"):
         read(folder, text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_every_unicode_encoding_is_read(folder: Path, encoding: str) -> None:
+    data = content()
+    data["categories"][0]["name"] = "зубная щётка"
+    file = folder / "a.json"
+    file.write_bytes(json.dumps(data, ensure_ascii=False).encode(encoding))
+    assert coco.read(file, folder / "train2017").categories[2].name == "зубная щётка"
+    assert coco.read_categories(file)[2].name == "зубная щётка"
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        ('{"categories": "红"}'.encode("gbk"), "Save it in UTF-8"),
+        (b"", "an empty file, not JSON"),
+        (b"\n<!DOCTYPE html><html>", "an HTML page, perhaps of a failed download, not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", r"Git LFS \(run git lfs pull\), not JSON"),
+        (b"PK\x03\x04\xff\xfe\xfd", "an archive, not JSON"),
+        (b"\0" * 50, "a file of zeros"),
+    ],
+)
+def test_other_content_is_named(folder: Path, encoded: bytes, message: str) -> None:
+    file = folder / "a.json"
+    file.write_bytes(encoded)
+    for read_file in (lambda: coco.read(file, folder / "train2017"), lambda: coco.read_categories(file)):
+        with pytest.raises(InputError, match=message) as caught:
+            read_file()
+        assert "init_datasets" not in str(caught.value)
+
+
+@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_missing_fields_are_filled_and_reported(folder: Path, count: int, null: bool) -> None:
+    data = content()
+    for row in data["annotations"][:count]:
+        for key in ("id", "area", "iscrowd"):
+            row.update({key: None}) if null else row.pop(key)
+    split = read(folder, data)
+    assert split.remarks == (
+        f"{count} of 3 annotations have no 'id': numbered",
+        f"{count} of 3 annotations have no 'area': width × height of the box",
+        f"{count} of 3 annotations have no 'iscrowd': 0",
+    )
+    columns = coco_json.read(split.annotation_file)
+    assert len(set(columns.annotation_ids.tolist())) == 3
+    assert columns.areas.tolist() == [30.5 * 40, 5000 if count == 3 else 100, 12 if count == 3 else 100]
+    assert split.is_crowd.tolist() == [False, False, count == 1]
+    assert read(folder, content()).remarks == ()
+
+
+@pytest.mark.parametrize("exif", ["auto", "apply"])
+def test_missing_sizes_are_read_from_the_images(folder: Path, exif: Any) -> None:
+    data = content()
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(folder / "train2017/000000000010.jpg", exif=orientation)
+    del data["images"][1]["width"]
+    data["images"][2]["height"] = None
+    with pytest.raises(InputError, match=r"000000000030\.jpg: this image cannot be read"):
+        read(folder, data, exif=exif)
+    Image.new("RGB", (300, 200)).save(folder / "train2017/000000000030.jpg")
+    split = read(folder, data, exif=exif)
+    assert split.sizes_hw.tolist() == [[50, 100], [48, 64] if exif == "auto" else [64, 48], [200, 300]]
+    assert split.remarks == ("2 of 3 images have no 'width' or 'height': read from their headers",)
 
 
 def test_binary_file_is_an_error(folder: Path) -> None:

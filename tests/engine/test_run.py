@@ -332,7 +332,7 @@ def test_corrupt_image_is_named_and_stops_every_rank(environment, tmp_path, monk
     monkeypatch.setenv("DATADIR", str(data))
     done = launch(2, tmp_path / "run", *FEW_STEPS, "--num-workers", "1", program=NARROW_SSD300)
     assert done.returncode == 2
-    assert f"error: {broken}: this image cannot be decoded" in done.stderr
+    assert f"error: {broken}: this image cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
     assert "RESULT" not in done.stdout
     assert events(tmp_path / "run")[-1].metadata["status"] == "aborted"

@@ -201,7 +201,7 @@ def test_missing_file_is_named(run, capsys):
     (run / "detections.json").write_text("[]")
     (run / "config.json").write_text(json.dumps({"data_dir": str(run / "gone"), "skip_missing_images": False}))
     assert sample_predictions.main([str(run)]) == 2
-    assert "Run ./init_datasets.sh" in capsys.readouterr().err
+    assert "Set DATADIR to a folder that contains" in capsys.readouterr().err
 
 
 def test_per_class_ap_averages_to_the_overall_ap(small_toy):

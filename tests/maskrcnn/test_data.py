@@ -337,7 +337,7 @@ def test_corrupt_image_is_named_without_a_traceback(small_toy, tmp_path, num_wor
     for path in dataset.split.image_dir.iterdir():
         (broken / path.name).write_bytes(path.read_bytes()[:-500])
     dataset.split = replace(dataset.split, image_dir=broken)
-    with pytest.raises(InputError, match=r"broken/0000\d+\.jpg: this image cannot be decoded") as caught:
+    with pytest.raises(InputError, match=r"broken/0000\d+\.jpg: this image cannot be read") as caught:
         list(data.train_batches(1))
     assert "Traceback" not in str(caught.value)
 

@@ -189,7 +189,70 @@ def test_train_and_val_with_different_categories_are_rejected(check, data_dir, t
     file.write_text(json.dumps(content))
     status, _, err = check(DATADIR=folder)
     assert status == 2
-    assert "other categories" in err
+    assert "val2017.json: categories: hexagon is not in" in err
+    assert "which also has disc. Use the same names in both files" in err
+
+
+@pytest.fixture
+def custom_copy(data_dir, tmp_path):
+    """Return flags of a copy of the data set, and a function that changes the annotations of a split."""
+    folder = tmp_path / "custom"
+    shutil.copytree(data_dir, folder)
+
+    def change(split, function):
+        file = folder / f"annotations/instances_{split}2017.json"
+        content = json.loads(file.read_text())
+        function(content)
+        file.write_text(json.dumps(content))
+
+    return [*custom_data_flags(folder), "--dataset", "shapes"], change
+
+
+def test_val_with_fewer_categories_is_mapped_and_reported(check, custom_copy):
+    flags, change = custom_copy
+
+    def drop_discs(content):
+        content["categories"] = [{"id": c["id"] - 1, "name": c["name"]} for c in content["categories"][1:]]
+        kept = [a for a in content["annotations"] if a["category_id"] != 1]
+        content["annotations"] = [a | {"category_id": a["category_id"] - 1} for a in kept]
+
+    change("val", drop_discs)
+    status, out, err = check(*flags)
+    assert (status, out.splitlines()[3]) == (0, "4")
+    assert "warning: " in err
+    assert "categories: without disc of the training images, so the metric leaves them out" in err
+
+
+def test_suspicious_boxes_and_filled_fields_are_warnings(check, custom_copy):
+    flags, change = custom_copy
+
+    def to_corners(content):
+        for row in content["annotations"]:
+            left, top, width, height = row["bbox"]
+            row["bbox"] = [left, top, left + width, top + height]
+            del row["iscrowd"]
+
+    change("train", to_corners)
+    status, _, err = check(*flags)
+    assert status == 0
+    assert "train2017.json: " in err
+    assert "they look like corners [x1, y1, x2, y2]. Convert them" in err
+    assert "annotations have no 'iscrowd': 0" in err
+
+
+def test_wrong_sizes_of_custom_data_are_an_error(check, custom_copy):
+    flags, change = custom_copy
+
+    def enlarge(content):
+        for image in content["images"]:
+            image["width"], image["height"] = 2 * image["width"], 2 * image["height"]
+
+    change("val", enlarge)
+    status, _, err = check(*flags)
+    assert status == 2
+    assert "The boxes are of a copy scaled by 2: scale width, height and boxes" in err
+    assert "This is the first of 4 such images of 4." in err
+    assert "init_datasets" not in err
 
 
 def test_val_with_only_crowds_is_rejected_before_the_run(check, data_dir, tmp_path):

@@ -222,7 +222,7 @@ def test_corrupt_image_is_named_without_traceback(small_toy, tmp_path, num_worke
     for path in dataset.split.image_dir.iterdir():
         (corrupt / path.name).write_bytes(path.read_bytes()[:-500])
     dataset.split = replace(dataset.split, image_dir=corrupt)
-    with pytest.raises(InputError, match=r"broken/0000\d+\.jpg: this image cannot be decoded") as caught:
+    with pytest.raises(InputError, match=r"broken/0000\d+\.jpg: this image cannot be read") as caught:
         list(data.train_batches(1))
     assert "Traceback" not in str(caught.value)
 

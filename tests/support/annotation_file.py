@@ -53,7 +53,7 @@ def read_one_image(
     return read(folder, data, segmentations=True)
 
 
-def read(folder: Path, data: Any, **options: bool) -> coco.Split:
+def read(folder: Path, data: Any, **options: Any) -> coco.Split:
     text = data if isinstance(data, str) else json.dumps(data)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "train2017").mkdir(exist_ok=True)
