@@ -1,22 +1,15 @@
-"""Files of ImageNet weights for a backbone: names, URLs and integrity."""
+"""Files of ImageNet weights for a backbone: how to fetch them, and their integrity."""
 
 import hashlib
 import re
 import zipfile
 from pathlib import Path
 
+from detection.checkpoint.public_weights import PUBLIC_WEIGHTS
 from detection.config.settings import InputError
 
-# torchvision's IMAGENET1K_V1 weights, except resnet34, for which MLPerf Training names the file.
-BACKBONE_FILES = {
-    "resnet18": "resnet18-f37072fd.pth",
-    "resnet34": "resnet34-333f7ec4.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-    "resnet101": "resnet101-63fe2227.pth",
-    "resnet152": "resnet152-394f9c45.pth",
-    "resnext50_32x4d": "resnext50_32x4d-7cdf4587.pth",
-    "resnext101_32x8d": "resnext101_32x8d-8ba56ff5.pth",
-}
+BACKBONE_FILES = {name: weights.file for name, weights in PUBLIC_WEIGHTS.items() if weights.data == "ImageNet-1k"}
+"""File names by backbone."""
 
 MSRA_R50_URL = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl"
 """ResNet-50 from its authors, published by Detectron. The MLPerf reference of Mask R-CNN starts from it."""
@@ -26,9 +19,7 @@ def fetch_command(backbone: str, path: Path | None = None) -> str:
     """Return the command that fetches the ImageNet weights of a backbone. The suffix of `path` selects the format."""
     if path is not None and path.suffix == ".pkl":
         return f"curl --fail --location --output {path} {MSRA_R50_URL}"
-    file = BACKBONE_FILES[backbone]
-    url = "" if backbone == "resnet34" else f"BACKBONE_URL=https://download.pytorch.org/models/{file} "
-    return f"{url}./get_resnet34_backbone.sh"
+    return f"./get_weights.sh {backbone}"
 
 
 def verify_file(path: Path) -> str:

@@ -56,10 +56,13 @@ def fetch(url: str) -> bytes:
             _wait(url, attempt, error)
 
 
-def fetch_file(url: str, path: Path, report: Callable[[int, int | None], object]) -> None:
+def fetch_file(
+    url: str, path: Path, report: Callable[[int, int | None], object], is_intact: Callable[[Path], bool] | None = None
+) -> None:
     """Download a large file to PATH.part, from where an earlier call stopped, and rename it to `path`.
 
-    report: called with the bytes on disk, and with those at the end if the server reports them.
+    report: called with the bytes on disk, and with those at the end if the server reports them. is_intact: called with
+    the complete PATH.part, which is removed if it is not.
     Raises MissingFileError, DownloadError, or OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,12 @@ def fetch_file(url: str, path: Path, report: Callable[[int, int | None], object]
         try:
             content = _open(url, before)
             _append(content, part, report)
+            if is_intact and not is_intact(part):
+                part.unlink()
+                raise DownloadError(
+                    f"{url}: the checksum of the downloaded file is wrong. The file was removed: run this again, or "
+                    "use another mirror"
+                )
             part.replace(path)
             return
         except _BrokenConnectionError as error:

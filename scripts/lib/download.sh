@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Verified downloads, sourced by init_datasets.sh and get_resnet34_backbone.sh.
+# Verified downloads, sourced by init_datasets.sh.
 # A file gets its final name only when it is complete and its checksum matches.
 
 die() {

@@ -5,6 +5,7 @@ import torchvision
 
 from detection.checkpoint import pretrained_backbone
 from detection.checkpoint.backbone_urls import BACKBONE_FILES, fetch_command
+from detection.checkpoint.public_weights import PUBLIC_WEIGHTS
 from detection.config.settings import InputError
 from ssd.model import Backbone
 
@@ -45,8 +46,8 @@ def test_every_backbone_keeps_stride_8(name, channels):
 
 @pytest.mark.parametrize("name", [name for name in BACKBONE_FILES if name != "resnet34"])
 def test_files_are_those_that_torchvision_publishes(name):
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    assert url in fetch_command(name)
+    assert torchvision.models.get_model_weights(name).IMAGENET1K_V1.url == PUBLIC_WEIGHTS[name].url
+    assert fetch_command(name) == f"./get_weights.sh {name}"
 
 
 def test_numpy_archive_loads(resnet34, tmp_path):
@@ -56,8 +57,16 @@ def test_numpy_archive_loads(resnet34, tmp_path):
     assert torch.equal(backbone.conv1.weight, resnet34.conv1.weight)
 
 
+def test_backbone_in_the_layout_of_another_program_loads(resnet34, tmp_path):
+    state = {f"module.{name}": tensor for name, tensor in resnet34.state_dict().items()}
+    torch.save({"epoch": 90, "arch": "resnet34", "state_dict": state}, tmp_path / "best.pth")
+    backbone = Backbone()
+    pretrained_backbone.load(backbone, "resnet34", tmp_path / "best.pth")
+    assert torch.equal(backbone.conv1.weight, resnet34.conv1.weight)
+
+
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.pth: no such file.*get_resnet34_backbone"):
+    with pytest.raises(InputError, match=r"none\.pth: no such file.*get_weights.sh resnet34"):
         pretrained_backbone.load(Backbone(), "resnet34", tmp_path / "none.pth")
 
 

@@ -1,19 +1,17 @@
 import dataclasses
-import http.server
 import io
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import http_mirror
 from detection.data import (
     coco,
     coco_arrays,
     coco_json,
-    http_download,
     open_images,
     open_images_download,
     open_images_labels,
@@ -43,53 +41,11 @@ BOXES = {
 }  # fmt: skip
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Mirror of `files` on loopback. It cuts or fails the next requests of a path as `faults` says, in order."""
-
-    def __init__(self):
-        self.files, self.faults, self.requests = {}, {}, []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        requested = self.headers.get("Range", "")
-        self.server.requests.append(f"{self.path} {requested}".strip())
-        fault = next(iter(self.server.faults.get(self.path, ())), None)
-        if fault is not None:
-            self.server.faults[self.path].pop(0)
-        content = self.server.files.get(self.path)
-        start = int(requested.removeprefix("bytes=").removesuffix("-") or 0)
-        status = fault["status"] if fault and "status" in fault else 404 if content is None else 0
-        if not status and start >= len(content):
-            status = 416
-        if status:
-            self.send_error(status)
-            return
-        self.send_response(206 if requested else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start : start + fault["cut"] if fault else None])
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(http_download, "RETRY_DELAY_S", 0)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with http_mirror.serve(monkeypatch) as server:
         add_mirror(server.files)
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def add_mirror(files):

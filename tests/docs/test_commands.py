@@ -90,7 +90,7 @@ def usage(script: str) -> str:
 def test_commands_of_all_pages_are_read():
     assert {"README.md", "MIGRATION.md", "TUTORIAL.md", "CLUSTER.md", "CONTRIBUTING.md"} <= {c.page for c in ALL}
     assert len(ALL) > 80
-    known = {*RUNNERS, "./setup.sh", "./init_datasets.sh", "./get_resnet34_backbone.sh", *OTHERS}
+    known = {*RUNNERS, "./setup.sh", "./init_datasets.sh", "./get_weights.sh", "./get_resnet34_backbone.sh", *OTHERS}
     assert [str(command) for command in ALL if command.words[0] not in known and command not in PYTHON] == [
         str(command) for command in select(".venv/bin/python") if Path(command.words[1]).is_file()
     ]
@@ -113,7 +113,9 @@ def test_run_accepts_the_settings(command):
     LOAD[benchmark](words, {name: value for name, value in environment.items() if name != "PATH"})
 
 
-@pytest.mark.parametrize("command", select("./setup.sh", "./init_datasets.sh", "./get_resnet34_backbone.sh"), ids=str)
+@pytest.mark.parametrize(
+    "command", select("./setup.sh", "./init_datasets.sh", "./get_weights.sh", "./get_resnet34_backbone.sh"), ids=str
+)
 def test_script_explains_the_flags_and_variables(command):
     names = [*command.variables, *(word for word in command.words[1:] if word.startswith("--"))]
     names = [re.sub("INSTALL_ARGS_.*", "INSTALL_ARGS_NAME", name) for name in names]
