@@ -19,8 +19,9 @@ class ResNetFPN(nn.Module):
     """ResNet and feature pyramid: images to the pyramid levels, finest first.
 
     pyramid_stages: stages whose outputs enter the pyramid. extra_blocks: adds levels beyond the last stage.
-    num_channels: of each level. freeze_at: number of stages that are not trained, besides the stem; 0 trains the stem, too. stride_in_1x1: the
-    first convolution of a bottleneck has the stride, as in MSRA's weights, instead of the second.
+    num_channels: of each level. freeze_at: number of stages that are not trained, besides the stem; 0 trains the
+    stem, too. stride_in_1x1: the first convolution of a bottleneck has the stride, as in MSRA's weights, instead of the
+    second.
     """
 
     def __init__(

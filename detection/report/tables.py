@@ -50,14 +50,14 @@ def class_table(records: Sequence[RunRecord]) -> dict[str, Any]:
         return {}
     rows_by_run = [{str(row.get("name")): row for row in record.classes} for record in with_classes]
     objects: dict[str, float] = {}
-    for rows in rows_by_run:
-        for name, row in rows.items():
+    for run_rows in rows_by_run:
+        for name, row in run_rows.items():
             objects.setdefault(name, to_float(row.get("objects")))
     if len(with_classes) == 1:
         used = [name for name in CLASS_METRICS if any(name in row for row in rows_by_run[0].values())]
         columns = [(metric_name(name), rows_by_run[0], name) for name in used]
     else:
-        columns = [(record.name, rows, "AP") for record, rows in zip(with_classes, rows_by_run, strict=True)]
+        columns = [(run.name, run_rows, "AP") for run, run_rows in zip(with_classes, rows_by_run, strict=True)]
     rows = []
     for name in sorted(objects, key=lambda name: 0 if math.isnan(objects[name]) else -objects[name]):
         values = [to_float(rows_of.get(name, {}).get(key)) for _, rows_of, key in columns]
