@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from detection.config.settings import InputError
+from detection.data.file_content import CONTENT_HEAD, describe_other_content
 
 SAFETENSORS = ".safetensors"
 
@@ -82,14 +83,12 @@ def describe_format(path: Path) -> str:
             return "a TorchScript program"
         return "damaged" if "data.pkl" in members else "an archive that was not written by torch.save"
     with path.open("rb") as file:
-        start = file.read(512)
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, whose file git lfs pull fetches"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page"
-    if start.startswith((b"PK", b"\x80")) or path.suffix == SAFETENSORS:
+        start = file.read(CONTENT_HEAD)
+    if start.startswith((b"PK", b"\x80")):
+        return "damaged or truncated"
+    if other := describe_other_content(start):
+        return other
+    if path.suffix == SAFETENSORS:
         return "damaged or truncated"
     return "text" if all(byte >= 32 or byte in b"\t\n\r" for byte in start) else "of an unknown format"
 

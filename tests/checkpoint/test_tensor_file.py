@@ -76,9 +76,9 @@ def test_missing_package_of_safetensors_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "description"),
     [
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
-        (b"\n<html>", "a web page"),
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>Not found</html>", "an HTML page"),
+        (b"\n<html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
         (b"0123\n", "text"),
         (b"\x80\x02}q", "damaged or truncated"),
