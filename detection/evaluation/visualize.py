@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from detection.data import rle
 from detection.data.rle import CocoRle
+from detection.evaluation.fonts import split_by_font
 
 # Limits of the longer side of the output: text needs room, and viewers have a maximum.
 MIN_SIDE_PX = 300
@@ -46,13 +47,13 @@ def draw_annotations(image: Image.Image, annotations: Sequence[Annotation]) -> I
             overlay_mask(canvas, annotation.mask, label_color(annotation.label))
     pen = ImageDraw.Draw(canvas)
     width = max(2, round(min(size) * LINE_FRACTION))
-    font = ImageFont.load_default(size=max(MIN_TEXT_PX, round(min(size) * TEXT_FRACTION)))
+    text_px = max(MIN_TEXT_PX, round(min(size) * TEXT_FRACTION))
     for annotation in reversed(annotations):
         left, top, right, bottom = (scale * side for side in annotation.box_xyxy)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=width + 2)
         pen.rectangle((left, top, right, bottom), outline=label_color(annotation.label), width=width)
     for annotation in reversed(annotations):  # after all boxes, so that no line crosses a text
-        draw_label(pen, canvas.size, [scale * side for side in annotation.box_xyxy], annotation, font)
+        draw_label(pen, canvas.size, [scale * side for side in annotation.box_xyxy], annotation, text_px)
     return canvas
 
 
@@ -76,17 +77,23 @@ def draw_label(
     size: tuple[int, int],
     box_xyxy: Sequence[float],
     annotation: Annotation,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    text_px: int,
 ) -> None:
     """Draw the text, black on the color of its label, above the box or inside its upper edge if there is no room."""
-    left, top, right, bottom = pen.textbbox((0, 0), annotation.text, font=font)
-    width, height = right - left + 2 * PADDING_PX, bottom - top + 2 * PADDING_PX
+    parts, end = [], 0.0  # on one baseline at y = 0
+    for text, font in split_by_font(annotation.text, text_px):
+        parts.append((end, text, font, pen.textbbox((end, 0), text, font=font, anchor="ls")))
+        end += font.getlength(text)
+    lefts, tops, rights, bottoms = zip(*(bounds for *_, bounds in parts), strict=True)
+    left, top = min(lefts), min(tops)
+    width, height = max(rights) - left + 2 * PADDING_PX, max(bottoms) - top + 2 * PADDING_PX
     x = max(0, min(box_xyxy[0], size[0] - width))
     y = box_xyxy[1] - height if box_xyxy[1] >= height else box_xyxy[1]
     y = max(0, min(y, size[1] - height))
     pen.rectangle((x - 1, y - 1, x + width + 1, y + height + 1), fill="black")
     pen.rectangle((x, y, x + width, y + height), fill=label_color(annotation.label))
-    pen.text((x + PADDING_PX - left, y + PADDING_PX - top), annotation.text, fill="black", font=font)
+    for start, text, font, _ in parts:
+        pen.text((x + PADDING_PX - left + start, y + PADDING_PX - top), text, fill="black", font=font, anchor="ls")
 
 
 def label_color(label: int) -> tuple[int, int, int]:
