@@ -12,6 +12,7 @@ usage: [NAME=value ...] ./run_and_time.sh [--help] [--dry-run | --model-summary 
   --help TOPIC     explain the settings of one topic: run, data, machine, log, training or evaluation
   --all            with --dry-run: also show the settings that have their default
   --preflight      check the machine, or every node: data, disk, memory, driver, collectives, clocks
+  --decode-all     with --preflight: decode all images instead of a sample, and list the broken ones
   --autotune       search for the fastest settings of this machine, for 300 s or the given seconds. Writes
                    config_NAME.sh with --name NAME, else named after the hardware; --force overwrites an existing file
 

@@ -1,8 +1,8 @@
 """Checks of all machines of a run, with the results of every rank in one table.
 
-`python -m detection.runtime.launch ... -m WORKLOAD inspect [--name value ...]` takes the settings of a run without
-starting it. Each check is a function of measured values and returns a `CheckResult`. The exit status is 2 if a check
-fails, else 0.
+`python -m detection.runtime.launch ... -m WORKLOAD inspect [--decode-all] [--name value ...]` takes the settings of a
+run without starting it. --decode-all decodes all images instead of a sample. Each check is a function of measured
+values and returns a `CheckResult`. The exit status is 2 if a check fails, else 0.
 """
 
 import json
@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from detection.data import coco, coco2017, device_cache, image_io, num_classes
 from detection.data.batch import RankBatch
 from detection.data.coco import Split
 from detection.data.coco2017 import PublishedSplit
+from detection.data.image_file import ImageFile
+from detection.data.image_headers import map_files
 from detection.data.prefetch import to_device
 from detection.engine import train_loop
 from detection.engine.initialization import build_state
@@ -40,6 +42,7 @@ NUM_SAMPLES = 4  # decoded images per split
 ALL_REDUCE_BYTES = 64 * MIB
 NUM_ROUNDS = 5
 TIMEOUT_S = 600
+DECODE_ALL, DECODE_ALL_TIMEOUT_S = "--decode-all", 24 * 3600
 NODE_LOCAL_SETTINGS = ("data_dir", "log_dir", "run_dir", "pretrained_backbone")
 
 
@@ -57,15 +60,18 @@ def main(
 ) -> int:
     """Check as one of the launched ranks, print the table on the main rank, and return the exit status."""
     rank_info = RankInfo()
+    decode_all = DECODE_ALL in argv
     try:
-        config, rank_info = spec.load(argv).config, read_rank_info()
+        config, rank_info = spec.load([word for word in argv if word != DECODE_ALL]).config, read_rank_info()
         if rank_info.has_launcher:
             parent_process.end_with_parent(rank_info.launcher_pid)
         device_result, torch_device = check_device(config.device, rank_info.local_rank)
         if device_result.status != "fail":
             device_cache.validate(config, torch_device)
-        with init_process_group(rank_info, torch_device, timeout_s=TIMEOUT_S) as ranks:
-            results = [device_result, *check_rank(config, rank_info, spec, ranks, make_workload)]
+        with init_process_group(
+            rank_info, torch_device, timeout_s=DECODE_ALL_TIMEOUT_S if decode_all else TIMEOUT_S
+        ) as ranks:
+            results = [device_result, *check_rank(config, rank_info, spec, ranks, make_workload, decode_all=decode_all)]
             rank_results = ranks.gather_objects(results)
             failed = any(result.status == "fail" for results_of_rank in rank_results for result in results_of_rank)
             if ranks.is_main:
@@ -85,6 +91,8 @@ def check_rank(
     spec: PreflightSpec[Config],
     ranks: DistContext,
     make_workload: Callable[[Config, DistContext], Workload[Any]],
+    *,
+    decode_all: bool = False,
 ) -> list[CheckResult]:
     """Run the checks of one rank. The first rank of a machine also checks the machine."""
     results = [
@@ -103,7 +111,7 @@ def check_rank(
         results += check_rules(config, spec.rule_values(config, ranks.world_size), ranks.world_size)
     if rank_info.local_rank == 0:
         layout = LaunchLayout(num_nodes=rank_info.num_nodes, ranks_per_node=rank_info.local_world_size)
-        results += check_data(config, layout, spec)
+        results += check_data(config, layout, spec, decode_all=decode_all)
         results += check_machine(config, rank_info, batch_bytes(config, spec), parameter_bytes)
     return results
 
@@ -304,7 +312,9 @@ def check_bandwidth(measured: tuple[float, bool], probe: StepProbe | None, world
     return CheckResult("collectives", "pass", message)
 
 
-def check_data(config: Config, layout: LaunchLayout, spec: PreflightSpec[Config]) -> list[CheckResult]:
+def check_data(
+    config: Config, layout: LaunchLayout, spec: PreflightSpec[Config], *, decode_all: bool = False
+) -> list[CheckResult]:
     """Check that the data set is complete and decodable, and that the pretrained backbone is intact."""
     try:
         backbone = [CheckResult("backbone", "pass", run_checks.check_backbone(config))]
@@ -326,21 +336,35 @@ def check_data(config: Config, layout: LaunchLayout, spec: PreflightSpec[Config]
         for line in info
     ]
     for name, split in splits.items():
-        results.append(check_sample(name, split))
+        results += check_images(name, split, decode_all=decode_all)
         if config.dataset == "coco2017":
             annotation_file, _ = coco.dataset_paths(config, "train" if name == "train" else "val", segmentations=True)
             results += check_published(name, split, annotation_file, coco2017.PUBLISHED[name])
     return results + backbone
 
 
-def check_sample(name: str, split: Split) -> CheckResult:
-    """Decode a few images, spread over a split."""
-    for index in sorted({round(sample * (len(split) - 1) / (NUM_SAMPLES - 1)) for sample in range(NUM_SAMPLES)}):
-        try:
-            image_io.read(*split.image_file(index))
-        except InputError as error:
-            return CheckResult("sample", "fail", str(error))
-    return CheckResult("sample", "pass", f"{name}: {NUM_SAMPLES} images decoded, spread over the split")
+def check_images(name: str, split: Split, *, decode_all: bool) -> list[CheckResult]:
+    """Decode all images of a split, or a few that are spread over it. Return a result for each unreadable one."""
+    indices: Iterable[int] = range(len(split))
+    if not decode_all:
+        indices = sorted({round(sample * (len(split) - 1) / (NUM_SAMPLES - 1)) for sample in range(NUM_SAMPLES)})
+    errors = map_files(decode_error, [split.image_file(index) for index in indices])
+    check = "images" if decode_all else "sample"
+    if failed := [CheckResult(check, "fail", str(error)) for error in errors if error]:
+        return failed
+    message = (
+        f"all {len(errors)} images decoded" if decode_all else f"{len(errors)} images decoded, spread over the split"
+    )
+    return [CheckResult(check, "pass", f"{name}: {message}")]
+
+
+def decode_error(file: ImageFile) -> InputError | None:
+    """Decode an image. Return the error of an unreadable one."""
+    try:
+        image_io.read(*file)
+    except InputError as error:
+        return error
+    return None
 
 
 def check_published(name: str, split: Split, file: Path, published: PublishedSplit) -> list[CheckResult]:

@@ -198,6 +198,24 @@ def test_damaged_or_wrong_image_fails(data):
     assert last.name in text
 
 
+def test_decode_all_lists_every_broken_image(data):
+    files = sorted((data / "train2017").iterdir())
+    for file in files[1:3]:
+        file.write_bytes(file.read_bytes()[:-200])
+
+    def check_images(**options):
+        results = machine_checks.check_data(settings(data), LaunchLayout(), PREFLIGHT, **options)
+        return [(r.status, r.message) for r in results if r.name == "images"]
+
+    assert check_images() == []
+    failed = check_images(decode_all=True)
+    assert [status for status, _ in failed] == ["fail", "fail", "pass"]
+    assert all(
+        f"{file}: this image cannot be read" in text for file, (_, text) in zip(files[1:3], failed, strict=False)
+    )
+    assert failed[2][1] == "val: all 2 images decoded"
+
+
 def test_missing_backbone_fails(data, tmp_path):
     flags = ("--pretrained-backbone", str(tmp_path / "resnet34-333f7ec4.pth"))
     statuses, text = check_statuses(data, *flags)
