@@ -12,9 +12,13 @@ def select_train_images(config: Config, split: Split) -> Split:
     """Return the images to train on, without their crowd boxes.
 
     Legacy boxes of a side of at most one pixel are empty, and dropped. An image stays if it has any other box. It may
-    be a crowd, so that the image has nothing to detect, as in the reference.
+    be a crowd, so that the image has nothing to detect, as in the reference. `background_images` may keep all images.
     """
-    if not config.legacy_boxes:
-        return split.drop_crowds().drop_empty_images()
-    sides = split.boxes_xyxy[:, 2:] - split.boxes_xyxy[:, :2]
-    return split.keep_boxes(np.all(sides > 1 + SIDE_ROUNDING_PX, axis=1)).drop_empty_images().drop_crowds()
+    if config.legacy_boxes:
+        sides = split.boxes_xyxy[:, 2:] - split.boxes_xyxy[:, :2]
+        split = split.keep_boxes(np.all(sides > 1 + SIDE_ROUNDING_PX, axis=1))
+    if config.background_images == "keep":
+        return split.drop_crowds()
+    if config.legacy_boxes:
+        return split.drop_empty_images().drop_crowds()
+    return split.drop_crowds().drop_empty_images()

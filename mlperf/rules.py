@@ -124,6 +124,7 @@ SSD = Rules(
         "max_detections": 200,
         "eval_images": "with-boxes",
         "skip_missing_images": False,
+        "background_images": "drop",
         "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED | {"bn_group", "weight_decay", "lr_decay_epochs", "backbone"},
@@ -208,6 +209,7 @@ MASKRCNN = Rules(
         "max_detections": 100,
         "eval_images": "all",
         "skip_missing_images": False,
+        "background_images": "drop",
         "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED | {"lr_decay_images", "lr_decay_factor", "rpn_post_nms_top_n_per_image", "mask_target"},
@@ -242,6 +244,7 @@ RETINANET = Rules(
         "max_detections": 300,
         "eval_images": "all",
         "skip_missing_images": False,
+        "background_images": "keep",
         "exif": "auto",  # as stored, since the data set's sizes are
     },
     constrained=_CONSTRAINED - {"lr_round_to", "warmup_steps"} | {"optimizer", "weight_decay", "warmup_epochs"},

@@ -73,6 +73,9 @@ class Config(RunConfig):
     anchor_sizes: AscendingInts = setting(
         (32, 64, 128, 256, 512), unit="pixels", help="smallest of the three anchor sizes of P3 to P7"
     )
+    background_images: Literal["drop", "keep"] = setting(
+        "keep", help="training images without boxes; keep: train on them as background, as the reference"
+    )
     train_crowds: bool = setting(
         True, help="train boxes of groups (iscrowd, IsGroupOf) like other boxes; evaluation ignores them (MLPerf: yes)"
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from detection.preflight import run_checks
 from mlperf.recipes import Recipe
 from ssd.config import PREFIX, Config, load
+from ssd.train_images import select_train_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +74,7 @@ PREFLIGHT = run_checks.PreflightSpec(
     image_bytes=lambda _: IMAGE_BYTES,
     check_weights=describe_checkpoint,
     make_model=make_model,
-    select_train_images=lambda _, split: split.drop_empty_images(),
+    select_train_images=select_train_images,
 )
 
 

@@ -26,6 +26,7 @@ from detection.runtime.distributed import DistContext
 from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
 from ssd.config import Config
+from ssd.train_images import select_train_images
 
 SIZE_HW = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
 FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "horizontal+vertical": 2}
@@ -159,7 +160,7 @@ class SSDTrainSource(SSDEvalSource):
     """Training and evaluation images of a run, opened after its clock has started."""
 
     def __init__(self, config: Config, ranks: DistContext, seed: int):
-        train = coco.open_split(config, "train").drop_empty_images()
+        train = select_train_images(config, coco.open_split(config, "train"))
         super().__init__(config, ranks, train)
         self.categories = train.categories  # those of val may have other ids
         self.train_samples = len(train)

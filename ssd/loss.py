@@ -14,15 +14,20 @@ LOSS_NAMES = ("box", "class")
 NEGATIVES_PER_POSITIVE = 3
 
 
-def multibox_loss(pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor) -> Tensor:
+def multibox_loss(
+    pred_deltas: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor, *, train_background: bool = False
+) -> Tensor:
     """Return the box loss and the class loss of each image: (B, 2) float32, 0 without a positive anchor.
 
     pred_deltas: (B, A, 4). logits: (B, A, K). deltas: (B, A, 4) and labels: (B, A) from `box_coder.encode`.
     The box loss is smooth L1 over the positives. The class loss is cross-entropy over the positives and the hardest
     negatives, three per positive. Both are divided by the number of positives.
+    train_background: an image without a positive anchor has the class loss of its three hardest negatives.
     """
     positive = labels > 0
     num_positive = positive.sum(dim=1)
+    if train_background:
+        num_positive = num_positive.clamp(min=1)
 
     box_loss = F.smooth_l1_loss(pred_deltas.float(), deltas, reduction="none").sum(dim=-1)
     box_loss = (box_loss * positive).sum(dim=1)

@@ -62,7 +62,11 @@ def make_workload(
     """Assemble SSD300 for the training loop."""
     return Workload(
         model=model,
-        loss=make_loss(ranks.device, compiled=device.should_compile(config.compile, ranks.device)),
+        loss=make_loss(
+            ranks.device,
+            compiled=device.should_compile(config.compile, ranks.device),
+            train_background=config.background_images == "keep",
+        ),
         loss_names=LOSS_NAMES,
         dummy_batch=partial(dummy_batch, config, ranks),
         dummy_eval_batch=partial(dummy_eval_batch, config),
@@ -84,7 +88,9 @@ def make_workload(
     )
 
 
-def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, Batch], Tensor]:
+def make_loss(
+    device: torch.device, *, compiled: bool, train_background: bool = False
+) -> Callable[[nn.Module, Batch], Tensor]:
     """Make the function that computes the losses (2,) of a batch, each summed over its images, on the device."""
     anchors = make_anchors(device)
     prepare_fn, loss_fn = prepare_batch, multibox_loss
@@ -97,7 +103,7 @@ def make_loss(device: torch.device, *, compiled: bool) -> Callable[[nn.Module, B
                 torch._dynamo.mark_dynamic(tensor, 1)
         images, deltas, labels = prepare_fn(batch, anchors)
         pred_deltas, logits = model(images)
-        return loss_fn(pred_deltas, logits, deltas, labels).sum(dim=0)
+        return loss_fn(pred_deltas, logits, deltas, labels, train_background=train_background).sum(dim=0)
 
     return loss
 

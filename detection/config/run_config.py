@@ -152,6 +152,9 @@ class RunConfig:
         help="EXIF orientation of images; ignore: pixels as stored, as in COCO; apply: as displayed; auto: as "
         "displayed only where the annotated width and height are those of the rotated image",
     )
+    background_images: Literal["drop", "keep"] = setting(
+        "drop", help="training images without boxes; drop: as the references; keep: train on them as background"
+    )
     last_batch: Literal["partial", "pad", "carry-over"] = setting(
         "partial",
         help="last global batch of an epoch; partial: the remaining images; pad: filled with the epoch's first images, "

@@ -253,6 +253,14 @@ def test_torchvision_variant_trains_on_narrow_boxes_and_on_no_image_with_crowds_
     assert len(train.labels) == len(odd_boxes.labels) - odd_boxes.is_crowd.sum()
 
 
+@pytest.mark.parametrize("legacy_boxes", [True, False])
+def test_all_images_are_trained_on_if_asked(odd_boxes, legacy_boxes):
+    train = select_train_images(Config(legacy_boxes=legacy_boxes, background_images="keep"), odd_boxes)
+    assert train.image_ids.tolist() == odd_boxes.image_ids.tolist()
+    assert not train.has_boxes.all()
+    assert not train.is_crowd.any()
+
+
 def write_single_box(folder, start, width):
     """Write annotations of one image with one box. Return the file."""
     (folder / "1.jpg").touch()

@@ -3,8 +3,11 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
+from detection.data import coco
 from retinanet import loss
 from retinanet.anchors import make_anchors
+from retinanet.config import Config
+from retinanet.train_images import select_train_images
 
 CPU = torch.device("cpu")
 
@@ -82,3 +85,11 @@ def test_loss_of_an_image_does_not_depend_on_the_others_or_on_padding():
     torch.testing.assert_close(torch.cat([compute(slice(0, 1), 3), compute(slice(1, 2), 2)]), together)
     assert together[1, 1] == 0  # no box, no box loss
     assert together[1, 0] > 0
+
+
+def test_images_without_boxes_are_dropped_if_asked(small_toy):
+    train = coco.read(*coco.standard_paths(small_toy, "train"))
+    assert len(select_train_images(Config(), train)) == len(train)
+    dropped = select_train_images(Config(background_images="drop"), train)
+    assert dropped.image_ids.tolist() == train.image_ids[train.has_boxes].tolist()
+    assert len(dropped) < len(train)

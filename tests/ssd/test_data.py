@@ -13,8 +13,10 @@ from detection.data import coco, image_io
 from detection.data.loader import EpochBatchSampler
 from detection.runtime.distributed import DistContext
 from paths import shared
+from ssd.anchors import make_anchors
 from ssd.config import Config
 from ssd.data import SSDTrainSource
+from ssd.train import prepare_batch
 
 CPU = torch.device("cpu")
 SINGLE_RANK = DistContext(0, 1, CPU)
@@ -203,6 +205,18 @@ def test_images_without_boxes_are_evaluated_but_not_trained_on(small_toy):
     assert data.train_samples == len(train.drop_empty_images()) < len(train)
     indices = torch.cat([batch.image_indices for batch in data.eval_batches()])
     assert sorted(indices.tolist()) == list(range(len(data.val)))
+
+
+def test_images_without_boxes_are_trained_on_if_asked(small_toy):
+    data = make_toy_source(small_toy, num_workers=0, background_images="keep")
+    train = coco.read(*coco.standard_paths(small_toy, "train"))
+    assert data.train_samples == len(train)
+    batches = [rank_batch.batch for rank_batch in data.train_batches(1)]
+    assert sum(int((batch.labels == 0).all(dim=1).sum()) for batch in batches) == (~train.has_boxes).sum() > 0
+    for batch in batches:
+        _, deltas, labels = prepare_batch(batch, make_anchors(CPU))
+        assert torch.isfinite(deltas).all()
+        assert torch.equal((labels > 0).any(dim=1), (batch.labels > 0).any(dim=1))
 
 
 def test_each_evaluation_image_is_on_one_rank(small_toy):

@@ -53,6 +53,18 @@ def test_image_without_positives_has_zero_loss_and_gradient():
     assert not logits.grad.any()
 
 
+def test_image_without_positives_trains_on_its_three_hardest_negatives_if_asked():
+    pred_deltas, logits, deltas, labels = random_example(0, positives=(0, 4, 0))
+    loss = multibox_loss(pred_deltas, logits, deltas, labels, train_background=True)
+    entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    hardest = entropy.sort(dim=1, descending=True).values[:, :3].sum(dim=1)
+    torch.testing.assert_close(loss[::2], torch.stack([torch.zeros(2), hardest[::2]], dim=1))
+    assert torch.equal(loss[1], multibox_loss(pred_deltas, logits, deltas, labels)[1])
+    loss[0].sum().backward()
+    assert not pred_deltas.grad.any()
+    assert (logits.grad.abs().sum(dim=-1) > 0).sum(dim=1).tolist() == [3, 0, 0]
+
+
 def test_only_three_negatives_per_positive_get_a_gradient():
     pred_deltas, logits, deltas, labels = random_example(1, positives=(4, 4, 4))
     multibox_loss(pred_deltas, logits, deltas, labels).sum().backward()
