@@ -31,8 +31,9 @@ format that Pillow supports, and writes detections.json:
                             displayed} and, with masks, segmentation: COCO's compressed RLE {size: [height, width],
                             counts}
 
-Images are rotated by their EXIF orientation. An image that cannot be read is reported and skipped, and the exit status
-is 2. Only files of an earlier call in the same folder are overwritten.
+Images are rotated by their EXIF orientation. In a folder, files of other kinds are skipped, and reported in one line.
+An image that cannot be read is reported and skipped. The exit status is 2 if that is every image. Only files of an
+earlier call in the same folder are overwritten.
 """
 
 EXPORT = """\
@@ -55,6 +56,7 @@ def parse_predict(argv: Sequence[str], package: str, score: float, batch_size: i
     )
     parser.add_argument("checkpoint", type=Path, help="file in a run's checkpoints/")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
+    parser.add_argument("--recursive", action="store_true", help="also read the folders in a folder")
     default = Path("results/detections") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     parser.add_argument(
         "--folder", type=Path, default=default, help="folder of the results (results/detections/<start>)"

@@ -17,6 +17,8 @@ from detection.config.settings import InputError
 from detection.data.file_content import CONTENT_HEAD, describe_other_content
 from detection.data.image_file import UNDO, ImageFile, Pixels, read_orientation, read_stored_hw, transpose
 
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+
 # RGBA background of transparent parts.
 TRANSPARENCY_FILL = (255, 255, 255, 255)
 
@@ -34,24 +36,29 @@ class UserImage:
     num_frames: int
 
 
-def expand_paths(paths: Sequence[Path]) -> list[Path]:
-    """Replace folders by the images in them (by suffix), and drop duplicates.
+def expand_paths(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list[Path], list[Path]]:
+    """Replace folders by the images in them (by suffix), and drop duplicates. Return the images and the skipped files.
 
-    Raises InputError for a folder without images. `read` reports a missing file.
+    recursive: also search folders in a folder. Raises InputError for a folder without images. `read` reports a missing
+    file.
     """
     Image.init()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN} | HEIC_SUFFIXES
     files: dict[Path, Path] = {}
+    skipped: list[Path] = []
     for path in paths:
         candidates = [path]
         if path.is_dir():
-            candidates = sorted(
-                p for p in path.iterdir() if p.is_file() and p.suffix.lower() in Image.registered_extensions()
-            )
+            found = sorted(file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file())
+            # macOS stores metadata of a file beside it, in a file with its name after "._".
+            candidates = [f for f in found if f.suffix.lower() in suffixes and not f.name.startswith("._")]
+            skipped += sorted(set(found) - set(candidates))
             if not candidates:
-                raise InputError(f"{path}: no image in this folder. Pass a folder with images or the files themselves.")
+                hint = "" if recursive else ", or --recursive"
+                raise InputError(f"{path}: no image in this folder. Pass a folder with images, or files{hint}.")
         for file in candidates:
             files.setdefault(file.resolve(), file)
-    return list(files.values())
+    return list(files.values()), skipped
 
 
 def read(path: Path) -> UserImage:
@@ -93,6 +100,8 @@ def read_errors(path: Path) -> Iterator[None]:
         if isinstance(error, UnidentifiedImageError):
             with path.open("rb") as file:
                 reason = describe_other_content(file.read(CONTENT_HEAD)) or "unknown image format"
+            if path.suffix.lower() in HEIC_SUFFIXES:
+                raise InputError(f"{path}: HEIC is not supported. Convert it to JPEG or PNG.") from None
         elif isinstance(error, OSError):
             reason = error.strerror or reason
         raise InputError(f"{path}: this image cannot be read ({reason}). Replace the file.") from error

@@ -111,7 +111,8 @@ def require_packages(*packages: str) -> None:
 def read_images(paths: Sequence[Path]) -> list[Tensor]:
     """Read the images for the verification, or draw synthetic ones without paths: (3, H, W) uint8 RGB each."""
     if paths:
-        images = [torch.from_numpy(np.array(pillow_io.read(path).image)) for path in pillow_io.expand_paths(paths)]
+        files, _ = pillow_io.expand_paths(paths)
+        images = [torch.from_numpy(np.array(pillow_io.read(path).image)) for path in files]
         return [image.permute(2, 0, 1) for image in images]
     with tempfile.TemporaryDirectory() as tmp_dir:
         folder = Path(tmp_dir) / "toy"

@@ -5,6 +5,7 @@ H and W are those of an image, D its detections.
 
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from detection.runtime import device
 
 FORMAT = 1
 RESULTS = "detections.json"
+MAX_NAMES = 5
 MAX_BATCH_PIXELS = 100_000_000  # 0.3 GB, and as much again to resize them
 
 
@@ -70,7 +72,9 @@ def main(arguments: Namespace, load: Callable[[Path, float, torch.device], Predi
     load: build the predictor of a checkpoint on a device, which omits detections below a score. Raises InputError.
     """
     predictor = load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
-    paths = pillow_io.expand_paths(arguments.images)
+    paths, skipped = pillow_io.expand_paths(arguments.images, recursive=arguments.recursive)
+    if skipped:
+        print(f"skipped {len(skipped)} files of other kinds: {shorten_names(skipped)}")
     output_names = OutputNames(arguments.folder, paths)
     entries = predict_images(predictor, paths, output_names, arguments)
     content = {
@@ -87,7 +91,13 @@ def main(arguments: Namespace, load: Callable[[Path, float, torch.device], Predi
     print(f"{num_detections} detections on {len(entries) - num_errors} images, in {arguments.folder}/")
     if num_errors:
         print(f"error: {num_errors} of {len(entries)} images could not be read", file=sys.stderr)
-    return 2 if num_errors else 0
+    return 2 if num_errors == len(entries) else 0
+
+
+def shorten_names(paths: Sequence[Path]) -> str:
+    """Return the names of files on one line, and the number of those beyond `MAX_NAMES`."""
+    names = [path.name for path in paths[:MAX_NAMES]]
+    return ", ".join(names) + (f" and {len(paths) - MAX_NAMES} more" if len(paths) > MAX_NAMES else "")
 
 
 class OutputNames:
@@ -135,7 +145,9 @@ def predict_images(
         for path, error in (item for item in batch if not isinstance(item, UserImage)):
             print(f"error: {error}", file=sys.stderr)
             entries[path]["error"] = str(error)
+        start_s = time.monotonic()
         results = predictor([to_tensor(user_image) for user_image in readable]) if readable else []
+        image_ms = 1000 * (time.monotonic() - start_s) / max(1, len(readable))
         for user_image, detections in zip(readable, results, strict=True):
             formatted = list(format_detections(detections, predictor.categories, user_image.image.size))
             name = output_names.reserve(user_image.path)
@@ -150,6 +162,7 @@ def predict_images(
             with atomic_file.atomic_write(arguments.folder / name) as partial:
                 annotated = visualize.draw_annotations(user_image.image, [annotation for _, annotation in formatted])
                 annotated.save(partial, "PNG", compress_level=3)
+            print(f"{user_image.path}: {len(formatted)} objects, {image_ms:.0f} ms")
     return list(entries.values())
 
 

@@ -129,7 +129,7 @@ def test_expand_paths_lists_the_images_of_a_folder_without_duplicates(tmp_path):
     for name in ("b.png", "a.JPG"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    paths = pillow_io.expand_paths([tmp_path / "b.png", tmp_path, tmp_path / "absent.png"])
+    paths, _ = pillow_io.expand_paths([tmp_path / "b.png", tmp_path, tmp_path / "absent.png"])
     assert [path.name for path in paths] == ["b.png", "a.JPG", "absent.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image in this folder"):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,14 +98,47 @@ def test_unreadable_images_are_reported_and_skipped(square, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:300])
     inputs = [tmp_path / "broken.jpg", tmp_path / "absent.png", tmp_path / "good.jpg"]
     status, out, err = run_predict(capsys, square, *inputs, "--folder", tmp_path / "out")
-    assert status == 2
+    assert status == 0
     assert "2 of 3 images could not be read" in err
-    assert "1 detections on 1 images" in out
+    assert re.match(rf"{tmp_path}/good.jpg: 1 objects, \d+ ms\n1 detections on 1 images", out)
     for entry, path in zip(read_results(tmp_path / "out")["images"], inputs, strict=True):
         assert entry["file"] == str(path)
         assert (str(path) in entry.get("error", "")) == (path.name != "good.jpg")
         assert (str(path) in err) == (path.name != "good.jpg")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "good.png"]
+
+
+def test_exit_status_is_2_if_no_image_can_be_read(square, tmp_path, capsys):
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    status, out, err = run_predict(capsys, square, tmp_path, "--folder", tmp_path / "out")
+    assert status == 2
+    assert err.startswith(f"error: {tmp_path}/phone.HEIC: HEIC is not supported. Convert it to JPEG or PNG.\n")
+    assert "0 detections on 0 images" in out
+
+
+def test_other_files_of_a_folder_are_skipped_in_one_line(square, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.png"):
+        Image.new("RGB", (30, 20)).save(folder / name)
+    for name in ("._a.jpg", "notes.txt", "report.pdf", "sub/Thumbs.db"):
+        (folder / name).write_bytes(b"%PDF-1.7")
+    status, out, err = run_predict(capsys, square, folder, "--folder", tmp_path / "flat")
+    assert (status, err) == (0, "")
+    assert out.startswith("skipped 3 files of other kinds: ._a.jpg, notes.txt, report.pdf\n")
+    assert [entry["file"] for entry in read_results(tmp_path / "flat")["images"]] == [f"{folder}/a.jpg"]
+    status, out, _ = run_predict(capsys, square, folder, "--recursive", "--folder", tmp_path / "deep")
+    assert status == 0
+    assert "skipped 4 files" in out
+    files = [entry["file"] for entry in read_results(tmp_path / "deep")["images"]]
+    assert files == [f"{folder}/a.jpg", f"{folder}/sub/b.png"]
+
+
+def test_folder_without_images_is_an_error(square, tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    status, _, err = run_predict(capsys, square, tmp_path)
+    assert status == 2
+    assert "no image in this folder. Pass a folder with images, or files, or --recursive." in err
 
 
 def test_only_files_of_an_earlier_call_are_overwritten(square, tmp_path, capsys):
