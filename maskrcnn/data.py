@@ -204,7 +204,7 @@ class MaskRCNNEvalSource(CocoEvalSource):
         val = coco.open_split(config, "val", segmentations=True, train=train)
         dataset = MaskRCNNEvalDataset(val, min_size_px=config.min_image_size, max_size_px=config.max_image_size)
         super().__init__(val, order_by_shape(val.sizes_hw, config), dataset, config, ranks)
-        self.metric = CocoMaskMetric(val, config.coco_eval_backend) if ranks.is_main else None
+        self.metric = CocoMaskMetric(val, config.coco_eval_backend) if ranks.is_main and val.is_labeled else None
 
 
 class MaskRCNNTrainSource(MaskRCNNEvalSource):

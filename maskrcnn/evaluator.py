@@ -69,7 +69,7 @@ class MaskRCNNEvaluator:
 
         Detect only on images that it left out. Return None if all images have boxes.
         """
-        if data.val.has_boxes.all():
+        if data.val.has_boxes.all() or not data.val.is_labeled:
             return None
         parts = [self.detections]
         if len(data.left_out):
@@ -83,10 +83,10 @@ class MaskRCNNEvaluator:
         return concat(self.ranks.gather_objects(rank_detections))
 
     def compute_metrics(self, detections: CocoDetections, data: MaskRCNNEvalSource) -> dict[str, float]:
-        """Return the metrics of the first rank's detections, the same on every rank."""
+        """Return the metrics of the first rank's detections, the same on every rank: none without annotations."""
         computed = box_and_mask_metrics(data.metric, detections) if data.metric else None
-        metrics: dict[str, float] = self.ranks.broadcast(computed)
-        return metrics
+        metrics: dict[str, float] | None = self.ranks.broadcast(computed)
+        return metrics or {}
 
     def iter_detections(self, model: nn.Module, batches: Iterator[EvalBatch]) -> Iterator[CocoDetections]:
         """Yield the detections of each image of this rank."""

@@ -287,10 +287,11 @@ class RunConfig:
     def _check_consistency(self) -> Self:
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(f"grad_accum_steps {self.grad_accum_steps} should divide batch_size {self.batch_size}")
-        if missing := [name for name in CUSTOM_DATA_SETTINGS if not getattr(self, name)]:
-            if len(missing) < len(CUSTOM_DATA_SETTINGS):
+        needed = [name for name in CUSTOM_DATA_SETTINGS if self.mode != "evaluate" or name.startswith("val")]
+        if missing := [name for name in needed if not getattr(self, name)]:
+            if any(getattr(self, name) for name in CUSTOM_DATA_SETTINGS):
                 flags = [f"--{name.replace('_', '-')}" for name in missing]
-                raise ValueError(f"custom data needs four settings. Also pass {', '.join(flags)}.")
+                raise ValueError(f"custom data needs {len(needed)} settings. Also pass {', '.join(flags)}.")
         elif self.dataset in SYNTHETIC_DATASETS:
             raise ValueError(
                 f"--dataset {self.dataset} is generated, but --train-images names other images. "
@@ -424,10 +425,10 @@ def load(
 ) -> ResolvedSettings[T]:
     """Resolve the settings of a workload from flags and the environment. Raises InputError with every error.
 
-    `--train-images` without `--dataset` sets the data set to custom, since it replaces the data of the config file.
+    `--val-images` without `--dataset` sets the data set to custom, since it replaces the data of the config file.
     presets: as in `settings.resolve`.
     """
     flags = {word.split("=")[0] for word in argv}
-    if "--train-images" in flags and "--dataset" not in flags:
+    if flags & {"--train-images", "--val-images"} and "--dataset" not in flags:
         argv = [*argv, "--dataset", "custom"]
     return resolve(cls, prefix, argv, environ, presets=presets)

@@ -82,14 +82,14 @@ def read_signature(annotation_file: Path) -> list[int]:
     return [FORMAT_VERSION, state.st_size, state.st_mtime_ns]
 
 
-def read(annotation_file: Path, segmentations: bool = False) -> Columns:
+def read(annotation_file: Path, segmentations: bool = False, *, allow_unlabeled: bool = False) -> Columns:
     """Read the columns of an annotation file, from its arrays if they are current.
 
     The arrays have no masks: with `segmentations`, the annotation file itself is read. Raises InputError as
     `coco_json.read`.
     """
     columns = None if segmentations else read_arrays(annotation_file)
-    return columns or coco_json.read(annotation_file, segmentations)
+    return columns or coco_json.read(annotation_file, segmentations, allow_unlabeled=allow_unlabeled)
 
 
 def read_arrays(annotation_file: Path) -> Columns | None:

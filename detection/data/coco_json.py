@@ -55,15 +55,18 @@ class Columns:
     """Missing fields, and what they were filled with."""
 
 
-def read(annotation_file: Path, segmentations: bool = False) -> Columns:
+def read(annotation_file: Path, segmentations: bool = False, *, allow_unlabeled: bool = False) -> Columns:
     """Read the columns of an annotation file, including the masks with `segmentations`.
+
+    allow_unlabeled: accept a file with images and categories only.
 
     Missing fields that have a default are filled: annotation ids, crowd flags (0) and areas (width × height of the
     box). A missing width or height of an image stays `MISSING`. Raises InputError if the file is unreadable, is not an
     annotation file, or has values of the wrong type.
     """
     data = read_utf8(annotation_file)
-    return _fill_missing(_parse_typed(data, segmentations) or _parse_untyped(annotation_file, data, segmentations))
+    columns = _parse_typed(data, segmentations, allow_unlabeled)
+    return _fill_missing(columns or _parse_untyped(annotation_file, data, segmentations))
 
 
 def read_utf8(path: Path) -> bytes:
@@ -144,19 +147,19 @@ class _Categories(msgspec.Struct, gc=False):
     categories: list[_CategoryRow]
 
 
-class _File(msgspec.Struct, gc=False):
+class _File(msgspec.Struct, gc=False, kw_only=True):
     images: list[_ImageRow]
-    annotations: list[_AnnotationRow]
+    annotations: list[_AnnotationRow] = []
     categories: list[_CategoryRow]
 
 
-class _MaskFile(msgspec.Struct, gc=False):
+class _MaskFile(msgspec.Struct, gc=False, kw_only=True):
     images: list[_ImageRow]
-    annotations: list[_MaskRow]
+    annotations: list[_MaskRow] = []
     categories: list[_CategoryRow]
 
 
-def _parse_typed(data: bytes, segmentations: bool) -> Columns | None:
+def _parse_typed(data: bytes, segmentations: bool, allow_unlabeled: bool) -> Columns | None:
     """Parse a valid file. Return None for any other, which `_parse_untyped` reports.
 
     Five times as fast as an untyped JSON reader, because it skips the polygons, most of the file.
@@ -164,7 +167,7 @@ def _parse_typed(data: bytes, segmentations: bool) -> Columns | None:
     try:
         content = msgspec.json.decode(data, type=_MaskFile) if segmentations else msgspec.json.decode(data, type=_File)
         images, categories, rows = content.images, content.categories, content.annotations
-        if not (images and categories and rows):
+        if not (images and categories and (rows or allow_unlabeled)):
             return None
 
         def integers(values: Iterable[int], count: int) -> NDArray[np.int64]:

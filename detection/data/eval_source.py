@@ -33,7 +33,7 @@ class CocoEvalSource:
     ):
         self.val, self.ranks, self.categories = val, ranks, val.categories
         self.dataset, self.batch_size, self.num_workers = dataset, config.eval_batch_size, config.num_workers
-        detects_on_all = config.eval_images == "all"
+        detects_on_all = config.eval_images == "all" or not val.is_labeled
         evaluated = val.has_boxes[order] | detects_on_all
         self.eval_samples = int(evaluated.sum())
         self.eval_loader, self.left_out = self.make_loader(order[evaluated]), order[~evaluated]

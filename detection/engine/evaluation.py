@@ -54,5 +54,5 @@ def finish(
 
 
 def targets_met(metrics: Mapping[str, float], targets: Mapping[str, float]) -> bool:
-    """Return whether every target is met."""
-    return all(metrics[name] >= target for name, target in targets.items())
+    """Return whether every target is met. Without metrics, none is."""
+    return bool(metrics) and all(metrics[name] >= target for name, target in targets.items())

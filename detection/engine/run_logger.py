@@ -261,6 +261,9 @@ class RunLogger:
             self.print(f"{self.epoch_line}, {scores}, {format_hms(self.epoch_totals.train_s + seconds)}")
         else:
             self.print(f"evaluation of the initial weights, {format_hms(seconds)}")
+        if not metrics:
+            self.print("no metrics: the evaluation images have no annotations")
+            return
         self.print(format_metrics(metrics))
         for name, target in targets.items():
             gap = metrics[name] - target

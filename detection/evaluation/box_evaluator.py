@@ -31,7 +31,7 @@ class BoxEvalSource(CocoEvalSource):
         self, val: Split, order: NDArray[np.intp], dataset: Dataset[Any], config: RunConfig, ranks: DistContext
     ):
         super().__init__(val, order, dataset, config, ranks)
-        self.metric = CocoBoxMetric(val, config.coco_eval_backend) if ranks.is_main else None
+        self.metric = CocoBoxMetric(val, config.coco_eval_backend) if ranks.is_main and val.is_labeled else None
 
 
 class BoxEvaluator:
@@ -67,7 +67,7 @@ class BoxEvaluator:
 
         Detect only on images that it left out. Return None if all images have boxes.
         """
-        if data.val.has_boxes.all():
+        if data.val.has_boxes.all() or not data.val.is_labeled:
             return None
         rows = self.result_rows
         if len(data.left_out):
@@ -88,9 +88,9 @@ class BoxEvaluator:
         return rows
 
     def compute_metrics(self, rows: NDArray[np.float64], data: BoxEvalSource) -> dict[str, float]:
-        """Return COCO's metrics of detections (D, 7), the same on every rank."""
-        metrics: dict[str, float] = self.ranks.broadcast(data.metric(rows) if data.metric else None)
-        return metrics
+        """Return COCO's metrics of detections (D, 7), the same on every rank: none without annotations."""
+        metrics: dict[str, float] | None = self.ranks.broadcast(data.metric(rows) if data.metric else None)
+        return metrics or {}
 
     def coco_results(self) -> dict[str, list[dict[str, object]]]:
         """Return the detections of the last evaluation in COCO's result format, by file name."""

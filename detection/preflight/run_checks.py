@@ -274,7 +274,7 @@ def check_data(
 ) -> tuple[dict[str, coco.Split], list[str]]:
     """Read the splits and check them against the settings. Return the splits and a description. Raise InputError."""
     segmentations = spec.segmentations
-    if not config.train_images and not config.data_dir.is_dir():
+    if not config.val_images and not config.data_dir.is_dir():
         coco.dataset_paths(config, "train", segmentations=segmentations)
     info, errors = [], []
     splits: dict[str, coco.Split] = {}
@@ -299,6 +299,8 @@ def check_data(
             f"{len(split.labels)} boxes ({split.num_dropped_boxes} of zero size dropped, "
             f"{split.num_clipped_boxes} clipped to the image)"
         )
+        if not split.is_labeled:
+            info.append(f"{split.annotation_file}: no annotations: the run writes its detections, and no AP")
         info += [f"warning: {split.annotation_file}: {remark}" for remark in split.remarks]
         if config.has_custom_data:
             header_info, header_errors = image_checks.check_headers(name, split)

@@ -61,6 +61,17 @@ def test_drop_empty_images_keeps_images_with_only_crowds(folder: Path) -> None:
     assert split.boxes(1).tolist() == [[1, 2, 4, 6]]
 
 
+def test_file_without_annotations_is_read_only_if_allowed(folder: Path) -> None:
+    data = content()
+    del data["annotations"]
+    with pytest.raises(InputError, match="'annotations' is missing"):
+        read(folder, data)
+    for segmentations in (False, True):
+        split = read(folder, data, allow_unlabeled=True, segmentations=segmentations)
+        assert (len(split), len(split.labels), split.is_labeled) == (3, 0, False)
+        coco.check_evaluable(split)
+
+
 @pytest.mark.parametrize("bbox", [[5, 5, 0, 10], [5, 5, 10, 0.0], [5, 5, 1e-9, 3], [-3, 5, 0, 10]])
 def test_boxes_of_zero_size_are_dropped_and_counted(folder: Path, bbox: list[float]) -> None:
     data = content()

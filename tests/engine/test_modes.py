@@ -10,6 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import annotation_file
 import commands
 import processes
 from config_files import set_only
@@ -80,6 +81,29 @@ def test_public_checkpoint_evaluates_to_the_metrics_of_its_detections(
     evaluation.summarize()
     np.testing.assert_allclose(list(metrics.values()), evaluation.stats, atol=1e-3)
     assert metrics["AR100"] > 0, "no detections to compare"
+
+
+@pytest.mark.parametrize("eval_images", ["all", "with-boxes"])
+def test_images_without_annotations_get_detections_and_no_metrics(
+    environment, state, four_image_coco, tmp_path, capsys, eval_images
+):
+    content = annotation_file.contents(four_image_coco, "val")
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    torch.save(state, tmp_path / "state.pt")
+    summary = tmp_path / "summary.json"
+    flags = ["--mode", "evaluate", "--weights", str(tmp_path / "state.pt"), "--summary-json", str(summary)]
+    flags += ["--val-images", str(four_image_coco / "val2017"), "--val-annotations", str(tmp_path / "test.json")]
+    flags += ["--eval-images", eval_images]
+    assert commands.ssd("preflight", *flags) == 0
+    assert "no annotations: the run writes its detections, and no AP" in capsys.readouterr().err
+    assert train.main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "no metrics: the evaluation images have no annotations" in shown
+    assert "AP" not in shown
+    assert json.loads(summary.read_text())["metrics"] == {}
+    detections = json.loads((tmp_path / "run" / "detections.json").read_text())
+    assert {row["image_id"] for row in detections} == {image["id"] for image in content["images"]}
 
 
 def test_checkpoint_of_a_run_evaluates_to_the_metrics_of_the_run(environment, state, tmp_path, monkeypatch):
