@@ -9,7 +9,6 @@ from mlperf.log import read
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 CHECKPOINT_PATTERN = re.compile(r"epoch_(\d+)_step_(\d+)(?:_ap_(\d\.\d+))?\.pt")
 
 

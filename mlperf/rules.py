@@ -75,8 +75,9 @@ _FREE = frozenset({
     # The run, its data (also checked by the name of the data set), its files and its submission.
     "mode", "benchmark_input", "benchmark_steps", "benchmark_warmup", "eval_before_training", "max_steps", "resume",
     "data_dir", "train_images", "train_annotations", "val_images", "val_annotations", "synthetic_images", "num_classes",
-    "log_dir", "run_dir", "run_index", "summary_json", "tensorboard", "log_every", "checkpoint_every", "echo_log",
-    "system", "ruleset", "division", "org", "platform", "availability", "source_commit", "page_cache_dropped",
+    "log_dir", "run_dir", "run_index", "summary_json", "tensorboard", "wandb", "mlflow", "log_every",
+    "checkpoint_every", "echo_log", "system", "ruleset", "division", "org", "platform", "availability", "source_commit",
+    "page_cache_dropped",
     # Computation: numerics, memory, and the order and sharding of the data.
     "device", "precision", "gradient_dtype", "numa_binding", "compile", "optimizer_backend", "channels_last",
     "last_batch", "num_workers", "jpeg_decoder", "image_cache", "image_cache_gib", "eval_batch_size",

@@ -15,7 +15,8 @@ from detection.data import num_classes
 # Settings that may change when a run is resumed: they have no effect on training.
 MUTABLE_SETTINGS = {
     "resume", "run_dir", "log_dir", "max_steps", "log_every", "num_workers", "checkpoint_every", "run_index",
-    "weights", "eval_before_training", "summary_json", "tensorboard", "echo_log",
+    "weights", "eval_before_training", "summary_json", "tensorboard", "wandb", "mlflow",
+    "echo_log",
 }  # fmt: skip
 
 # Settings that decide how parameters are trained, which of them, and which group each is in.

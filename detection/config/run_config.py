@@ -252,6 +252,12 @@ class RunConfig:
     tensorboard: bool = setting(
         False, help="also write TensorBoard events to the run folder; tensorboard must be installed separately"
     )
+    wandb: bool = setting(
+        False, help="also log to Weights & Biases (WANDB_MODE=offline: to the run folder); wandb must be installed"
+    )
+    mlflow: bool = setting(
+        False, help="also log to MLflow, to the run folder or MLFLOW_TRACKING_URI; mlflow must be installed"
+    )
     log_every: int = setting(20, ge=1, le=1_000_000, unit="steps", help="interval between readings of the loss")
     echo_log: bool = setting(
         False, env="ECHO_LOG", help="also print the MLPerf log to stdout; run.sub and the container set it"

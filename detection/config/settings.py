@@ -133,6 +133,12 @@ def format_settings(resolved: ResolvedSettings[Any], *, changed_only: bool = Fal
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
+def flag_fields(argv: Sequence[str]) -> list[str]:
+    """Return the fields that flags set, in the order of the flags: `--no-crop` sets crop."""
+    flags = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
+    return list(dict.fromkeys(flag.removeprefix("no-").replace("-", "_") for flag in flags))
+
+
 def env_names(cls: type, prefix: str) -> dict[str, tuple[str, str]]:
     """Return the environment variable and the unit (may be empty) of each setting of a class."""
     return {name: (_env_name(prefix, name, field), _metadata(field)["unit"]) for name, field in _fields(cls).items()}

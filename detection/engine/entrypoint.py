@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,14 +18,13 @@ import torch
 from detection import git_state, run_dir, run_lock
 from detection.checkpoint import resume
 from detection.config.run_config import RunConfig
-from detection.config.settings import InputError, RankInfo, read_rank_info, to_json
+from detection.config.settings import InputError, RankInfo, flag_fields, read_rank_info, to_json
 from detection.data import device_cache
 from detection.data.loader import DataWorkerDied, translate_worker_errors
-from detection.engine import tensorboard, throughput, train_loop
+from detection.engine import throughput, trackers, train_loop
 from detection.engine.evaluation import evaluate_only
 from detection.engine.run_logger import NonFiniteLossError, RunLogger
 from detection.engine.state import RunContext
-from detection.engine.tensorboard import TensorBoardLogger
 from detection.engine.workload import TrainingStopped, TrainResult, Workload
 from detection.runtime import device, numa_binding, parent_process
 from detection.runtime.distributed import DistContext, PeerDisconnected, init_process_group
@@ -40,12 +39,13 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """Process group of this rank, its signal handler and its watchdog."""
+    """Process group of this rank, its signal handler and its watchdog. flags: settings that flags set."""
 
     ranks: DistContext
     num_nodes: int
     signals: SignalHandler
     watchdog: Watchdog
+    flags: Sequence[str] = ()
 
 
 def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[Config, ProcessContext], int]) -> int:
@@ -68,7 +68,8 @@ def main(argv: list[str], load: Callable[[list[str]], Config], train: Callable[[
                 init_process_group(rank_info, rank_device, timeout_s=config.step_timeout_s + 60) as ranks,
                 translate_worker_errors(),
             ):
-                return train(config, ProcessContext(ranks, rank_info.num_nodes, signals, watchdog))
+                process = ProcessContext(ranks, rank_info.num_nodes, signals, watchdog, flag_fields(argv))
+                return train(config, process)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -105,8 +106,7 @@ def open_logs(config: RunConfig, process: ProcessContext, folder: Path) -> Itera
     """Open the logs in the run folder, after truncating them to the checkpoint that the run resumes from."""
     ranks, process.watchdog.folder = process.ranks, folder
     resume_point = ranks.broadcast(resume.find_resume_point(config, folder) if ranks.is_main else None)
-    if config.tensorboard:
-        tensorboard.require_tensorboard()
+    trackers.require_packages(config)
     if ranks.is_main:
         try:
             (folder / run_dir.CONFIG).write_text(to_json(config))
@@ -117,7 +117,7 @@ def open_logs(config: RunConfig, process: ProcessContext, folder: Path) -> Itera
         folder / run_dir.METRICS,
         log_every=config.log_every,
         summary_file=open_summary_file(config),
-        tensorboard=TensorBoardLogger(folder / run_dir.TENSORBOARD) if config.tensorboard and ranks.is_main else None,
+        trackers=trackers.open_trackers(config, folder) if ranks.is_main else None,
     )
     log_file = run_dir.log_path(folder, config.run_index)
     try:
@@ -132,7 +132,16 @@ def open_logs(config: RunConfig, process: ProcessContext, folder: Path) -> Itera
         seed = resume_point.state["seed"] if resume_point else ranks.broadcast(resolve_seed(config))
         torch.manual_seed(seed)
         run = RunContext(
-            config, ranks, log, logger, process.signals, process.watchdog, folder, seed=seed, resume_point=resume_point
+            config,
+            ranks,
+            log,
+            logger,
+            process.signals,
+            process.watchdog,
+            folder,
+            seed=seed,
+            resume_point=resume_point,
+            flags=process.flags,
         )
         if not run.appends_to_log:
             log_submission(log, config, process.num_nodes)

@@ -13,6 +13,9 @@ from detection.runtime import device
 from mlperf import system_desc
 from mlperf.log import MlperfLog
 
+NAMES_OF_A_RUN = ("run_dir", "run_index", "log_dir", "summary_json", "resume")
+"""Settings that differ between the runs of one system."""
+
 
 def log_hyperparameters(
     log: MlperfLog, hyperparameters: Mapping[str, object], read_tensor_names: Callable[[], Iterable[str]]
@@ -43,6 +46,7 @@ def run_metadata(workload: Workload[Batch], run: RunContext, state: TrainState) 
         "epochs": config.epochs,
         "targets": dict(workload.targets),
         "loss_names": list(workload.loss_names),
+        "flags": [name for name in run.flags if name not in NAMES_OF_A_RUN],
         "resumed_from": run.resume_point.path.name if run.resume_point else None,
     }
 

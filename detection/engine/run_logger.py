@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detection.engine.duration import format_hms
-from detection.engine.tensorboard import TensorBoardLogger
+from detection.engine.trackers import TrackerGroup
 from detection.runtime.device import peak_memory_gib
 from detection.runtime.distributed import DistContext
 
@@ -46,10 +46,10 @@ class RunLogger:
         *,
         log_every: int,
         summary_file: Path | None = None,
-        tensorboard: TensorBoardLogger | None = None,
+        trackers: TrackerGroup | None = None,
     ):
         self.ranks, self.log_every = ranks, log_every
-        self.summary_file, self.tensorboard = summary_file, tensorboard
+        self.summary_file, self.trackers = summary_file, trackers or TrackerGroup()
         self.file = metrics_file.open("a", buffering=1) if metrics_file and ranks.is_main else None
         self.bar: tqdm[None] | None = None
         self.on_terminal = sys.stderr.isatty()
@@ -285,8 +285,8 @@ class RunLogger:
 
     def write_event(self, event: str, **values: object) -> None:
         """Append an event to metrics.jsonl. docs/METRICS_JSONL.md describes the fields."""
-        if self.tensorboard is not None:
-            self.tensorboard.log_event(event, values)
+        self.trackers.log_event(event, values)
+        self.print_tracker_warnings()
         if self.file is not None:
             line = {"event": event, "time_s": round(time.monotonic() - self.clock_s, 3), **values}
             try:
@@ -310,8 +310,14 @@ class RunLogger:
         self.close_bar()
         if self.file is not None:
             self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.trackers.close()
+        self.print_tracker_warnings()
+
+    def print_tracker_warnings(self) -> None:
+        """Print why trackers were dropped."""
+        for warning in self.trackers.warnings:
+            self.print(warning)
+        self.trackers.warnings.clear()
 
 
 @dataclass

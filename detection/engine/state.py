@@ -1,5 +1,6 @@
 """Training state, and the context of the run around it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class TrainState:
 class RunContext:
     """Context of a run: configuration, ranks, loggers and run folder.
 
-    resume_point: the checkpoint to resume from, if any.
+    resume_point: the checkpoint to resume from, if any. flags: settings that flags set.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class RunContext:
     folder: Path
     seed: int
     resume_point: ResumePoint | None = None
+    flags: Sequence[str] = ()
 
     @property
     def appends_to_log(self) -> bool:

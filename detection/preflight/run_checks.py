@@ -25,7 +25,7 @@ from detection.config.run_config import RunConfig
 from detection.config.settings import InputError, LaunchLayout, ResolvedSettings, format_settings, read_launch_layout
 from detection.data import coco, coco_arrays, worker_shm
 from detection.data.num_classes import resolve_num_classes
-from detection.engine import tensorboard
+from detection.engine import trackers
 from detection.preflight import image_checks
 from detection.synthetic import coco_scenes, coco_sized, toy
 from mlperf import rules
@@ -190,8 +190,7 @@ def check_input(
     checks: list[Callable[[], str | None]] = [
         partial(worker_shm.check, config.num_workers * layout.ranks_per_node, batch_bytes(config, spec))
     ]
-    if config.tensorboard:
-        checks.append(tensorboard.require_tensorboard)
+    checks.append(partial(trackers.require_packages, config))
     if config.device not in ("auto", "cpu"):
         checks.append(partial(check_device, config, layout))
     if config.resume != "none" and layout.node_rank == 0:  # the first rank reads it

@@ -3,19 +3,11 @@
 import json
 import math
 import re
-import sys
-import types
-from functools import partial
-from importlib.machinery import ModuleSpec
 
 import pytest
 
-import commands
 import processes
 from config_files import set_only
-from detection.config.settings import InputError
-from detection.engine import tensorboard
-from detection.engine.tensorboard import TensorBoardLogger
 from mlperf.log import read
 from narrow_ssd import make_narrow
 from paths import ROOT
@@ -78,47 +70,3 @@ def test_unwritable_summary_is_rejected_before_the_timer_starts(environment, tmp
     assert train.main([*FLAGS, "--summary-json", str(tmp_path / "absent" / "summary.json")]) == 2
     assert "summary.json: cannot be written (No such file or directory)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result_0.txt").exists()
-
-
-def test_missing_tensorboard_is_reported_if_requested(environment, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    for command in (lambda *words: train.main(list(words)), partial(commands.ssd, "preflight")):
-        assert command(*FLAGS, "--tensorboard") == 2
-        shown = capsys.readouterr().err
-        assert shown.count("error:") == 1
-        assert "tensorboard is not installed" in shown
-        assert "Traceback" not in shown
-    assert not (tmp_path / "run" / "result_0.txt").exists()
-    with pytest.raises(InputError, match="pip install"):
-        tensorboard.require_tensorboard()
-
-
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
-    drawn = []
-
-    class Writer:
-        def __init__(self, folder):
-            drawn.append(folder)
-
-        def add_scalar(self, name, value, over):
-            drawn.append((name, value, over))
-
-        def close(self):
-            drawn.append("closed")
-
-    package, writers = types.ModuleType("tensorboard"), types.ModuleType("torch.utils.tensorboard")
-    package.__spec__, writers.SummaryWriter = ModuleSpec("tensorboard", None), Writer
-    monkeypatch.setitem(sys.modules, "tensorboard", package)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
-    tensorboard.require_tensorboard()
-    shown = TensorBoardLogger(tmp_path)
-    shown.log_event("run_start", {"seed": 1})
-    shown.log_event("step", {"step": 7, "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_s": 9.0})
-    shown.log_event("evaluation", {"epoch": 2, "seconds": 3.0, "metrics": {"AP": 0.2}})
-    shown.close()
-    assert drawn == [
-        str(tmp_path),
-        ("step/loss", 2.5, 7), ("step/lr", 0.1, 7), ("step/images_per_s", 9.0, 7),
-        ("evaluation/seconds", 3.0, 2), ("evaluation/AP", 0.2, 2),
-        "closed",
-    ]  # fmt: skip
