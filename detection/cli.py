@@ -23,6 +23,7 @@ HELP = {
     "preflight": "check settings, rules, data and run folder before the timer starts; --dry-run creates nothing",
     "inspect": "check the machines of a run on all ranks (./run_and_time.sh --preflight)",
     "tune": "search for the fastest settings on this machine (./run_and_time.sh --autotune)",
+    "data": "show augmented training images with their targets, and statistics of the data: --show 16 --out data.html",
     "evaluate": "evaluate weights on the evaluation images: --weights FILE",
     "predict": "detect objects on images of your own, and draw them",
     "export": "export a trained network to ONNX or torch.export",
@@ -41,6 +42,9 @@ class Declarations(Protocol):
 
     def make_random_workload(self, config: Any, ranks: Any) -> "Workload[Any]":
         """Assemble the workload with random weights."""
+
+    def open_samples(self, config: Any, ranks: Any, seed: int) -> Any:
+        """Return the training split, and its images as the network sees them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
         name, flags = "train", ["--mode", "evaluate", *flags]
     if name in ("train", "inspect"):
         run_rank(name, flags, commands, declarations)
+    if name == "data":
+        from detection.report import data_page
+
+        return data_page.main(flags, lambda words: declarations.PREFLIGHT.load(words).config, declarations.open_samples)
     if name == "tune":
         from detection.tuning import search
 

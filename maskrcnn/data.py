@@ -214,7 +214,7 @@ class MaskRCNNTrainSource(MaskRCNNEvalSource):
         train = select_train_images(config, coco.open_split(config, "train", segmentations=True))
         super().__init__(config, ranks, train)
         self.categories = train.categories  # those of val may have other ids
-        self.train_samples = len(train)
+        self.train, self.train_samples = train, len(train)
         self.sampler = EpochBatchSampler(
             len(train),
             config.batch_size,

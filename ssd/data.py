@@ -163,7 +163,7 @@ class SSDTrainSource(SSDEvalSource):
         train = select_train_images(config, coco.open_split(config, "train"))
         super().__init__(config, ranks, train)
         self.categories = train.categories  # those of val may have other ids
-        self.train_samples = len(train)
+        self.train, self.train_samples = train, len(train)
         self.sampler = EpochBatchSampler(
             len(train), config.batch_size, seed=seed, ranks=ranks, last_batch=config.last_batch
         )

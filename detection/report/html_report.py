@@ -11,7 +11,7 @@ import argparse
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,6 @@ def make_report(
     ruleset: used to check logs that name none. png: folder to write the charts to as PNG files, if set. live: the run
     may be in progress, and its page reloads itself.
     """
-    import jinja2  # 0.1 s, which --help does not need
-    from markupsafe import Markup
-
     all_records = disambiguate_names([*records, *against])
     records, against = all_records[: len(records)], all_records[len(records) :]
     points = reference_points(records, ruleset)
@@ -58,22 +55,16 @@ def make_report(
     verdicts = {r.name: None if live and not r.status else check_compliance(r, ruleset) for r in all_records}
     results = series.group_series(records, verdicts)
     single = len(records) == 1
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     data = {
         "charts": [chart.to_json() for chart in all_charts],
         "curves": class_curves,
         "confusions": [{"name": r.name, **r.confusion} for r in records if r.confusion],
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
+        data,
         title=headline.title(records),
         live=live,
-        palette=charts.PALETTE,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(to_inline_json(data)),
         head=headline.run_headline(records[0], verdicts[records[0].name], live=live)
         if single
         else headline.series_headline(records, results),
@@ -93,6 +84,24 @@ def make_report(
         hyperparameters=tables.hyperparameter_table(all_records),
         machine=tables.machine_table(records),
         sources=", ".join(record.name for record in all_records),
+    )
+
+
+def render_page(template: str, data: Mapping[str, Any], **values: Any) -> str:
+    """Return a page with its style sheet and script. data: what the script draws."""
+    import jinja2  # 0.1 s, which --help does not need
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        palette=charts.PALETTE,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(to_inline_json(data)),
+        **values,
     )
 
 

@@ -58,12 +58,12 @@ def class_table(records: Sequence[RunRecord]) -> dict[str, Any]:
         columns = [(metric_name(name), rows_by_run[0], name) for name in used]
     else:
         columns = [(run.name, run_rows, "AP") for run, run_rows in zip(with_classes, rows_by_run, strict=True)]
-    rows = []
+    table = []
     for name in sorted(objects, key=lambda name: 0 if math.isnan(objects[name]) else -objects[name]):
         values = [to_float(rows_of.get(name, {}).get(key)) for _, rows_of, key in columns]
         cells = [{"text": f"{v:.3f}" if math.isfinite(v) else "–", "percent": percent_of(v, 1.0)} for v in values]
-        rows.append({"name": name, "objects": f"{objects[name]:.0f}", "cells": cells})
-    return {"names": [name for name, _, _ in columns], "rows": rows}
+        table.append({"name": name, "objects": f"{objects[name]:.0f}", "cells": cells})
+    return {"names": [name for name, _, _ in columns], "rows": table}
 
 
 def time_table(records: Sequence[RunRecord]) -> dict[str, Any]:
