@@ -36,10 +36,7 @@ OpenSamples = Callable[[Any, "DistContext", int], tuple[Split, Iterator["TrainSa
 
 def main(argv: Sequence[str], load: Callable[[Sequence[str]], RunConfig], open_samples: OpenSamples) -> int:
     """Write the page of the data of the settings. Return the exit status. Raise InputError for invalid data."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--show", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("data.html"))
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parse(argv)
     config = load(flags)
     import torch
 
@@ -60,6 +57,14 @@ def main(argv: Sequence[str], load: Callable[[Sequence[str]], RunConfig], open_s
         partial.write_text(page, encoding="utf-8")
     print(f"data: {options.out}")
     return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of the page, and the flags of the settings."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--show", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("data.html"))
+    return parser.parse_known_args(argv)
 
 
 def make_page(split: Split, samples: "Sequence[TrainSample]", config: RunConfig) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from config_files import exported
+from detection.report import data_page
 from detection.tuning import search
 from maskrcnn import config as maskrcnn_config
 from paths import ROOT
@@ -130,7 +131,9 @@ class Parsed(Exception):
 @pytest.mark.parametrize("command", PYTHON, ids=str)
 def test_program_accepts_its_arguments(command, monkeypatch, tmp_path):
     module, *words = command.words[2:]
-    if module in LOAD and words[0] in ("train", "preflight", "inspect", "tune", "evaluate", "summary"):
+    if words[0] == "data":
+        words[1:] = data_page.parse(words[1:])[1]
+    if module in LOAD and words[0] in ("train", "preflight", "inspect", "tune", "evaluate", "summary", "data"):
         LOAD[module]([*(["--mode", "evaluate"] if words[0] == "evaluate" else []), *words[1:]], {})
         return
     if module == "perf.run":
