@@ -1,5 +1,6 @@
 """Description of the machine: hardware, versions, commit and load."""
 
+import ctypes
 import gc
 import os
 import platform
@@ -98,6 +99,7 @@ def select_out(out: Path | None, default: Path, commit: str, *, allow_dirty: boo
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     """Return the peak memory during a call, above what is held before: of this process, or of the accelerator."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls freed, which this one would use unseen
     before = memory_mib(device, "VmRSS", reset_peak=True)
     call()
     return max(1.0, memory_mib(device, "VmHWM") - before)

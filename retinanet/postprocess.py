@@ -69,14 +69,19 @@ def detect(
 def top_candidates(logits: Tensor, score_threshold: float, top_n: int, first_anchor: int) -> Candidates:
     """Return the best `top_n` scores of each image above the threshold in the logits (B, A_l, K) of one level.
 
-    A trained network is confident at few anchors. The largest logit of an anchor selects them, so that most logits are
-    read once and have no sigmoid.
+    The largest logit of each anchor selects anchors, so that most logits are read once and have no sigmoid: a trained
+    network is confident at few anchors. Early in training, many logits are above the threshold. Then the `top_n`-th
+    largest of these maxima is a lower bound of the best logits, since as many logits reach it.
     """
     min_logit = math.log(score_threshold / (1 - score_threshold)) - BOUND_MARGIN if score_threshold > 0 else -math.inf
-    image, anchor = (logits.amax(dim=2).float() > min_logit).nonzero(as_tuple=True)
-    scores = logits[image, anchor].float().sigmoid()
-    row, label = (scores > score_threshold).nonzero(as_tuple=True)
-    image, anchor, score = image[row], anchor[row], scores[row, label]
+    max_logits = logits.amax(dim=2).float()
+    bound = max_logits.new_full((len(logits), 1), min_logit)
+    if max_logits.shape[1] > top_n:
+        bound = bound.maximum(max_logits.topk(top_n, sorted=False).values.amin(dim=1, keepdim=True))
+    image, anchor = (max_logits >= bound).nonzero(as_tuple=True)
+    candidates = logits[image, anchor].float()
+    row, label = (candidates >= bound[image]).nonzero(as_tuple=True)
+    image, anchor, score = image[row], anchor[row], candidates[row, label].sigmoid()
     order = sort_by_group(image, score)
-    order = order[rank_in_group(image[order]) < top_n]
+    order = order[(rank_in_group(image[order]) < top_n) & (score[order] > score_threshold)]
     return Candidates(image[order], first_anchor + anchor[order], label[order], score[order])

@@ -19,7 +19,7 @@ MAX_PAIRS = 2**25
 # Rounds between two tests for convergence. On an accelerator, a test waits for all queued work, and a round is cheap.
 ROUNDS_PER_TEST = 16
 # The sequential kernel is faster on a CPU for groups of more boxes.
-MAX_PARALLEL_ON_CPU = 16
+MAX_PARALLEL_ON_CPU = 16  # one of GROUP_SIZES
 
 
 # Upper limits of the size classes of `grouped_nms`. Groups of one class are padded to the largest among them.
@@ -33,19 +33,22 @@ def nms(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: 
     On a CPU, large groups are processed by torchvision's sequential kernel. The result is the same.
     """
     if boxes_xyxy.device.type == "cpu" and boxes_xyxy.shape[1] > MAX_PARALLEL_ON_CPU:
-        return nms_sequential(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
+        group = torch.arange(len(valid)).unsqueeze(1).expand_as(valid)
+        keep = torch.zeros_like(valid)
+        keep[valid] = nms_sequential(boxes_xyxy[valid], group[valid], iou_threshold, drop_equal=drop_equal)
+        return keep
     return nms_parallel(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
 
 
-def nms_sequential(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
-    """Apply `nms` group by group."""
+def nms_sequential(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` with torchvision's kernel to each group of boxes (N, 4), sorted as for `grouped_nms`: (N,) bool."""
     if drop_equal:
         iou_threshold = math.nextafter(iou_threshold, -math.inf)
-    keep = torch.zeros_like(valid)
-    for group in valid.any(dim=1).nonzero()[:, 0].tolist():
-        (rows,) = valid[group].nonzero(as_tuple=True)
-        kept = torchvision.ops.nms(boxes_xyxy[group, rows], -rows.to(boxes_xyxy), iou_threshold)
-        keep[group, rows[kept]] = True
+    sizes = group.unique_consecutive(return_counts=True)[1].tolist()
+    descending = -torch.arange(max(sizes, default=0)).to(boxes_xyxy)
+    keep = torch.zeros_like(group, dtype=torch.bool)
+    for boxes, mask in zip(boxes_xyxy.split(sizes), keep.split(sizes), strict=True):
+        mask[torchvision.ops.nms(boxes, descending[: len(boxes)], iou_threshold)] = True
     return keep
 
 
@@ -98,9 +101,14 @@ def grouped_nms(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop
     keep = torch.empty_like(group, dtype=torch.bool)
     for lower, upper in pairwise((0, *GROUP_SIZES, len(group))):
         (same_size,) = ((size > lower) & (size <= upper)).nonzero(as_tuple=True)
-        if len(same_size):
-            boxes, valid, row_and_rank = pad_groups(boxes_xyxy[same_size], group[same_size])
-            keep[same_size] = nms(boxes, valid, iou_threshold, drop_equal=drop_equal)[row_and_rank]
+        if not len(same_size):
+            continue
+        same_boxes, same_group = boxes_xyxy[same_size], group[same_size]
+        if boxes_xyxy.device.type == "cpu" and lower >= MAX_PARALLEL_ON_CPU:
+            keep[same_size] = nms_sequential(same_boxes, same_group, iou_threshold, drop_equal=drop_equal)
+        else:
+            boxes, valid, row_and_rank = pad_groups(same_boxes, same_group)
+            keep[same_size] = nms_parallel(boxes, valid, iou_threshold, drop_equal=drop_equal)[row_and_rank]
     return keep
 
 

@@ -1,4 +1,4 @@
-"""Layer tables of --model-summary for both benchmarks."""
+"""Layer tables of --model-summary for every workload."""
 
 import re
 
@@ -7,12 +7,15 @@ import pytest
 import commands
 import maskrcnn.config
 import maskrcnn.model
+import retinanet.config
+import retinanet.model
 import ssd.config
 import ssd.model
 from detection.engine.model_summary import summarize_model
 from detection.engine.optim import freeze_batch_norm
 
 SSD, MASKRCNN = (ssd.config, ssd.model), (maskrcnn.config, maskrcnn.model)
+RETINANET = (retinanet.config, retinanet.model)
 CLASSES = ("--num-classes", "5")
 SMALL = (*CLASSES, "--backbone", "resnet18")
 
@@ -23,7 +26,10 @@ def rows_of(table):
     return {row[0]: (row[1], row[2], int(row[3].replace(",", "")), row[4]) for row in rows}
 
 
-@pytest.mark.parametrize(("benchmark", "flags"), [(SSD, CLASSES), (MASKRCNN, (*SMALL, "--batch-norm-eps", "1e-5"))])
+@pytest.mark.parametrize(
+    ("benchmark", "flags"),
+    [(SSD, CLASSES), (MASKRCNN, (*SMALL, "--batch-norm-eps", "1e-5")), (RETINANET, SMALL)],
+)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_every_parameter_is_counted_once(benchmark, flags, freeze):
     config, model = benchmark
@@ -60,6 +66,14 @@ def test_summary_needs_no_data_set(command, dataset, classes, tmp_path, monkeypa
     assert f"for {classes} classes" in out.splitlines()[-1]
     assert err == ""
     assert not (tmp_path / "none").exists()
+
+
+def test_summary_of_retinanet_has_the_references_parameters(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATADIR", str(tmp_path / "none"))
+    assert commands.retinanet("summary") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("retinanet-resnext50_32x4d-fpn for 265 classes")
+    assert "36,849,004 trained" in last
 
 
 def test_number_of_classes_comes_from_the_annotations(four_image_coco, monkeypatch, capsys):

@@ -7,9 +7,23 @@ from hypothesis import given, settings
 from torchvision import ops
 
 from detection.nn import nms
-from detection.nn.nms import grouped_nms, nms_parallel, nms_sequential
+from detection.nn.nms import grouped_nms, nms_parallel
 
-METHODS = pytest.mark.parametrize("method", [nms_parallel, nms_sequential, nms.nms])
+
+def padded(method):
+    """Return a method for boxes that are sorted by group as one for padded groups."""
+
+    def run(boxes, valid, iou_threshold, *, drop_equal):
+        keep = torch.zeros_like(valid)
+        group = torch.arange(len(valid))[:, None].expand_as(valid)
+        keep[valid] = method(boxes[valid], group[valid], iou_threshold, drop_equal=drop_equal)
+        return keep
+
+    return run
+
+
+nms_sequential = padded(nms.nms_sequential)
+METHODS = pytest.mark.parametrize("method", [nms_parallel, nms_sequential, padded(grouped_nms), nms.nms])
 
 
 def random_boxes(*shape, seed=0, grid=0):

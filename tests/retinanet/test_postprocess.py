@@ -5,7 +5,7 @@ from torchvision.ops import clip_boxes_to_image, nms
 from detection.nn import box_coder
 from retinanet.anchors import make_anchors
 from retinanet.model import HeadOutputs
-from retinanet.postprocess import detect
+from retinanet.postprocess import detect, top_candidates
 
 CPU = torch.device("cpu")
 SIZE_PX = 128
@@ -47,6 +47,17 @@ def test_detections_equal_those_of_a_naive_implementation(bias):
         if expected:
             torch.testing.assert_close(actual.boxes_xyxy[rows], torch.stack([box for *_, box in expected]))
     assert (len(actual.labels) == 0) == (bias == -30)
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 40])
+def test_as_many_anchors_as_are_kept_may_share_the_best_score(count):
+    logits = torch.full((2, 40, 3), -9.0)
+    logits[0, :count, 1] = 2.0
+    logits[1, ::8] = torch.tensor([1.0, -9.0, 3.0])  # five anchors with two classes each
+    candidates = top_candidates(logits, 0.05, 5, 100)
+    assert candidates.image.bincount().tolist() == [min(count, 5), 5]
+    assert candidates.label.tolist() == [1] * min(count, 5) + [2] * 5
+    assert candidates.anchor.tolist() == [*range(100, 100 + min(count, 5)), *range(100, 140, 8)]
 
 
 def test_an_anchor_may_have_several_classes():
