@@ -62,5 +62,5 @@ def histograms(split: Split) -> list[Histogram]:
 def count_by_range(title: str, values: NDArray[Any], edges: Sequence[float]) -> Histogram:
     """Count values by range. edges: the lower ends of the ranges, the first of which is below all values."""
     counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)[1:]
-    names = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
-    return Histogram(title, list(zip([*names, f"{edges[-1]:.3g} and more"], counts.tolist(), strict=True)))
+    names = [f"{round(low, 3):g} to {round(high, 3):g}" for low, high in itertools.pairwise(edges)]
+    return Histogram(title, list(zip([*names, f"{edges[-1]:g} and more"], counts.tolist(), strict=True)))

@@ -21,7 +21,7 @@ function html(tag, properties, ...children) {
 }
 
 function format(value) {
-  return Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(4));
+  return Math.abs(value) >= 1e7 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(Math.abs(value) >= 1e4 ? 6 : 4));
 }
 
 // Round values between two limits, about `count` of them.
@@ -204,7 +204,7 @@ function initConfusion() {
   const update = () => showConfusion(card, data.confusions[choice ? choice.selectedIndex : 0], +slider.value);
   slider.addEventListener("input", update);
   if (choice) choice.addEventListener("change", update);
-  update();
+  setTimeout(update); // thousands of cells: after the page can be used
 }
 
 function showConfusion(card, run, score) {
