@@ -335,7 +335,8 @@ def read(
 
     errors = coco_json.validate(columns, allow_outside=torchvision_boxes)
     box_image, has_image = coco_json.lookup(columns.box_image_ids, columns.image_ids)
-    if has_image.all() and (suspicion := suspect_boxes(columns.boxes_xywh, columns.sizes_hw, box_image)):
+    has_sizes = has_image.all() and (columns.sizes_hw > 0).all()
+    if has_sizes and (suspicion := suspect_boxes(columns.boxes_xywh, columns.sizes_hw, box_image)):
         (errors if errors else remarks).append(suspicion)
     if num_missing and (num_missing == num_images or not skip_missing_images):
         errors.insert(0, describe_missing(columns.file_names, has_file, image_dir))

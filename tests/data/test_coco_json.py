@@ -149,6 +149,15 @@ def test_missing_sizes_are_read_from_the_images(folder: Path, exif: Any) -> None
     assert split.remarks == ("2 of 3 images have no 'width' or 'height': read from their headers",)
 
 
+def test_invalid_sizes_cast_no_suspicion_on_the_boxes(folder: Path) -> None:
+    data = content()
+    for image in data["images"]:
+        image |= {"width": -1, "height": -1}
+    with pytest.raises(InputError, match="outside 1 to 65535: 3 of 3") as caught:
+        read(folder, data)
+    assert "beyond their image" not in str(caught.value)
+
+
 def test_binary_file_is_an_error(folder: Path) -> None:
     file = folder / "binary.json"
     file.write_bytes(b"\xff\xd8\xff\xe0")
