@@ -152,7 +152,7 @@ def train_toy(session: Session, *, system: str) -> Result:
     session.python("toy", "-m", "detection.synthetic.toy", str(data), *data_flags)
     flags = ["--device", session.device, "--data-dir", str(data), "--run-dir", str(folder)]
     if session.rehearse:
-        flags += ["--epochs", "1", "--eval-epochs", "1", "--target", "0"]
+        flags += ["--epochs", "1", "--eval-epochs", "1", "--target", "0", *REHEARSED[benchmark]]
         flags += ["--mask-target", "0"] if benchmark == "maskrcnn" else []
     launch = ("-m", "detection.runtime.launch", "--nproc-per-node", "1", "-m", benchmark, "train")
     session.python(system, *launch, *flags, environ=exported_settings(system))
@@ -274,6 +274,7 @@ STAGES = (
             ),
             Measurement("SSD300, evaluation", partial(run_benchmark, part="evaluate")),
             Measurement("Mask R-CNN, evaluation", partial(run_benchmark, part="maskrcnn_evaluation")),
+            Measurement("RetinaNet, evaluation", partial(run_benchmark, part="retinanet_evaluation")),
         ],
     ),
     Stage(
