@@ -24,7 +24,7 @@ from retinanet.anchors import make_anchors
 from retinanet.config import Config, load
 from retinanet.data import Batch, EvalBatch, RetinaNetEvalSource, RetinaNetTrainSource
 from retinanet.evaluator import RetinaNetEvaluator
-from retinanet.loss import LOSS_NAMES, retinanet_loss
+from retinanet.loss import LOSS_NAMES, loss_of_matched, match_images
 from retinanet.model import RetinaNet, make_model
 from retinanet.resize import normalize_and_resize, resize_boxes
 
@@ -84,10 +84,11 @@ def make_loss(config: Config, on_device: torch.device) -> Callable[[nn.Module, B
     """Make the function that computes the losses (2,) of a batch, each summed over its images, on the device."""
     size = config.image_size
     anchors = make_anchors(size, size, on_device, config.anchor_sizes)
-    resize_fn, loss_fn = normalize_and_resize, retinanet_loss
-    if device.should_compile(config.compile, on_device):
+    resize_fn, loss_fn = normalize_and_resize, loss_of_matched
+    compiled = device.should_compile(config.compile, on_device)
+    if compiled:
         resize_fn = torch.compile(normalize_and_resize, dynamic=True)
-        loss_fn = torch.compile(retinanet_loss)
+        loss_fn = torch.compile(loss_of_matched)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(on_device.type, enabled=False):
@@ -95,8 +96,12 @@ def make_loss(config: Config, on_device: torch.device) -> Callable[[nn.Module, B
             boxes_xyxy = resize_boxes(batch.boxes_xyxy, batch.sizes_hw, batch.flips, size)
         outputs = model(images)
         with torch.autocast(on_device.type, enabled=False):
-            valid = batch.labels > 0
-            return loss_fn(outputs.logits, outputs.deltas, anchors, boxes_xyxy, batch.labels - 1, valid).sum(dim=0)
+            labels = batch.labels - 1
+            if compiled:  # compile once for any number of boxes
+                for tensor in (boxes_xyxy, labels):
+                    torch._dynamo.mark_dynamic(tensor, 1)
+            matched = match_images(boxes_xyxy, labels >= 0, anchors)
+            return loss_fn(outputs.logits, outputs.deltas, anchors, boxes_xyxy, labels, matched).sum(dim=0)
 
     return loss
 

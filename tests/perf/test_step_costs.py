@@ -69,6 +69,13 @@ def test_memory_of_a_step_grows_with_its_images_as_measured():
     assert one.state_bytes == pytest.approx(one.weight_bytes, rel=0.01)  # momentum
 
 
+def test_number_of_operations_of_retinanet_does_not_depend_on_the_batch():
+    flags = ("--device", "cuda", "--compile", "off", "--backbone", "resnet18", "--image-size", "128")
+    sizes = [(*flags, "--batch-size", n, "--grad-accum-steps", "1") for n in ("2", "6")]
+    two, six = (count_step("retinanet", load_config("H200_retinanet", words)) for words in sizes)
+    assert two.operations == six.operations
+
+
 def test_every_system_with_an_accelerator_has_a_card():
     without = {name for name in list_systems() if "CPU" in name or name.startswith(("toy", "synthetic"))}
     assert set(list_systems()) == set(CARDS) | without

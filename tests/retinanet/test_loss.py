@@ -29,6 +29,31 @@ def test_anchors_are_matched_as_by_torchvision(seed, count):
     assert torch.equal(loss.match(padded, valid, anchors), expected)
 
 
+def test_all_images_at_once_are_matched_as_image_by_image():
+    generator = torch.Generator().manual_seed(0)
+    anchors = make_anchors(128, 160, CPU)
+    boxes = torch.stack([random_boxes(40, 128, generator) for _ in range(3)])
+    valid = torch.rand(3, 40, generator=generator) < 0.7
+    expected = loss.match_images(boxes, valid, anchors)
+    for boxes_per_chunk in (7, 100):
+        assert torch.equal(loss.match(boxes, valid, torch.cat(anchors), boxes_per_chunk), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 50), (3, 150)])
+def test_focal_loss_does_not_depend_on_its_chunks(monkeypatch, shape):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 150, 7, generator=generator)
+    labels = torch.randint(-2, 7, (3, 150), generator=generator)
+    results = []
+    for chunk_shape in (loss.chunk_shape, lambda _: shape):
+        monkeypatch.setattr(loss, "chunk_shape", chunk_shape)
+        leaf = logits.clone().requires_grad_()
+        totals = loss.focal_loss(leaf, labels)
+        totals.sum().backward()
+        results.append((totals.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
 def test_an_image_without_boxes_has_only_negatives():
     anchors = torch.cat(make_anchors(128, 128, CPU))
     matched = loss.match(torch.zeros(2, 4), torch.zeros(2, dtype=torch.bool), anchors)
