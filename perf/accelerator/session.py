@@ -104,7 +104,7 @@ class Session:
         if self.remaining_s <= 0:
             return {"status": "out of time", "reason": "the stage had no time left"}
         try:
-            return {"status": "ok", **measurement.run(self)}
+            return {**measurement.run(self), "status": "ok"}
         except MeasurementError as error:
             return {"status": error.status, "reason": str(error)}
         except Exception as error:  # a fault in one measurement must not cost the others
