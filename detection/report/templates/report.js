@@ -139,7 +139,7 @@ class LineChart {
     }
     for (const [px, py, text] of marks) {
       svg("path", { class: "cursor", d: `M${x(px) - 4} ${y(py) - 4}l8 8m0 -8l-8 8` }, root);
-      svg("text", { x: x(px), y: y(py) + 18, "text-anchor": "middle" }, root, text);
+      svg("text", { x: x(px), y: y(py) + 18, "text-anchor": x(px) > width - 40 ? "end" : "middle" }, root, text);
     }
     for (const line of lines) {
       const group = this.path(root, line, "M" + line.x.map((value, index) => `${x(value).toFixed(1)} ${y(line.y[index]).toFixed(1)}`).join("L"));
