@@ -10,5 +10,6 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
   echo 'error: Python 3.11 or later is not installed. Run ./setup.sh first' >&2
   exit 2
 fi
-export PRETRAINED_DIR=${PRETRAINED_DIR:-$script_dir/data} PYTHONPATH=$script_dir
-exec "$python" -m detection.checkpoint.weights_download "$@"
+export PYTHONPATH=$script_dir
+exec "$python" -m detection.checkpoint.weights_download \
+  --source-url "${WEIGHTS_URL:-}" --pretrained-dir "${PRETRAINED_DIR:-$script_dir/data}" "$@"

@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from detection import cli
+from mlperf import stdio
 
 
 def declare() -> Any:
@@ -55,4 +56,5 @@ COMMANDS = cli.CommandSet(
 )
 
 if __name__ == "__main__":
+    stdio.ignore_write_errors()
     sys.exit(cli.main(sys.argv[1:], COMMANDS))

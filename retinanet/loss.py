@@ -52,8 +52,8 @@ def match(boxes_xyxy: Tensor, valid: Tensor, anchors: Tensor, boxes_per_chunk: i
 def match_images(boxes_xyxy: Tensor, valid: Tensor, anchors: Sequence[Tensor]) -> Tensor:
     """Return `match` (B, A) of a batch: image by image on a CPU, and all images at once on an accelerator.
 
-    boxes_xyxy: (B, G, 4). valid: (B, G). anchors: (A_l, 4) of each level. Not compiled: the number of chunks would
-    compile anew.
+    boxes_xyxy: (B, G, 4). valid: (B, G). anchors: (A_l, 4) of each level. Not compiled, because each number of
+    chunks would be compiled again.
     """
     all_anchors = torch.cat(list(anchors))
     if boxes_xyxy.device.type == "cpu":

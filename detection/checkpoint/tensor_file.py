@@ -35,6 +35,13 @@ def read(path: Path, *, kind: str = "weights file", hint: str) -> dict[str, Any]
             f"{path}: requires the package safetensors. Install it with .venv/bin/pip install safetensors."
         )
     try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. {hint}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). {hint}") from None
+    try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -43,10 +50,6 @@ def read(path: Path, *, kind: str = "weights file", hint: str) -> dict[str, Any]
         content = load(path)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. {hint}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}). {hint}") from error
     except Exception as error:  # any error of torch, NumPy or safetensors, whose messages concern their own internals
         unpickled = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = (

@@ -31,11 +31,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="./get_weights.sh",
         description="Download public weights and verify them. Without NAME, list them.",
-        epilog=f"environment: PRETRAINED_DIR, see FOLDER; WEIGHTS_URL, a mirror of {SOURCE_URL}",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="name in the list, or URL of a .pth file")
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="target folder (PRETRAINED_DIR, else data)")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="target folder")
     parser.add_argument("--npz", action="store_true", help="also write the weights as a NumPy archive")
+    parser.add_argument("--pretrained-dir", default="data", help="target folder without FOLDER (PRETRAINED_DIR, data)")
+    parser.add_argument("--source-url", help=f"mirror of {SOURCE_URL} (WEIGHTS_URL)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.name is None:
         print(
@@ -43,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
             sep="\n",
         )
         return 0
-    url, digest = resolve(arguments.name, os.environ.get("WEIGHTS_URL") or SOURCE_URL)
-    folder = Path(arguments.folder or os.environ.get("PRETRAINED_DIR") or "data")
+    url, digest = resolve(arguments.name, arguments.source_url or SOURCE_URL)
+    folder = Path(arguments.folder or arguments.pretrained_dir)
     path = folder / url.rsplit("/", 1)[-1]
     try:
         with lock(folder):

@@ -1,6 +1,6 @@
 """Optional trackers of a run's events: TensorBoard, Weights & Biases, MLflow. A package is imported only if requested.
 
-metrics.jsonl holds the same numbers and more. A tracker that fails during a run is dropped, and the run goes on.
+metrics.jsonl holds the same numbers and more. A tracker that fails during a run is dropped, and the run continues.
 """
 
 import json

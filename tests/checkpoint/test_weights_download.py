@@ -28,11 +28,10 @@ def server(monkeypatch):
 @pytest.fixture
 def get(server, tmp_path, monkeypatch, capsys):
     """Run the command with names relative to the mirror, and return its status, output and errors."""
-    monkeypatch.setenv("WEIGHTS_URL", server.url)
     monkeypatch.setitem(PUBLIC_WEIGHTS, "tiny", PUBLIC_WEIGHTS["resnet18"]._replace(file=NAME))
 
     def run(*arguments):
-        status = weights_download.main([*arguments, str(tmp_path / "weights")])
+        status = weights_download.main([*arguments, str(tmp_path / "weights"), "--source-url", server.url])
         return status, *capsys.readouterr()
 
     return run
