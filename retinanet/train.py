@@ -107,14 +107,18 @@ def make_loss(config: Config, on_device: torch.device) -> Callable[[nn.Module, B
 
 
 def dummy_batch(config: Config, ranks: DistContext) -> Batch:
-    """Make a training batch of random images with two boxes each."""
-    size = config.image_size
-    device_cache.warm_up(config, ranks, (size, size))
+    """Make a training batch of random images with two boxes each, in the shape of a photo.
+
+    Code that is compiled for squares would compile again for other shapes.
+    """
+    height, width = config.image_size, config.image_size * 4 // 3
+    device_cache.warm_up(config, ranks, (height, width))
     count = config.batch_size
+    box_xyxy = torch.tensor([0.25, 0.25, 0.75, 0.75]) * torch.tensor([width, height, width, height])
     return Batch(
-        images=image_io.random_images(count, (size, size)),
-        sizes_hw=torch.full((count, 2), size),
-        boxes_xyxy=(torch.tensor([0.25, 0.25, 0.75, 0.75]) * size).expand(count, 2, 4).contiguous(),
+        images=image_io.random_images(count, (height, width)),
+        sizes_hw=torch.tensor([[height, width]] * count),
+        boxes_xyxy=box_xyxy.expand(count, 2, 4).contiguous(),
         labels=torch.ones(count, 2, dtype=torch.int64),
         flips=torch.zeros(count, dtype=torch.bool),
     )

@@ -8,11 +8,13 @@ import torch
 
 import maskrcnn.config
 import maskrcnn.train
+import retinanet.commands
 import ssd.config
 import ssd.train
 from detection.engine import initialization, train_loop
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
+from tiny_retinanet import make_config as make_retinanet_config
 
 pytestmark = pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
 
@@ -84,3 +86,18 @@ def test_mask_rcnn_compiles_to_four_graphs_for_any_image_size_and_objects(graphs
     model = maskrcnn.train.make_model(config)
     workload = maskrcnn.train.make_workload(config, RANKS, 0, model, SimpleNamespace(evaluate_other=None))
     assert count_warmup_graphs(workload, config, variants_of) == graphs() == 4  # backbone, proposals, and the two heads
+
+
+@pytest.mark.slow
+def test_retinanet_compiles_to_three_graphs_for_any_image_size_and_number_of_boxes(graphs, four_image_coco):
+    def variants_of(batch):
+        for height, width in ((160, 160), (192, 128)):
+            images = torch.zeros(2, 3, height, width, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+            yield batch._replace(images=images, sizes_hw=torch.tensor([[height, width]] * 2))
+        for count in (2, 40):
+            boxes_xyxy, labels = batch.boxes_xyxy[:, :1].repeat(1, count, 1), batch.labels[:, :1].repeat(1, count)
+            yield batch._replace(boxes_xyxy=boxes_xyxy, labels=labels)
+
+    config = make_retinanet_config("--compile", "on", "--data-dir", str(four_image_coco))
+    workload = retinanet.commands.make_random_workload(config, RANKS)
+    assert count_warmup_graphs(workload, config, variants_of) == graphs() == 3  # resize, network, losses
