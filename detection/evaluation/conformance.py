@@ -5,13 +5,16 @@
 Run it first on a new accelerator. Each comparison prints its largest error, its tolerance and a verdict. The exit
 status is 0 if all comparisons pass, 1 if one fails, and 2 if the file cannot be used. The comparisons of a workload
 are in its own module `conformance`.
+
+The reference's numbers are in float32. In another precision, the tolerances of a network follow from rounding: the same
+comparisons run in double precision with values rounded as in that precision. A device may have twice their error.
 """
 
 import json
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,9 +25,20 @@ from torch import Tensor, nn
 
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
-from detection.runtime.device import Precision, device_name, select_device, select_memory_format, select_precision
+from detection.evaluation.rounding import SimulatedPrecision
+from detection.runtime.device import (
+    Precision,
+    device_name,
+    select_device,
+    select_memory_format,
+    select_precision,
+    supports_float64,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
+
+ROUNDING_MARGIN = 2.0  # rounding in another order has another error of the same size
+FLOAT32_ERROR = 1e-4  # of the reference, and of results that rounding happens to leave alone
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,16 @@ class ConformanceContext:
     device: torch.device
     precision: Precision
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the network's weights and images."""
+        return torch.float64 if isinstance(self.precision, SimulatedPrecision) else torch.float32
+
+    def simulated(self) -> "ConformanceContext":
+        """Return the context in which the precision is simulated."""
+        device = self.device if supports_float64(self.device) else torch.device("cpu")
+        return replace(self, device=device, precision=SimulatedPrecision(self.precision.name))
+
     def scalar(self, key: str) -> int:
         """Return a vector that is a single integer."""
         return int(self.vectors[key])
@@ -90,8 +114,8 @@ class ConformanceContext:
         return torch.from_numpy(self.vectors[key]).to(self.device)
 
     def as_tensor(self, array: NDArray[np.float64]) -> Tensor:
-        """Convert an array of random numbers to float32 on the device."""
-        return torch.from_numpy(array.astype(np.float32)).to(self.device)
+        """Convert an array of random numbers to float32 values on the device, in the data type of the network."""
+        return torch.from_numpy(array.astype(np.float32)).to(self.device, self.dtype)
 
 
 Compare = Callable[[ConformanceContext], Iterator[Comparison]]
@@ -102,11 +126,13 @@ class ConformanceSuite:
     """Comparisons of a workload, by part.
 
     title: name of the network. default_network: returns the reference's network for a file without a state dict.
+    network_comparisons: those of `comparisons` that compute in the precision of the context.
     """
 
     title: str
     comparisons: tuple[Compare, ...]
     default_network: Callable[[], ReferenceNetwork]
+    network_comparisons: tuple[Compare, ...]
 
     def load(self, path: Path, device: str, precision: str) -> ConformanceContext:
         """Read the vectors, and the tensor names from `<stem>_state_dict.json` if it exists; raise InputError."""
@@ -142,7 +168,7 @@ class ConformanceSuite:
         failed = count = absent = 0
         for compare in self.comparisons:
             try:
-                for result in compare(context):
+                for result in self.results(compare, context):
                     verdict = "ok" if result.passed else "FAIL"
                     numbers = f"error {result.error:9.2e}  tolerance {result.tolerance:7.0e}"
                     print(f"{result.name:<40} {numbers}  {verdict}")
@@ -154,6 +180,19 @@ class ConformanceSuite:
             raise InputError(f"{arguments.file}: holds no vectors of {self.title}. Pass another file.")
         print(f"{count - failed} of {count} comparisons passed" + (f", {absent} parts absent" if absent else ""))
         return 1 if failed else 0
+
+    def results(self, compare: Compare, context: ConformanceContext) -> Iterator[Comparison]:
+        """Yield the results of a part, with tolerances that follow from the precision."""
+        if context.precision.name == "fp32" or compare not in self.network_comparisons:
+            yield from compare(context)
+            return
+        max_errors: dict[float, float] = {}
+        for result in compare(context.simulated()):
+            max_errors[result.tolerance] = max(max_errors.get(result.tolerance, 0.0), result.error)
+        for result in compare(context):
+            rounding_error = max_errors.get(result.tolerance, 0.0)
+            is_exact = result.tolerance == 0
+            yield result if is_exact else replace(result, tolerance=ROUNDING_MARGIN * rounding_error + FLOAT32_ERROR)
 
 
 def part_name(compare: Compare) -> str:
@@ -206,14 +245,14 @@ def max_norm_error(gradients: Mapping[str, Tensor], names: Sequence[str], expect
 def place_model(context: ConformanceContext, model: Model, state: Mapping[str, Tensor], config: RunConfig) -> Model:
     """Load the reference's state, which counts no batches of batch norm, into a model on the meta device.
 
-    Return it on the context's device, in the memory layout of a run.
+    Return it on the context's device, in its data type and in the memory layout of a run.
     """
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name.endswith("tracked")}
     model.load_state_dict(counters | dict(state), assign=True)
     memory_format = select_memory_format(
         config.channels_last, context.precision, context.device, trains_batch_norm=not config.freeze_batch_norm
     )
-    return model.to(context.device).to(memory_format=memory_format)
+    return model.to(context.device, context.dtype).to(memory_format=memory_format)
 
 
 def to_float64(tensor: Tensor) -> Tensor:

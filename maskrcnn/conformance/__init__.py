@@ -28,4 +28,5 @@ SUITE = ConformanceSuite(
         network.compare_network,
     ),
     network.reference_network,
+    network_comparisons=(network.compare_network,),
 )

@@ -20,4 +20,11 @@ SUITE = ConformanceSuite(
         network.compare_net800,
     ),
     network.reference_network,
+    network_comparisons=(
+        training.compare_adam,
+        network.compare_netsmall,
+        network.compare_net256,
+        network.compare_pipeline,
+        network.compare_net800,
+    ),
 )
