@@ -237,9 +237,14 @@ def total_memory_gib(device: torch.device) -> float | None:
     """Return the total memory of the device, or None if torch does not report it."""
     if device.type == "cpu":
         return None
-    properties = backend_module(device).get_device_properties(device.index)
-    size = getattr(properties, "total_memory", None)
+    size = getattr(device_properties(device), "total_memory", None)
     return None if size is None else size / 2**30
+
+
+def device_properties(device: torch.device) -> Any:
+    """Return the properties of an accelerator, or None if its backend reports none."""
+    read = getattr(backend_module(device), "get_device_properties", None)
+    return read(device.index) if read else None
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
@@ -299,7 +304,7 @@ def pci_address(device: torch.device) -> str | None:
     """Return an accelerator's PCI address in sysfs form (0000:dc:00.0), or None if torch does not report it."""
     if device.type == "cpu":
         return None
-    properties = backend_module(device).get_device_properties(device.index)
+    properties = device_properties(device)
     try:
         return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     except AttributeError:

@@ -124,3 +124,16 @@ def test_a_device_constant_equals_a_copied_tensor():
     values = (0.485, 1 / 3, -2)
     assert torch.equal(device.device_constant(values, CPU), torch.tensor(values))
     assert torch.equal(device.device_constant((3, 2**40), CPU, torch.int64), torch.tensor([3, 2**40]))
+
+
+def test_backend_without_properties_reports_neither_memory_nor_address(monkeypatch):
+    known = SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(
+            total_memory=(index + 1) * 2**30, pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=0
+        )
+    )
+    second = torch.device("cuda", 1)
+    for backend, memory_gib, address in ((known, 2, "0000:dc:00.0"), (SimpleNamespace(), None, None)):
+        monkeypatch.setattr(device, "backend_module", lambda _, backend=backend: backend)
+        assert device.total_memory_gib(second) == memory_gib
+        assert device.pci_address(second) == address
