@@ -131,7 +131,7 @@ class Parsed(Exception):
 @pytest.mark.parametrize("command", PYTHON, ids=str)
 def test_program_accepts_its_arguments(command, monkeypatch, tmp_path):
     module, *words = command.words[2:]
-    if words[0] == "data":
+    if words[:1] == ["data"]:
         words[1:] = data_page.parse(words[1:])[1]
     if module in LOAD and words[0] in ("train", "preflight", "inspect", "tune", "evaluate", "summary", "data"):
         LOAD[module]([*(["--mode", "evaluate"] if words[0] == "evaluate" else []), *words[1:]], {})

@@ -186,7 +186,7 @@ def test_weights_of_another_network_are_rejected_before_the_timer_starts(environ
         assert main(*flags) == 2
         shown = capsys.readouterr()
         assert shown.err.count("error:") == 1
-        assert "Pass --network ssd300-r34 --backbone resnet18 --num-classes 4" in shown.err
+        assert "Pass --network ssd300-r34 --backbone resnet18, or name another file" in shown.err
         assert "Traceback" not in shown.err
 
 

@@ -263,7 +263,7 @@ def test_all_images_are_trained_on_if_asked(odd_boxes, legacy_boxes):
 
 def write_single_box(folder, start, width):
     """Write annotations of one image with one box. Return the file."""
-    (folder / "1.jpg").touch()
+    Image.new("RGB", (640, 20)).save(folder / "1.jpg")
     content = {
         "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 640}],
         "annotations": [

@@ -368,7 +368,8 @@ def test_coco_checkpoint_of_91_classes_is_reduced_to_81(tmp_path):
                 name = name.replace(new, before, 1) if name.startswith("rpn") else name
         old[name] = tensor
     torch.save(old, tmp_path / "coco.pth")
-    config = load(["--variant", "torchvision"], {}).config
+    without_data = ["--mode", "bench-train", "--benchmark-input", "synthetic"]
+    config = load(["--variant", "torchvision", *without_data], {}).config
     our_model = make_model(config)
     weights.load(our_model, config, tmp_path / "coco.pth")
     rows = model.roi_heads.box_predictor.cls_score.weight

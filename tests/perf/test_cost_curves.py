@@ -104,7 +104,7 @@ def test_table_omits_times_of_a_loaded_machine(tmp_path, in_one_process, clean_i
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["sizes"], "sizes: no such axis. Choose from images, workers, batch"),
+        (["sizes"], "sizes: no such axis. Choose from images, workers, open_images, batch"),
         (["--rounds", "0"], "--rounds 0"),
         (["--page", "nowhere.md", "batch"], "nowhere.md: No such file"),
     ],

@@ -220,7 +220,7 @@ def test_missing_backbone_fails(data, tmp_path):
     flags = ("--pretrained-backbone", str(tmp_path / "resnet34-333f7ec4.pth"))
     statuses, text = check_statuses(data, *flags)
     assert ("backbone", "fail") in statuses
-    assert "./get_resnet34_backbone.sh" in text
+    assert "./get_weights.sh resnet34" in text
     content = b"\x80\x02 weights"
     name = tmp_path / f"resnet34-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     name.write_bytes(content)

@@ -248,7 +248,8 @@ END
   export OPENIMAGES_CLASSES="open images/names.txt" OPENIMAGES_WORKERS=2
   DATADIR="open set" run "$repository/init_datasets.sh"
   [ "$status" -eq 0 ]
-  [[ ${lines[-1]} == "$PWD/open set/train/labels/openimages-mlperf.json: 1 images, 1 boxes, 1 classes" ]]
+  [[ ${lines[-2]} == "$PWD/open set/train/labels/openimages-mlperf.json: 1 images, 1 boxes, 1 classes" ]]
+  [[ ${lines[-1]} == "$PWD/open set/train/labels/openimages-mlperf.npz: 1 images, 1 boxes" ]]
   grep --quiet '"bbox":\[2.0,0.0,4.0,6.0\],"area":24.0,"iscrowd":1' "open set/train/labels/openimages-mlperf.json"
   cmp "open images/train/0123456789abcdef.jpg" "open set/train/data/0123456789abcdef.jpg"
   : >"$requests"
