@@ -325,7 +325,7 @@ def test_real_trial_has_the_metrics_of_bench_train(four_image_coco, monkeypatch)
     flags = ("--backbone", "resnet18", "--dataset", "toy", "--data-dir", str(four_image_coco), "--num-classes", "4")
     settings = {**BASE, "batch_size": "2", "num_workers": "0", "precision": "fp32"}
     result = trial.measure_training(
-        "ssd", [*flags, "--device", "cpu"], settings, ranks=1, steps=1, warmup=0, limit_s=120
+        "ssd", [*flags, "--device", "cpu"], settings, ranks=1, steps=1, warmup=0, limit_s=600
     )
     assert result.status == "measured", result.reason
     assert result.images_per_s == pytest.approx(2000 / result.step_ms)
