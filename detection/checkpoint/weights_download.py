@@ -72,7 +72,7 @@ def resolve(name: str, source_url: str) -> tuple[str, str]:
     if "/" not in name:
         if name not in PUBLIC_WEIGHTS:
             raise InputError(f"{name}: no such weights. Choose one of {', '.join(PUBLIC_WEIGHTS)}.")
-        url = f"{source_url.rstrip('/')}/{PUBLIC_WEIGHTS[name].file}"
+        url = PUBLIC_WEIGHTS[name].url.replace(SOURCE_URL, source_url.rstrip("/"))
     match = FILE_NAME.fullmatch(url.rsplit("/", 1)[-1])
     if not match:
         raise InputError(

@@ -49,7 +49,7 @@ SYNTHETIC_DATASETS = ("toy", "synthetic_coco")
 """Data sets that the program generates."""
 
 ExifRule = Literal["auto", "ignore", "apply"]
-"""How to treat the EXIF orientation of an image: see `detection.data.image_file.ImageFile`."""
+"""Rule for the EXIF orientation of an image: see `detection.data.image_file.ImageFile`."""
 
 EvalEpochs = Annotated[AscendingInts, BeforeValidator(_parse_interval)]
 """Epochs to evaluate after, written `40,50` or `every 5`."""

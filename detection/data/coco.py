@@ -68,7 +68,7 @@ class Split:
     polygons: PolygonArrays | None = None
     """Masks of the boxes, if requested."""
     exif: ExifRule = "auto"
-    """How to treat the EXIF orientation of the images."""
+    """Rule for the EXIF orientation of the images."""
     remarks: tuple[str, ...] = ()
     """Fields that were filled, and boxes that are probably wrong."""
 
@@ -160,7 +160,7 @@ FETCH_HINTS = {
     "coco2017": "Run ./init_datasets.sh to fetch COCO 2017.",
     OPEN_IMAGES: "Run BENCHMARK=retinanet ./init_datasets.sh to fetch Open Images.",
 }
-"""How to get a published data set, by its name."""
+"""Advice that gets a published data set, by its name."""
 
 
 @contextmanager

@@ -3,16 +3,15 @@
 python -m perf.accelerator.environment FILE [--device auto] [--rehearse]
 """
 
-import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from detection.config.settings import report_errors
 from detection.runtime.device import select_device, select_precision, supports_jpeg_decode, total_memory_gib
+from perf.accelerator.arguments import parse
 from perf.machine import machine
 from perf.roofline import Work, count_flop, measure_roofline
 from ssd.model import SSD300
@@ -24,11 +23,7 @@ COUNTED_BATCH = 8
 @report_errors
 def main(argv: list[str]) -> int:
     """Measure and write; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m perf.accelerator.environment", description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rehearse", action="store_true", help="measure with small matrices")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv, "environment", __doc__)
     device = select_device(arguments.device, local_rank=0)
     side, copy_bytes = (512, 2**24) if arguments.rehearse else (8192, 2**31)
     rooflines = {

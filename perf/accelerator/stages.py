@@ -29,25 +29,13 @@ REHEARSED = {
 SSD, SSD_R50, MASK_RCNN, RETINANET = "H200", "SSD300v1.1_A100", "H200_maskrcnn", "H200_retinanet"
 
 
-def describe_environment(session: Session) -> Result:
-    """Return the machine, its measured peak rates, and the most images per second that these allow SSD300."""
-    file = session.out / "environment.json"
-    session.python(
-        "environment",
-        "-m",
-        "perf.accelerator.environment",
-        str(file),
-        "--device",
-        session.device,
-        *rehearse_flag(session),
-    )
+def measure(session: Session, *, name: str, module: str) -> Result:
+    """Run a module of this package, and return the content of the file that it writes."""
+    file = session.out / f"{name}.json"
+    flags = ("--device", session.device, *(("--rehearse",) if session.rehearse else ()))
+    session.python(name, "-m", f"perf.accelerator.{module}", str(file), *flags)
     content: Result = json.loads(file.read_text())
     return content
-
-
-def rehearse_flag(session: Session) -> tuple[str, ...]:
-    """Return the flag of this session's commands in a rehearsal."""
-    return ("--rehearse",) if session.rehearse else ()
 
 
 def generate_photos(session: Session) -> Result:
@@ -187,23 +175,13 @@ def run_benchmark(session: Session, *, part: str) -> Result:
     return {result.variant: f"{result.value.median:.4g} {result.unit}" for result in read(file)["results"]}
 
 
-def profile_step(session: Session) -> Result:
-    """Return the ten kernels of SSD300's step that take the most time, its launches, and the time without a kernel."""
-    file = session.out / "profile.json"
-    session.python(
-        "profile", "-m", "perf.accelerator.step_profile", str(file), "--device", session.device, *rehearse_flag(session)
-    )
-    content: Result = json.loads(file.read_text())
-    return content
-
-
 STAGES = (
     Stage(
         "first-steps",
         "environment, and one training step of each workload in bf16",
         45,
         [
-            Measurement("environment", describe_environment),
+            Measurement("environment", partial(measure, name="environment", module="environment")),
             *(Measurement(benchmark_of(s), partial(time_first_step, system=s)) for s in (SSD, MASK_RCNN, RETINANET)),
         ],
     ),
@@ -294,5 +272,10 @@ STAGES = (
             )
         ],
     ),
-    Stage("profile", "kernels of SSD300's step", 35, [Measurement("step", profile_step)]),
+    Stage(
+        "profile",
+        "kernels of SSD300's step",
+        35,
+        [Measurement("step", partial(measure, name="profile", module="step_profile"))],
+    ),
 )

@@ -5,7 +5,6 @@
 Writes the trace next to FILE, for Perfetto.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from detection.config.settings import report_errors
 from detection.runtime.device import select_device, should_compile
+from perf.accelerator.arguments import parse
 from perf.harness import BenchContext, bench_size
 from perf.profiler import trace
 from perf.ssd.network import full_step
@@ -34,11 +34,7 @@ class Interval(NamedTuple):
 @report_errors
 def main(argv: list[str]) -> int:
     """Profile and write; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m perf.accelerator.step_profile", description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rehearse", action="store_true", help="profile a small batch")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv, "step_profile", __doc__)
     device = select_device(arguments.device, local_rank=0)
     batch_size = REHEARSED_BATCH if arguments.rehearse else bench_size(on_cpu=False).batch_size
     with tempfile.TemporaryDirectory(prefix="perf-") as scratch:

@@ -108,17 +108,22 @@ def to_model_input(batch: Batch) -> ModelInput:
     return ModelInput(images, gt)
 
 
-def make_step(model: nn.Module, model_input: ModelInput) -> Callable[[], Tensor]:
-    """Return a training step of a model on the device. It returns the losses (5,) in the order of `LOSSES`."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_step(
+    model: nn.Module, model_input: ModelInput, optimizer: torch.optim.Optimizer, loss_names: Sequence[str]
+) -> Callable[[], Tensor]:
+    """Return a training step of torchvision's detector on the device. It returns the losses in the order of names."""
 
     def step() -> Tensor:
         losses = model(list(model_input.images), model_input.gt)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        return torch.stack([losses[name].detach() for name in LOSSES])
+        return torch.stack([losses[name].detach() for name in loss_names])
 
     return step
 

@@ -91,7 +91,10 @@ def step_variants(context: BenchContext, config: Config) -> list[Variant]:
     batch_size = config.batch_size
     model = torchvision_model(context, config)
     run = optimized_step(context, config, model)
-    step = baseline.make_step(model.to(context.device), baseline.to_model_input(make_batch(context)))
+    model = model.to(context.device)
+    parameters = baseline.trained_parameters(model)
+    optimizer = torch.optim.SGD(parameters, lr=baseline.LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+    step = baseline.make_step(model, baseline.to_model_input(make_batch(context)), optimizer, baseline.LOSSES)
     name = f"torchvision, float32, channels first, {shape_text(context)}"
     optimized = Variant(f"{config.precision}, channels last, {shape_text(context)}", run, batch_size)
     return [optimized, baseline_variant(context, name, step, batch_size)]

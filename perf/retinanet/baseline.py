@@ -6,12 +6,12 @@ level, and the metric is pycocotools. tests/perf/test_retinanet.py verifies that
 B images, A_l anchors of level l.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detection.evaluation.coco_metric import CocoBoxMetric
 from detection.nn.resnet_fpn import NUM_CHANNELS, STAGES
-from perf.maskrcnn.baseline import LEARNING_RATE, ModelInput, damp_residuals
+from perf.maskrcnn.baseline import ModelInput, damp_residuals
 from retinanet.anchors import OCTAVE_SCALES, RATIOS
 from retinanet.config import Config
 from retinanet.data import Batch
@@ -66,20 +66,6 @@ def to_model_input(batch: Batch) -> ModelInput:
         images.append(batch.images[index, :, :height, :width].contiguous() / 255)
         gt.append({"boxes": batch.boxes_xyxy[index, is_box], "labels": batch.labels[index, is_box] - 1})
     return ModelInput(images, gt)
-
-
-def make_step(model: nn.Module, model_input: ModelInput) -> Callable[[], Tensor]:
-    """Return a training step of a model on the device. It returns the losses (2,) in the order of `LOSSES`."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-
-    def step() -> Tensor:
-        losses = model(list(model_input.images), model_input.gt)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        return torch.stack([losses[name].detach() for name in LOSSES])
-
-    return step
 
 
 def head_loss(model: Any, outputs: HeadOutputs, head_input: HeadInput) -> Tensor:

@@ -21,7 +21,7 @@ from detection.engine.initialization import build_state
 from detection.runtime.device import should_compile
 from perf.harness import BenchContext, Result
 from perf.machine import peak_mib
-from perf.maskrcnn.baseline import LEARNING_RATE
+from perf.maskrcnn.baseline import LEARNING_RATE, make_step, trained_parameters
 from perf.maskrcnn.training import slow_rounds
 from perf.retinanet import baseline
 from perf.retinanet.predictions import EARLY, make_scenes, predict
@@ -73,7 +73,9 @@ def step_variants(context: BenchContext, config: Config) -> list[Variant]:
     torch.manual_seed(context.seed)
     model = baseline.make_model(config).train()
     run = optimized_step(context, config, model)
-    step = baseline.make_step(model.to(context.device), baseline.to_model_input(make_batch(context, config)))
+    model = model.to(context.device)
+    optimizer = torch.optim.Adam(trained_parameters(model), lr=LEARNING_RATE)
+    step = make_step(model, baseline.to_model_input(make_batch(context, config)), optimizer, baseline.LOSSES)
     shape = f"batch {config.batch_size}, {config.image_size} px"
     optimized = Variant(f"{config.precision}, {shape}", run, config.batch_size)
     name = f"torchvision, float32, channels first, {shape}"

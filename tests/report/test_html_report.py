@@ -618,4 +618,4 @@ def test_page_does_not_scroll_sideways_on_a_phone(tmp_path):
     assert page_width <= 400
     assert num_too_wide == 0
     assert num_plots == 4
-    assert plot_width > 320
+    assert plot_width > 340

@@ -3,6 +3,11 @@
 from detection.evaluation.conformance import Vectors
 
 
+def failed_results(suite, context):
+    """Return the comparisons of a suite that fail."""
+    return [r for compare in suite.comparisons for r in suite.results(compare, context) if not r.passed]
+
+
 class RecordedVectors(Vectors):
     """Vectors that record which of them are read."""
 
