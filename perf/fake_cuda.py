@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import maskrcnn.anchors
 import retinanet.anchors
 import ssd.anchors
+from perf.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda", 0)
 ANCHORS = (ssd.anchors.make_anchors, maskrcnn.anchors.make_anchors, retinanet.anchors.make_anchors)
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("ssd", "maskrcnn", "retinanet", "detection"))

@@ -22,8 +22,8 @@ import torch
 
 from detection.engine.workload import EXIT_TARGET_NOT_REACHED
 from mlperf import log, stdio
+from perf.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 WORKLOADS: Mapping[str, tuple[str, Sequence[str]]] = {
     "ssd300-r34": ("ssd", ()),
     "ssd300-r50": ("ssd", ("--network", "ssd300-r50", "--backbone", "resnet18")),

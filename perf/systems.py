@@ -12,8 +12,8 @@ import maskrcnn.commands
 import retinanet.commands
 import ssd.commands
 from detection.config.run_config import COCO_NUM_CLASSES, RunConfig
+from perf.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMMANDS: Mapping[str, ModuleType] = {
     "ssd": ssd.commands,
     "maskrcnn": maskrcnn.commands,
