@@ -1,7 +1,7 @@
 """Training and evaluation data: a COCO split to batches of images and boxes.
 
 Data workers read, decode, crop and resize images. The device can take over decoding and resizing (see
-detection/data/image_pipeline.py). Flip, jitter and normalization follow on the device, in train.py.
+detection/data/image_pipeline.py). The rest of the augmentation follows on the device, in train.py.
 
 Shapes: B images, G ground-truth boxes (padded to the largest number in the batch).
 """
@@ -23,29 +23,25 @@ from detection.data.image_pipeline import CropSpec, ImagePipeline
 from detection.data.loader import EpochBatchSampler, SampleKey, make_loader, pad
 from detection.evaluation.box_evaluator import BoxEvalSource
 from detection.runtime.distributed import DistContext
-from ssd import augment
 from ssd.anchors import IMAGE_SIZE_PX
+from ssd.augment import AugmentParams, FloatArray, crop_boxes, sample_augmentation
 from ssd.config import Config
 from ssd.train_images import select_train_images
 
 SIZE_HW = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-FLIP_DIRECTIONS = {"none": 0, "horizontal": 1, "horizontal+vertical": 2}
 
 
 class Batch(NamedTuple):
     """One rank's part of a global training batch.
 
     images: (B, 3, 300, 300) uint8, cropped and resized, or the device pipeline's input. boxes_xyxy: (B, G, 4)
-    normalized to the crop. labels: (B, G), 0 marks padding. flips: (B, directions in use), jitter: (B, 4) and
-    jitter_order: (B, 4) as in `augment.AugmentParams`.
+    normalized to the crop. labels: (B, G), 0 marks padding. augmentation: random parameters for the device.
     """
 
     images: Any
     boxes_xyxy: Tensor
     labels: Tensor
-    flips: Tensor
-    jitter: Tensor
-    jitter_order: Tensor
+    augmentation: AugmentParams
 
 
 class EvalBatch(NamedTuple):
@@ -62,20 +58,8 @@ class EvalBatch(NamedTuple):
 class SSDTrainDataset(Dataset[Batch]):
     """Dataset of training batches. `pixels` reads the images and transforms them, or prepares that for the device."""
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        seed: int,
-        crop: bool,
-        jitter: bool,
-        flip: str,
-        max_samples: int,
-        pixels: ImagePipeline,
-    ):
-        self.split, self.seed, self.pixels = split, seed, pixels
-        self.crop, self.jitter, self.max_samples = crop, jitter, max_samples
-        self.flip_directions = FLIP_DIRECTIONS[flip]
+    def __init__(self, split: Split, config: Config, *, seed: int, pixels: ImagePipeline):
+        self.split, self.config, self.seed, self.pixels = split, config, seed, pixels
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch | InputError:
         """Load the batch of these (epoch, index) keys. Return the error instead if an image cannot be read.
@@ -88,40 +72,25 @@ class SSDTrainDataset(Dataset[Batch]):
                 source = self.pixels.read(index, self.split.image_file(index))
             except InputError as error:
                 return error
-            image_params, image_boxes, image_labels = self.sample_params(epoch, index, *source.size_hw)
-            crop_px = crop_to_px(image_params.crop_xyxy, source.size_hw)
-            images.append(self.pixels.transform(CropSpec(source, crop_px, SIZE_HW)))
+            crop_xyxy, image_params, image_boxes, image_labels = self.sample_params(epoch, index, *source.size_hw)
+            images.append(self.pixels.transform(CropSpec(source, crop_to_px(crop_xyxy, source.size_hw), SIZE_HW)))
             params.append(image_params)
             boxes.append(torch.from_numpy(image_boxes))
             labels.append(torch.from_numpy(image_labels))
-        return Batch(
-            self.pixels.collate(images),
-            pad(boxes),
-            pad(labels),
-            torch.from_numpy(np.stack([p.flips[: self.flip_directions] for p in params])),
-            torch.from_numpy(np.stack([p.jitter for p in params])),
-            torch.from_numpy(np.stack([p.jitter_order for p in params])),
-        )
+        return Batch(self.pixels.collate(images), pad(boxes), pad(labels), AugmentParams.stack(params))
 
     def sample_params(
         self, epoch: int, index: int, height_px: int, width_px: int
-    ) -> tuple[augment.AugmentParams, augment.FloatArray, NDArray[np.int64]]:
-        """Return the augmentation of an image in an epoch, and its boxes (G, 4) and labels (G,) in the crop."""
+    ) -> tuple[FloatArray, AugmentParams, FloatArray, NDArray[np.int64]]:
+        """Return the crop (4,) and the augmentation of an image in an epoch, and its boxes (G, 4) and labels (G,)."""
         size = np.array([width_px, height_px, width_px, height_px], dtype=np.float32)
         boxes = np.divide(self.split.boxes(index), size, dtype=np.float32)
-        labels = self.split.image_labels(index)
         rng = np.random.default_rng((self.seed, epoch, self.split.rng_key(index)))
-        sampled = augment.sample_augmentation(rng, boxes, self.max_samples)
-        params = augment.AugmentParams(
-            sampled.crop_xyxy if self.crop else augment.WHOLE_IMAGE,
-            sampled.flips,
-            sampled.jitter if self.jitter else augment.IDENTITY_JITTER,
-            sampled.jitter_order,
-        )
-        return params, *augment.crop_boxes(params.crop_xyxy, boxes, labels)
+        crop_xyxy, params = sample_augmentation(self.config, rng, boxes)
+        return crop_xyxy, params, *crop_boxes(crop_xyxy, boxes, self.split.image_labels(index))
 
 
-def crop_to_px(crop_xyxy: augment.FloatArray, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+def crop_to_px(crop_xyxy: FloatArray, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
     """Convert a normalized crop to whole pixels: left, top, right, bottom. Each side is at least one pixel."""
     height, width = size_hw
     left, right = int(crop_xyxy[0] * width), int(crop_xyxy[2] * width)
@@ -169,15 +138,7 @@ class SSDTrainSource(SSDEvalSource):
         )
         self.steps_per_epoch = len(self.sampler)
         pixels, self.device_cache = device_cache.build(config, train, ranks)
-        dataset = SSDTrainDataset(
-            train,
-            seed=seed,
-            crop=config.crop,
-            flip=config.flip,
-            jitter=config.jitter,
-            max_samples=config.max_samples,
-            pixels=pixels,
-        )
+        dataset = SSDTrainDataset(train, config, seed=seed, pixels=pixels)
         self.train_loader = make_loader(dataset, self.sampler, num_workers=config.num_workers, device=ranks.device)
 
     def train_batches(self, epoch: int, skip_images: int = 0) -> Iterator[RankBatch[Batch]]:

@@ -22,8 +22,7 @@ def iter_samples(source: SSDTrainSource) -> Iterator[TrainSample]:
     anchors = make_anchors()
     anchors_px = anchors.boxes_xyxy * IMAGE_SIZE_PX
     for batch, _, _ in source.train_batches(1):
-        images, boxes_xyxy = augment.flip(batch.images, batch.boxes_xyxy, batch.flips)
-        images = augment.color_jitter(augment.to_float(images), batch.jitter, batch.jitter_order)
+        images, boxes_xyxy = augment.augment_batch(batch.images, batch.boxes_xyxy, batch.augmentation)
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
         matches = box_coder.match(boxes_xyxy, batch.labels, anchors)
         for image, boxes, labels, matched in zip(pixels, boxes_xyxy, batch.labels, matches, strict=True):

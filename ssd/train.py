@@ -8,6 +8,7 @@ Shapes: B images, A anchors.
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from ssd import augment, weights
 from ssd.anchors import IMAGE_SIZE_PX, Anchors, make_anchors
 from ssd.box_coder import encode
 from ssd.config import Config, load
-from ssd.data import FLIP_DIRECTIONS, SIZE_HW, Batch, EvalBatch, SSDEvalSource, SSDTrainSource
+from ssd.data import SIZE_HW, Batch, EvalBatch, SSDEvalSource, SSDTrainSource
 from ssd.evaluator import SSDEvaluator
 from ssd.loss import LOSS_NAMES, multibox_loss
 from ssd.model import SSD300, make_model
@@ -111,25 +112,20 @@ def make_loss(
 def prepare_batch(batch: Batch, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
     """Return the network inputs and targets: images (B, 3, 300, 300), deltas (B, A, 4), labels (B, A)."""
     with torch.autocast(batch.images.device.type, enabled=False):
-        flipped, boxes_xyxy = augment.flip(
-            batch.images, batch.boxes_xyxy, batch.flips
-        )  # in uint8: a quarter of the memory traffic
-        images = augment.color_jitter(augment.to_float(flipped), batch.jitter, batch.jitter_order)
-        images = augment.normalize(images)
-        return images, *encode(boxes_xyxy, batch.labels, anchors)
+        images, boxes_xyxy = augment.augment_batch(batch.images, batch.boxes_xyxy, batch.augmentation)
+        return augment.normalize(images), *encode(boxes_xyxy, batch.labels, anchors)
 
 
 def dummy_batch(config: Config, ranks: DistContext) -> Batch:
     """Make a training batch of random images with two boxes each, in the shape of real batches."""
     device_cache.warm_up(config, ranks, SIZE_HW)
-    size = config.batch_size
+    size, boxes = config.batch_size, np.array([[0.25, 0.25, 0.75, 0.75]] * 2, dtype=np.float32)
+    _, params = augment.sample_augmentation(config, np.random.default_rng(0), boxes)
     return Batch(
         images=image_io.random_images(size, SIZE_HW),
-        boxes_xyxy=torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(size, 2, 4).contiguous(),
+        boxes_xyxy=torch.from_numpy(boxes).repeat(size, 1, 1),
         labels=torch.ones(size, 2, dtype=torch.int64),
-        flips=torch.zeros(size, FLIP_DIRECTIONS[config.flip], dtype=torch.bool),
-        jitter=torch.from_numpy(augment.IDENTITY_JITTER).repeat(size, 1),
-        jitter_order=torch.arange(4).repeat(size, 1),
+        augmentation=augment.AugmentParams.stack([params] * size),
     )
 
 

@@ -2,6 +2,8 @@
 
 from typing import Generic, NamedTuple, TypeVar
 
+from torch import Tensor
+
 Batch = TypeVar("Batch", bound=NamedTuple)
 
 
@@ -19,5 +21,9 @@ class RankBatch(NamedTuple, Generic[Batch]):
 
 
 def split_micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """Split a batch along its first dimension into `count` micro-batches, or fewer if it has fewer images."""
-    return [type(batch)(*tensors) for tensors in zip(*(t.chunk(count) for t in batch), strict=True)]
+    """Split a batch along its first dimension into `count` micro-batches, or fewer if it has fewer images.
+
+    Its fields are tensors, or such batches themselves.
+    """
+    parts = (field.chunk(count) if isinstance(field, Tensor) else split_micro_batches(field, count) for field in batch)
+    return [type(batch)(*fields) for fields in zip(*parts, strict=True)]

@@ -91,10 +91,8 @@ def time_resize_photos(context: BenchContext, photos: PhotoSet) -> Iterator[Resu
         epoch = next(epochs)
         for index, image in enumerate(tensors):
             size_hw = image.shape[1], image.shape[2]
-            params, _, _ = dataset.sample_params(epoch, index, *size_hw)
-            dataset.pixels.transform(
-                CropSpec(SourceImage(index, size_hw, image), crop_to_px(params.crop_xyxy, size_hw), SIZE_HW)
-            )
+            crop_px = crop_to_px(dataset.sample_params(epoch, index, *size_hw)[0], size_hw)
+            dataset.pixels.transform(CropSpec(SourceImage(index, size_hw, image), crop_px, SIZE_HW))
 
     def run_baseline() -> None:
         for index, image in enumerate(pillow_images):
@@ -115,9 +113,7 @@ def device_resize_variant(context: BenchContext, dataset: SSDTrainDataset) -> Va
     config = context.config(compile="auto", image_cache="device", image_cache_gib=1)
     pipeline, cache = device_cache.build(config, dataset.split, context.ranks)
     assert cache
-    cached_dataset = SSDTrainDataset(
-        dataset.split, seed=context.seed, crop=True, jitter=True, flip="horizontal", max_samples=1, pixels=pipeline
-    )
+    cached_dataset = SSDTrainDataset(dataset.split, config, seed=context.seed, pixels=pipeline)
 
     def make_input(epoch: int) -> DeviceBatchInput:
         batch = cached_dataset.__getitems__([(epoch, index % len(dataset.split)) for index in range(batch_size)])
@@ -141,8 +137,8 @@ def time_jitter(context: BenchContext) -> Iterator[Result]:
     images = [Image.fromarray(pixels) for pixels in batch.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()]
 
     def run_optimized() -> Tensor:
-        jittered = augment.color_jitter(augment.to_float(batch.images), batch.jitter, batch.jitter_order)
-        return augment.normalize(jittered)
+        _, jitter, order = batch.augmentation
+        return augment.normalize(augment.color_jitter(augment.to_float(batch.images), jitter, order))
 
     with limit_threads(1):
         yield from context.compare(

@@ -1,10 +1,15 @@
 """Pages that show code, output or files, compared with a real run."""
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 from paths import ROOT
 from script_clone import run_command
@@ -52,9 +57,31 @@ def test_snippets_of_the_python_api_run(small_run, four_image_coco, monkeypatch,
 def test_tutorial_quotes_the_code_that_it_changes():
     (line,) = re.findall(r"^(\w+ = )\(.*#", page("docs/TUTORIAL.md"), re.MULTILINE)
     assert line in page("ssd/augment.py")
-    for name in ("sample_augmentation", "AugmentParams"):
-        assert name in page("ssd/augment.py")
-    assert "def prepare_batch" in page("ssd/train.py")
+
+
+def test_tutorial_adds_an_augmentation_in_one_file(tmp_path, monkeypatch):
+    """The patch of the page applies, and images become gray by its setting only."""
+    (patch,) = re.findall(r"^```diff\n(.*?)^```", page("docs/TUTORIAL.md"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "ssd").mkdir()
+    for name in ("config", "augment"):
+        shutil.copy(ROOT / "ssd" / f"{name}.py", tmp_path / "ssd")
+    subprocess.run(["git", "apply", "-"], input=patch, cwd=tmp_path, text=True, check=True)
+    config, augment = (load_module(f"ssd.{name}", tmp_path, monkeypatch) for name in ("config", "augment"))
+    pixels = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = np.array([[0.2, 0.2, 0.6, 0.6]], dtype=np.float32)
+    for gray in (0.0, 1.0):
+        rng = np.random.default_rng(0)
+        _, params = augment.sample_augmentation(config.Config(gray=gray), rng, boxes)
+        images, _ = augment.augment_batch(pixels, torch.from_numpy(boxes)[None], augment.AugmentParams.stack([params]))
+        assert torch.equal(images[:, 0], images[:, 2]) == bool(gray)
+
+
+def load_module(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a module from a folder that is not on the path, in place of the one of that name."""
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec((folder / f"{name.replace('.', '/')}.py").read_text(), module.__dict__)
+    return module
 
 
 def test_migration_page_keeps_the_names_of_the_other_projects():

@@ -14,6 +14,7 @@ import ssd.train
 from detection.engine import initialization, train_loop
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
+from narrow_ssd import make_narrow
 from tiny_retinanet import make_config as make_retinanet_config
 
 pytestmark = pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
@@ -61,7 +62,9 @@ def count_warmup_graphs(workload, config, variants_of):
     return after_warm_up
 
 
-def test_ssd_compiles_to_three_graphs_for_any_number_of_boxes(graphs, four_image_coco):
+def test_ssd_compiles_to_three_graphs_for_any_number_of_boxes(graphs, four_image_coco, monkeypatch):
+    make_narrow(monkeypatch)
+
     def variants_of(batch):
         for count in (2, 40):  # the loader pads to at least two
             boxes_xyxy, labels = batch.boxes_xyxy[:, :1].repeat(1, count, 1), batch.labels[:, :1].repeat(1, count)

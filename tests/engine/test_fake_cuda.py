@@ -22,6 +22,7 @@ from detection.engine import train_loop
 from detection.engine.initialization import build_state
 from detection.evaluation import box_evaluator
 from detection.runtime.distributed import DistContext
+from narrow_ssd import make_narrow
 from perf import fake_cuda
 from perf.fake_cuda import CUDA, fake_cuda_device
 from perf.step_costs import DeviceMonitor
@@ -32,16 +33,13 @@ pytestmark = pytest.mark.skipif(
 
 RANKS = DistContext(rank=0, world_size=1, device=CUDA)
 COMMON = ("--num-classes", "5", "--batch-size", "2", "--eval-batch-size", "2", "--compile", "off")
-SMALL = (
-    "--backbone",
-    "resnet18",
-    "--min-image-size",
-    "96",
-    "--max-image-size",
-    "128",
-    "--rpn-post-nms-top-n-per-image",
-    "25",
-)
+SMALL = ("--backbone", "resnet18", "--min-image-size", "96", "--max-image-size", "128")
+SMALL += ("--rpn-post-nms-top-n-per-image", "25")
+
+
+@pytest.fixture(autouse=True)
+def narrow_ssd(monkeypatch):
+    make_narrow(monkeypatch)
 
 
 def ssd_workload(*flags):

@@ -28,6 +28,8 @@ SMALL = ("--backbone", "resnet18", "--freeze-at", "0", "--rpn-post-nms-top-n-per
 SMALL += ("--box-batch-size-per-image", "32")
 ALL = "100000"  # more samples than anchors, so that sampling takes all
 TORCHVISION = ("--variant", "torchvision", "--rpn-batch-size-per-image", ALL, "--box-batch-size-per-image", ALL)
+PROPOSALS = 200  # per image, of about 1,500 that remain after suppression
+TORCHVISION += ("--rpn-post-nms-top-n-per-image", str(PROPOSALS), "--rpn-post-nms-top-n-eval", str(PROPOSALS))
 BOXES = ([[10, 20, 80, 100], [90, 30, 180, 120]], [[30, 10, 150, 90]])
 LABELS = ([1, 3], [2])
 
@@ -85,6 +87,8 @@ def torchvision_model():
         num_classes=5,
         min_size=HEIGHT,
         max_size=256,
+        rpn_post_nms_top_n_train=PROPOSALS,
+        rpn_post_nms_top_n_test=PROPOSALS,
         rpn_batch_size_per_image=int(ALL),
         box_batch_size_per_image=int(ALL),
     )

@@ -260,7 +260,7 @@ END
   for signal in USR1 HUP; do
     sed -i "s/' [A-Z]*\$/' TERM/" "$folder/venv/bin/python"
     rm -f "$BATS_TEST_TMPDIR/waits"
-    signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal="$signal" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
     until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.1; done
     kill -s "$signal" "$script"

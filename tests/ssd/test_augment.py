@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd import augment
-from ssd.augment import BRIGHTNESS, CONTRAST, HUE, IDENTITY_JITTER, SATURATION, WHOLE_IMAGE
+from ssd.augment import BRIGHTNESS, CONTRAST, HUE, IDENTITY_JITTER, SATURATION, WHOLE_IMAGE, AugmentParams
+from ssd.config import Config
 
 BOXES = np.array([[0.1, 0.2, 0.4, 0.5], [0.5, 0.5, 0.9, 0.95], [0.3, 0.3, 0.35, 0.4]], dtype=np.float32)
 
@@ -16,40 +17,37 @@ OPERATIONS = {
     SATURATION: tv.adjust_saturation,
     HUE: tv.adjust_hue,
 }
+CONFIG = Config(flip="horizontal+vertical")
 
 
-def sample_many(count, seed=0, max_samples=1):
-    return [augment.sample_augmentation(np.random.default_rng((seed, i)), BOXES, max_samples) for i in range(count)]
+def sample_many(count, seed=0, config=CONFIG):
+    """Return the parameters of a batch of `count` images."""
+    rngs = (np.random.default_rng((seed, image)) for image in range(count))
+    return AugmentParams.stack([augment.sample_augmentation(config, rng, BOXES)[1] for rng in rngs])
 
 
 def test_color_jitter_matches_torchvision_with_separate_factors_and_order_per_image():
     params = sample_many(12)
     images = torch.rand(12, 3, 20, 30, generator=torch.Generator().manual_seed(0))
-    factors = torch.from_numpy(np.stack([p.jitter for p in params]))
-    order = torch.from_numpy(np.stack([p.jitter_order for p in params]))
-    actual = augment.color_jitter(images.clone(), factors, order)
-    for i, p in enumerate(params):
+    actual = augment.color_jitter(images.clone(), params.jitter, params.jitter_order)
+    for i, (factors, order) in enumerate(zip(params.jitter, params.jitter_order.tolist(), strict=True)):
         expected = images[i]
-        for operation in p.jitter_order:
-            expected = OPERATIONS[operation](expected, float(p.jitter[operation]))
+        for operation in order:
+            expected = OPERATIONS[operation](expected, float(factors[operation]))
         torch.testing.assert_close(actual[i], expected, atol=2e-5, rtol=0)
 
 
 def test_batched_color_jitter_matches_the_jitter_of_single_images(monkeypatch):
-    params = sample_many(12, seed=2)
     images = torch.rand(12, 3, 20, 30, generator=torch.Generator().manual_seed(0))
-    factors = torch.from_numpy(np.stack([p.jitter for p in params]))
-    order = torch.from_numpy(np.stack([p.jitter_order for p in params]))
+    _, factors, order = sample_many(12, seed=2)
     single = augment.color_jitter(images.clone(), factors, order)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(augment.color_jitter(images.clone(), factors, order), single, atol=1e-6, rtol=0)
 
 
 def test_color_jitter_of_an_image_does_not_depend_on_its_batch():
-    params = sample_many(6, seed=1)
+    _, factors, order = sample_many(6, seed=1)
     images = torch.rand(6, 3, 8, 8)
-    factors = torch.from_numpy(np.stack([p.jitter for p in params]))
-    order = torch.from_numpy(np.stack([p.jitter_order for p in params]))
     batched = augment.color_jitter(images.clone(), factors, order)
     for i in range(6):
         single = augment.color_jitter(images[i : i + 1].clone(), factors[i : i + 1], order[i : i + 1])
@@ -64,7 +62,7 @@ def test_identity_jitter_changes_nothing():
 
 
 def test_jitter_factors_are_uniform_in_their_ranges():
-    factors = np.stack([p.jitter for p in sample_many(4000)]) - IDENTITY_JITTER
+    factors = sample_many(4000).jitter.numpy() - IDENTITY_JITTER
     for column, half_width in zip(factors.T, augment.JITTER_RANGES, strict=True):
         assert np.abs(column).max() <= half_width
         quartiles = np.quantile(column, [0.25, 0.5, 0.75]) / half_width
@@ -72,12 +70,12 @@ def test_jitter_factors_are_uniform_in_their_ranges():
 
 
 def test_every_order_of_the_four_operations_occurs():
-    orders = {tuple(p.jitter_order) for p in sample_many(1000)}
+    orders = set(map(tuple, sample_many(1000).jitter_order.tolist()))
     assert len(orders) == 24
 
 
 def test_horizontal_and_vertical_flips_are_independent_with_probability_one_half():
-    flips = np.array([p.flips for p in sample_many(4000)])
+    flips = sample_many(4000).flips.numpy()
     assert flips.mean(axis=0) == pytest.approx(0.5, abs=0.03)
     assert flips.all(axis=1).mean() == pytest.approx(0.25, abs=0.03)
 
@@ -116,11 +114,26 @@ def test_crop_drops_boxes_with_center_outside_and_clips_the_rest():
 
 
 def test_same_generator_state_gives_same_parameters():
-    first, second = sample_many(5, seed=4), sample_many(5, seed=4)
-    for a, b in zip(first, second, strict=True):
-        assert np.array_equal(a.crop_xyxy, b.crop_xyxy)
-        assert np.array_equal(a.jitter, b.jitter)
-        assert np.array_equal(a.flips, b.flips)
+    (first_crop, first), (crop, second) = (
+        augment.sample_augmentation(CONFIG, np.random.default_rng(4), BOXES) for _ in range(2)
+    )
+    assert np.array_equal(first_crop, crop)
+    assert all(map(torch.equal, first, second))
+
+
+def test_settings_turn_augmentations_off_without_changing_the_others():
+    """Each operation draws its numbers in any case."""
+    plain = CONFIG, Config(crop=False), Config(flip="none"), Config(jitter=False)
+    (crop, params), (whole, _), (_, unflipped), (_, unjittered) = (
+        augment.sample_augmentation(config, np.random.default_rng(6), BOXES) for config in plain
+    )
+    assert crop is not WHOLE_IMAGE
+    assert whole is WHOLE_IMAGE
+    assert unflipped.flips.tolist() == []
+    assert torch.equal(unflipped.jitter, params.jitter)
+    assert np.array_equal(unjittered.jitter, IDENTITY_JITTER)
+    for without in (unflipped, unjittered):
+        assert torch.equal(without.jitter_order, params.jitter_order)
 
 
 def test_normalize_keeps_the_memory_format():

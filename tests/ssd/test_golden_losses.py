@@ -36,7 +36,7 @@ def baseline_sample(batch, row: int) -> baseline.Sample:
     """Prepare one image of a batch separately: flip, normalize, and encode box by box."""
     image = batch.images[row].float() / 255
     boxes = batch.boxes_xyxy[row][batch.labels[row] > 0].clone()
-    if batch.flips[row, 0]:
+    if batch.augmentation.flips[row, 0]:
         image = image.flip(-1)
         boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
     image = tv.normalize(image, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
