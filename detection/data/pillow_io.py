@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +36,13 @@ class UserImage:
     num_frames: int
 
 
-def expand_paths(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list[Path], list[Path]]:
+def expand_paths(
+    paths: Sequence[Path], *, recursive: bool = False, exclude: Collection[Path] = ()
+) -> tuple[list[Path], list[Path]]:
     """Replace folders by the images in them (by suffix), and drop duplicates. Return the images and the skipped files.
 
-    recursive: also search folders in a folder. Raises InputError for a folder without images. `read` reports a missing
-    file.
+    recursive: also search folders in a folder. exclude: resolved paths of files to ignore in folders. Raises InputError
+    for a folder without images. `read` reports a missing file.
     """
     Image.init()
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN} | HEIC_SUFFIXES
@@ -49,7 +51,8 @@ def expand_paths(paths: Sequence[Path], *, recursive: bool = False) -> tuple[lis
     for path in paths:
         candidates = [path]
         if path.is_dir():
-            found = sorted(file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file())
+            files_in_folder = (file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file())
+            found = sorted(file for file in files_in_folder if file.resolve() not in exclude)
             # macOS stores metadata of a file beside it, in a file with its name after "._".
             candidates = [f for f in found if f.suffix.lower() in suffixes and not f.name.startswith("._")]
             skipped += sorted(set(found) - set(candidates))

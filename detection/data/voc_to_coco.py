@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from PIL import Image
-
 from detection import atomic_file
 from detection.config.settings import InputError, report_errors
+from detection.data.image_file import ImageFile
+from detection.data.image_headers import read_header
 from mlperf import stdio
 
 SETS = ("train", "val", "trainval", "test")
@@ -140,19 +140,13 @@ def read_annotation(path: Path, key: str, image_paths: dict[str, Path], by_stem:
     image_path = image_paths.get((root.findtext("filename") or "").strip()) or by_stem.get(key)
     if image_path is None:
         raise InputError(f"{path}: its image {key}.* is not in JPEGImages/")
-    try:
-        with Image.open(image_path) as image:
-            size_wh = image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image_path}: this image cannot be read ({error})") from None
-    annotated_wh = tuple(parse_number(path, root, f"size/{side}", default=0.0) for side in ("width", "height"))
-    if all(annotated_wh) and annotated_wh != size_wh:
-        raise InputError(
-            f"{path}: the size is {annotated_wh[0]:g}×{annotated_wh[1]:g}, but {image_path.name} has "
-            f"{size_wh[0]}×{size_wh[1]} pixels. Check that its boxes belong to this image."
-        )
-    row = {"file_name": image_path.name, "width": size_wh[0], "height": size_wh[1]}
-    return VocImage(row, [parse_object(path, element, size_wh) for element in root.iter("object")])
+    width, height = (int(parse_number(path, root, f"size/{side}", default=0.0)) for side in ("width", "height"))
+    header = read_header(ImageFile(image_path, (height, width) if width and height else None))
+    if isinstance(header, InputError):
+        raise InputError(f"{path}: {header}")
+    height, width = header.size_hw
+    row = {"file_name": image_path.name, "width": width, "height": height}
+    return VocImage(row, [parse_object(path, element, (width, height)) for element in root.iter("object")])
 
 
 def parse_object(path: Path, element: Element, size_wh: tuple[int, int]) -> tuple[str, dict[str, Any]]:

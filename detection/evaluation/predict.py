@@ -72,10 +72,12 @@ def main(arguments: Namespace, load: Callable[[Path, float, torch.device], Predi
     load: build the predictor of a checkpoint on a device, which omits detections below a score. Raises InputError.
     """
     predictor = load(arguments.checkpoint, arguments.score, device.select_device(arguments.device, 0))
-    paths, skipped = pillow_io.expand_paths(arguments.images, recursive=arguments.recursive)
+    previous = read_previous_copies(arguments.folder)
+    drawn = {(arguments.folder / name).resolve() for name in previous}
+    paths, skipped = pillow_io.expand_paths(arguments.images, recursive=arguments.recursive, exclude=drawn)
     if skipped:
         print(f"skipped {len(skipped)} files of other kinds: {shorten_names(skipped)}")
-    output_names = OutputNames(arguments.folder, paths)
+    output_names = OutputNames(arguments.folder, paths, previous)
     entries = predict_images(predictor, paths, output_names, arguments)
     content = {
         "format": FORMAT,
@@ -100,25 +102,33 @@ def shorten_names(paths: Sequence[Path]) -> str:
     return ", ".join(names) + (f" and {len(paths) - MAX_NAMES} more" if len(paths) > MAX_NAMES else "")
 
 
+def read_previous_copies(folder: Path) -> set[str]:
+    """Return the names of the copies that an earlier call drew. Raises InputError for another program's results."""
+    try:
+        content = json.loads((folder / RESULTS).read_text())
+        return {entry["drawn"] for entry in content["images"] if "drawn" in entry}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise InputError(f"{folder / RESULTS} cannot be read ({error.strerror}). Choose another --folder.") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}: {RESULTS} belongs to another program. Choose another --folder.") from None
+
+
 class OutputNames:
     """Unique names of the drawn copies in a folder, none of them an input's or another program's file.
 
-    Raise InputError if the folder cannot be written or holds another program's results.
+    previous: names that may be overwritten. Raise InputError if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, inputs: Sequence[Path]):
-        self.folder = folder
+    def __init__(self, folder: Path, inputs: Sequence[Path], previous: set[str]):
+        self.folder, self.previous = folder, previous
         self.inputs = {path.resolve() for path in inputs}
-        self.previous, self.used = set[str](), set[str]()
+        self.used = set[str]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f".{RESULTS}").touch()
             (folder / f".{RESULTS}").unlink()
-            if (folder / RESULTS).exists():
-                content = json.loads((folder / RESULTS).read_text())
-                self.previous = {entry["drawn"] for entry in content["images"] if "drawn" in entry}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: {RESULTS} belongs to another program. Choose another --folder.") from None
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}). Choose another --folder.") from None
 

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from detection.data import coco, voc_to_coco
+from detection.data import coco, image_io, voc_to_coco
 from paths import shared
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose>{extra}<bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax>
@@ -80,6 +80,21 @@ def test_image_is_found_by_annotation_name_and_measured_if_its_size_is_missing(f
     assert (images[1]["file_name"], images[1]["width"], images[1]["height"]) == ("000002.PNG", 100, 50)
 
 
+@pytest.mark.parametrize("is_displayed", [False, True])
+def test_boxes_of_a_rotated_photo_refer_to_its_annotated_size(folder, capsys, is_displayed):
+    """The stored pixels are 100×50. Displayed, they are 50×100."""
+    width, height = (50, 100) if is_displayed else (100, 50)
+    size = f"<size><width>{width}</width><height>{height}</height></size>"
+    add_image(folder, "000002", ("dog", (1, 1, 200, 200), ""), size=size)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (100, 50)).save(folder / "JPEGImages/000002.jpg", exif=exif)
+    assert convert(folder, capsys)[0] == 0
+    split = coco.read(folder.parent / "out/instances_train.json", folder / "JPEGImages")
+    assert split.boxes(1).tolist() == [[0, 0, width, height]]
+    assert image_io.read(*split.image_file(1)).shape == (3, height, width)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -90,7 +105,7 @@ def test_image_is_found_by_annotation_name_and_measured_if_its_size_is_missing(f
         (f"<annotation>{OBJECT.format('nan', 1, 2, 3, name='a', extra='')}</annotation>", "bndbox/xmin is 'nan'"),
         (f"<annotation>{OBJECT.format(9, 1, 2, 3, name='a', extra='')}</annotation>", "has no pixel"),
         (f"<annotation>{OBJECT.format(1, 1, 2, 3, name='', extra='')}</annotation>", "an object has no name"),
-        ("<annotation><size><width>50</width><height>100</height></size></annotation>", "the size is 50×100"),
+        ("<annotation><size><width>50</width><height>100</height></size></annotation>", "50×100 in the annotations"),
     ],
 )
 def test_error_names_an_invalid_annotation_and_nothing_is_written(folder, capsys, text, message):

@@ -25,7 +25,7 @@ from perf import record
 from ssd import train
 from ssd.evaluator import SSDEvaluator
 from ssd.model import SSD300
-from torchrun import FULL_SSD300, NARROW_SSD300, launch
+from torchrun import FULL_SSD300, NARROW_SSD300, launch, run_ranks
 
 FEW_STEPS = ("--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--log-every", "1", "--warmup-steps", "1")
 
@@ -308,6 +308,21 @@ def test_two_ranks_match_one_rank_and_gradient_accumulation(environment, tmp_pat
     assert len(results["one"]) == 2, "every evaluation image counts once"
     for name in ("two", "parts"):
         np.testing.assert_allclose(results[name], results["one"], atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not device.CAN_COMPILE, reason="--compile needs torch 2.6")
+def test_two_compiled_ranks_train_as_two_eager_ones(environment, tmp_path):
+    same = (*FEW_STEPS, "--batch-size", "1", "--seed", "3", "--precision", "fp32", "--base-lr", "1e-4", "--target", "0")
+    for choice in ("on", "off"):
+        variables = {"RUN_DIR": str(tmp_path / choice), "COMPILE_BACKEND": "aot_eager"}
+        done = run_ranks(2, *NARROW_SSD300, *same, "--compile", choice, **variables)
+        assert done.returncode == 0, done.stderr
+        assert (", compiled" in done.stdout) == (choice == "on")
+    assert len(processes.losses(tmp_path / "on")) >= 2
+    np.testing.assert_allclose(processes.losses(tmp_path / "on"), processes.losses(tmp_path / "off"), rtol=1e-4)
+    for key, tensor in weights(tmp_path / "off").items():
+        torch.testing.assert_close(weights(tmp_path / "on")[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_batch_norm_statistics_are_averaged_over_ranks(environment, tmp_path, monkeypatch):

@@ -134,6 +134,15 @@ def test_other_files_of_a_folder_are_skipped_in_one_line(square, tmp_path, capsy
     assert files == [f"{folder}/a.jpg", f"{folder}/sub/b.png"]
 
 
+@pytest.mark.parametrize("output", [".", "out"])
+def test_copies_that_an_earlier_call_drew_are_no_images(square, tmp_path, capsys, output):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+    for _ in range(2):
+        assert run_predict(capsys, square, tmp_path, "--recursive", "--folder", tmp_path / output)[0] == 0
+        assert [entry["file"] for entry in read_results(tmp_path / output)["images"]] == [f"{tmp_path}/a.jpg"]
+    assert [path.name for path in (tmp_path / output).glob("*.png")] == ["a.png"]
+
+
 def test_folder_without_images_is_an_error(square, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     status, _, err = run_predict(capsys, square, tmp_path)

@@ -1,11 +1,14 @@
 """SSD300 with a sixteenth of the channels: the tensors have the names of the real ones, at a hundredth of the cost.
 
-Run as a program, it trains as `python -m ssd train` does.
+Run as a program, it trains as `python -m ssd train` does. COMPILE_BACKEND names the backend of --compile on.
 """
 
+import os
 import sys
+from functools import partial
 
 import pytest
+import torch
 import torchvision
 from torch import nn
 
@@ -41,4 +44,6 @@ def narrow_resnet(name: str, weights: None = None) -> nn.Module:
 
 if __name__ == "__main__":
     make_narrow(pytest.MonkeyPatch())
+    if backend := os.environ.get("COMPILE_BACKEND"):
+        torch.compile = partial(torch.compile, backend=backend)
     entrypoint.hard_exit(train.main(sys.argv[1:]))
