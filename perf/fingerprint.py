@@ -25,7 +25,7 @@ from mlperf import log, stdio
 from perf.machine import ROOT
 
 WORKLOADS: Mapping[str, tuple[str, Sequence[str]]] = {
-    "ssd300-r34": ("ssd", ()),
+    "ssd300-r34": ("ssd", ("--backbone", "resnet34")),
     "ssd300-r50": ("ssd", ("--network", "ssd300-r50", "--backbone", "resnet18")),
     "maskrcnn": ("maskrcnn", ()),
     "retinanet": ("retinanet", ()),

@@ -16,6 +16,8 @@ from detection.nn.nms import grouped_nms, rank_in_group, sort_by_group
 from detection.runtime.device import device_constant
 from retinanet.model import HeadOutputs
 
+# Parts of a level's logits for each score that it may keep.
+PARTS_PER_CANDIDATE = 4
 # Safety margin for rounding in the log-odds of a score.
 BOUND_MARGIN = 1e-3
 
@@ -69,19 +71,25 @@ def detect(
 def top_candidates(logits: Tensor, score_threshold: float, top_n: int, first_anchor: int) -> Candidates:
     """Return the best `top_n` scores of each image above the threshold in the logits (B, A_l, K) of one level.
 
-    The largest logit of each anchor selects anchors, so that most logits are read once and have no sigmoid: a trained
-    network is confident at few anchors. Early in training, many logits are above the threshold. Then the `top_n`-th
-    largest of these maxima is a lower bound of the best logits, since as many logits reach it.
+    The largest logit of each part of an anchor's classes selects parts, so that most logits are read once and have no
+    sigmoid: a trained network is confident at few anchors. Early in training, many logits are above the threshold. Then
+    the `top_n`-th largest of these maxima is a lower bound of the best logits, since as many logits reach it. A small
+    level has several parts per anchor, because the bound is closer with more maxima.
     """
+    _, num_anchors, num_classes = logits.shape
+    divisors = (n for n in range(1, num_classes) if num_classes % n == 0)
+    num_parts = next((n for n in divisors if num_anchors * n >= PARTS_PER_CANDIDATE * top_n), num_classes)
+    parts = logits.unflatten(2, (num_parts, -1)).flatten(1, 2)
     min_logit = math.log(score_threshold / (1 - score_threshold)) - BOUND_MARGIN if score_threshold > 0 else -math.inf
-    max_logits = logits.amax(dim=2).float()
+    max_logits = parts.amax(dim=2).float()
     bound = max_logits.new_full((len(logits), 1), min_logit)
     if max_logits.shape[1] > top_n:
         bound = bound.maximum(max_logits.topk(top_n, sorted=False).values.amin(dim=1, keepdim=True))
-    image, anchor = (max_logits >= bound).nonzero(as_tuple=True)
-    candidates = logits[image, anchor].float()
-    row, label = (candidates >= bound[image]).nonzero(as_tuple=True)
-    image, anchor, score = image[row], anchor[row], candidates[row, label].sigmoid()
+    image, part = (max_logits >= bound).nonzero(as_tuple=True)
+    candidates = parts[image, part].float()
+    row, column = (candidates >= bound[image]).nonzero(as_tuple=True)
+    image, part, score = image[row], part[row], candidates[row, column].sigmoid()
+    anchor, label = part // num_parts, part % num_parts * parts.shape[2] + column
     order = sort_by_group(image, score)
     order = order[(rank_in_group(image[order]) < top_n) & (score[order] > score_threshold)]
     return Candidates(image[order], first_anchor + anchor[order], label[order], score[order])

@@ -18,10 +18,6 @@ from detection.boxes import pairwise_iou
 MAX_PAIRS = 2**25
 # Rounds between two tests for convergence. On an accelerator, a test waits for all queued work, and a round is cheap.
 ROUNDS_PER_TEST = 16
-# The sequential kernel is faster on a CPU for groups of more boxes.
-MAX_PARALLEL_ON_CPU = 16  # one of GROUP_SIZES
-
-
 # Upper limits of the size classes of `grouped_nms`. Groups of one class are padded to the largest among them.
 GROUP_SIZES = (4, 16, 64)
 
@@ -30,26 +26,51 @@ def nms(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: 
     """Return the mask (G, W) of the boxes that remain. boxes_xyxy: (G, W, 4), best first. valid: (G, W), no padding.
 
     A box is dropped if its IoU with a better box that remains is above the threshold, or, with drop_equal, equal to it.
-    On a CPU, large groups are processed by torchvision's sequential kernel. The result is the same.
+    All methods return the same.
     """
-    if boxes_xyxy.device.type == "cpu" and boxes_xyxy.shape[1] > MAX_PARALLEL_ON_CPU:
-        group = torch.arange(len(valid)).unsqueeze(1).expand_as(valid)
-        keep = torch.zeros_like(valid)
-        keep[valid] = nms_sequential(boxes_xyxy[valid], group[valid], iou_threshold, drop_equal=drop_equal)
-        return keep
-    return nms_parallel(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
+    if boxes_xyxy.device.type != "cpu":
+        return nms_parallel(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
+    method = nms_by_rank if has_many_groups(*valid.shape) else nms_by_group
+    return method(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
 
 
-def nms_sequential(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
-    """Apply `nms` with torchvision's kernel to each group of boxes (N, 4), sorted as for `grouped_nms`: (N,) bool."""
+def has_many_groups(num_groups: int, width: int) -> bool:
+    """Return whether `nms_by_rank` is faster than `nms_by_group`: their cost is a number of calls."""
+    return num_groups >= width
+
+
+def nms_by_group(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` to one group after another, with torchvision's kernel."""
+    keep = torch.zeros_like(valid)
+    keep[valid] = nms_sequential(boxes_xyxy[valid], valid.sum(dim=1).tolist(), iou_threshold, drop_equal=drop_equal)
+    return keep
+
+
+def nms_sequential(boxes_xyxy: Tensor, sizes: list[int], iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` with torchvision's kernel to groups of these sizes in boxes (N, 4): (N,) bool."""
     if drop_equal:
         iou_threshold = math.nextafter(iou_threshold, -math.inf)
-    sizes = group.unique_consecutive(return_counts=True)[1].tolist()
     descending = -torch.arange(max(sizes, default=0)).to(boxes_xyxy)
-    keep = torch.zeros_like(group, dtype=torch.bool)
+    keep = torch.zeros(len(boxes_xyxy), dtype=torch.bool)
     for boxes, mask in zip(boxes_xyxy.split(sizes), keep.split(sizes), strict=True):
         mask[torchvision.ops.nms(boxes, descending[: len(boxes)], iou_threshold)] = True
     return keep
+
+
+def nms_by_rank(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
+    """Apply `nms` rank by rank: the best box of all groups suppresses the others of its group, then the next one."""
+    exceeds = torch.ge if drop_equal else torch.gt
+    # (W, G) each: the boxes after a rank are one block of memory.
+    left, top, right, bottom = boxes_xyxy.permute(2, 1, 0).contiguous()
+    area, keep = (right - left) * (bottom - top), valid.t().clone(memory_format=torch.contiguous_format)
+    for rank in range(len(keep) - 1):
+        rest = slice(rank + 1, None)
+        width = (torch.minimum(right[rest], right[rank]) - torch.maximum(left[rest], left[rank])).clamp_(min=0)
+        height = (torch.minimum(bottom[rest], bottom[rank]) - torch.maximum(top[rest], top[rank])).clamp_(min=0)
+        intersection = width.mul_(height)
+        iou = intersection / (area[rest] + area[rank] - intersection)  # NaN, which suppresses nothing, without areas
+        keep[rest] &= ~(exceeds(iou, iou_threshold) & keep[rank])
+    return keep.t()
 
 
 def nms_parallel(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
@@ -59,10 +80,9 @@ def nms_parallel(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, dro
     result equals that of sequential NMS, because after round r at least the first r boxes of each group are final.
     """
     suppressors = pack_suppressors(boxes_xyxy, iou_threshold, drop_equal=drop_equal)
-    num_rounds = 1 if valid.device.type == "cpu" else ROUNDS_PER_TEST
     keep = previous = valid
     while True:
-        for _ in range(num_rounds):
+        for _ in range(ROUNDS_PER_TEST):
             previous, keep = keep, valid & ~((suppressors & pack_bits(keep).unsqueeze(1)) > 0).any(dim=-1)
         if torch.equal(keep, previous):
             return keep
@@ -96,6 +116,7 @@ def grouped_nms(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop
     boxes_xyxy: (N, 4) sorted by group and, within a group, best first. group: (N,). Groups of similar size are
     processed together, because the cost is the square of the padded size.
     """
+    is_cpu = boxes_xyxy.device.type == "cpu"
     _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
     size = counts[row]
     keep = torch.empty_like(group, dtype=torch.bool)
@@ -103,12 +124,13 @@ def grouped_nms(boxes_xyxy: Tensor, group: Tensor, iou_threshold: float, *, drop
         (same_size,) = ((size > lower) & (size <= upper)).nonzero(as_tuple=True)
         if not len(same_size):
             continue
-        same_boxes, same_group = boxes_xyxy[same_size], group[same_size]
-        if boxes_xyxy.device.type == "cpu" and lower >= MAX_PARALLEL_ON_CPU:
-            keep[same_size] = nms_sequential(same_boxes, same_group, iou_threshold, drop_equal=drop_equal)
+        same_boxes = boxes_xyxy[same_size]
+        sizes = counts[(counts > lower) & (counts <= upper)].tolist() if is_cpu else []
+        if is_cpu and not has_many_groups(len(sizes), max(sizes)):  # without padding, which a single group may multiply
+            keep[same_size] = nms_sequential(same_boxes, sizes, iou_threshold, drop_equal=drop_equal)
         else:
-            boxes, valid, row_and_rank = pad_groups(same_boxes, same_group)
-            keep[same_size] = nms_parallel(boxes, valid, iou_threshold, drop_equal=drop_equal)[row_and_rank]
+            boxes, valid, row_and_rank = pad_groups(same_boxes, group[same_size])
+            keep[same_size] = nms(boxes, valid, iou_threshold, drop_equal=drop_equal)[row_and_rank]
     return keep
 
 

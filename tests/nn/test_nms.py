@@ -1,4 +1,4 @@
-"""Tests of non-maximum suppression: both methods are exact for any groups, thresholds and splits."""
+"""Tests of non-maximum suppression: all methods are exact for any groups, thresholds and splits."""
 
 import hypothesis.strategies as st
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torchvision import ops
 
 from detection.nn import nms
-from detection.nn.nms import grouped_nms, nms_parallel
+from detection.nn.nms import grouped_nms, nms_by_group, nms_by_rank, nms_parallel
 
 
 def padded(method):
@@ -22,8 +22,7 @@ def padded(method):
     return run
 
 
-nms_sequential = padded(nms.nms_sequential)
-METHODS = pytest.mark.parametrize("method", [nms_parallel, nms_sequential, padded(grouped_nms), nms.nms])
+METHODS = pytest.mark.parametrize("method", [nms_parallel, nms_by_rank, nms_by_group, padded(grouped_nms), nms.nms])
 
 
 def random_boxes(*shape, seed=0, grid=0):
@@ -81,7 +80,7 @@ def test_long_chain_of_overlaps_is_exact(method, width, monkeypatch):
 def test_large_groups_are_exact_and_their_overlaps_computed_in_bounded_memory(monkeypatch):
     boxes, valid = random_boxes(3, 300, seed=1), torch.ones(3, 300, dtype=torch.bool)
     valid[1, 150:] = False
-    expected = nms_sequential(boxes, valid, 0.5, drop_equal=False)
+    expected = nms_by_group(boxes, valid, 0.5, drop_equal=False)
     pairs, compute = [], nms.pairwise_iou
     monkeypatch.setattr(nms, "pairwise_iou", lambda a, b: pairs.append(compute(a, b).numel()) or compute(a, b))
     for limit, parts in ((2**25, 1), (300 * 300, 3), (300 * 100, 9)):

@@ -11,7 +11,7 @@ from paths import ROOT
 PACKAGES = ("ssd", "maskrcnn", "retinanet", "detection", "mlperf")
 FLAGS = (
     "--device cpu --precision fp32 --compile off --num-workers 0 --batch-size 2 --epochs 1 --target 0 --log-every 1 "
-    "--warmup-steps 1 --eval-before-training --backbone resnet18 --summary-json summary.json"
+    "--warmup-steps 1 --eval-before-training --summary-json summary.json"
 )
 
 
