@@ -257,17 +257,17 @@ END
 }
 
 @test "scheduler signals reach the run as SIGTERM, on which it saves a checkpoint" {
-  for signal in USR1 HUP; do
+  for sent in USR1 HUP; do
     sed -i "s/' [A-Z]*\$/' TERM/" "$folder/venv/bin/python"
     rm -f "$BATS_TEST_TMPDIR/waits"
-    signal=$signal WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal="$signal" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
+    signal=$sent WAIT="$BATS_TEST_TMPDIR/waits" env --default-signal="$sent" "$folder/run_and_time.sh" >"$BATS_TEST_TMPDIR/out" 2>&1 3>&- &
     script=$!
     until [[ -s $BATS_TEST_TMPDIR/waits ]]; do sleep 0.1; done
-    kill -s "$signal" "$script"
+    kill -s "$sent" "$script"
     wait "$script" && status=0 || status=$?
     [ "$status" -eq 130 ]
-    grep -q "SIG$signal: stopping the run" "$BATS_TEST_TMPDIR/out"
-    grep -q "ended by $signal" "$BATS_TEST_TMPDIR/out"
+    grep -q "SIG$sent: stopping the run" "$BATS_TEST_TMPDIR/out"
+    grep -q "ended by $sent" "$BATS_TEST_TMPDIR/out"
   done
 }
 
