@@ -8,6 +8,7 @@ DLPack moves memory between the device types, since it accepts any address and a
 """
 
 import ctypes
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,15 @@ def compute(operator: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name}: {DEVICE_TYPE} has no such kernel")
     reject_mixed_devices(name, args)
     cpu_args, cpu_kwargs = _pytree.tree_map(on_cpu, (args, kwargs))
-    results = operator(*cpu_args, **cpu_kwargs)
+    cpu_args = [
+        torch.tensor(value) if isinstance(value, int | float) and isinstance(argument.type, torch.TensorType) else value
+        for value, argument in zip(cpu_args, operator._schema.arguments, strict=False)
+    ]
+    try:
+        results = operator(*cpu_args, **cpu_kwargs)
+    except Exception:  # `release` replaces it if a tensor is freed on its way
+        traceback.print_exc()
+        raise
     written = {}
     for index, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
