@@ -51,8 +51,8 @@ def expand_paths(
     for path in paths:
         candidates = [path]
         if path.is_dir():
-            files_in_folder = (file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file())
-            found = sorted(file for file in files_in_folder if file.resolve() not in exclude)
+            entries = path.rglob("*") if recursive else path.iterdir()
+            found = sorted(file for file in entries if file.is_file() and file.resolve() not in exclude)
             # macOS stores metadata of a file beside it, in a file with its name after "._".
             candidates = [f for f in found if f.suffix.lower() in suffixes and not f.name.startswith("._")]
             skipped += sorted(set(found) - set(candidates))

@@ -140,7 +140,10 @@ def read_annotation(path: Path, key: str, image_paths: dict[str, Path], by_stem:
     image_path = image_paths.get((root.findtext("filename") or "").strip()) or by_stem.get(key)
     if image_path is None:
         raise InputError(f"{path}: its image {key}.* is not in JPEGImages/")
-    width, height = (int(parse_number(path, root, f"size/{side}", default=0.0)) for side in ("width", "height"))
+    annotated_wh = [parse_number(path, root, f"size/{side}", default=0.0) for side in ("width", "height")]
+    if any(side % 1 for side in annotated_wh):
+        raise InputError(f"{path}: the size is {annotated_wh[0]:g}×{annotated_wh[1]:g}. Give it in whole pixels.")
+    width, height = map(int, annotated_wh)
     header = read_header(ImageFile(image_path, (height, width) if width and height else None))
     if isinstance(header, InputError):
         raise InputError(f"{path}: {header}")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._pytree import tree_leaves
 
 from detection.config.settings import InputError
 from detection.data import coco, device_cache, image_io
@@ -17,7 +16,7 @@ from maskrcnn.config import Config as MaskRCNNConfig
 from maskrcnn.data import MaskRCNNTrainSource
 from ssd.config import Config
 from ssd.data import SSDTrainSource
-from tiny_ssd import load_batches
+from tiny_ssd import batches_equal, load_batches
 
 CPU = torch.device("cpu")
 SINGLE_RANK = DistContext(0, 1, CPU)
@@ -50,7 +49,7 @@ def test_cached_batches_are_identical_and_the_second_epoch_reads_no_file(benchma
     cached = load_batches(data, 3, after_first=lambda: shutil.rmtree(toy_copy / "train2017"))
     assert len(expected) == len(cached) > 10
     for host_batch, device_batch in zip(expected, cached, strict=True):
-        assert all(map(torch.equal, tree_leaves(host_batch), tree_leaves(device_batch)))
+        assert batches_equal(host_batch, device_batch)
         assert host_batch.images.stride() == device_batch.images.stride()
 
 

@@ -106,6 +106,7 @@ def test_boxes_of_a_rotated_photo_refer_to_its_annotated_size(folder, capsys, is
         (f"<annotation>{OBJECT.format(9, 1, 2, 3, name='a', extra='')}</annotation>", "has no pixel"),
         (f"<annotation>{OBJECT.format(1, 1, 2, 3, name='', extra='')}</annotation>", "an object has no name"),
         ("<annotation><size><width>50</width><height>100</height></size></annotation>", "50×100 in the annotations"),
+        ("<annotation><size><width>100.5</width><height>50</height></size></annotation>", "the size is 100.5×50"),
     ],
 )
 def test_error_names_an_invalid_annotation_and_nothing_is_written(folder, capsys, text, message):

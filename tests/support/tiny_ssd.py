@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import checkpoints
 from checkpoints import CATEGORY_NAMES
@@ -40,6 +41,11 @@ def predictions(seed, batch=2, classes=4, peak=6.0):
     hot = torch.randint(0, NUM_ANCHORS, (60,), generator=generator)
     logits[:, hot, torch.randint(1, classes, (60,), generator=generator)] += 8
     return deltas, logits
+
+
+def batches_equal(one, other):
+    """Compare the tensors of two batches, which may hold batches as fields."""
+    return all(torch.equal(*pair) for pair in zip(tree_leaves(one), tree_leaves(other), strict=True))
 
 
 def load_batches(data, count, after_first=lambda: None):
