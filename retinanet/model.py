@@ -11,6 +11,7 @@ from torchvision.models.detection import retinanet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detection.nn.resnet_fpn import STAGES, ResNetFPN
+from detection.nn.winograd import convolve_levels
 from retinanet.anchors import ANCHORS_PER_CELL
 from retinanet.config import Config
 
@@ -47,13 +48,19 @@ class RetinaNet(nn.Module):
     def predict(self, features: list[Tensor]) -> HeadOutputs:
         """Return the predictions for the pyramid's levels, each (B, C, h, w)."""
         classifier, regressor = self.head.classification_head, self.head.regression_head
+        logits = convolve_levels(classifier.cls_logits, convolve_tower(classifier.conv, features))
+        deltas = convolve_levels(regressor.bbox_reg, convolve_tower(regressor.conv, features))
         return HeadOutputs(
-            [
-                rows_of_anchors(classifier.cls_logits(classifier.conv(level)), classifier.num_classes)
-                for level in features
-            ],
-            [rows_of_anchors(regressor.bbox_reg(regressor.conv(level)), 4) for level in features],
+            [rows_of_anchors(level, classifier.num_classes) for level in logits],
+            [rows_of_anchors(level, 4) for level in deltas],
         )
+
+
+def convolve_tower(blocks: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
+    """Apply a head's convolutions with ReLU to all levels."""
+    for conv, activation in (block.children() for block in blocks):
+        levels = [activation(level) for level in convolve_levels(conv, levels)]
+    return levels
 
 
 def rows_of_anchors(maps: Tensor, width: int) -> Tensor:

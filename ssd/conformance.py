@@ -18,7 +18,7 @@ from detection.evaluation.conformance import (
     max_norm_error,
     max_rel_error,
 )
-from detection.runtime.device import select_memory_format
+from detection.nn.placement import place_model
 from ssd import augment, checkpoint_names
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.box_coder import encode, match
@@ -181,8 +181,7 @@ def reference_model(context: ConformanceContext) -> SSD300:
     """Build the network with the reference's state dict, on the device, in the memory layout of a run."""
     model = SSD300(NUM_CLASSES)
     model.load_state_dict(checkpoint_names.from_reference(reference_state(context)))
-    layout = select_memory_format("auto", context.precision, context.device, trains_batch_norm=True)
-    return model.to(context.device, context.dtype).to(memory_format=layout)
+    return place_model(model.to(context.dtype), context.device, context.precision, trains_batch_norm=True)
 
 
 def compare_network(context: ConformanceContext) -> Iterator[Comparison]:

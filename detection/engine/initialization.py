@@ -15,6 +15,7 @@ from detection.engine import optim
 from detection.engine.model_mode import eval_mode, set_train_mode
 from detection.engine.state import RunContext, TrainState
 from detection.engine.workload import Workload
+from detection.nn.placement import place_model
 from detection.runtime import device
 from detection.runtime.distributed import DistContext
 
@@ -36,11 +37,10 @@ def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext
     """Move the model to the device, and build its optimizer and gradient scaler."""
     device.set_kernel_autotune(ranks.device, fixed_input_size=workload.fixed_input_size)
     precision = device.select_precision(config.precision, ranks.device)
-    memory_format = device.select_memory_format(
-        config.channels_last, precision, ranks.device, trains_batch_norm=not config.freeze_batch_norm
-    )
     model = ranks.convert_sync_batchnorm(workload.model, config.bn_group_size(ranks.world_size))
-    model = model.to(ranks.device).to(memory_format=memory_format)
+    model = place_model(
+        model, ranks.device, precision, config.channels_last, trains_batch_norm=not config.freeze_batch_norm
+    )
     set_train_mode(model, config)
     if device.should_compile(config.compile, ranks.device):
         model.compile()

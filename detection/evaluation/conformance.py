@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.evaluation.rounding import SimulatedPrecision
+from detection.nn import placement
 from detection.runtime.device import (
     Precision,
     device_name,
     select_device,
-    select_memory_format,
     select_precision,
     supports_float64,
 )
@@ -249,10 +249,10 @@ def place_model(context: ConformanceContext, model: Model, state: Mapping[str, T
     """
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name.endswith("tracked")}
     model.load_state_dict(counters | dict(state), assign=True)
-    memory_format = select_memory_format(
-        config.channels_last, context.precision, context.device, trains_batch_norm=not config.freeze_batch_norm
+    model = model.to(context.dtype)
+    return placement.place_model(
+        model, context.device, context.precision, config.channels_last, trains_batch_norm=not config.freeze_batch_norm
     )
-    return model.to(context.device, context.dtype).to(memory_format=memory_format)
 
 
 def to_float64(tensor: Tensor) -> Tensor:

@@ -27,11 +27,5 @@ def conv_frozen_bn(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     assert norm.running_var is not None
     assert norm.running_mean is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return F.conv2d(
-        x,
-        conv.weight * scale[:, None, None, None],
-        norm.bias - norm.running_mean * scale,
-        conv.stride,
-        conv.padding,
-        groups=conv.groups,
-    )
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return conv._conv_forward(x, weight, bias)

@@ -182,6 +182,11 @@ def select_memory_format(
     return torch.channels_last if choice == "on" else torch.contiguous_format
 
 
+def should_use_winograd(precision: Precision, device: torch.device) -> bool:
+    """Return whether 3×3 convolutions use Winograd's algorithm. Accelerators' libraries select it by themselves."""
+    return device.type == "cpu" and precision.dtype is None
+
+
 def match_memory_format(images: Tensor, conv_weight: Tensor) -> Tensor:
     """Return images (B, C, H, W) in the memory layout of a convolution's weights.
 
