@@ -24,7 +24,7 @@ from detection.data.missing_files import describe_missing
 from detection.data.polygons import PolygonArrays, offsets
 from detection.data.rle import CocoRle
 
-BOXES_PER_BLOCK = 2**20  # whose intermediate results are in memory at once
+BOXES_PER_BLOCK = 2**15  # whose intermediate results stay in the cache
 # COCO rounds x and width to 2 decimals each, so their sum is off by up to 0.01 pixels at the border.
 BORDER_ROUNDING_PX = 0.02
 

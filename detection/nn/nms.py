@@ -34,6 +34,19 @@ def nms(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: 
     return method(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
 
 
+def iou_limit(iou_threshold: float, dtype: torch.dtype, *, drop_equal: bool) -> float:
+    """Return the value of a data type above which an IoU drops a box, as a comparison in double precision would.
+
+    torch rounds a threshold to the tensor's type: 0.6 rounds up in float32, and an IoU of 3/5 would not be above it.
+    """
+    if drop_equal:
+        iou_threshold = math.nextafter(iou_threshold, -math.inf)
+    limit = torch.tensor(iou_threshold, dtype=dtype, device="cpu")
+    if limit.item() > iou_threshold:
+        limit = torch.nextafter(limit, torch.tensor(-math.inf, dtype=dtype, device="cpu"))
+    return limit.item()
+
+
 def has_many_groups(num_groups: int, width: int) -> bool:
     """Return whether `nms_by_rank` is faster than `nms_by_group`: their cost is a number of calls."""
     return num_groups >= width
@@ -59,7 +72,7 @@ def nms_sequential(boxes_xyxy: Tensor, sizes: list[int], iou_threshold: float, *
 
 def nms_by_rank(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
     """Apply `nms` rank by rank: the best box of all groups suppresses the others of its group, then the next one."""
-    exceeds = torch.ge if drop_equal else torch.gt
+    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     # (W, G) each: the boxes after a rank are one block of memory.
     left, top, right, bottom = boxes_xyxy.permute(2, 1, 0).contiguous()
     area, keep = (right - left) * (bottom - top), valid.t().clone(memory_format=torch.contiguous_format)
@@ -69,7 +82,7 @@ def nms_by_rank(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop
         height = (torch.minimum(bottom[rest], bottom[rank]) - torch.maximum(top[rest], top[rank])).clamp_(min=0)
         intersection = width.mul_(height)
         iou = intersection / (area[rest] + area[rank] - intersection)  # NaN, which suppresses nothing, without areas
-        keep[rest] &= ~(exceeds(iou, iou_threshold) & keep[rank])
+        keep[rest] &= ~((iou > limit) & keep[rank])
     return keep.t()
 
 
@@ -90,6 +103,7 @@ def nms_parallel(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, dro
 
 def pack_suppressors(boxes_xyxy: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
     """Return for each box (G, W, 4) the better boxes that overlap it too much, as bits (G, W, ceil(W / 8)) uint8."""
+    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     width = boxes_xyxy.shape[1]
     rank = torch.arange(width, device=boxes_xyxy.device)
     better = rank < rank[:, None]
@@ -97,8 +111,7 @@ def pack_suppressors(boxes_xyxy: Tensor, iou_threshold: float, *, drop_equal: bo
     for groups in boxes_xyxy.split(max(1, MAX_PAIRS // width**2)):
         start, rows = 0, []
         for part in groups.split(max(1, MAX_PAIRS // width), dim=1):
-            iou = pairwise_iou(part, groups)
-            overlaps = iou >= iou_threshold if drop_equal else iou > iou_threshold
+            overlaps = pairwise_iou(part, groups) > limit
             rows.append(pack_bits(overlaps & better[start : (start := start + part.shape[1])]))
         packed.append(torch.cat(rows, dim=1))
     return torch.cat(packed)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
 from detection.boxes import pairwise_iou
+from detection.nn.nms import iou_limit
 
 
 def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -24,8 +25,8 @@ def nms_keep_mask(boxes_xyxy: Tensor, candidate: Tensor, iou_threshold: float, *
     """
     width = candidate.shape[-1]
     better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
-    iou = pairwise_iou(boxes_xyxy, boxes_xyxy)
-    suppresses = ((iou >= iou_threshold if drop_equal else iou > iou_threshold) & better).float()
+    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
+    suppresses = ((pairwise_iou(boxes_xyxy, boxes_xyxy) > limit) & better).float()
 
     def cond(keep: Tensor, previous: Tensor, suppresses: Tensor, candidate: Tensor) -> Tensor:
         return (keep != previous).any()
@@ -49,6 +50,7 @@ def select_best(
     is 0 where the score is 0. Each round takes the best box that is left, and drops those of its label that overlap it.
     So the cost depends on `count`, not on the square of N.
     """
+    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=False)
     slots = torch.arange(count, device=scores.device)
     positions = torch.arange(scores.shape[1], device=scores.device)
 
@@ -61,7 +63,7 @@ def select_best(
         best = left.argmax(dim=1, keepdim=True)  # the first of equal scores
         score = left.gather(1, best)
         overlap = pairwise_iou(boxes.gather(1, best[..., None].expand(-1, -1, 4)), boxes)[:, 0]
-        is_dropped = ((overlap > iou_threshold) & (labels == labels.gather(1, best))) | (positions == best)
+        is_dropped = ((overlap > limit) & (labels == labels.gather(1, best))) | (positions == best)
         is_slot = (slots == slot) & (score > 0)
         return (
             slot + 1,

@@ -1,5 +1,7 @@
 """Tests of non-maximum suppression: all methods are exact for any groups, thresholds and splits."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -35,10 +37,10 @@ def random_boxes(*shape, seed=0, grid=0):
 
 def drop_one_by_one(iou, valid, threshold, drop_equal):
     """Return the mask (W,) of remaining boxes by the definition of greedy NMS."""
-    keep = valid.tolist()
+    keep, iou = valid.tolist(), iou.tolist()
     for j in range(len(keep)):
         keep[j] &= not any(
-            keep[i] and (iou[i, j] > threshold or (drop_equal and iou[i, j] == threshold)) for i in range(j)
+            keep[i] and (iou[i][j] > threshold or (drop_equal and iou[i][j] == threshold)) for i in range(j)
         )
     return keep
 
@@ -46,7 +48,11 @@ def drop_one_by_one(iou, valid, threshold, drop_equal):
 @METHODS
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(0, 2**31), st.integers(1, 30), st.integers(1, 3), st.sampled_from([0, 25]), st.sampled_from([0.5, 0.7])
+    st.integers(0, 2**31),
+    st.integers(1, 30),
+    st.integers(1, 3),
+    st.sampled_from([0, 25]),
+    st.sampled_from([0.5, 0.6, 0.7]),
 )
 def test_nms_keeps_a_box_exactly_if_no_better_remaining_box_overlaps_it(method, seed, width, groups, grid, threshold):
     boxes = random_boxes(groups, width, seed=seed, grid=grid)
@@ -64,6 +70,17 @@ def test_equal_overlap_is_dropped_only_on_demand(method):
     valid = torch.ones(1, 3, dtype=torch.bool)
     assert method(boxes, valid, 0.5, drop_equal=True).tolist() == [[True, False, True]]
     assert method(boxes, valid, 0.5, drop_equal=False).tolist() == [[True, True, True]]
+
+
+@METHODS
+@pytest.mark.parametrize("parts", [3, 5, 6, 7, 9])
+@pytest.mark.parametrize("drop_equal", [False, True])
+def test_overlap_at_a_threshold_that_float32_rounds_is_judged_as_in_torchvision(method, parts, drop_equal):
+    """float32 rounds 0.6 up and 0.7 down, so that an IoU of 3/5 is above 0.6, and one of 7/10 is below 0.7."""
+    boxes, threshold = torch.tensor([[[0.0, 0, 10, 1], [0, 0, parts, 1]]]), parts / 10
+    kept = ops.nms(boxes[0], torch.tensor([0.0, -1]), math.nextafter(threshold, 0) if drop_equal else threshold)
+    keep = method(boxes, torch.ones(1, 2, dtype=torch.bool), threshold, drop_equal=drop_equal)
+    assert int(keep.sum()) == len(kept)
 
 
 @METHODS

@@ -14,26 +14,28 @@ def make_boxes(*shape, seed=0):
     return torch.cat([corners, corners + torch.randint(1, 12, (*shape, 2), generator=generator)], dim=-1)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.6])  # float32 rounds 0.6 up
 @pytest.mark.parametrize("drop_equal", [False, True])
-def test_keep_mask_equals_nms(drop_equal, python_loops):
+def test_keep_mask_equals_nms(drop_equal, threshold, python_loops):
     boxes = make_boxes(6, 40)
     valid = torch.rand(6, 40, generator=torch.Generator().manual_seed(1)) < 0.8
-    keep = nms_keep_mask(boxes, valid, 0.5, drop_equal=drop_equal)
-    assert torch.equal(keep, nms(boxes, valid, 0.5, drop_equal=drop_equal))
+    keep = nms_keep_mask(boxes, valid, threshold, drop_equal=drop_equal)
+    assert torch.equal(keep, nms(boxes, valid, threshold, drop_equal=drop_equal))
     assert 0 < keep.sum() < valid.sum()
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.6])
 @pytest.mark.parametrize("count", [5, 200])
-def test_best_boxes_equal_nms_by_label(count, python_loops):
+def test_best_boxes_equal_nms_by_label(count, threshold, python_loops):
     """Also with equal scores, and with more slots than boxes."""
     boxes = make_boxes(2, 90)
     generator = torch.Generator().manual_seed(2)
     scores, labels = torch.randint(0, 9, (2, 90), generator=generator) / 10, torch.arange(3).repeat(2, 30)
-    top, index = select_best(boxes, scores, labels, 0.5, count)
+    top, index = select_best(boxes, scores, labels, threshold, count)
     for image in range(2):
         order = scores[image].argsort(descending=True, stable=True)
         order = order[scores[image, order] > 0]
-        kept = ops.batched_nms(boxes[image, order], -torch.arange(len(order)).float(), labels[image, order], 0.5)
+        kept = ops.batched_nms(boxes[image, order], -torch.arange(len(order)).float(), labels[image, order], threshold)
         expected = order[kept][:count]
         assert index[image].tolist() == expected.tolist() + [0] * (count - len(expected))
         assert torch.equal(top[image, : len(expected)], scores[image, expected])
