@@ -58,7 +58,7 @@ class BenchSize:
     maskrcnn_image_px: tuple[int, int] = (320, 533)  # limits of the short and the long side
     maskrcnn_eval_images: int = 500
     retinanet_batch_size: int = 2
-    retinanet_image_px: int = 320
+    retinanet_image_px: int = 800
     retinanet_eval_images: int = 200
     memory_images: tuple[int, int] = (1000, 10_000)  # images after which the memory of a worker is read
     compiled: bool = True  # also measure compiled steps
@@ -83,7 +83,6 @@ def bench_size(*, on_cpu: bool, quick: bool = False) -> BenchSize:
             maskrcnn_batch_size=4,
             maskrcnn_image_px=(800, 1333),
             retinanet_batch_size=32,
-            retinanet_image_px=800,
             matrix_side=8192,
             copy_bytes=2**31,
         )
