@@ -34,7 +34,7 @@ def nms(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: 
     return method(boxes_xyxy, valid, iou_threshold, drop_equal=drop_equal)
 
 
-def iou_limit(iou_threshold: float, dtype: torch.dtype, *, drop_equal: bool) -> float:
+def round_threshold(iou_threshold: float, dtype: torch.dtype, *, drop_equal: bool) -> float:
     """Return the value of a data type above which an IoU drops a box, as a comparison in double precision would.
 
     torch rounds a threshold to the tensor's type: 0.6 rounds up in float32, and an IoU of 3/5 would not be above it.
@@ -72,7 +72,7 @@ def nms_sequential(boxes_xyxy: Tensor, sizes: list[int], iou_threshold: float, *
 
 def nms_by_rank(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
     """Apply `nms` rank by rank: the best box of all groups suppresses the others of its group, then the next one."""
-    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
+    limit = round_threshold(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     # (W, G) each: the boxes after a rank are one block of memory.
     left, top, right, bottom = boxes_xyxy.permute(2, 1, 0).contiguous()
     area, keep = (right - left) * (bottom - top), valid.t().clone(memory_format=torch.contiguous_format)
@@ -103,7 +103,7 @@ def nms_parallel(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, dro
 
 def pack_suppressors(boxes_xyxy: Tensor, iou_threshold: float, *, drop_equal: bool) -> Tensor:
     """Return for each box (G, W, 4) the better boxes that overlap it too much, as bits (G, W, ceil(W / 8)) uint8."""
-    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
+    limit = round_threshold(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     width = boxes_xyxy.shape[1]
     rank = torch.arange(width, device=boxes_xyxy.device)
     better = rank < rank[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
 from detection.boxes import pairwise_iou
-from detection.nn.nms import iou_limit
+from detection.nn.nms import round_threshold
 
 
 def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def nms_keep_mask(boxes_xyxy: Tensor, candidate: Tensor, iou_threshold: float, *
     """
     width = candidate.shape[-1]
     better = torch.ones(width, width, dtype=torch.bool, device=boxes_xyxy.device).triu(1)
-    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
+    limit = round_threshold(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     suppresses = ((pairwise_iou(boxes_xyxy, boxes_xyxy) > limit) & better).float()
 
     def cond(keep: Tensor, previous: Tensor, suppresses: Tensor, candidate: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def select_best(
     is 0 where the score is 0. Each round takes the best box that is left, and drops those of its label that overlap it.
     So the cost depends on `count`, not on the square of N.
     """
-    limit = iou_limit(iou_threshold, boxes_xyxy.dtype, drop_equal=False)
+    limit = round_threshold(iou_threshold, boxes_xyxy.dtype, drop_equal=False)
     slots = torch.arange(count, device=scores.device)
     positions = torch.arange(scores.shape[1], device=scores.device)
 

@@ -87,12 +87,12 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> tuple[Tensor, ...]:
         shapes = [one.shape for one in maps]
-        results = [empty_map(len(one), len(weight), *one.shape[2:]) for one in maps]
-        filters = [transform_filter(part) for part in weight.split(channels_per_block(shapes, len(weight)))]
+        results = [make_map(len(one), len(weight), *one.shape[2:]) for one in maps]
+        filters = [transform_filter(part) for part in weight.split(choose_block_size(shapes, len(weight)))]
         blocks = []
-        for images in blocks_of_images(shapes):
+        for images in split_images(shapes):
             blocks.append(patches := transform_patches([one[images] for one in maps]))
-            for channels, block in zip(blocks_of_channels(filters), filters, strict=True):
+            for channels, block in zip(split_channels(filters), filters, strict=True):
                 products = torch.bmm(patches, block)
                 if bias is not None:
                     products[ALL_ONES] += bias[channels]
@@ -107,10 +107,10 @@ class _Convolution(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         filters, blocks = saved[: ctx.num_filters], saved[ctx.num_filters :]
         needs_weight, needs_bias, *needs_maps = ctx.needs_input_grad
-        all_channels, all_images = blocks_of_channels(filters), blocks_of_images(ctx.shapes)
+        all_channels, all_images = split_channels(filters), split_images(ctx.shapes)
         filter_grads: list[Tensor | None] = [None] * len(filters)
         bias_grad = torch.zeros(len(weight))
-        map_grads = [empty_map(*shape) for shape in ctx.shapes] if any(needs_maps) else []
+        map_grads = [make_map(*shape) for shape in ctx.shapes] if any(needs_maps) else []
         for images, patches in zip(all_images, blocks, strict=True):
             patch_grad = None
             for index, (channels, block) in enumerate(zip(all_channels, filters, strict=True)):
@@ -122,12 +122,12 @@ class _Convolution(torch.autograd.Function):
                     patch_grad = add_product(patch_grad, products_grad, block.mT)
             if patch_grad is not None:
                 add_patches(transform(PATCH_TRANSFORM.T, patch_grad), [grad[images] for grad in map_grads])
-        return (
-            torch.cat([filter_gradient(grad) for grad in filter_grads if grad is not None]) if needs_weight else None,
-            bias_grad if needs_bias else None,
-            *(match_memory_format(grad, weight) for grad in map_grads),
-            *([None] * (len(grads) - len(map_grads))),
-        )
+        weight_grad = None
+        if needs_weight:
+            parts = [transform_filter_gradient(grad) for grad in filter_grads if grad is not None]
+            weight_grad = match_memory_format(torch.cat(parts), weight)
+        grads_in_layout: list[Tensor | None] = [match_memory_format(grad, weight) for grad in map_grads]
+        return weight_grad, bias_grad if needs_bias else None, *(grads_in_layout or [None] * len(grads))
 
 
 def transform(matrix: Tensor, values: Tensor) -> Tensor:
@@ -142,37 +142,37 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right) if total is None else total.baddbmm_(left, right)
 
 
-def empty_map(*shape: int) -> Tensor:
+def make_map(*shape: int) -> Tensor:
     """Return an uninitialized map (B, C, h, w)."""
     return torch.empty(shape, memory_format=torch.channels_last)
 
 
-def tiles_per_side(height: int, width: int) -> tuple[int, int]:
+def count_rows_columns(height: int, width: int) -> tuple[int, int]:
     """Return the rows and columns of tiles that cover a map."""
     return -(-height // TILE), -(-width // TILE)
 
 
 def count_tiles(shapes: Sequence[torch.Size]) -> list[int]:
     """Return the number of tiles of each map (B, C, h, w)."""
-    return [batch * math.prod(tiles_per_side(*size)) for batch, _, *size in shapes]
+    return [batch * math.prod(count_rows_columns(*size)) for batch, _, *size in shapes]
 
 
-def blocks_of_images(shapes: Sequence[torch.Size]) -> list[slice]:
+def split_images(shapes: Sequence[torch.Size]) -> list[slice]:
     """Return ranges of images whose transformed patches have at most BLOCK_BYTES, or of one image."""
     batch, channels = shapes[0][:2]
     images = max(1, BLOCK_BYTES * batch // (4 * PATCH**2 * channels * sum(count_tiles(shapes))))
     return [slice(start, min(start + images, batch)) for start in range(0, batch, images)]
 
 
-def channels_per_block(shapes: Sequence[torch.Size], out_channels: int) -> int:
+def choose_block_size(shapes: Sequence[torch.Size], out_channels: int) -> int:
     """Return the output channels whose filters and products of a block of images have about BLOCK_BYTES each."""
     batch, in_channels = shapes[0][:2]
-    tiles = sum(count_tiles(shapes)) * blocks_of_images(shapes)[0].stop // batch
+    tiles = sum(count_tiles(shapes)) * split_images(shapes)[0].stop // batch
     blocks = math.ceil(4 * PATCH**2 * max(tiles, in_channels) * out_channels / BLOCK_BYTES)
     return math.ceil(out_channels / blocks)
 
 
-def blocks_of_channels(filters: Sequence[Tensor]) -> list[slice]:
+def split_channels(filters: Sequence[Tensor]) -> list[slice]:
     """Return the ranges of output channels of transformed filters (36, C, k)."""
     return [slice(*ends) for ends in pairwise(accumulate((block.shape[2] for block in filters), initial=0))]
 
@@ -182,7 +182,7 @@ def transform_filter(weight: Tensor) -> Tensor:
     return transform(FILTER_TRANSFORM, weight.permute(2, 3, 1, 0).reshape(FILTER**2, *weight.shape[1::-1]))
 
 
-def filter_gradient(grad: Tensor) -> Tensor:
+def transform_filter_gradient(grad: Tensor) -> Tensor:
     """Return the gradient of a weight (K, C, 3, 3) from that of its transformed filter (36, C, K)."""
     return transform(FILTER_TRANSFORM.T, grad).view(FILTER, FILTER, *grad.shape[1:]).permute(3, 2, 0, 1)
 
@@ -193,7 +193,7 @@ def transform_patches(maps: Sequence[Tensor]) -> Tensor:
     patches = torch.empty(PATCH**2, sum(counts), maps[0].shape[1])
     for one, part in zip(maps, patches.split(counts, dim=1), strict=True):
         height, width = one.shape[2:]
-        rows, columns = tiles_per_side(height, width)
+        rows, columns = count_rows_columns(height, width)
         padding = 0, 0, 1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height
         windows = F.pad(one.permute(0, 2, 3, 1), padding).unfold(1, PATCH, TILE).unfold(2, PATCH, TILE)
         part.view(PATCH, PATCH, *windows.shape[:4]).copy_(windows.permute(4, 5, 0, 1, 2, 3))
@@ -205,7 +205,7 @@ def add_patches(patches: Tensor, maps: Sequence[Tensor]) -> None:
     overlap = PATCH - TILE
     for one, part in zip(maps, patches.split(count_tiles([one.shape for one in maps]), dim=1), strict=True):
         batch, channels, height, width = one.shape
-        rows, columns = tiles_per_side(height, width)
+        rows, columns = count_rows_columns(height, width)
         part = part.view(PATCH, PATCH, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
         padded = part.new_zeros(batch, rows + 1, TILE, columns + 1, TILE, channels)
         padded[:, :-1, :, :-1] = part[:, :, :TILE, :, :TILE]
@@ -222,7 +222,7 @@ def take_tiles(maps: Sequence[Tensor]) -> Tensor:
     tiles = torch.empty(TILE**2, sum(counts), maps[0].shape[1])
     for one, part in zip(maps, tiles.split(counts, dim=1), strict=True):
         batch, channels, height, width = one.shape
-        rows, columns = tiles_per_side(height, width)
+        rows, columns = count_rows_columns(height, width)
         padding = 0, 0, 0, TILE * columns - width, 0, TILE * rows - height
         padded = F.pad(one.permute(0, 2, 3, 1), padding) if any(padding) else one.permute(0, 2, 3, 1)
         grid = padded.reshape(batch, rows, TILE, columns, TILE, channels).permute(2, 4, 0, 1, 3, 5)
@@ -234,7 +234,7 @@ def put_tiles(tiles: Tensor, maps: Sequence[Tensor]) -> None:
     """Write tiles (16, T, K) to maps (B, K, h, w)."""
     for one, part in zip(maps, tiles.split(count_tiles([one.shape for one in maps]), dim=1), strict=True):
         batch, channels, height, width = one.shape
-        rows, columns = tiles_per_side(height, width)
+        rows, columns = count_rows_columns(height, width)
         grid = part.view(TILE, TILE, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
         target = one.permute(0, 2, 3, 1)
         if (height, width) == (TILE * rows, TILE * columns):

@@ -68,7 +68,7 @@ def test_equals_direct_convolution(batch, in_channels, out_channels, sizes_hw, b
     exact = results_and_gradients(direct, *inputs, torch.float64)
     actual = results_and_gradients(convolve, *inputs, torch.float32)
     assert max(relative_errors(actual, exact)) < 1e-5
-    for one in (*actual[: len(sizes_hw)], *actual[len(sizes_hw) : 2 * len(sizes_hw)]):
+    for one in actual[: 2 * len(sizes_hw) + 1]:  # results, gradients of the maps and of the weight
         assert one.is_contiguous(memory_format=layout)
 
 
@@ -86,8 +86,8 @@ def test_blocks_change_nothing_but_rounding(monkeypatch):
     whole = results_and_gradients(convolve, *inputs, torch.float32)
     shapes = [one.shape for one in inputs[0]]
     monkeypatch.setattr(winograd, "BLOCK_BYTES", 2**14)
-    assert len(winograd.blocks_of_images(shapes)) == 3
-    assert winograd.channels_per_block(shapes, 24) == 8
+    assert len(winograd.split_images(shapes)) == 3
+    assert winograd.choose_block_size(shapes, 24) == 8
     blocks = results_and_gradients(convolve, *inputs, torch.float32)
     assert max(relative_errors(blocks, [one.double() for one in whole])) < 5e-6
 
