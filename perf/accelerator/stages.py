@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,9 @@ def time_steps(
 
     If the device has too little memory, the micro-batch is halved until it fits.
     """
+    if inputs != "synthetic" and session.result("ssd", "photos").get("status") != "ok":
+        with suppress(MeasurementError):  # the command reports that they are missing
+            generate_photos(session)
     benchmark, config = benchmark_of(system), load_config(system, flags)
     summary = session.out / f"{name}.json"
     batch_size, micro_batches = config.batch_size, config.grad_accum_steps

@@ -91,6 +91,8 @@ def test_micro_batch_is_halved_until_it_fits_the_memory(session, monkeypatch, mo
     tried = []
 
     def python(name, *words, **_):
+        if name == "photos":
+            return
         flags = dict(zip(words[3::2], words[4::2], strict=True))
         train = f"{flags['--batch-size']}/{flags['--grad-accum-steps']}"
         tried.append(train if mode == "bench-train" else flags["--eval-batch-size"])
@@ -104,6 +106,21 @@ def test_micro_batch_is_halved_until_it_fits_the_memory(session, monkeypatch, mo
     assert tried == expected
     assert result["micro_batch"] == (57 if mode == "bench-train" else 64)
     assert (result["real_img_per_s"], result["synthetic_img_per_s"]) == (90, 100)
+
+
+def test_photos_are_generated_if_their_stage_did_not_run(session, monkeypatch):
+    names = []
+
+    def python(name, *words, **_):
+        names.append(name)
+        if name != "photos":
+            (session.out / f"{name}.json").write_text(json.dumps(SUMMARY))
+
+    monkeypatch.setattr(session, "python", python)
+    time_steps(session, name="first", system=SSD)
+    session.summary["stages"]["ssd"] = {"results": {"photos": {"status": "ok"}}}
+    time_steps(session, name="second", system=SSD)
+    assert names == ["photos", "first", "second"]
 
 
 def test_other_failure_than_memory_is_not_repeated(session, monkeypatch):
