@@ -16,17 +16,18 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from detection.config.run_config import RunConfig
 from detection.config.settings import InputError
 from detection.evaluation.rounding import SimulatedPrecision
 from detection.nn import placement
+from detection.nn.placement import Model
 from detection.runtime.device import (
     Precision,
     device_name,
@@ -34,8 +35,6 @@ from detection.runtime.device import (
     select_precision,
     supports_float64,
 )
-
-Model = TypeVar("Model", bound=nn.Module)
 
 ROUNDING_MARGIN = 2.0  # rounding in another order has another error of the same size
 FLOAT32_ERROR = 1e-4  # of the reference, and of results that rounding happens to leave alone

@@ -61,12 +61,11 @@ def nms_by_group(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float, *, dro
 
 def nms_sequential(boxes_xyxy: Tensor, sizes: list[int], iou_threshold: float, *, drop_equal: bool) -> Tensor:
     """Apply `nms` with torchvision's kernel to groups of these sizes in boxes (N, 4): (N,) bool."""
-    if drop_equal:
-        iou_threshold = math.nextafter(iou_threshold, -math.inf)
+    limit = round_threshold(iou_threshold, boxes_xyxy.dtype, drop_equal=drop_equal)
     descending = -torch.arange(max(sizes, default=0)).to(boxes_xyxy)
     keep = torch.zeros(len(boxes_xyxy), dtype=torch.bool)
     for boxes, mask in zip(boxes_xyxy.split(sizes), keep.split(sizes), strict=True):
-        mask[torchvision.ops.nms(boxes, descending[: len(boxes)], iou_threshold)] = True
+        mask[torchvision.ops.nms(boxes, descending[: len(boxes)], limit)] = True
     return keep
 
 

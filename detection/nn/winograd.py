@@ -89,10 +89,10 @@ class _Convolution(torch.autograd.Function):
         shapes = [one.shape for one in maps]
         results = [make_map(len(one), len(weight), *one.shape[2:]) for one in maps]
         filters = [transform_filter(part) for part in weight.split(choose_block_size(shapes, len(weight)))]
-        blocks = []
+        all_channels, blocks = split_channels(filters), []
         for images in split_images(shapes):
             blocks.append(patches := transform_patches([one[images] for one in maps]))
-            for channels, block in zip(split_channels(filters), filters, strict=True):
+            for channels, block in zip(all_channels, filters, strict=True):
                 products = torch.bmm(patches, block)
                 if bias is not None:
                     products[ALL_ONES] += bias[channels]
@@ -109,13 +109,14 @@ class _Convolution(torch.autograd.Function):
         needs_weight, needs_bias, *needs_maps = ctx.needs_input_grad
         all_channels, all_images = split_channels(filters), split_images(ctx.shapes)
         filter_grads: list[Tensor | None] = [None] * len(filters)
-        bias_grad = torch.zeros(len(weight))
+        bias_grad = torch.zeros(len(weight)) if needs_bias else None
         map_grads = [make_map(*shape) for shape in ctx.shapes] if any(needs_maps) else []
         for images, patches in zip(all_images, blocks, strict=True):
             patch_grad = None
             for index, (channels, block) in enumerate(zip(all_channels, filters, strict=True)):
                 products_grad = transform(TILE_TRANSFORM.T, take_tiles([grad[images, channels] for grad in grads]))
-                bias_grad[channels] += products_grad[ALL_ONES].sum(dim=0)
+                if bias_grad is not None:
+                    bias_grad[channels] += products_grad[ALL_ONES].sum(dim=0)
                 if needs_weight:
                     filter_grads[index] = add_product(filter_grads[index], patches.mT, products_grad)
                 if map_grads:
@@ -127,7 +128,7 @@ class _Convolution(torch.autograd.Function):
             parts = [transform_filter_gradient(grad) for grad in filter_grads if grad is not None]
             weight_grad = match_memory_format(torch.cat(parts), weight)
         grads_in_layout: list[Tensor | None] = [match_memory_format(grad, weight) for grad in map_grads]
-        return weight_grad, bias_grad if needs_bias else None, *(grads_in_layout or [None] * len(grads))
+        return weight_grad, bias_grad, *(grads_in_layout or [None] * len(grads))
 
 
 def transform(matrix: Tensor, values: Tensor) -> Tensor:

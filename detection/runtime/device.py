@@ -188,7 +188,7 @@ def should_use_winograd(precision: Precision, device: torch.device) -> bool:
 
 
 def match_memory_format(images: Tensor, conv_weight: Tensor) -> Tensor:
-    """Return images (B, C, H, W) in the memory layout of a convolution's weights.
+    """Return images, maps or gradients (B, C, H, W) in the memory layout of a convolution's weights.
 
     A convolution computes in channels-last layout if either its images or its weights have it.
     """
