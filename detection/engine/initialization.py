@@ -38,11 +38,17 @@ def build_state(workload: Workload[Batch], config: RunConfig, ranks: DistContext
     device.set_kernel_autotune(ranks.device, fixed_input_size=workload.fixed_input_size)
     precision = device.select_precision(config.precision, ranks.device)
     model = ranks.convert_sync_batchnorm(workload.model, config.bn_group_size(ranks.world_size))
+    compiled = device.should_compile(config.compile, ranks.device)
     model = place_model(
-        model, ranks.device, precision, config.channels_last, trains_batch_norm=not config.freeze_batch_norm
+        model,
+        ranks.device,
+        precision,
+        config.channels_last,
+        trains_batch_norm=not config.freeze_batch_norm,
+        compiled=compiled,
     )
     set_train_mode(model, config)
-    if device.should_compile(config.compile, ranks.device):
+    if compiled:
         model.compile()
     return TrainState(
         model=ranks.wrap_ddp(model, config.gradient_dtype),

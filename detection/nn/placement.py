@@ -12,11 +12,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def place_model(
-    model: Model, device: torch.device, precision: Precision, channels_last: str = "auto", *, trains_batch_norm: bool
+    model: Model,
+    device: torch.device,
+    precision: Precision,
+    channels_last: str = "auto",
+    *,
+    trains_batch_norm: bool,
+    compiled: bool = False,
 ) -> Model:
     """Move a model to a device, in the memory layout of a run and with its algorithms."""
     memory_format = select_memory_format(channels_last, precision, device, trains_batch_norm=trains_batch_norm)
     model = model.to(device).to(memory_format=memory_format)
-    if should_use_winograd(precision, device):
+    if should_use_winograd(precision, device, compiled=compiled):
         use_winograd(model)
     return model

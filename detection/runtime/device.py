@@ -182,9 +182,12 @@ def select_memory_format(
     return torch.channels_last if choice == "on" else torch.contiguous_format
 
 
-def should_use_winograd(precision: Precision, device: torch.device) -> bool:
-    """Return whether 3×3 convolutions use Winograd's algorithm. Accelerators' libraries select it by themselves."""
-    return device.type == "cpu" and precision.dtype is None
+def should_use_winograd(precision: Precision, device: torch.device, *, compiled: bool) -> bool:
+    """Return whether 3×3 convolutions use Winograd's algorithm. Accelerators' libraries select it by themselves.
+
+    Compiled networks do not: torch.compile would generate code for each block, in ten minutes instead of two.
+    """
+    return device.type == "cpu" and precision.dtype is None and not compiled
 
 
 def match_memory_format(images: Tensor, conv_weight: Tensor) -> Tensor:

@@ -161,9 +161,12 @@ def test_retinanet_predicts_the_same():
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "is_used"), [("fp32", True), ("bf16", False)])
-def test_a_run_uses_it_in_float32_on_a_cpu(precision, is_used):
+@pytest.mark.parametrize(
+    ("flags", "is_used"),
+    [(["--precision", "fp32"], True), (["--precision", "bf16"], False), (["--compile", "on"], False)],
+)
+def test_a_run_uses_it_in_float32_on_a_cpu_in_eager_mode(flags, is_used):
     workload = SimpleNamespace(model=nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), fixed_input_size=True)
-    config = load(["--precision", precision, "--device", "cpu"], {}).config
+    config = load(["--device", "cpu", *flags], {}).config
     state = build_state(workload, config, DistContext(0, 1, CPU))
     assert any(isinstance(module, WinogradConv2d) for module in state.model.modules()) == is_used
