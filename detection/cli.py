@@ -1,12 +1,13 @@
 """Commands of a workload: python -m WORKLOAD COMMAND.
 
 This module imports nothing heavy, so that the list of commands and `--help` appear at once. Each command imports
-what it needs.
+what it needs, such as the workload's modules `train` and `predict`.
 """
 
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mlperf.errors import InputError, report_errors
@@ -43,28 +44,22 @@ class Declarations(Protocol):
     def make_random_workload(self, config: Any, ranks: Any) -> "Workload[Any]":
         """Assemble the workload with random weights."""
 
-    def open_samples(self, config: Any, ranks: Any, seed: int) -> Any:
-        """Return the training split, and its images as the network sees them."""
-
 
 @dataclass(frozen=True)
 class CommandSet:
-    """Commands of a workload. Each function imports what it needs.
+    """Commands of a workload, whose modules implement them.
 
-    declare: return the declarations for the shared commands. train: run a rank. predict, export, conformance: run with
-    parsed arguments. predict_defaults: score threshold and batch size.
-    export_interface: inputs and outputs of the exported network.
+    predict_defaults: score threshold and batch size. export_interface: inputs and outputs of the exported network.
     """
 
     package: str
     title: str
-    declare: Callable[[], Any]
-    train: Callable[[list[str]], int]
-    predict: Callable[["Namespace"], int]
     predict_defaults: tuple[float, int]
-    export: Callable[["Namespace"], int]
-    conformance: Callable[["Namespace"], int]
     export_interface: str
+
+    def module(self, name: str) -> Any:
+        """Import a module of the workload."""
+        return import_module(f"{self.package}.{name}")
 
 
 @report_errors
@@ -80,7 +75,7 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
         raise InputError(f"{name}: {problem} (`python -m {commands.package}` lists the commands)")
     if name in ("predict", "export", "conformance"):
         return run_tool(name, flags, commands)
-    declarations: Declarations = commands.declare()
+    declarations: Declarations = commands.module("commands")
     if {"-h", "--help"} & set(flags):
         print(f"usage: python -m {commands.package} {name} [--help [TOPIC]] [--name value ...]\n")
         declarations.PREFLIGHT.load(flags)  # prints the settings, and exits
@@ -91,7 +86,8 @@ def main(argv: Sequence[str], commands: CommandSet) -> int:
     if name == "data":
         from detection.report import data_page
 
-        return data_page.main(flags, lambda words: declarations.PREFLIGHT.load(words).config, declarations.open_samples)
+        load, samples = declarations.PREFLIGHT.load, commands.module("samples")
+        return data_page.main(flags, lambda words: load(words).config, samples.open_samples)
     if name == "tune":
         from detection.tuning import search
 
@@ -115,10 +111,14 @@ def run_tool(name: str, flags: Sequence[str], commands: CommandSet) -> int:
     from detection import arguments
 
     if name == "predict":
-        return commands.predict(arguments.parse_predict(flags, commands.package, *commands.predict_defaults))
-    if name == "export":
-        return commands.export(arguments.parse_export(flags, commands.package, commands.export_interface))
-    return commands.conformance(arguments.parse_conformance(flags, commands.package))
+        parsed = arguments.parse_predict(flags, commands.package, *commands.predict_defaults)
+    elif name == "export":
+        parsed = arguments.parse_export(flags, commands.package, commands.export_interface)
+    else:
+        parsed = arguments.parse_conformance(flags, commands.package)
+    module = commands.module(name)
+    run: Callable[[Namespace], int] = module.SUITE.run if name == "conformance" else module.main
+    return run(parsed)
 
 
 def run_rank(name: str, flags: list[str], commands: CommandSet, declarations: Declarations) -> NoReturn:
@@ -126,7 +126,7 @@ def run_rank(name: str, flags: list[str], commands: CommandSet, declarations: De
     from detection.engine.entrypoint import hard_exit
 
     if name == "train":
-        hard_exit(commands.train(flags))
+        hard_exit(commands.module("train").main(flags))
     from detection.preflight import machine_checks
 
     hard_exit(machine_checks.main(flags, declarations.PREFLIGHT, declarations.make_random_workload))

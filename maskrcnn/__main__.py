@@ -1,47 +1,9 @@
 """Commands of Mask R-CNN: python -m maskrcnn COMMAND."""
 
 import sys
-from argparse import Namespace
-from typing import Any
 
 from detection import cli
 from mlperf import stdio
-
-
-def declare() -> Any:
-    """Return the declarations for the shared commands."""
-    from maskrcnn import commands
-
-    return commands
-
-
-def train(argv: list[str]) -> int:
-    """Train on this rank."""
-    from maskrcnn.train import main
-
-    return main(argv)
-
-
-def predict(arguments: Namespace) -> int:
-    """Detect objects on images."""
-    from maskrcnn.predict import main
-
-    return main(arguments)
-
-
-def conformance(arguments: Namespace) -> int:
-    """Compare with the MLPerf reference."""
-    from maskrcnn.conformance import SUITE
-
-    return SUITE.run(arguments)
-
-
-def export(arguments: Namespace) -> int:
-    """Export a trained network."""
-    from maskrcnn.export import main
-
-    return main(arguments)
-
 
 EXPORT_INTERFACE = """\
     input   images    (B, 3, H, W) uint8 RGB, resized (short side 800, long side at most 1333 in MLPerf's settings) and
@@ -54,17 +16,7 @@ EXPORT_INTERFACE = """\
             masks     (B, D, 28, 28) float32: probability that a point of the box is inside the object
 """
 
-COMMANDS = cli.CommandSet(
-    "maskrcnn",
-    "Mask R-CNN",
-    declare,
-    train,
-    predict,
-    (0.5, 4),
-    export,
-    conformance,
-    EXPORT_INTERFACE,
-)
+COMMANDS = cli.CommandSet("maskrcnn", "Mask R-CNN", (0.5, 4), EXPORT_INTERFACE)
 
 if __name__ == "__main__":
     stdio.ignore_write_errors()

@@ -1,6 +1,6 @@
 """Declarations of Mask R-CNN for the commands of `detection.cli`. Imports torch only inside functions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,6 @@ from mlperf.recipes import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from detection.data.coco import Split
-    from detection.data.train_sample import TrainSample
     from detection.engine.workload import Workload
     from detection.runtime.distributed import DistContext
     from detection.tuning.search import TuneTarget
@@ -75,13 +73,6 @@ def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batc
     from maskrcnn.train import make_workload, predict
 
     return make_workload(config, ranks, 0, make_model(config), MaskRCNNEvaluator(config, ranks, predict))
-
-
-def open_samples(config: Config, ranks: "DistContext", seed: int) -> "tuple[Split, Iterator[TrainSample]]":
-    """Return the training split, and its images as the network sees them."""
-    from maskrcnn import samples
-
-    return samples.open_samples(config, ranks, seed)
 
 
 PREFLIGHT = run_checks.PreflightSpec(

@@ -1,47 +1,9 @@
 """Commands of RetinaNet: python -m retinanet COMMAND."""
 
 import sys
-from argparse import Namespace
-from typing import Any
 
 from detection import cli
 from mlperf import stdio
-
-
-def declare() -> Any:
-    """Return the declarations for the shared commands."""
-    from retinanet import commands
-
-    return commands
-
-
-def train(argv: list[str]) -> int:
-    """Train on this rank."""
-    from retinanet.train import main
-
-    return main(argv)
-
-
-def predict(arguments: Namespace) -> int:
-    """Detect objects on images."""
-    from retinanet.predict import main
-
-    return main(arguments)
-
-
-def export(arguments: Namespace) -> int:
-    """Export a trained network."""
-    from retinanet.export import main
-
-    return main(arguments)
-
-
-def conformance(arguments: Namespace) -> int:
-    """Compare with the MLPerf reference."""
-    from retinanet.conformance import SUITE
-
-    return SUITE.run(arguments)
-
 
 EXPORT_INTERFACE = """\
     input   images    (B, 3, H, W) uint8 RGB, not resized, padded right and below to the largest of the batch
@@ -51,9 +13,7 @@ EXPORT_INTERFACE = """\
             scores    (B, D) float32, descending, 0 without a detection
 """
 
-COMMANDS = cli.CommandSet(
-    "retinanet", "RetinaNet", declare, train, predict, (0.3, 4), export, conformance, EXPORT_INTERFACE
-)
+COMMANDS = cli.CommandSet("retinanet", "RetinaNet", (0.3, 4), EXPORT_INTERFACE)
 
 if __name__ == "__main__":
     stdio.ignore_write_errors()

@@ -1,6 +1,6 @@
 """Declarations of SSD300 for the commands of `detection.cli`. Imports torch only inside functions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,6 @@ from ssd.train_images import select_train_images
 if TYPE_CHECKING:
     from torch import nn
 
-    from detection.data.coco import Split
-    from detection.data.train_sample import TrainSample
     from detection.engine.workload import Workload
     from detection.runtime.distributed import DistContext
     from detection.tuning.search import TuneTarget
@@ -68,13 +66,6 @@ def make_random_workload(config: Config, ranks: "DistContext") -> "Workload[Batc
     from ssd.train import make_workload
 
     return make_workload(config, ranks, 0, make_model(config), SSDEvaluator(config, ranks))
-
-
-def open_samples(config: Config, ranks: "DistContext", seed: int) -> "tuple[Split, Iterator[TrainSample]]":
-    """Return the training split, and its images as the network sees them."""
-    from ssd import samples
-
-    return samples.open_samples(config, ranks, seed)
 
 
 PREFLIGHT = run_checks.PreflightSpec(
