@@ -67,6 +67,38 @@ class BenchSize:
     copy_bytes: int = 2**28  # of the roofline's copy
 
 
+TINY = BenchSize(
+    rounds=1,
+    limit_s=0,
+    warm_up=False,
+    photos=4,
+    batch_size=2,
+    batch_sizes=(1, 2),
+    workers=(0, 1),
+    input_images=4,
+    predictions=1,
+    metric_images=(20,),
+    full_metric_rounds=1,
+    eval_images=4,
+    eval_batch_size=2,
+    baseline_eval_images=2,
+    epoch_images=2,
+    baseline_epoch_images=2,
+    maskrcnn_batch_size=1,
+    maskrcnn_image_px=(64, 96),
+    maskrcnn_eval_images=2,
+    retinanet_batch_size=1,
+    retinanet_image_px=128,
+    retinanet_eval_images=2,
+    memory_images=(32, 128),
+    compiled=False,
+    traced_steps=1,
+    matrix_side=64,
+    copy_bytes=2**20,
+)
+"""Smallest sizes, to try the benchmarks."""
+
+
 def bench_size(*, on_cpu: bool, quick: bool = False) -> BenchSize:
     """Return the size for a CPU or an accelerator. quick: ten minutes on two cores for the parts of SSD."""
     size = BenchSize()

@@ -1,6 +1,6 @@
 """Benchmarks of all parts of training on this machine.
 
-    python -m perf.run [NAME ...] [--quick] [--check] [--photos DIR] [--profile] ...
+    python -m perf.run [NAME ...] [--quick | --tiny] [--check] [--photos DIR] [--profile] ...
 
 Times every part of training, from JPEG bytes to the COCO metric, interleaved with its baselines, and compares it with
 the machine's roofline. Prints a table and writes perf/results/<time>_<hardware>_<commit>.json with the machine and its
@@ -29,7 +29,7 @@ from detection.config.settings import InputError, report_errors
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
 from mlperf import stdio
 from perf import table
-from perf.harness import FULL_METRIC_IMAGES, BenchContext, BenchSize, Result, bench_size, num_cores
+from perf.harness import FULL_METRIC_IMAGES, TINY, BenchContext, Result, bench_size, num_cores
 from perf.machine import RESULTS, LoadMeter, machine, select_out
 from perf.maskrcnn import evaluation as maskrcnn_evaluation
 from perf.maskrcnn import mask_targets as maskrcnn_mask_targets
@@ -75,8 +75,8 @@ GROUPS = {
 
 
 @report_errors
-def main(argv: list[str], size: BenchSize | None = None) -> int:
-    """Measure, or compare two files; return the exit status. size: replaces the one that the flags select."""
+def main(argv: list[str]) -> int:
+    """Measure, or compare two files; return the exit status."""
     arguments = parse(argv)
     if arguments.list:
         print("\n".join(f"{name:<22}{summary_line(part)}" for name, part in PARTS.items()))
@@ -86,7 +86,7 @@ def main(argv: list[str], size: BenchSize | None = None) -> int:
         print(table.compare(first, second))
         return 0
     with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
-        return measure(arguments, make_context(arguments, size, Path(scratch)))
+        return measure(arguments, make_context(arguments, Path(scratch)))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -97,7 +97,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names_help = "parts to measure (see --list), or maskrcnn or retinanet for all of its parts; default: all"
     parser.add_argument("names", metavar="NAME", nargs="*", help=names_help)
     parser.add_argument("--list", action="store_true", help="list the parts")
-    parser.add_argument("--quick", action="store_true", help="measure less: SSD's parts in ten minutes on two cores")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="measure less: SSD's parts in ten minutes on two cores")
+    sizes.add_argument("--tiny", action="store_true", help="measure as little as possible, to try the benchmarks")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a requirement is not met")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="compare two files of results")
     photos_help = "also measure on these photos: COCO's layout, or JPEG files"
@@ -113,12 +115,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_context(arguments: argparse.Namespace, size: BenchSize | None, scratch: Path) -> BenchContext:
+def make_context(arguments: argparse.Namespace, scratch: Path) -> BenchContext:
     """Return the context that the flags select. Raise InputError if the device or the photos are missing."""
     device = select_device(arguments.device, local_rank=0)
     on_cpu = device.type == "cpu"
-    selected = size or bench_size(on_cpu=on_cpu, quick=arguments.quick)
-    if arguments.check and not size:
+    selected = TINY if arguments.tiny else bench_size(on_cpu=on_cpu, quick=arguments.quick)
+    if arguments.check:
         selected = replace(selected, metric_images=tuple(sorted({*selected.metric_images, FULL_METRIC_IMAGES})))
     if arguments.batch_size is not None:
         if arguments.batch_size < 1:

@@ -174,7 +174,8 @@ def run_gpu_tests(session: Session) -> Result:
 def run_benchmark(session: Session, *, part: str) -> Result:
     """Run a part of perf.run, and return the median of each result in its unit."""
     file = session.out / f"{part}.json"
-    words = ("-m", "perf.run", part, "--quick", "--allow-dirty", "--device", session.device, "--out", str(file))
+    size = "--tiny" if session.rehearse else "--quick"
+    words = ("-m", "perf.run", part, size, "--allow-dirty", "--device", session.device, "--out", str(file))
     session.python(part, *words)
     return {result.variant: f"{result.value.median:.4g} {result.unit}" for result in read(file)["results"]}
 

@@ -9,7 +9,7 @@ import torch
 from detection.config.settings import InputError
 from paths import ROOT
 from perf import table
-from perf.harness import BenchSize, Result, bench_size
+from perf.harness import TINY, Result, bench_size
 from perf.machine import RESULTS
 from perf.maskrcnn import training
 from perf.retinanet import evaluation as retinanet_evaluation
@@ -24,42 +24,13 @@ from tiny_ssd import TinyBackbone
 CPU = torch.device("cpu")
 OTHERS = ("maskrcnn", "retinanet")
 load_config, load_retinanet_config = training.load_config, retinanet_training.load_config
-TINY = BenchSize(
-    rounds=1,
-    limit_s=0,
-    warm_up=False,
-    photos=4,
-    batch_size=2,
-    batch_sizes=(1, 2),
-    workers=(0, 1),
-    input_images=4,
-    predictions=1,
-    metric_images=(20,),
-    full_metric_rounds=1,
-    eval_images=4,
-    eval_batch_size=2,
-    baseline_eval_images=2,
-    epoch_images=2,
-    baseline_epoch_images=2,
-    maskrcnn_batch_size=1,
-    maskrcnn_image_px=(64, 96),
-    maskrcnn_eval_images=2,
-    retinanet_batch_size=1,
-    retinanet_image_px=128,
-    retinanet_eval_images=2,
-    memory_images=(32, 128),
-    compiled=False,
-    traced_steps=1,
-    matrix_side=64,
-    copy_bytes=2**20,
-)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, small_toy):
     """Results by part, and the file, of a run of all parts."""
     file = tmp_path_factory.mktemp("perf") / "tiny.json"
-    argv = ["--out", str(file), "--photos", str(small_toy), "--profile", "--precision", "fp32"]
+    argv = ["--out", str(file), "--photos", str(small_toy), "--profile", "--precision", "fp32", "--tiny"]
     with pytest.MonkeyPatch.context() as patch, limit_threads(1):
         patch.setattr("perf.timing.SAMPLE_S", 0.0)  # one call per sample
         patch.setattr("ssd.model.Backbone", TinyBackbone)
@@ -72,7 +43,7 @@ def measured(tmp_path_factory, small_toy):
         for module in (retinanet_training, retinanet_evaluation):
             patch.setattr(module, "load_config", lambda context, *flags: load_retinanet_config(context, *flags, *tiny))
         patch.setattr(retinanet_training, "NUM_CLASSES", 91)
-        assert main(argv, TINY) == 0
+        assert main(argv) == 0
     by_part = {}
     for result in read(file)["results"]:
         by_part.setdefault(result.part, []).append(result)
@@ -291,7 +262,7 @@ def test_a_file_without_results_is_rejected_by_name(tmp_path, text, capsys):
 def test_uncommitted_code_is_not_recorded(argv, monkeypatch, capsys):
     monkeypatch.setattr("perf.machine.source_commit", lambda: "abc1234-dirty")
     monkeypatch.chdir(ROOT)
-    assert main(["decode", *argv], TINY) == 2
+    assert main(["decode", "--tiny", *argv]) == 2
     assert "results of commit abc1234-dirty are not reproducible" in capsys.readouterr().err
 
 
@@ -310,7 +281,7 @@ def test_uncommitted_code_is_not_recorded(argv, monkeypatch, capsys):
 )
 def test_invalid_input_gives_one_message_and_status_2(argv, message, capsys):
     try:
-        status = main(argv, TINY)
+        status = main(["--tiny", *argv])
     except SystemExit as end:
         status = end.code
     assert status == 2
