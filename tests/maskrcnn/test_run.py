@@ -1,16 +1,13 @@
 """Tests of whole Mask R-CNN runs: logs, results, resume and settings."""
 
-import io
 import json
-from contextlib import redirect_stdout
 
 import pytest
 import torch
 from pycocotools.coco import COCO
 
 import processes
-from config_files import set_only
-from detection import run_dir
+import small_runs
 from detection.preflight.run_checks import check_rules
 from maskrcnn import train
 from maskrcnn.commands import rule_values
@@ -20,40 +17,15 @@ from mlperf import compliance
 from mlperf.log import read
 from mlperf.rules import BENCHMARKS, hyperparameter_keys, tensor_names
 from paths import shared
+from small_runs import load_weights, set_environment
 from tiny_maskrcnn import SMALL
 from torchrun import run_ranks
 
-
-def set_environment(data_dir, monkeypatch):
-    """Set the environment of a small run."""
-    set_only(monkeypatch, {f"MASKRCNN_{name}": value for name, value in SMALL.items()} | {"DATADIR": data_dir})
+uninterrupted_run, run = small_runs.make_fixtures("MASKRCNN", SMALL, train.main)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted_run(four_image_coco, tmp_path_factory):
-    """Run folder, which tests must not change, and output of an uninterrupted run."""
-    folder, output = tmp_path_factory.mktemp("uninterrupted_run") / "run", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
-        set_environment(four_image_coco, patch)
-        patch.setenv("RUN_DIR", str(folder))
-        assert train.main([]) == 0
-    return folder, output.getvalue()
-
-
-@pytest.fixture
-def run(four_image_coco, tmp_path, monkeypatch):
-    """Function that trains on four images in a named folder and returns exit status and folder."""
-    set_environment(four_image_coco, monkeypatch)
-
-    def main(*flags, name="run"):
-        monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
-        return train.main(list(flags)), tmp_path / name
-
-    return main
-
-
-def weights(folder):
-    return torch.load(run_dir.list_checkpoints(folder)[-1].path, weights_only=True)["model"]
+class TestModes(small_runs.SharedTests):
+    """Evaluation of a checkpoint, and benchmarks."""
 
 
 def test_run_writes_the_log_and_results(uninterrupted_run, four_image_coco):
@@ -81,6 +53,7 @@ def test_run_writes_the_log_and_results(uninterrupted_run, four_image_coco):
     for name in ("bbox.json", "segm.json"):
         rows = json.loads((folder / name).read_text())
         assert not rows or coco_gt.loadRes(rows).getAnnIds()
+    assert len(processes.metrics(folder, "evaluation")[0]["metrics"]) == 24
     assert "pycocotools confirms the final metrics" in output
     assert ", mask_AP " in output
 
@@ -90,36 +63,14 @@ def test_resumed_run_reaches_identical_weights(uninterrupted_run, run):
     assert status == 0
     status, _ = run("--resume", "auto", name="interrupted")
     assert status == 0
-    actual, expected = weights(folder), weights(uninterrupted_run[0])
+    actual, expected = load_weights(folder), load_weights(uninterrupted_run[0])
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert len([event for event in read(folder / "result_0.txt") if event.key == "run_start"]) == 1
 
 
-def test_checkpoint_evaluates_to_the_same_metrics(uninterrupted_run, run, tmp_path):
-    folder, _ = uninterrupted_run
-    checkpoint = run_dir.list_checkpoints(folder)[-1].path
-    summary = tmp_path / "summary.json"
-    flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
-    status, _ = run(*flags, name="evaluation")
-    assert status == 0
-    expected = processes.metrics(folder, "evaluation")[0]["metrics"]
-    assert json.loads(summary.read_text())["metrics"] == expected
-    assert len(expected) == 24
-
-
-@pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
-def test_benchmark_modes_report_throughput(run, tmp_path, mode):
-    summary = tmp_path / "summary.json"
-    flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary-json", str(summary))
-    assert run(*flags)[0] == 0
-    results = json.loads(summary.read_text())["results"]
-    assert [result["input"] for result in results] == ["real", "synthetic"]
-    assert all(result["images_per_s"]["median"] > 0 for result in results)
-
-
 @pytest.mark.slow
 def test_two_ranks_train_and_evaluate(four_image_coco, tmp_path, monkeypatch):
-    set_environment(four_image_coco, monkeypatch)
+    set_environment(monkeypatch, "MASKRCNN", SMALL, four_image_coco)
     process = run_ranks(2, "-m", "maskrcnn", "train", "--batch-size", "1", RUN_DIR=str(tmp_path / "run"))
     assert process.returncode == 0, process.stderr
     assert "pycocotools confirms the final metrics" in process.stdout
@@ -159,6 +110,6 @@ def test_closed_division_names_the_broken_rule(flags, rule):
 
 @pytest.mark.slow
 def test_real_photos_train_and_evaluate(tmp_path, monkeypatch):
-    set_environment(shared("data/coco-tiny"), monkeypatch)
+    set_environment(monkeypatch, "MASKRCNN", SMALL, shared("data/coco-tiny"))
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
     assert train.main(["--dataset", "coco-tiny", "--num-workers", "1"]) == 0

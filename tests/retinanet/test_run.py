@@ -1,15 +1,14 @@
 """Tests of whole RetinaNet runs: logs, results, resume and settings."""
 
-import io
 import json
-from contextlib import redirect_stdout
 
 import pytest
 import torch
 
 import processes
+import small_runs
 from commands import retinanet
-from config_files import exported, set_only
+from config_files import exported
 from detection import run_dir
 from detection.preflight.run_checks import check_rules
 from mlperf import compliance
@@ -20,39 +19,14 @@ from retinanet import train
 from retinanet.commands import rule_values
 from retinanet.config import load
 from retinanet.loss import LOSS_NAMES
+from small_runs import load_weights
 from tiny_retinanet import SMALL
 
-
-def set_environment(four_image_coco, monkeypatch):
-    """Set the environment of a run on four images."""
-    set_only(monkeypatch, {f"RETINANET_{name}": value for name, value in SMALL.items()} | {"DATADIR": four_image_coco})
+uninterrupted_run, run = small_runs.make_fixtures("RETINANET", SMALL, train.main)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted_run(four_image_coco, tmp_path_factory):
-    """Run folder, which tests must not change, and output of an uninterrupted run."""
-    folder, output = tmp_path_factory.mktemp("uninterrupted_run") / "run", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
-        set_environment(four_image_coco, patch)
-        patch.setenv("RUN_DIR", str(folder))
-        assert train.main([]) == 0
-    return folder, output.getvalue()
-
-
-@pytest.fixture
-def run(four_image_coco, tmp_path, monkeypatch):
-    """Function that trains on four images in a named folder and returns exit status and folder."""
-    set_environment(four_image_coco, monkeypatch)
-
-    def main(*flags, name="run"):
-        monkeypatch.setenv("RUN_DIR", str(tmp_path / name))
-        return train.main(list(flags)), tmp_path / name
-
-    return main
-
-
-def weights(folder):
-    return torch.load(run_dir.list_checkpoints(folder)[-1].path, weights_only=True)["model"]
+class TestModes(small_runs.SharedTests):
+    """Evaluation of a checkpoint, and benchmarks."""
 
 
 def test_run_writes_a_log_that_every_ruleset_accepts(uninterrupted_run):
@@ -85,27 +59,8 @@ def test_resumed_run_reaches_identical_weights(run, optimizer):
     status, folder = run(*flags, "--max-steps", "1", name="interrupted")
     assert status == 0
     assert run(*flags, "--resume", "auto", name="interrupted")[0] == 0
-    actual, expected = weights(folder), weights(whole)
+    actual, expected = load_weights(folder), load_weights(whole)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_checkpoint_evaluates_to_the_same_metrics(uninterrupted_run, run, tmp_path):
-    folder, _ = uninterrupted_run
-    checkpoint = run_dir.list_checkpoints(folder)[-1].path
-    summary = tmp_path / "summary.json"
-    flags = ("--mode", "evaluate", "--weights", str(checkpoint), "--summary-json", str(summary))
-    assert run(*flags, name="evaluation")[0] == 0
-    expected = processes.metrics(folder, "evaluation")[0]["metrics"]
-    assert json.loads(summary.read_text())["metrics"] == expected
-
-
-@pytest.mark.parametrize("mode", ["bench-train", "bench-infer"])
-def test_benchmark_modes_report_throughput(run, tmp_path, mode):
-    summary = tmp_path / "summary.json"
-    flags = ("--mode", mode, "--benchmark-steps", "2", "--benchmark-warmup", "0", "--summary-json", str(summary))
-    assert run(*flags)[0] == 0
-    results = json.loads(summary.read_text())["results"]
-    assert all(result["images_per_s"]["median"] > 0 for result in results)
 
 
 def test_predict_draws_and_writes_detections(uninterrupted_run, four_image_coco, tmp_path):
