@@ -1,6 +1,7 @@
 """Harness of the benchmarks: their context, their size, and the form of a result."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from detection.data import coco
-from detection.runtime.device import Precision, select_precision
+from detection.runtime.device import Precision, force_eager, select_precision
 from detection.runtime.distributed import DistContext
 from perf.photos import PhotoSet, synthesize_gt, synthesize_photos
 from perf.roofline import Roofline, Work, measure_roofline
@@ -32,6 +33,19 @@ UNITS: dict[str, Callable[[float], float]] = {
 def num_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Return whether torch.compile has a compiler for a device. Without one, run all compiled code in eager mode."""
+    if device.type == "cpu":
+        return True
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"not compiled: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        force_eager()
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from detection.config.settings import InputError
-from detection.runtime.device import device_name, select_device
+from detection.runtime.device import backend_module, device_name, select_device
 
 PACKAGES = ("torch", "torchvision", "torchcodec", "numpy", "pillow", "pycocotools", "hotcoco")
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915")  # kernel modules of accelerators
@@ -96,6 +96,11 @@ def select_out(out: Path | None, default: Path, commit: str, *, allow_dirty: boo
     return out
 
 
+def reports_memory(device: torch.device) -> bool:
+    """Return whether torch reports the memory of a device."""
+    return device.type == "cpu" or hasattr(backend_module(device), "reset_peak_memory_stats")
+
+
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     """Return the peak memory during a call, above what is held before: of this process, or of the accelerator."""
     gc.collect()
@@ -111,9 +116,11 @@ def memory_mib(device: torch.device, field: str, *, reset_peak: bool = False) ->
         if reset_peak:
             PEAK_RESET.write_text("5")
         return process_mib(os.getpid(), "status", field)
+    backend = backend_module(device)
     if reset_peak:
-        torch.accelerator.reset_peak_memory_stats()
-    return torch.accelerator.max_memory_allocated() / 2**20
+        backend.reset_peak_memory_stats(device)
+    peak: int = backend.max_memory_allocated(device)
+    return peak / 2**20
 
 
 def process_mib(pid: int, file: str, *fields: str) -> float:

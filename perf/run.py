@@ -29,7 +29,7 @@ from detection.config.settings import InputError, report_errors
 from detection.runtime.device import device_name, select_device, set_kernel_autotune
 from mlperf import stdio
 from perf import table
-from perf.harness import FULL_METRIC_IMAGES, TINY, BenchContext, Result, bench_size, num_cores
+from perf.harness import FULL_METRIC_IMAGES, TINY, BenchContext, Result, bench_size, has_compiler, num_cores
 from perf.machine import RESULTS, LoadMeter, machine, select_out
 from perf.maskrcnn import evaluation as maskrcnn_evaluation
 from perf.maskrcnn import mask_targets as maskrcnn_mask_targets
@@ -127,6 +127,8 @@ def make_context(arguments: argparse.Namespace, scratch: Path) -> BenchContext:
             raise InputError(f"--batch-size {arguments.batch_size}: should be at least 1.")
         names = ("batch_size", *(f"{group}_batch_size" for group in GROUPS))
         selected = replace(selected, **dict.fromkeys(names, arguments.batch_size))
+    if not has_compiler(device):
+        selected = replace(selected, compiled=False)
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: should be at least 0.")
     return BenchContext(

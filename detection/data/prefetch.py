@@ -40,7 +40,7 @@ def prefetch(batches: Iterable[T], device: torch.device) -> Iterator[T]:
 
 
 class HostCopy(Generic[T]):
-    """Copy of the tensors of a nested tuple to the host, while the device works on what is queued after it."""
+    """Copy of the tensors of nested tuples and lists to the host, while the device works on what is queued after it."""
 
     def __init__(self, value: T, device: torch.device):
         is_async = device.type != "cpu" and has_streams(device)
@@ -55,7 +55,7 @@ class HostCopy(Generic[T]):
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """Copy the tensors of a nested tuple to the device. Other values are unchanged.
+    """Copy the tensors of nested tuples and lists to the device. Other values are unchanged.
 
     A copy to the CPU is complete on return.
     """
@@ -63,13 +63,13 @@ def to_device(value: T, device: torch.device) -> T:
 
 
 def move(value: T, device: torch.device, *, non_blocking: bool) -> T:
-    """Copy the tensors of a nested tuple to a device, and return at once if non_blocking and possible."""
+    """Copy the tensors of nested tuples and lists to a device, and return at once if non_blocking and possible."""
     moved: Any = value
     if isinstance(value, Tensor):
         moved = value.to(device, non_blocking=non_blocking)
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         parts = [move(part, device, non_blocking=non_blocking) for part in value]
-        moved = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        moved = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return moved
 
 
@@ -81,9 +81,9 @@ def wait_ready(batch: T, ready_event: Any, compute_stream: Any) -> T:
 
 
 def record_stream(value: Any, stream: Any) -> None:
-    """Record for the allocator that a stream uses the tensors of a nested tuple."""
+    """Record for the allocator that a stream uses the tensors of nested tuples and lists."""
     if isinstance(value, Tensor):
         value.record_stream(stream)
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for part in value:
             record_stream(part, stream)

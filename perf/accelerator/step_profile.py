@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from detection.config.settings import report_errors
 from detection.runtime.device import select_device, should_compile
 from perf.accelerator.arguments import parse
-from perf.harness import BenchContext, bench_size
+from perf.harness import BenchContext, bench_size, has_compiler
 from perf.profiler import trace
 from perf.ssd.network import full_step
 from perf.ssd.training import run_config
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     """Profile and write; return the exit status."""
     arguments = parse(argv, "step_profile", __doc__)
     device = select_device(arguments.device, local_rank=0)
+    compiled = should_compile("auto", device) and has_compiler(device)
     batch_size = REHEARSED_BATCH if arguments.rehearse else bench_size(on_cpu=False).batch_size
     with tempfile.TemporaryDirectory(prefix="perf-") as scratch:
         context = BenchContext(device, "auto", 0, bench_size(on_cpu=device.type == "cpu", quick=True), Path(scratch))
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     events = json.loads(trace_file.read_text())["traceEvents"]
     content = {
         "batch_size": batch_size,
-        "compiled": should_compile("auto", device),
+        "compiled": compiled,
         "top_kernels": [operation._asdict() for operation in operations],
         **summarize_kernels(events),
     }

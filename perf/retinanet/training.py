@@ -20,7 +20,7 @@ from detection.engine import optim, train_loop
 from detection.engine.initialization import build_state
 from detection.runtime.device import should_compile
 from perf.harness import BenchContext, Result
-from perf.machine import peak_mib
+from perf.machine import peak_mib, reports_memory
 from perf.maskrcnn.baseline import LEARNING_RATE, make_step, trained_parameters
 from perf.maskrcnn.training import slow_rounds
 from perf.retinanet import baseline
@@ -98,10 +98,15 @@ def optimized_step(context: BenchContext, config: Config, torchvision: nn.Module
 
 
 def time_loss(context: BenchContext) -> Iterator[Result]:
-    """Time RetinaNet's loss of given outputs with its gradient, and measure its memory, against torchvision's."""
+    """Time RetinaNet's loss of given outputs with its gradient, and measure its memory, against torchvision's.
+
+    Yield no memory of a device that reports none.
+    """
     variants, moved = loss_variants(context, load_config(context))
     work = Work(bytes=moved / variants[0].images)
     yield from context.compare("retinanet_loss", *variants, work=work, requirement="retinanet loss")
+    if not reports_memory(context.device):
+        return
     memory = [peak_mib(variant.run, context.device) for variant in variants]
     for variant, mib, requirement in zip(variants, memory, ("", "retinanet loss memory"), strict=True):
         result = Result("retinanet_loss", f"memory beyond the logits: {variant.name}", "MiB", quartiles([mib]))

@@ -22,6 +22,12 @@ def test_to_device_keeps_the_structure_and_other_values():
     assert (number, weight) == (2, 2.0)
 
 
+def test_to_device_copies_the_tensors_of_lists():
+    ((one, other), words) = to_device(([torch.ones(2), [torch.zeros(3)]], ["a"]), torch.device("meta"))
+    assert one.device.type == other[0].device.type == "meta"
+    assert words == ["a"]
+
+
 def test_only_copies_to_a_device_may_be_incomplete_on_return(monkeypatch):
     original, flags = torch.Tensor.to, []
 

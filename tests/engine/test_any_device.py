@@ -182,3 +182,18 @@ def test_mask_rcnn_trains_and_detects_as_on_the_cpu(run_on_device, four_image_co
     assert maskrcnn_train.main([*flags, "--run-dir", str(tmp_path / "cpu")]) == 0
     train_on_device("maskrcnn", flags, run_on_device, tmp_path / "device")
     np.testing.assert_allclose(processes.losses(tmp_path / "device"), processes.losses(tmp_path / "cpu"), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("retinanet_loss", "retinanet_decode", "retinanet_evaluation"),
+        pytest.param(("resize", "detect", "evaluate", "end-to-end", "maskrcnn_evaluation"), marks=pytest.mark.slow),
+    ],
+)
+def test_benchmarks_run_on_the_device(run_on_device, tmp_path, parts):
+    flags = ("--tiny", "--allow-dirty", "--device", "standin", "--out", tmp_path / "results.json")
+    ((status, _, err),) = run_on_device((["-m", "perf.run", *parts, *flags], {}))
+    assert status == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {result["part"] for result in results} == set(parts)
