@@ -152,13 +152,13 @@ def train_toy(session: Session, *, system: str) -> Result:
     return {key: summary[key] for key in ("init_s", "run_s", "images_per_s_median", "ap_by_epoch")}
 
 
-def run_gpu_tests(session: Session) -> Result:
-    """Run the tests that need an accelerator. A rehearsal only collects them."""
-    report = session.out / "gpu_tests.xml"
-    words = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+def run_gpu_tests(session: Session, *, name: str, keyword: str) -> Result:
+    """Run the tests that need an accelerator and match a keyword. A rehearsal only collects them."""
+    report = session.out / f"{name}.xml"
+    words = ("-m", "pytest", "-v", "-m", "gpu", "-k", keyword, "-p", "no:cacheprovider")
     if session.rehearse:
-        return {"collected": last_lines(session.python("gpu_tests", *words, "--collect-only"), 1)}
-    session.python("gpu_tests", *words, "--junitxml", str(report), statuses=(0, 1))
+        return {"collected": last_lines(session.python(name, *words, "--collect-only"), 1)}
+    session.python(name, *words, "--junitxml", str(report), statuses=(0, 1))
     (suite,) = ElementTree.parse(report).iter("testsuite")
     counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
     names = [
@@ -225,7 +225,15 @@ STAGES = (
         60,
         [Measurement(benchmark_of(s), partial(train_toy, system=s)) for s in ("toy", "toy_maskrcnn", "toy_retinanet")],
     ),
-    Stage("gpu-tests", "tests that need an accelerator", 60, [Measurement("pytest", run_gpu_tests)]),
+    Stage(
+        "gpu-tests",
+        "tests that need an accelerator, those of conformance in all precisions last",
+        60,
+        [
+            Measurement("tests", partial(run_gpu_tests, name="gpu_tests", keyword="not every_comparison")),
+            Measurement("conformance", partial(run_gpu_tests, name="gpu_conformance", keyword="every_comparison")),
+        ],
+    ),
     Stage(
         "maskrcnn-retinanet",
         "steps and predictions of Mask R-CNN and RetinaNet, and evaluations",
