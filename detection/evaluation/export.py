@@ -65,10 +65,16 @@ class ExportJob:
     boxes_in_pixels: bool = True
 
     def trace(self) -> torch.export.ExportedProgram:
-        """Trace the network to a graph."""
-        return torch.export.export(
-            self.module.eval(), tuple(self.example.values()), dynamic_shapes=dict(self.dynamic_shapes)
-        )
+        """Trace the network to a graph. Raise InputError if this torch cannot."""
+        try:
+            return torch.export.export(
+                self.module.eval(), tuple(self.example.values()), dynamic_shapes=dict(self.dynamic_shapes)
+            )
+        except torch._dynamo.exc.Unsupported as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"torch {torch.__version__} cannot export this network ({reason}). Use a newer torch, such as 2.11."
+            ) from error
 
     def metadata(self) -> dict[str, str]:
         """Return what the file holds besides the network: the categories as JSON."""

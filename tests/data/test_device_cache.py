@@ -35,11 +35,15 @@ def maskrcnn_data(folder, **settings):
     )
 
 
+needs_torchcodec = pytest.mark.skipif(
+    image_io.decode is image_io.decode_with_pillow, reason="torchcodec does not load with this torch"
+)
+
 SOURCES = {"ssd": ssd_data, "maskrcnn": maskrcnn_data}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+@pytest.mark.parametrize("decoder", ["cpu", pytest.param("gpu", marks=needs_torchcodec)])
 @pytest.mark.parametrize("benchmark", SOURCES)
 def test_cached_batches_are_identical_and_the_second_epoch_reads_no_file(benchmark, decoder, num_workers, toy_copy):
     expected = load_batches(SOURCES[benchmark](toy_copy, num_workers=num_workers), 3)
@@ -74,7 +78,7 @@ def expected_batch(split, indices, size_hw=(60, 50)):
     return torch.stack([image_io.resize(image_io.read(split.image_path(index)), size_hw) for index in indices])
 
 
-@pytest.mark.parametrize("device_decodes", [False, True])
+@pytest.mark.parametrize("device_decodes", [False, pytest.param(True, marks=needs_torchcodec)])
 def test_batch_may_mix_cached_and_uploaded_images(small_toy, device_decodes):
     split = coco.read(*coco.standard_paths(small_toy, "train"))
     sizes = split.sizes_hw.astype(int).prod(axis=1) * 3
@@ -92,6 +96,7 @@ def test_batch_may_mix_cached_and_uploaded_images(small_toy, device_decodes):
     assert torch.equal(batch, expected_batch(split, [4, 0, 1]))
 
 
+@needs_torchcodec
 def test_worker_decodes_files_that_the_device_does_not_support(small_toy, tmp_path):
     split = coco.read(*coco.standard_paths(small_toy, "train"))
     cache = make_cache(split, 0, device_decodes=True)
@@ -112,6 +117,7 @@ def test_worker_decodes_files_that_the_device_does_not_support(small_toy, tmp_pa
         assert torch.equal(batch[0], image_io.resize(image_io.read(tmp_path / name), (60, 50)))
 
 
+@needs_torchcodec
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("benchmark", SOURCES)
 def test_error_names_a_corrupt_image(benchmark, num_workers, toy_copy):

@@ -11,6 +11,7 @@ from torch import nn
 from detection.engine.initialization import build_state
 from detection.nn import winograd
 from detection.nn.winograd import WinogradConv2d, convolve, convolve_levels, use_winograd
+from detection.runtime.device import CAN_COMPILE
 from detection.runtime.distributed import DistContext
 from retinanet.config import load
 from retinanet.model import make_model
@@ -163,7 +164,13 @@ def test_retinanet_predicts_the_same():
 
 @pytest.mark.parametrize(
     ("flags", "is_used"),
-    [(["--precision", "fp32"], True), (["--precision", "bf16"], False), (["--compile", "on"], False)],
+    [
+        (["--precision", "fp32"], True),
+        (["--precision", "bf16"], False),
+        pytest.param(
+            ["--compile", "on"], False, marks=pytest.mark.skipif(not CAN_COMPILE, reason="--compile needs torch 2.6")
+        ),
+    ],
 )
 def test_a_run_uses_it_in_float32_on_a_cpu_in_eager_mode(flags, is_used):
     workload = SimpleNamespace(model=nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), fixed_input_size=True)

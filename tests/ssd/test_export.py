@@ -8,6 +8,7 @@ from torch import nn
 
 import commands
 from detection.evaluation import export
+from detection.runtime.device import CAN_COMPILE
 from ssd.anchors import NUM_ANCHORS, make_anchors
 from ssd.export import OUTPUTS
 from ssd.export_module import ExportableSSD
@@ -62,6 +63,7 @@ def test_scores_below_the_threshold_give_empty_rows():
     assert labels.sum() == scores.sum() == 0
 
 
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch before 2.6 cannot export it")
 def test_onnx_postprocessing_matches_detect_for_any_number_of_images(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
@@ -158,6 +160,18 @@ def test_verification_without_detections_is_rejected(checkpoint, tmp_path, capsy
     assert commands.ssd("export", str(checkpoint), str(out), "--images", str(image), "--score", "0.95") == 2
     assert "nothing was detected on 1 images" in capsys.readouterr().err
     assert not list(out.parent.iterdir())
+
+
+def test_torch_that_cannot_trace_the_network_is_named(checkpoint, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch._dynamo.exc.Unsupported("call_method item\n\nfrom user code: ...")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    assert commands.ssd("export", checkpoint, tmp_path / "out/model.pt2") == 2
+    err = capsys.readouterr().err
+    assert f"torch {torch.__version__} cannot export this network (call_method item). Use a newer torch" in err
+    assert err.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_each_error_is_one_message_with_exit_status_2(checkpoint, tmp_path, capsys, monkeypatch):
