@@ -102,7 +102,15 @@ def parse_conformance(argv: Sequence[str], package: str) -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="vectors of the reference (.npz)")
     parser.add_argument("--device", default="auto", help=device_names.DEVICE_HELP)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision of the network")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--record-rounding",
+        action="store_true",
+        help="simulate the precision, and write the errors that rounding causes next to FILE, for later runs",
+    )
+    parsed = parser.parse_args(argv)
+    if parsed.record_rounding and parsed.precision == "fp32":
+        parser.error("--record-rounding: the vectors are in fp32. Pass another --precision.")
+    return parsed
 
 
 def parse_score(text: str) -> float:

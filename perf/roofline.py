@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from detection.runtime.device import select_precision
-from perf.timing import Variant, limit_threads, time_calls
+from detection.runtime.threads import limit_threads
+from perf.timing import Variant, time_calls
 from ssd.anchors import IMAGE_SIZE_PX
 
 TRIES = 7

@@ -4,8 +4,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,14 +82,3 @@ def time_calls(variant: Variant, calls: int, device: torch.device) -> float:
         variant.run()
     synchronize(device)
     return (time.perf_counter() - start_s) / calls
-
-
-@contextmanager
-def limit_threads(count: int) -> Iterator[None]:
-    """Compute on `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

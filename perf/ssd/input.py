@@ -22,12 +22,13 @@ from detection.data import device_cache, image_io
 from detection.data.image_pipeline import CropSpec, DeviceBatchInput, SourceImage
 from detection.data.prefetch import prefetch, to_device
 from detection.runtime.device import supports_jpeg_decode
+from detection.runtime.threads import limit_threads
 from perf.harness import BenchContext, Result
 from perf.machine import process_mib
 from perf.photos import PhotoSet
 from perf.roofline import Work, bytes_moved
 from perf.ssd import baseline
-from perf.timing import Variant, limit_threads, quartiles
+from perf.timing import Variant, quartiles
 from ssd import augment
 from ssd.anchors import make_anchors
 from ssd.box_coder import encode

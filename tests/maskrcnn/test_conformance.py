@@ -12,7 +12,6 @@ from detection.evaluation.conformance import Vectors, part_name, read_network
 from maskrcnn import conformance
 from maskrcnn.conformance import SUITE, data, heads, network, rpn, training
 from paths import ROOT
-from perf.timing import limit_threads
 from recorded_vectors import RecordedVectors, failed_results
 
 GOLDEN = ROOT / "tests/golden/maskrcnn/maskrcnn_reference.npz"
@@ -62,8 +61,7 @@ def test_every_vector_is_compared_and_passes():
     context = SUITE.load(GOLDEN, "cpu", "fp32")
     recorded = RecordedVectors(context.vectors)
     context = replace(context, vectors=recorded)
-    with limit_threads(1):  # as the command does: proposals have near-ties
-        assert failed_results(SUITE, context) == []
+    assert failed_results(SUITE, context) == []
     assert recorded.keys() - recorded.read == set()
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from detection.evaluation.coco_metric import COCO_STATS
+from detection.runtime.threads import limit_threads
 from maskrcnn.roi_heads import BOX_POOL_SIZE
 from perf.harness import BenchContext, bench_size
 from perf.maskrcnn import baseline, evaluation, mask_targets
 from perf.maskrcnn import training as parts
-from perf.timing import limit_threads
 
 CPU = torch.device("cpu")
 ALL = "100000"  # samples of a loss, so many that none is random

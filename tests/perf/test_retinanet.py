@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from detection.evaluation.coco_metric import COCO_STATS
+from detection.runtime.threads import limit_threads
 from perf.harness import BenchContext, bench_size
 from perf.retinanet import baseline, evaluation
 from perf.retinanet import training as parts
 from perf.retinanet.predictions import EARLY, TRAINED
-from perf.timing import limit_threads
 
 CPU = torch.device("cpu")
 

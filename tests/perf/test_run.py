@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from detection.config.settings import InputError
+from detection.runtime.threads import limit_threads
 from paths import ROOT
 from perf import table
 from perf.harness import TINY, Result, bench_size
@@ -17,7 +18,7 @@ from perf.retinanet import training as retinanet_training
 from perf.roofline import count_flop
 from perf.run import PARTS, main, parse, select_parts
 from perf.table import REQUIREMENTS, check, compare, read
-from perf.timing import Quartiles, Variant, interleave, limit_threads, quartiles
+from perf.timing import Quartiles, Variant, interleave, quartiles
 from ssd.model import SSD300
 from tiny_ssd import TinyBackbone
 

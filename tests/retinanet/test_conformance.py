@@ -103,6 +103,17 @@ def test_seed_of_the_weights_is_that_of_the_names_or_the_vectors(vectors):
     assert not torch.equal(first, other)
 
 
+def test_training_a_model_leaves_the_drawn_weights_unchanged():
+    context = SUITE.load(GOLDEN, "cpu", "fp32")
+    state = weights.from_reference(network.reference_state(context))
+    model = network.reference_model(context)
+    name, parameter = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        parameter += 1
+    assert not torch.equal(parameter, state[name])
+    assert torch.equal(network.reference_model(context).get_parameter(name), state[name])
+
+
 @pytest.mark.parametrize("compare", VECTORS, ids=part_name)
 def test_changed_vector_fails_with_exit_status_1(compare, vectors, tmp_path, monkeypatch, capsys):
     changed = vectors[VECTORS[compare]].copy()
