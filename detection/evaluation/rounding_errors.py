@@ -22,7 +22,7 @@ def recorded_path(vectors: Path) -> Path:
 def read_errors(vectors: Path) -> ErrorsByPrecision:
     """Return the largest error of each comparison, by precision and name. Raise InputError.
 
-    It is empty if none are recorded.
+    It is empty if none are recorded for these vectors.
     """
     path = recorded_path(vectors)
     if not path.exists():
@@ -31,11 +31,9 @@ def read_errors(vectors: Path) -> ErrorsByPrecision:
         content = json.loads(path.read_text())
         digest, errors = content["vectors_sha256"], content["precisions"]
         by_precision = {name: {key: float(error) for key, error in part.items()} for name, part in errors.items()}
+        return by_precision if digest == vectors_digest(vectors) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the errors of rounding ({error!r}). Restore the file, or delete it.") from error
-    if digest != vectors_digest(vectors):
-        raise InputError(f"{path}: recorded for other vectors than {vectors} holds. Delete it, or restore the vectors.")
-    return by_precision
 
 
 def record_errors(vectors: Path, precision_name: str, errors: Mapping[str, float]) -> Path:
