@@ -118,7 +118,7 @@ def round_mantissa(values: Tensor, precision_name: str) -> Tensor:
         case "fp16":
             return values.half().double()
         case "tf32":
-            bits = values.float().contiguous(memory_format=torch.preserve_format).view(torch.int32)
+            bits = values.float().view(torch.int32)
             half = 1 << (TF32_DROPPED_BITS - 1)
             return ((bits + half) & -(1 << TF32_DROPPED_BITS)).view(torch.float32).double()
     raise ValueError(precision_name)

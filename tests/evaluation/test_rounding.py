@@ -54,6 +54,8 @@ def test_values_are_rounded_to_the_bits_of_a_precision(name, bits):
     values = torch.tensor([1.0, 1 + step, 1 + 0.4 * step, 1 + 0.6 * step, -1 - 0.6 * step], dtype=torch.float64)
     expected = torch.tensor([1.0, 1 + step, 1.0, 1 + step, -1 - step], dtype=torch.float64)
     assert torch.equal(round_to(values, SimulatedPrecision(name)), expected)
+    images, rounded = (tensor.repeat(2, 3, 4, 1).to(memory_format=torch.channels_last) for tensor in (values, expected))
+    assert torch.equal(round_to(images, SimulatedPrecision(name)), rounded)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
