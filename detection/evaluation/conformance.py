@@ -175,8 +175,7 @@ class ConformanceSuite:
         Raises InputError.
         """
         context = self.load(arguments.file, arguments.device, arguments.precision)
-        if arguments.record_rounding:
-            errors = self.simulate(self.network_comparisons, context)
+        if arguments.record_rounding and (errors := self.simulate(self.network_comparisons, context)):
             print(f"Wrote {rounding_errors.record_errors(arguments.file, context.precision.name, errors)}")
             context = replace(context, rounding_errors=errors)
         print(f"{arguments.file} on {device_name(context.device)}, network in {context.precision.name}")

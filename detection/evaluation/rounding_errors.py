@@ -3,13 +3,13 @@
 The errors depend on the vectors and on the comparisons, and not on the device. So they are computed once.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from detection.atomic_file import atomic_write
 from detection.config.settings import InputError
+from detection.data.coco2017 import sha256
 
 ErrorsByPrecision = dict[str, dict[str, float]]
 
@@ -31,7 +31,7 @@ def read_errors(vectors: Path) -> ErrorsByPrecision:
         content = json.loads(path.read_text())
         digest, errors = content["vectors_sha256"], content["precisions"]
         by_precision = {name: {key: float(error) for key, error in part.items()} for name, part in errors.items()}
-        return by_precision if digest == vectors_digest(vectors) else {}
+        return by_precision if digest == sha256(vectors) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the errors of rounding ({error!r}). Restore the file, or delete it.") from error
 
@@ -41,15 +41,9 @@ def record_errors(vectors: Path, precision_name: str, errors: Mapping[str, float
     path = recorded_path(vectors)
     rounded = {name: float(f"{error:.4g}") for name, error in errors.items()}
     content = {
-        "vectors_sha256": vectors_digest(vectors),
+        "vectors_sha256": sha256(vectors),
         "precisions": read_errors(vectors) | {precision_name: rounded},
     }
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def vectors_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,6 +80,13 @@ def test_command_records_the_errors_that_later_runs_use(vectors, capsys):
     assert len(simulations) == 2 * NUM_SIMULATIONS
 
 
+def test_vectors_of_another_network_leave_no_record(vectors):
+    arguments = Namespace(file=vectors, device="cpu", precision="bf16", record_rounding=True)
+    with pytest.raises(InputError, match="holds no vectors of SSD300"):
+        ssd.SUITE.run(arguments)
+    assert not recorded_path(vectors).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "suite"), [("ssd", ssd.SUITE), ("maskrcnn", maskrcnn.SUITE), ("retinanet", retinanet.SUITE)]

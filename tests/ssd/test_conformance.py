@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import commands
-from detection.evaluation.conformance import ROUNDING_MARGIN, part_name, read_network
+from detection.evaluation.conformance import part_name, read_network
 from detection.runtime.device import has_native_bf16
 from paths import ROOT
 from recorded_vectors import failed_results
@@ -59,8 +59,7 @@ def test_network_in_bf16_is_within_its_tolerance(golden, precision):
     context = SUITE.load(golden, "cpu", precision)
     results = list(SUITE.results(conformance.compare_network, context))
     assert [result for result in results if not result.passed] == []
-    # The simulation agrees with the reference.
-    assert max(result.tolerance for result in results) < conformance.GRADIENT_TOLERANCE + ROUNDING_MARGIN * 0.35
+    assert max(result.tolerance for result in results) < 0.7  # the simulation agrees with the reference
 
 
 def test_failed_comparison_is_reported_with_exit_status_1(golden, tmp_path, capsys, monkeypatch):
